@@ -1,0 +1,58 @@
+"""What a driver does, and how an engine's failure is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from helix_conformance.protocol import Answer, Watch
+from helix_spec.configs import Config
+from helix_spec.events import Event
+
+
+class EngineFailure(Exception):
+    """An engine died, hung or answered garbage (LIVE-1).
+
+    `event` is the index of the event in the trace, None at start or at the end.
+    """
+
+    def __init__(self, rank: int, event: int | None, what: str) -> None:
+        super().__init__(what)
+        self.rank = rank
+        self.event = event
+        self.what = what
+
+    def __str__(self) -> str:
+        where = "outside any event" if self.event is None else f"at event {self.event}"
+        return f"Rank {self.rank} {self.what} ({where})."
+
+
+Played = tuple[Event | None, Sequence[Answer]]
+"""An event and the answers of all ranks to it; None stands for the start and the end."""
+
+
+class Driver(Protocol):
+    """Holds the ranks of an engine and plays traces on them."""
+
+    name: str
+    profiles: frozenset[str]
+    """What the engine declares."""
+    largest_world: int | None
+    """Most ranks it can hold; None when any number."""
+    survives_failure: bool
+    """Whether a trace can be played again after an EngineFailure, so that it can shrink."""
+
+    streams: bool
+    """Whether `play` draws each event after it has yielded the answers to the one before."""
+
+    def play(
+        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+    ) -> Iterator[Played]:
+        """Start all ranks afresh and play events on them.
+
+        Yields the answers of all ranks to the start, to each event, and at last their whole
+        state. Raises EngineFailure.
+        """
+
+    def close(self) -> None:
+        """End the ranks."""

@@ -1,0 +1,77 @@
+"""The frames between a supervisor and the process that holds one rank's engine.
+
+Frames are msgpack of the types below, never pickled; arrays travel as type, shape and bytes.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from helix_conformance.numbers import encode_array
+from helix_conformance.protocol import Answer, Watch
+from helix_spec.configs import Config
+from helix_spec.events import Event
+
+
+class Play(msgspec.Struct, frozen=True, tag="play"):
+    """To the engine's process: play this trace."""
+
+    config: Config
+    profiles: list[str]
+    events: list[Event]
+    watch: Watch
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """From the engine's process, once: it is up; this is what the engine declares."""
+
+    profiles: list[str]
+
+
+class At(msgspec.Struct, frozen=True, tag="at"):
+    """From the engine's process: it begins this event now."""
+
+    event: int
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """From the engine's process: the answers to the start, each event and the end."""
+
+    answers: list[Answer]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """From the engine's process or its supervisor: how it failed, at which event."""
+
+    event: int | None
+    what: str
+
+
+ToEngine = Play
+FromEngine = Ready | At | Done | Failed
+
+_encode = msgspec.msgpack.Encoder(enc_hook=encode_array)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+
+
+def pack(message: ToEngine | FromEngine) -> bytes:
+    """The frame of a message."""
+    return _encode.encode(message)
+
+
+def unpack_from_engine(frame: bytes) -> FromEngine:
+    """The message of a frame. Raises msgspec.DecodeError when it is none."""
+    return _from_engine.decode(frame)
+
+
+def unpack_to_engine(frame: bytes) -> ToEngine:
+    """The message of a frame. Raises msgspec.DecodeError when it is none."""
+    return _to_engine.decode(frame)
+
+
+def send(connection: Connection, message: ToEngine | FromEngine) -> None:
+    """Send one message."""
+    connection.send_bytes(pack(message))

@@ -1,0 +1,1 @@
+"""Adapters that put engines behind the protocol."""

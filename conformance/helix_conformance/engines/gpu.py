@@ -1,0 +1,219 @@
+"""`helix_gpu` behind the engine protocol: its bookkeeping alone, and the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+import numpy as np
+
+from helix_conformance.numbers import Tokens, entries, queries
+from helix_gpu.bookkeeping import RankBook, RankStep
+from helix_gpu.refusals import Refused
+from helix_spec.configs import Config
+from helix_spec.events import Admit, Decode, Event, Outcome, RankView, Reason, Release, Skip
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+
+class LedgerEngine:
+    """Ledger, allocator and block tables of one rank, without tensors."""
+
+    profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths", "pages", "padding"})
+    needs_processes: ClassVar[bool] = False
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        try:
+            self.book = RankBook(config, self.rank % config.rules.cp_size)
+        except Refused as refused:
+            return Outcome(refused.reason)
+        return Outcome()
+
+    def apply(self, event: Event) -> Outcome:
+        """Let one event happen on this rank."""
+        try:
+            match event:
+                case Admit(id, prompt_len):
+                    self.book.admit(id, prompt_len)
+                case Decode(ids, query_lens, pad):
+                    return _outcome(self.book.decode_step(ids, query_lens, pad))
+                case Skip(ids, query_lens):
+                    self.book.skip(ids, query_lens)
+                case Release(id):
+                    self.book.release(id)
+                case _:
+                    return Outcome(Reason.UNSUPPORTED)
+        except Refused as refused:
+            return Outcome(refused.reason)
+        return Outcome()
+
+    def observe(self, ids: Sequence[int] | None = None) -> RankView:
+        """This rank's lengths and block tables."""
+        return _view(self.book, ids)
+
+
+class GpuEngine:
+    """One rank of `HelixCache`, fed with the suite's Q, K and V."""
+
+    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {"cache", "attention"}
+    needs_processes: ClassVar[bool] = True
+    cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
+    """By cp_size, the group of each tp_rank."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    @classmethod
+    def join(cls, world_size: int) -> None:
+        """Make the groups of every cp_size that fits; new_group wants all ranks in one order."""
+        import torch.distributed as dist
+
+        for cp_size in range(2, world_size + 1):
+            cls.cp_groups[cp_size] = [
+                dist.new_group(list(range(first, first + cp_size)))
+                for first in range(0, world_size - cp_size + 1, cp_size)
+            ]
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        from helix_gpu.cache import HelixCache
+
+        cp_size = config.rules.cp_size
+        group = self.cp_groups[cp_size][self.rank // cp_size] if cp_size > 1 else None
+        try:
+            self.cache = HelixCache(config, rank=self.rank, group=group, device=_device())
+        except Refused as refused:
+            return Outcome(refused.reason)
+        self.config = config
+        self.profiles_checked = profiles
+        self.events = 0
+        tp_rank, shape = self.rank // cp_size, config.model
+        kv_heads, q_heads = shape.kv_heads // config.tp_size, shape.q_heads // config.tp_size
+        self.kv_heads = range(tp_rank * kv_heads, (tp_rank + 1) * kv_heads)
+        self.q_heads = range(tp_rank * q_heads, (tp_rank + 1) * q_heads)
+        return Outcome()
+
+    def apply(self, event: Event) -> Outcome:
+        """Let one event happen on this rank."""
+        self.events += 1
+        try:
+            match event:
+                case Admit(id, prompt_len):
+                    self.cache.admit(id, prompt_len, self._prompt_kv)
+                case Decode(ids, query_lens, pad):
+                    return self._decode(ids, query_lens, pad)
+                case Skip(ids, query_lens):
+                    self.cache.skip(ids, query_lens)
+                case Release(id):
+                    self.cache.release(id)
+                case _:
+                    return Outcome(Reason.UNSUPPORTED)
+        except Refused as refused:
+            return Outcome(refused.reason)
+        return Outcome()
+
+    def observe(self, ids: Sequence[int] | None = None) -> RankView:
+        """This rank's lengths and block tables, and the cached rows read off its pool."""
+        view = _view(self.cache.book, ids)
+        if "cache" not in self.profiles_checked:
+            return view
+        rows = {id: self._rows(table) for id, table in view.block_tables.items()}
+        return msgspec.structs.replace(
+            view,
+            keys={id: kv[:, 0] for id, kv in rows.items()},
+            values={id: kv[:, 1] for id, kv in rows.items()},
+        )
+
+    def _prompt_kv(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the prompt that the present event admits; its tokens' place is their position."""
+        columns = positions.cpu().numpy()
+        event = np.full(len(columns), self.events - 1, dtype=np.int64)
+        tokens = Tokens(event, columns, columns)
+        return self._entries("k", tokens), self._entries("v", tokens)
+
+    def _decode(self, ids: list[int], query_lens: list[int], pad: int) -> Outcome:
+        import torch
+
+        step = self.cache.begin(ids, query_lens, pad)
+        positions = step.book.position_ids
+        event = np.full(len(positions), self.events - 1, dtype=np.int64)
+        tokens = Tokens(event, np.arange(len(positions)), positions)
+        shape = self.config.model
+        q = self._padded(self._tensor(queries(shape, self.config.seed, tokens, self.q_heads)), pad)
+        k = self._padded(self._entries("k", tokens), pad)
+        v = self._padded(self._entries("v", tokens), pad)
+        layers = [self.cache.attend(step, i, q[i], k[i], v[i]) for i in range(shape.layers)]
+        outcome = _outcome(step.book)
+        if "attention" not in self.profiles_checked:
+            return outcome
+        return msgspec.structs.replace(outcome, output=_numbers(torch.stack(layers)))
+
+    def _entries(self, tensor: Any, tokens: Tokens) -> torch.Tensor:
+        shape = self.config.model
+        heads, dim = self.kv_heads, shape.head_dim
+        return self._tensor(
+            entries(self.config.seed, tokens, shape.layers, tensor, heads, dim)
+        )
+
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(values).to(self.cache.device, self.cache.dtype)
+
+    def _padded(self, rows: torch.Tensor, pad: int) -> torch.Tensor:
+        """Rows of dummy requests behind the real ones, NaN: they must influence nothing."""
+        shape = (rows.shape[0], pad, *rows.shape[2:])
+        return rows if pad == 0 else _cat(rows, rows.new_full(shape, float("nan")))
+
+    def _rows(self, table: list[int]) -> np.ndarray:
+        """Cached rows of these pages: (layers, K and V, slots, kv_heads, dim)."""
+        pages = self.cache.pool[:, table]  # (layers, pages, 2, T, heads, dim)
+        return _numbers(pages.transpose(1, 2).flatten(2, 3))
+
+
+def _outcome(step: RankStep) -> Outcome:
+    return Outcome(
+        None,
+        step.past_len.tolist(),
+        step.position_ids.tolist(),
+        step.active.tolist(),
+        step.slots.tolist(),
+        step.visible.tolist(),
+    )
+
+
+def _view(book: RankBook, ids: Sequence[int] | None) -> RankView:
+    live = book.request_ids
+    asked = live if ids is None else set(live).intersection(ids)
+    return RankView(
+        {id: book.local_len(id) for id in asked},
+        {id: book.block_table(id) for id in asked},
+        free_pages=book.free_pages,
+    )
+
+
+def _device() -> str:
+    import torch
+    import torch.distributed as dist
+
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return f"cuda:{torch.cuda.current_device()}" if nccl else "cpu"
+
+
+def _cat(rows: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.cat([rows, more], dim=1)
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor as float32, which holds every float16 and bfloat16 exactly."""
+    numbers: np.ndarray = tensor.float().cpu().numpy()
+    return numbers

@@ -1,0 +1,426 @@
+"""Every answer of every rank against the reference, invariant by invariant.
+
+The judge applies each event to the reference model, compares all ranks' answers and states with
+what the model holds, and names every invariant that fails, in the order of SPEC.md. It never
+looks at an engine's error texts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from helix_conformance.numbers import Array, as_array
+from helix_conformance.oracle import Oracle
+from helix_conformance.pairing import Pairing
+from helix_conformance.protocol import Answer
+from helix_conformance.violations import GarbageError, Violation, in_order
+from helix_reference.model import Model, Request, Step
+from helix_spec import invariants
+from helix_spec.configs import Config
+from helix_spec.events import (
+    FEATURES,
+    Admit,
+    Decode,
+    Event,
+    Outcome,
+    RankView,
+    Reason,
+    Release,
+    ids_of,
+)
+
+
+class Judge:
+    """Holds the reference beside the engines of one trace.
+
+    `profiles` are those to be checked; features among them are what the engines support.
+    """
+
+    def __init__(self, config: Config, profiles: frozenset[str]) -> None:
+        self.config = config
+        self.profiles = profiles
+        self.model = Model(config, profiles & set(FEATURES))
+        self.layout = self.model.layout
+        self.cp = self.layout.cp_size
+        self.world = config.world_size
+        self.pairings = [Pairing(config.pages[rank % self.cp]) for rank in range(self.world)]
+        self.oracle = Oracle(config, self.model)
+        self.reason: Reason | None = None
+        """Why the last event is refused, None when it is not."""
+        self.claims: dict[int, list[int]] = {}
+        """Per request, how many of its decoded tokens each cp_rank claimed (BAL-2)."""
+        self.admitted: deque[tuple[int, Request]] = deque(maxlen=4 * self.cp)
+        """The latest admissions, in order (BAL-3)."""
+
+    def started(self, answers: Sequence[Answer]) -> list[Violation]:
+        """A legal configuration is accepted by every rank."""
+        return in_order(_reasons(None, [answer.outcome for answer in answers]))
+
+    def event(self, event: Event, answers: Sequence[Answer]) -> list[Violation]:
+        """What is wrong with the ranks' answers to the next event of the trace."""
+        reason = self.reason = self.model.apply(event)
+        outcomes = [answer.outcome for answer in answers]
+        found = list(_reasons(reason, outcomes))
+        if found:
+            return in_order(found)  # the engines went another way: their states say no more
+        self._keep_account(event, reason)
+        if self.model.last_steps:
+            found += self._decoded(outcomes)
+        in_views = self._views([answer.view for answer in answers], event)
+        if in_views and reason is not None:
+            found.append(Violation("PAGE-5", f"an event refused as {reason} changed the state"))
+        if in_views and isinstance(event, Decode) and event.pad > 0:
+            found += _blamed_on_padding(event, in_views)
+        return in_order(found + in_views)
+
+    def finished(self, answers: Sequence[Answer]) -> list[Violation]:
+        """What is wrong with the state of all ranks at the end."""
+        return in_order(self._views([answer.view for answer in answers], None))
+
+    def _keep_account(self, event: Event, reason: Reason | None) -> None:
+        """Follow admissions, and forget what was kept of requests that changed or went."""
+        if reason is not None:
+            return
+        if isinstance(event, Admit):
+            self.admitted.append((event.id, self.model.requests[event.id]))
+        if not isinstance(event, Decode):
+            for id in ids_of(event):
+                self.claims.pop(id, None)
+        if isinstance(event, Release):
+            self.oracle.forget(event.id)
+            for pairing in self.pairings:
+                pairing.forget(event.id)
+
+    # The outcome of an accepted decode
+
+    def _decoded(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
+        expected = [self.model.outcome(rank, None) for rank in range(self.cp)]
+        for rank, outcome in enumerate(outcomes):
+            wanted = expected[rank % self.cp]
+            _check_columns(rank, outcome, wanted)
+            yield from self._columns(rank, outcome, wanted)
+        if any(o.active != expected[rank % self.cp].active for rank, o in enumerate(outcomes)):
+            yield from self._owners(outcomes, expected)
+        yield from self._balance(outcomes[: self.cp])
+        yield from self._slots(outcomes)
+        if "attention" in self.profiles:
+            yield from self._outputs(outcomes)
+
+    def _columns(self, rank: int, outcome: Outcome, wanted: Outcome) -> Iterator[Violation]:
+        """LEN-2, POS-1, LEN-3 and PAGE-4 of one rank."""
+        if outcome.past_len != wanted.past_len:
+            what = "tokens held before the step, for each request of the batch"
+            yield Violation("LEN-2", what, wanted.past_len, outcome.past_len, rank)
+        if outcome.position_ids != wanted.position_ids:
+            what = "global positions of the new tokens"
+            yield Violation("POS-1", what, wanted.position_ids, outcome.position_ids, rank)
+        reported = outcome.visible is not None or "attention" in self.profiles
+        if reported and outcome.visible != wanted.visible:
+            what = "keys on this rank that each new token's query sees"
+            yield Violation("LEN-3", what, wanted.visible, outcome.visible, rank)
+        for active, slot in zip(outcome.active, outcome.slots, strict=True):
+            if not invariants.page_4(active, slot):
+                number = "OWN-1" if active else "PAGE-4"
+                what = "slot of a token that this rank " + ("owns" if active else "does not own")
+                yield Violation(number, what, ">= 0" if active else -1, slot, rank)
+
+    def _owners(
+        self, outcomes: Sequence[Outcome], expected: Sequence[Outcome]
+    ) -> Iterator[Violation]:
+        """OWN-2 and OWN-3 of each new token, in each group of cp_size ranks."""
+        right = list(zip(*(outcome.active for outcome in expected), strict=True))
+        for first in range(0, self.world, self.cp):
+            group = [outcome.active for outcome in outcomes[first : first + self.cp]]
+            for token, active in enumerate(zip(*group, strict=True)):
+                where = f"the token at position {expected[0].position_ids[token]}"
+                if not invariants.own_2(active):
+                    what = f"ranks active for {where}"
+                    yield Violation("OWN-2", what, list(right[token]), list(active))
+                if active != right[token]:
+                    what = f"ranks that claim {where}, and the layout's owner"
+                    yield Violation("OWN-3", what, list(right[token]), list(active))
+
+    def _balance(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
+        """BAL-2 of each request of the batch, by what the ranks claimed."""
+        token = 0
+        for step in self.model.last_steps:
+            request = self.model.requests[step.id]
+            claims = self.claims.get(step.id)
+            if claims is None:
+                claims = self.claims[step.id] = _decoded_before(request, step)
+            for _ in step.owners:
+                for rank, outcome in enumerate(outcomes):
+                    claims[rank] += outcome.active[token]
+                token += 1
+            roles = [claims[(rank + request.shift) % self.cp] for rank in range(self.cp)]
+            if not invariants.bal_2(self.layout, roles):
+                what = f"decoded tokens of request {step.id} on each rank"
+                yield Violation("BAL-2", what, "a spread of one chunk at most", list(claims))
+
+    def _slots(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
+        """Each new token is written at its local index, in a page of its request."""
+        t, token = self.layout.tokens_per_block, 0
+        for step in self.model.last_steps:
+            tables = self.model.requests[step.id].tables
+            held = list(step.past_len)
+            for owner in step.owners:
+                index, held[owner] = held[owner], held[owner] + 1
+                for rank in range(owner, self.world, self.cp):
+                    slot = outcomes[rank].slots[token]
+                    if slot < 0:
+                        continue  # the owner missed its token: named above
+                    page, offset = divmod(slot, t)
+                    if offset != index % t:
+                        what = f"offset in its page of local index {index} of request {step.id}"
+                        yield Violation("OWN-1", what, index % t, offset, rank, step.id)
+                    twin = tables[owner][index // t]
+                    yield from self.pairings[rank].pair(rank, step.id, page, twin, written=True)
+                token += 1
+
+    # Attention
+
+    def _outputs(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
+        """ATT-1, ATT-3, ATT-4 and MAP-1 of the merged outputs."""
+        tokens = len(outcomes[0].position_ids)
+        slices = [self._slice(rank, outcome.output, tokens) for rank, outcome in enumerate(outcomes)]
+        merged, token = np.concatenate(slices, axis=2), 0
+        for step in self.model.last_steps:
+            for place in range(len(step.owners)):
+                exact, bound = self.oracle.attention(step, place)
+                error = np.sqrt(((merged[:, token] - exact) ** 2).sum(-1))
+                if not (error <= bound).all():  # a NaN is not within the bound either
+                    yield from self._wrong_output(step, place, merged[:, token], exact, bound)
+                    return
+                token += 1
+
+    def _slice(self, rank: int, output: Any, tokens: int) -> Array:
+        shape = self.config.model
+        wanted = (shape.layers, tokens, shape.q_heads // self.world, shape.head_dim)
+        array = _array(rank, "output", output)
+        if array.shape != wanted:
+            raise GarbageError(rank, f"its output has shape {array.shape}, not {wanted}")
+        return array
+
+    def _wrong_output(
+        self, step: Step, place: int, output: Array, exact: Array, bound: Array
+    ) -> Iterator[Violation]:
+        error = np.sqrt(((output - exact) ** 2).sum(-1))
+        layer, head = (int(i) for i in np.argwhere(~(error <= bound))[0])
+        seen = [
+            step.past_len[rank] + step.owners[: place + 1].count(rank) for rank in range(self.cp)
+        ]
+        what = (
+            f"attention output of request {step.id} at position {step.first + place}, layer "
+            f"{layer}, query head {head}; keys seen on each cp_rank: {seen}"
+        )
+        expected = {"output": exact[layer, head].tolist(), "E": float(bound[layer, head])}
+        observed = {"output": output[layer, head].tolist(), "error": float(error[layer, head])}
+        heads = self.config.model.q_heads // self.world
+        numbers = ["ATT-1", "ATT-4"]
+        if 0 in seen:
+            numbers.append("ATT-3")
+        if _is_another_slice(output, exact, bound, heads):
+            numbers.append("MAP-1")
+        for number in numbers:
+            yield Violation(number, what, expected, observed, head // heads, step.id)
+
+    # States
+
+    def _views(self, views: Sequence[RankView | None], event: Event | None) -> list[Violation]:
+        found: list[Violation] = []
+        present = [view for view in views if view is not None]
+        if len(present) < len(views):
+            return found
+        for rank, view in enumerate(present):
+            found += self._known(rank, view)
+        if found:
+            return found
+        whole = all(len(view.local_len) == len(self._live()) for view in present)
+        if "lengths" in self.profiles:
+            found += self._lengths(present)
+            if whole and self.layout.start == "rotated":
+                found += self._rotation(present[: self.cp])
+        for rank, view in enumerate(present):
+            if "pages" in self.profiles:
+                found += self._pages(rank, view, whole)
+            if "cache" in self.profiles:
+                found += self._cache(rank, view, event)
+        return found
+
+    def _live(self) -> dict[int, Request]:
+        return {id: r for id, r in self.model.requests.items() if not r.preempted}
+
+    def _known(self, rank: int, view: RankView) -> Iterator[Violation]:
+        """The rank knows the requests that were accepted, live and preempted."""
+        requests = self.model.requests
+        preempted = sorted(id for id, request in requests.items() if request.preempted)
+        strangers = [i for i in view.local_len if i not in requests or requests[i].preempted]
+        if strangers or view.preempted != preempted:
+            what = "preempted requests, and live ones that should not be"
+            yield Violation("REF-2", what, [preempted, []], [view.preempted, strangers], rank)
+
+    def _lengths(self, views: Sequence[RankView]) -> Iterator[Violation]:
+        """LEN-1 and BAL-1 of each request, in each group of cp_size ranks."""
+        for id in {id for view in views for id in view.local_len}:
+            request = self.model.requests[id]
+            expected = [len(positions) for positions in request.ranks]
+            for first in range(0, self.world, self.cp):
+                observed = [view.local_len.get(id) for view in views[first : first + self.cp]]
+                if observed == expected:
+                    continue
+                what = f"tokens of request {id} on each rank, {len(request.tokens)} in all"
+                yield Violation("LEN-1", what, expected, observed, request=id)
+                counts = [count or 0 for count in observed]
+                if not invariants.bal_1(self.layout, counts):
+                    bound = invariants.spread_bound(self.layout)
+                    what = f"spread of request {id} over the ranks"
+                    yield Violation("BAL-1", what, f"at most {bound}", observed, request=id)
+
+    def _rotation(self, views: Sequence[RankView]) -> Iterator[Violation]:
+        """BAL-3 of every C requests that were admitted in a row and stand alike."""
+        admitted = list(self.admitted)
+        for first in range(len(admitted) - self.cp + 1):
+            row = admitted[first : first + self.cp]
+            alike = all(
+                (a.prompt_len, a.steps) == (b.prompt_len, b.steps)
+                for (_, a), (_, b) in pairwise(row)
+            )
+            live = all(self.model.requests.get(id) is r and not r.preempted for id, r in row)
+            if not (alike and live):
+                continue
+            ids = [id for id, _ in row]
+            lens = [[view.local_len.get(id, 0) for view in views] for id in ids]
+            if not invariants.bal_3(lens):
+                totals = [sum(column) for column in zip(*lens, strict=True)]
+                yield Violation("BAL-3", f"totals of requests {ids}", "all equal", totals)
+
+    def _pages(self, rank: int, view: RankView, whole: bool) -> Iterator[Violation]:
+        """PAGE-1, PAGE-2, PAGE-3 and GROW-1 on one rank."""
+        cp_rank = rank % self.cp
+        for id in view.local_len:
+            table, twins = view.block_tables.get(id, []), self.model.requests[id].tables[cp_rank]
+            if len(table) != len(twins):
+                what = f"pages of request {id}"
+                yield Violation("PAGE-1", what, len(twins), len(table), rank, id)
+            yield from self.pairings[rank].table(rank, id, table, twins)
+        free, pool = len(self.model.pools[cp_rank].free), self.config.pages[cp_rank]
+        if view.free_pages != free:
+            yield Violation("PAGE-3", "free pages", free, view.free_pages, rank)
+        elif whole and not invariants.page_3(free, view.block_tables, pool):
+            used = len({page for table in view.block_tables.values() for page in table})
+            yield Violation("PAGE-3", "distinct pages in block tables", pool - free, used, rank)
+
+    def _cache(self, rank: int, view: RankView, event: Event | None) -> Iterator[Violation]:
+        """OWN-1 by contents, POS-2, PAGE-2 and PAGE-4 on one rank."""
+        batch = event.ids if isinstance(event, Decode) else []
+        for id in view.local_len:
+            request, cp_rank = self.model.requests[id], rank % self.cp
+            table, positions = request.tables[cp_rank], request.ranks[cp_rank]
+            keys = self._rows(rank, "keys", view.keys.get(id), len(table))
+            values = self._rows(rank, "values", view.values.get(id), len(table))
+            if keys is None or values is None:
+                continue  # a wrong number of pages: PAGE-1 names it
+            held = len(positions)
+            heads = self._kv_heads(rank)
+            exact_k, error, exact_v = self.oracle.cached(id, positions, heads)
+            lost = (values[:, :held] != exact_v).any(axis=(0, 2, 3))
+            if lost.any():
+                index = int(lost.argmax())
+                what = f"V of request {id} at local index {index}, position {positions[index]}"
+                row, want = values[0, index, 0].tolist(), exact_v[0, index, 0].tolist()
+                yield Violation("OWN-1", what, want, row, rank, id)
+                page = table[index // self.layout.tokens_per_block]
+                if batch and id not in batch and page.holders > 1:
+                    yield Violation("PAGE-2", what + ", in a shared page", want, row, rank, id)
+            turned = ~(np.abs(keys[:, :held] - exact_k) <= error).all(axis=(0, 2, 3)) & ~lost
+            if turned.any():
+                index = int(turned.argmax())
+                what = f"K of request {id} at local index {index}, position {positions[index]}"
+                row, want = keys[0, index, 0].tolist(), exact_k[0, index, 0].tolist()
+                yield Violation("POS-2", what, want, row, rank, id)
+            never = slice(request.high_water[cp_rank], None)
+            if self.config.poison and not (
+                np.isnan(keys[:, never]).all() and np.isnan(values[:, never]).all()
+            ):
+                what = f"slots of request {id} from local index {never.start} on"
+                yield Violation("PAGE-4", what, "never written", "written", rank, id)
+
+    def _rows(self, rank: int, name: str, rows: Any, pages: int) -> Array | None:
+        """Cached rows (layers, slots, heads, dim); None when they are not of so many pages."""
+        if rows is None:
+            raise GarbageError(rank, f"its view lacks the {name} of a live request")
+        shape, slots = self.config.model, pages * self.layout.tokens_per_block
+        heads = shape.kv_heads // self.config.tp_size
+        array = _array(rank, name, rows)
+        if array.size == 0:
+            return np.zeros((shape.layers, 0, heads, shape.head_dim)) if slots == 0 else None
+        rest = (shape.layers, heads, shape.head_dim)
+        if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != rest:
+            raise GarbageError(
+                rank, f"its {name} have shape {array.shape}; layers, heads and dim are {rest}"
+            )
+        return array if array.shape[1] == slots else None
+
+    def _kv_heads(self, rank: int) -> slice:
+        heads = self.config.model.kv_heads // self.config.tp_size
+        return slice(rank // self.cp * heads, (rank // self.cp + 1) * heads)
+
+
+def _reasons(reason: Reason | None, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
+    """REF-1 and REF-2: what the ranks answered, None standing for accepted."""
+    given = [outcome.reason for outcome in outcomes]
+    if len(set(given)) > 1:
+        yield Violation("REF-1", "answers of the ranks", [reason] * len(given), given)
+    if any(answer != reason for answer in given):
+        what = "refusal of the event (null: accepted), rank by rank"
+        yield Violation("REF-2", what, [reason] * len(given), given)
+
+
+def _check_columns(rank: int, outcome: Outcome, wanted: Outcome) -> None:
+    """Raises GarbageError when a decode's columns have other lengths than its batch."""
+    for name in ("past_len", "position_ids", "active", "slots"):
+        size, right = len(getattr(outcome, name)), len(getattr(wanted, name))
+        if size != right:
+            raise GarbageError(rank, f"its {name} has {size} entries, not {right}")
+
+
+def _decoded_before(request: Request, step: Step) -> list[int]:
+    """Decoded tokens on each cp_rank before the step."""
+    return [
+        sum(request.prompt_len <= position < step.first for position in positions)
+        for positions in request.ranks
+    ]
+
+
+def _blamed_on_padding(event: Decode, found: Sequence[Violation]) -> Iterator[Violation]:
+    """DUM-1: in a padded step, something changed outside the batch or in the free pages."""
+    for violation in found:
+        if violation.request is None or violation.request not in event.ids:
+            what = f"a step with {event.pad} dummy requests changed {violation.message}"
+            yield Violation("DUM-1", what, violation.expected, violation.observed, violation.rank)
+            return
+
+
+def _is_another_slice(output: Array, exact: Array, bound: Array, heads: int) -> bool:
+    """Whether a wrong slice of heads is right for another rank: the exchange mixed them up."""
+    slices = output.shape[1] // heads
+    for here in range(slices):
+        mine = slice(here * heads, (here + 1) * heads)
+        for there in range(slices):
+            theirs = slice(there * heads, (there + 1) * heads)
+            error = np.sqrt(((output[:, mine] - exact[:, theirs]) ** 2).sum(-1))
+            if here != there and (error <= bound[:, theirs]).all():
+                return True
+    return False
+
+
+def _array(rank: int, name: str, rows: Any) -> Array:
+    try:
+        return as_array(rows)
+    except (TypeError, ValueError, KeyError) as error:
+        raise GarbageError(rank, f"its {name} is no array of numbers: {error}") from error

@@ -1,0 +1,193 @@
+"""Q, K and V as arrays, exact attention and its error bound, in numpy and float64.
+
+The same definitions as `helix_spec.values` and `helix_reference.attention`, for whole arrays at
+a time; tests hold the two together. Axes: n tokens, heads, dim (D); S keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from helix_reference.attention import U32, UNIT_ROUNDOFF
+from helix_spec.configs import DType, ModelShape
+from helix_spec.values import LEVELS, TENSOR_CODE, Tensor
+
+Array = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+_PRECISION: dict[DType, int] = {"float32": 24, "float16": 11, "bfloat16": 8}
+_LEAST_EXPONENT: dict[DType, int] = {"float32": -125, "float16": -13, "bfloat16": -125}
+
+
+def round_to(x: Array, dtype: DType) -> Array:
+    """Each entry rounded to the type, ties to even, subnormals included."""
+    exponent = np.maximum(np.frexp(x)[1], _LEAST_EXPONENT[dtype])
+    step = np.ldexp(1.0, exponent - _PRECISION[dtype])
+    rounded: Array = np.rint(x / step) * step
+    return rounded
+
+
+def _fold(state: Ints, field: Ints) -> Ints:
+    x = (state + field + 0x9E3779B9) & 0xFFFFFFFF
+    x ^= x >> 16
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
+    x ^= x >> 15
+    x = (x * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Identity and global position of n tokens, as columns."""
+
+    events: Ints
+    places: Ints
+    positions: Ints
+
+
+def tokens_of(identities: Sequence[tuple[int, int]], first: int) -> Tokens:
+    """Tokens at consecutive positions from `first`."""
+    columns = np.array(identities, dtype=np.int64).reshape(-1, 2)
+    positions = np.arange(first, first + len(columns), dtype=np.int64)
+    return Tokens(columns[:, 0], columns[:, 1], positions)
+
+
+def entries(
+    seed: int, tokens: Tokens, layers: int, tensor: Tensor, heads: Sequence[int], dim: int
+) -> Array:
+    """Q, K or V before RoPE: shape (layers, n, heads, dim), multiples of 1/16 within +-4."""
+    with np.errstate(over="ignore"):  # products wrap in int64; only their low 32 bits count
+        state = _fold(np.array(0, dtype=np.int64), np.array(seed - 0x9E3779B9, dtype=np.int64))
+        for column in (tokens.events, tokens.places, tokens.positions):
+            state = _fold(state, column)
+        state = _fold(state, np.arange(layers, dtype=np.int64)[:, None])
+        state = _fold(state, np.array(TENSOR_CODE[tensor], dtype=np.int64))
+        state = _fold(state[:, :, None], np.array(heads, dtype=np.int64))
+        state = _fold(state[..., None], np.arange(dim, dtype=np.int64))
+    entries: Array = (state % LEVELS - 64) / 16
+    return entries
+
+
+def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+    """Q before RoPE, all zero where a head is a probe: shape (layers, n, heads, dim)."""
+    q = entries(seed, tokens, model.layers, "q", heads, model.head_dim)
+    group = model.q_heads // model.kv_heads
+    columns = np.array(heads)
+    if group > 1:
+        probe = np.broadcast_to(columns % group == 0, (len(tokens.positions), len(heads)))
+    else:
+        probe = (columns[None, :] + tokens.positions[:, None]) % 2 == 0
+    q[:, probe] = 0.0
+    return q
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Rows after RoPE: `exact` float64, `stored` rounded to the type, `doubt` between roundings.
+
+    `slack` is what float32 arithmetic may be off by before the rounding.
+    """
+
+    exact: Array
+    stored: Array
+    doubt: Array
+    slack: Array
+
+
+def rope(x: Array, positions: Ints, base: float, dtype: DType) -> Rotated:
+    """RoPE of rows (layers, n, heads, dim) at global positions (n)."""
+    half = x.shape[-1] // 2
+    inverse = base ** (-2.0 * np.arange(half) / x.shape[-1])
+    angle = positions[:, None, None] * inverse
+    cosine, sine = round_to(np.cos(angle), "float32"), round_to(np.sin(angle), "float32")
+    a, b = x[..., :half], x[..., half:]
+    exact = np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+    slack = 3 * U32 * np.tile(np.abs(a) + np.abs(b), 2)
+    doubt = round_to(exact + slack, dtype) - round_to(exact - slack, dtype)
+    return Rotated(exact, round_to(exact, dtype), doubt, slack)
+
+
+def cached_key_error(rotated: Rotated, dtype: DType) -> Array:
+    """How far a cached K entry may lie from its float64 value (POS-2)."""
+    least_step = np.ldexp(1.0, _LEAST_EXPONENT[dtype] - _PRECISION[dtype])
+    rounding = np.maximum(UNIT_ROUNDOFF[dtype] * np.abs(rotated.exact), least_step / 2)
+    error: Array = rounding + rotated.slack
+    return error
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of S tokens in one layer: arrays (S, kv_heads, dim)."""
+
+    stored: Array
+    doubt: Array
+    values: Array
+
+
+def exact_attention(
+    model: ModelShape, q: Array, q_doubt: Array, kv: KeysValues, ranks: Ints
+) -> tuple[Array, Array]:
+    """Attention of one token over S keys: output (q_heads, dim) and bound E (q_heads) (ATT-4).
+
+    q and q_doubt have shape (q_heads, dim); `ranks[j]` is the cp_rank that holds key j. The
+    terms are those of `helix_reference.attention.error_bound`.
+    """
+    dim, group = model.head_dim, model.q_heads // model.kv_heads
+    scale = 1 / np.sqrt(dim)
+    k, dk, v = (
+        np.repeat(x.transpose(1, 0, 2), group, axis=0) for x in (kv.stored, kv.doubt, kv.values)
+    )  # (q_heads, S, dim)
+    products = q[:, None, :] * k
+    scores = scale * products.sum(-1)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    p = weights / total
+    lse = (top + np.log(total))[:, 0]
+    output = (p[:, None, :] @ v)[:, 0]
+
+    rotation = np.abs(q)[:, None, :] * dk + q_doubt[:, None, :] * np.abs(k)
+    largest = np.abs(scores).max(-1, keepdims=True)
+    score_error = (
+        U32 * (scale * np.sqrt(dim) * _norm(products) + 2 * np.abs(scores) + largest)
+        + scale * _norm(rotation)
+    )
+    squares = ((p * _norm(v - output[:, None, :]) * score_error) ** 2).sum(-1)
+    squares += ((p * _norm(v) * U32) ** 2).sum(-1)
+    u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
+    for rank in np.unique(ranks):
+        mine = ranks == rank
+        weight = p[:, mine].sum(-1)
+        part = (p[:, None, mine] @ v[:, mine])[:, 0] / np.maximum(weight, 1e-300)[:, None]
+        part_lse = lse + np.log(np.maximum(weight, 1e-300))
+        squares += (weight * _norm(part) * u_wire) ** 2
+        squares += (weight * (np.abs(part_lse) + 1) * 2 * U32 * _norm(part - output)) ** 2
+    squares += (u_out * _norm(output)) ** 2
+    mass = (p[:, None, :] @ np.abs(v))[:, 0]
+    squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
+    return output, np.sqrt(squares)
+
+
+def as_array(rows: Any) -> Array:
+    """What an engine handed over (an array, nested lists, or an encoded array) as float64."""
+    if isinstance(rows, dict):
+        flat = np.frombuffer(rows["data"], dtype=rows["dtype"])
+        return flat.reshape(rows["shape"]).astype(np.float64)
+    return np.asarray(rows, dtype=np.float64)
+
+
+def encode_array(x: Any) -> Any:
+    """The form in which arrays travel between processes; the inverse of `as_array`."""
+    if isinstance(x, np.ndarray):
+        return {"dtype": x.dtype.str, "shape": list(x.shape), "data": x.tobytes()}
+    raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
+
+
+def _norm(x: Array) -> Array:
+    norm: Array = np.sqrt((x * x).sum(-1))
+    return norm

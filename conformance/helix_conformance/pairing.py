@@ -1,0 +1,78 @@
+"""Which physical page stands for which page of the model.
+
+Page numbers are an engine's own business. The suite demands that the pairing of its pages with
+the model's is one to one and stays: that alone holds PAGE-2 and GROW-1, sharing by fork and copy
+on write included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from helix_conformance.violations import Violation
+from helix_reference.model import Page
+
+
+class Pairing:
+    """Which physical page of one rank stands for which page of the model."""
+
+    def __init__(self, pool: int) -> None:
+        self.pool = pool
+        self.twins: dict[int, Page] = {}
+        self.numbers: dict[Page, int] = {}
+        self.tables: dict[int, tuple[list[int], list[Page]]] = {}
+        """What was last seen of each request, to look again only at what changed."""
+
+    def table(
+        self, rank: int, id: int, table: list[int], twins: list[Page]
+    ) -> Iterator[Violation]:
+        """One request's block table."""
+        seen = self.tables.get(id)
+        if seen is not None and seen[0] == table and seen[1] == twins:
+            return
+        for page, twin in zip(table, twins, strict=False):
+            yield from self.pair(rank, id, page, twin)
+        extra = table[len(twins) :]
+        if len(set(table)) < len(table) or any(page in self.live() for page in extra):
+            what = f"block table of request {id}"
+            yield Violation("PAGE-2", what, "pages of its own", table, rank, id)
+        self.tables[id] = (list(table), list(twins))
+
+    def pair(
+        self, rank: int, id: int, page: int, twin: Page, *, written: bool = False
+    ) -> Iterator[Violation]:
+        """One page: in the pool, and the same page as before, nobody else's."""
+        if not 0 <= page < self.pool:
+            yield Violation(
+                "PAGE-1",
+                f"page of request {id}, in the rank's pool",
+                f"0 to {self.pool - 1}",
+                page,
+                rank,
+                id,
+            )
+            return
+        stood_for, number = self.twins.get(page), self.numbers.get(twin)
+        if stood_for is twin:
+            return
+        if stood_for is not None and stood_for.holders > 0:
+            what = f"request {id} {'writes into' if written else 'holds'} a page that is not its own"
+            yield Violation("PAGE-2", what, number, page, rank, id)
+            if written:
+                what = f"request {id} overwrites tokens in a page that is not its own"
+                yield Violation("OWN-1", what, number, page, rank, id)
+            return
+        if number is not None:
+            what = f"page that holds tokens of request {id}"
+            yield Violation("GROW-1", what, number, page, rank, id)
+        if stood_for is not None:
+            self.numbers.pop(stood_for, None)
+        self.twins[page], self.numbers[twin] = twin, page
+
+    def forget(self, id: int) -> None:
+        """A request was released."""
+        self.tables.pop(id, None)
+
+    def live(self) -> set[int]:
+        """Physical pages that stand for a page in use."""
+        return {page for page, twin in self.twins.items() if twin.holders > 0}

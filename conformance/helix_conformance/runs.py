@@ -1,0 +1,213 @@
+"""Random traces, stored traces and workloads through a driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+import hypothesis
+import msgspec
+from hypothesis import strategies as st
+
+from helix_conformance.drivers.base import Driver, EngineFailure
+from helix_conformance.judge import Judge
+from helix_conformance.protocol import LADDER, PROFILES, Watch
+from helix_conformance.strategies import configs, traces
+from helix_conformance.violations import GarbageError, Violation
+from helix_conformance.workloads import Request, schedule
+from helix_reference.model import Model
+from helix_spec.configs import Config
+from helix_spec.events import FEATURES, Event, Reason
+from helix_spec.traces import Trace
+
+
+EVERYTHING = Watch()
+"""All state is looked at after every event."""
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """What a red run shows: the trace up to where it fails, and what is wrong there."""
+
+    trace: Trace
+    event: int | None
+    """Index of the event that was answered wrongly; None at start or at the end."""
+    violations: list[Violation] = []
+    engine_failure: str | None = None
+    """How an engine died, hung or answered garbage; then nothing else is known (LIVE-1)."""
+
+    @property
+    def verdict(self) -> str:
+        """`fail` for a difference, `error` for an engine that failed."""
+        return "fail" if self.engine_failure is None else "error"
+
+
+class Tally(msgspec.Struct):
+    """How much was played."""
+
+    traces: int = 0
+    events: int = 0
+    seconds: float = 0.0
+
+
+def check_trace(
+    driver: Driver,
+    trace: Trace,
+    profiles: frozenset[str],
+    *,
+    watch: Watch = EVERYTHING,
+    tally: Tally | None = None,
+) -> Failure | None:
+    """Play one trace and judge every answer; the first event that is wrong ends it."""
+    judge = Judge(trace.config, profiles)
+    return _played(driver, judge, trace.events, watch, tally or Tally())
+
+
+def _played(
+    driver: Driver, judge: Judge, events: Iterable[Event], watch: Watch, tally: Tally
+) -> Failure | None:
+    """Judge events as they are played; None when all answers were right."""
+    config, seen, began = judge.config, list[Event](), time.perf_counter()
+
+    def failure(event: int | None, violations: list[Violation]) -> Failure:
+        return Failure(trace=Trace(config=config, events=seen), event=event, violations=violations)
+
+    try:
+        for event, answers in driver.play(config, judge.profiles, events, watch):
+            if event is not None:
+                seen.append(event)
+                violations = judge.event(event, answers)
+            else:
+                violations = judge.finished(answers) if seen else judge.started(answers)
+            if violations:
+                return failure(None if event is None else len(seen) - 1, violations)
+        return None
+    except EngineFailure as error:
+        lived = list(events) if isinstance(events, list) else seen
+        return Failure(
+            trace=Trace(config=config, events=lived), event=error.event, engine_failure=str(error)
+        )
+    except GarbageError as garbage:
+        died = EngineFailure(garbage.rank, len(seen) - 1, f"answered garbage: {garbage}")
+        return msgspec.structs.replace(failure(died.event, []), engine_failure=str(died))
+    finally:
+        tally.traces += 1
+        tally.events += len(seen)
+        tally.seconds += time.perf_counter() - began
+
+
+class _Failed(Exception):
+    """Tells Hypothesis that an example failed, so that it looks for a smaller one."""
+
+
+class _Stop(KeyboardInterrupt):
+    """Leaves Hypothesis at once: the engine cannot be asked again."""
+
+
+def random_traces(
+    driver: Driver,
+    strategy: st.SearchStrategy[Trace],
+    profiles: frozenset[str],
+    *,
+    examples: int,
+    seed: int,
+    tally: Tally,
+    progress: Callable[[], None] = lambda: None,
+) -> Failure | None:
+    """Play random traces; of those that fail, the smallest that Hypothesis finds."""
+    smallest: list[Failure] = []
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        report_multiple_bugs=False,
+        print_blob=False,
+    )
+    @hypothesis.given(strategy)
+    def every_answer_is_right(trace: Trace) -> None:
+        failure = check_trace(driver, trace, profiles, tally=tally)
+        progress()
+        if failure is not None:
+            smallest[:] = [failure]
+            raise _Failed if driver.survives_failure or failure.verdict == "fail" else _Stop
+
+    try:
+        every_answer_is_right()
+    except (_Failed, _Stop):
+        return smallest[0]
+    except hypothesis.errors.Flaky:
+        note = "This failure did not repeat when the same trace was played again."
+        trace = msgspec.structs.replace(smallest[0].trace, note=note)
+        return msgspec.structs.replace(smallest[0], trace=trace)
+    return None
+
+
+def layout_traces(
+    driver: Driver,
+    name: str,
+    profiles: Collection[str],
+    *,
+    cp_sizes: Sequence[int],
+    tp_sizes: Sequence[int] = (1,),
+) -> st.SearchStrategy[Trace]:
+    """Random traces of one layout, for the features among these profiles."""
+    features = [feature for feature in FEATURES if feature in profiles]
+    return traces(
+        configs=configs(
+            names=[name],
+            cp_sizes=cp_sizes,
+            tp_sizes=tp_sizes,
+            max_world=driver.largest_world,
+            features=features,
+        ),
+        features=features,
+    )
+
+
+def workload(
+    driver: Driver,
+    config: Config,
+    requests: Sequence[Request],
+    profiles: frozenset[str],
+    *,
+    batch_limit: int,
+    max_steps: int,
+    tally: Tally,
+    progress: Callable[[Event], None] = lambda event: None,
+) -> Failure | None:
+    """Play a workload through the scheduler; state is looked at every 100 events."""
+    judge = Judge(config, profiles)
+    watch = Watch(every=100, touched=False)
+    # A driver that wants the whole trace first gets it from a model of its own.
+    planner = None if driver.streams else Model(config, judge.model.features)
+
+    def events() -> Iterator[Event]:
+        schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)
+        reason: Reason | None = None
+        event = next(schedule_of)
+        while True:
+            progress(event)
+            if planner is not None:
+                reason = planner.apply(event)
+            yield event
+            try:
+                event = schedule_of.send(judge.reason if planner is None else reason)
+            except StopIteration:
+                return
+
+    return _played(driver, judge, events(), watch, tally)
+
+
+def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> frozenset[str]:
+    """What is checked: the declared profiles, or those of them that were asked for.
+
+    A profile of the ladder brings those before it.
+    """
+    wanted = set(asked or declared)
+    for profile in LADDER:
+        if profile in wanted:
+            wanted |= set(LADDER[: LADDER.index(profile)])
+    return frozenset(profile for profile in PROFILES if profile in wanted and profile in declared)

@@ -1,0 +1,14 @@
+"""A sharded decode KV cache on torch.distributed: paged pool, ledger, attention, exchange, merge.
+
+Helix parallelism (arXiv 2507.07120; TensorRT-LLM pull request 9757) spreads the KV cache of one
+sequence over `cp_size` ranks. The modules, in reading order:
+
+- `refusals`: why an event changes nothing;
+- `dealing`: which tokens of a prompt each rank gets, and whose turn it is after it;
+- `ledger`: the counters that all ranks keep alike, without communication;
+- `allocator`, `block_tables`, `bookkeeping`: one rank's own pages and slots;
+- `rope`, `attention`, `exchange`, `merge`: the arithmetic of one decode step;
+- `cache`: the public face, `HelixCache`.
+
+Nothing is imported here: everything up to `bookkeeping` runs without torch.
+"""

@@ -1,0 +1,48 @@
+"""Block tables of one rank: the physical pages of each request, in local order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class BlockTables:
+    """A table of page numbers that grows by doubling: a row for each request.
+
+    It does not know how long the rows are; entries past a request's last page are stale, yet
+    always numbers of pages that exist.
+    """
+
+    def __init__(self) -> None:
+        self._pages: Ints = np.zeros((0, 0), dtype=np.int64)
+
+    def write(self, rows: Ints, columns: Ints, pages: Sequence[int]) -> None:
+        """Put `pages[i]` at local page `columns[i]` of row `rows[i]`."""
+        self._grow(int(rows.max(initial=-1)) + 1, int(columns.max(initial=-1)) + 1)
+        self._pages[rows, columns] = pages
+
+    def read(self, rows: Ints, width: int) -> Ints:
+        """[n, width] the first `width` pages of these rows; stale past a row's last page."""
+        self._grow(int(rows.max(initial=-1)) + 1, width)
+        return self._pages[rows, :width]
+
+    def page(self, rows: Ints, columns: Ints) -> Ints:
+        """[n] the page at local page `columns[i]` of row `rows[i]`."""
+        return self._pages[rows, columns]
+
+    def _grow(self, rows: int, columns: int) -> None:
+        old_rows, old_columns = self._pages.shape
+        if rows > old_rows or columns > old_columns:
+            grown = np.zeros(
+                (_doubled(old_rows, rows), _doubled(old_columns, columns)), dtype=np.int64
+            )
+            grown[:old_rows, :old_columns] = self._pages
+            self._pages = grown
+
+
+def _doubled(size: int, needed: int) -> int:
+    return size if needed <= size else max(needed, 2 * size)

@@ -1,0 +1,241 @@
+"""`HelixCache`: one rank's share of a sharded decode KV cache, with RoPE, GQA and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from helix_gpu.attention import attend_pages
+from helix_gpu.bookkeeping import RankBook, RankStep
+from helix_gpu.exchange import Exchange, all_to_all, pack, unpack
+from helix_gpu.ledger import Step
+from helix_gpu.merge import merge
+from helix_gpu.refusals import check_config
+from helix_gpu.rope import rope_table, rotate
+from helix_spec.configs import Config
+
+PromptKV = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From int64 positions [n] to K (not yet rotated) and V, each [layers, n, kv_heads, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """A decode step begun: what this rank's layers need, the same in each of them.
+
+    `book` says where the new tokens are. The tensors lie on the cache's device; rows count the
+    dummy requests too, which have position 0 and see nothing.
+    """
+
+    book: RankStep
+    cos: Tensor
+    sin: Tensor
+    tables: Tensor
+    lengths: Tensor
+    own: Tensor
+    """int64: rows whose new token is on this rank."""
+    own_pages: Tensor
+    own_offsets: Tensor
+
+
+class HelixCache:
+    """The KV cache of global rank `rank` (= tp_rank * cp_size + cp_rank), all layers.
+
+    `group` holds the ranks of this tp_rank, in the order of their cp_rank; None when cp_size is
+    1. Every rank makes the same calls. Heads are counted per rank: `kv_heads` and `q_heads` of
+    its tensor-parallel shard before the exchange; after it the rank holds slice `rank` of all
+    query heads, of q_heads / (tp_size * cp_size) heads (MAP-1).
+
+    Raises Refused(bad_config), and ValueError for a rank or group that does not fit. Methods
+    that change something raise Refused before they do, the same on all ranks, and ValueError
+    for tensors of the wrong shape or type. `exchange` stands in for the group's all-to-all.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        exchange: Exchange | None = None,
+    ) -> None:
+        check_config(config)
+        if not 0 <= rank < config.world_size:
+            raise ValueError(
+                f"rank is {rank}; with tp_size * cp_size = {config.world_size} it must lie "
+                f"between 0 and {config.world_size - 1}."
+            )
+        cp_size, model = config.rules.cp_size, config.model
+        self.config = config
+        self.book = RankBook(config, rank % cp_size)
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = getattr(torch, model.dtype)
+        self.kv_heads = model.kv_heads // config.tp_size
+        self.q_heads = model.q_heads // config.tp_size
+        self.pool = torch.empty(
+            model.layers,
+            config.pages[self.book.cp_rank],
+            2,
+            config.rules.tokens_per_block,
+            self.kv_heads,
+            model.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        """[layers, pages, 2, tokens_per_block, kv_heads, head_dim]: rotated K, then V."""
+        self._exchange = exchange or _group_exchange(group, cp_size, self.book.cp_rank)
+
+    @property
+    def request_ids(self) -> list[int]:
+        """Live requests, in order of admission."""
+        return self.book.request_ids
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of this rank's pool that no request holds."""
+        return self.book.free_pages
+
+    def local_len(self, id: int) -> int:
+        """Tokens of a live request on this rank. Raises Refused(unknown_request)."""
+        return self.book.local_len(id)
+
+    def block_table(self, id: int) -> list[int]:
+        """Physical pages of a live request on this rank, in local order. Raises Refused."""
+        return self.book.block_table(id)
+
+    @torch.no_grad()
+    def admit(self, id: int, prompt_len: int, prompt_kv: PromptKV) -> None:
+        """Take this rank's share of a prompt whose KV exists already.
+
+        `prompt_kv` is asked once for the rank's positions, after the admission is certain and
+        before anything changes; it is not asked when the rank holds none. Its K is rotated here.
+        """
+        plan = self.book.plan_admit(id, prompt_len)
+        hand = plan.hands[self.book.cp_rank]
+        if not hand.tokens:
+            self._clear(self.book.place(plan))
+            return
+        positions = torch.from_numpy(hand.positions()).to(self.device)
+        k, v = prompt_kv(positions)
+        model, t = self.config.model, self.book.layout.tokens_per_block
+        shape = (model.layers, hand.tokens, self.kv_heads, model.head_dim)
+        self._check("The prompt's K", k, shape)
+        self._check("The prompt's V", v, shape)
+        k = rotate(k, *rope_table(positions, model.head_dim, model.rope_base))
+        table = self.book.place(plan)
+        self._clear(table)
+        local = np.arange(hand.tokens)
+        pages = self._put(np.array(table)[local // t])
+        offsets = self._put(local % t)
+        self.pool[:, pages, 0, offsets] = k
+        self.pool[:, pages, 1, offsets] = v
+
+    @torch.no_grad()
+    def begin(
+        self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
+    ) -> DecodeStep:
+        """Start a step of one new token per request: pages are taken, lengths advance.
+
+        Call `attend` once for each layer next. `query_lens` defaults to ones; `pad` dummy
+        requests follow the real ones.
+        """
+        return self._start(self.book.plan_step(ids, query_lens, pad))
+
+    @torch.no_grad()
+    def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One layer of a step begun: append K and V where owned, attend, exchange, merge.
+
+        `q` [n + pad, q_heads, head_dim], `k` and `v` [n + pad, kv_heads, head_dim] of the model's
+        type, not rotated; dummies last, whose content counts for nothing. Returns the output
+        [n, q_heads / cp_size, head_dim] of this rank's slice of the query heads.
+        """
+        model, cp_size = self.config.model, self.book.layout.cp_size
+        rows = len(step.lengths)
+        self._check("q", q, (rows, self.q_heads, model.head_dim))
+        self._check("k", k, (rows, self.kv_heads, model.head_dim))
+        self._check("v", v, (rows, self.kv_heads, model.head_dim))
+        pool = self.pool[layer]
+        pool[step.own_pages, 0, step.own_offsets] = rotate(k, step.cos, step.sin)[step.own]
+        pool[step.own_pages, 1, step.own_offsets] = v[step.own]
+        output, lse = attend_pages(rotate(q, step.cos, step.sin), pool, step.tables, step.lengths)
+        if cp_size > 1:
+            wire = getattr(torch, model.partial_dtype)
+            received = self._exchange(pack(output, lse, cp_size, wire))
+            partials = unpack(received, rows, self.q_heads // cp_size, model.head_dim, wire)
+            output, _ = merge(*partials)
+        return output[: len(step.book.rows)].to(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, ids: Sequence[int], q: Tensor, k: Tensor, v: Tensor, pad: int = 0) -> Tensor:
+        """A whole step: `begin`, then `attend` for every layer.
+
+        `q`, `k` and `v` as `attend` takes them, with a first axis of layers; so is the output,
+        [layers, n, q_heads / cp_size, head_dim].
+        """
+        plan = self.book.plan_step(ids, pad=pad)
+        model, rows = self.config.model, len(ids) + pad
+        self._check("q", q, (model.layers, rows, self.q_heads, model.head_dim))
+        self._check("k", k, (model.layers, rows, self.kv_heads, model.head_dim))
+        self._check("v", v, (model.layers, rows, self.kv_heads, model.head_dim))
+        step = self._start(plan)
+        layers = range(model.layers)
+        return torch.stack([self.attend(step, i, q[i], k[i], v[i]) for i in layers])
+
+    def skip(self, ids: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
+        """Prepare a step that never runs: raises Refused as the decode would, changes nothing."""
+        self.book.skip(ids, query_lens)
+
+    def release(self, id: int) -> None:
+        """End a request; its pages are free again."""
+        self.book.release(id)
+
+    def _start(self, plan: Step) -> DecodeStep:
+        book, pad = self.book.advance(plan), plan.pad
+        self._clear(book.taken)
+        model, t = self.config.model, self.book.layout.tokens_per_block
+        positions = self._put(np.pad(book.position_ids, (0, pad)))
+        cos, sin = rope_table(positions, model.head_dim, model.rope_base)
+        width = -(-int(book.visible.max()) // t)
+        own = book.active.nonzero()[0]
+        return DecodeStep(
+            book,
+            cos,
+            sin,
+            tables=self._put(np.pad(self.book.tables.read(book.rows, width), ((0, pad), (0, 0)))),
+            lengths=self._put(np.pad(book.visible, (0, pad))),
+            own=self._put(own),
+            own_pages=self._put(book.slots[own] // t),
+            own_offsets=self._put(book.slots[own] % t),
+        )
+
+    def _clear(self, pages: list[int]) -> None:
+        """With `poison`, fill pages just taken with NaN: whoever reads an unwritten slot shows."""
+        if self.config.poison and pages:
+            self.pool[:, pages] = torch.nan
+
+    def _put(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {self.dtype} {shape}."
+            )
+
+
+def _group_exchange(group: dist.ProcessGroup | None, cp_size: int, cp_rank: int) -> Exchange:
+    """The group's all-to-all, once it is seen to be the group of this cp_rank."""
+    if cp_size == 1:
+        return lambda send: send
+    if group is None or (group.size(), group.rank()) != (cp_size, cp_rank):
+        held = "no group" if group is None else f"rank {group.rank()} of {group.size()}"
+        raise ValueError(
+            f"group gives {held}; cp_size {cp_size} needs a group of that size in which this "
+            f"rank is {cp_rank}."
+        )
+    return all_to_all(group)

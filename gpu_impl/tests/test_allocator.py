@@ -1,0 +1,44 @@
+"""The page allocator."""
+
+import pytest
+
+from helix_gpu.allocator import PageAllocator
+
+
+def test_pages_are_distinct_and_counted() -> None:
+    """Pages taken are distinct and in range, and free + taken = pages."""
+    allocator = PageAllocator(7)
+    taken = allocator.take(3) + allocator.take(4)
+    assert list(range(7)) == sorted(taken)
+    assert 0 == allocator.free
+
+
+def test_last_given_back_goes_out_first() -> None:
+    """The page given back last is taken first, then those never taken."""
+    allocator = PageAllocator(5)
+    allocator.take(3)
+    allocator.give_back([0, 2])
+    assert [2, 0, 3] == allocator.take(3)
+
+
+def test_taking_too_many_takes_none() -> None:
+    """A request for more pages than are free is an error and changes nothing."""
+    allocator = PageAllocator(2)
+    with pytest.raises(RuntimeError, match="3 pages were asked for and 2 are free"):
+        allocator.take(3)
+    assert 2 == allocator.free
+
+
+@pytest.mark.parametrize("pages", [[0, 0], [1, 2], [5], [-1]])
+def test_giving_back_what_is_not_taken_gives_none(pages: list[int]) -> None:
+    """Double frees, free pages and pages outside the pool are errors and change nothing."""
+    allocator = PageAllocator(3)
+    allocator.take(2)
+    with pytest.raises(RuntimeError, match="given back"):
+        allocator.give_back(pages)
+    assert 1 == allocator.free
+
+
+def test_a_large_pool_costs_nothing() -> None:
+    """A pool of 2**31 - 1 pages needs no list of them."""
+    assert 2**31 - 1 == PageAllocator(2**31 - 1).free

@@ -1,0 +1,118 @@
+"""Local attention over pages against float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helix_gpu import attention
+from helix_gpu.attention import attend_pages
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+Fixture = Callable[..., Any]
+
+
+def scattered(shards: list[tuple[Tensor, Tensor]], t: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The requests' K and V in shuffled pages of a pool of NaN; tables and lengths."""
+    lengths = [len(k) for k, _ in shards]
+    counts = [-(-length // t) for length in lengths]
+    kv_heads, dim = shards[0][0].shape[1:]
+    order = iter(torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(1)))
+    pages = torch.full((sum(counts) + 3, 2, t, kv_heads, dim), torch.nan, dtype=shards[0][0].dtype)
+    tables = torch.zeros(len(shards), max(counts), dtype=torch.int64)
+    for row, shard in enumerate(shards):
+        for column in range(counts[row]):
+            page = tables[row, column] = next(order)
+            for part, x in enumerate(shard):
+                chunk = x[column * t : (column + 1) * t]
+                pages[page, part, : len(chunk)] = chunk
+    return pages, tables, torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "t", "lengths"),
+    [
+        (4, 2, 16, 4, [0, 1, 3, 4, 5, 8, 9]),
+        (8, 1, 64, 16, [47, 0, 33]),
+        (2, 2, 128, 64, [1030]),
+        (6, 2, 2, 1, [7, 1]),
+        (4, 4, 80, 2, [513, 511, 512]),
+    ],
+)
+def test_against_float64(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, t: int, lengths: list[int],
+    exact: Fixture, values: Fixture,
+) -> None:  # fmt: skip
+    """Output and log-sum-exp equal float64 for MHA, GQA, MQA, empty rows and page edges.
+
+    Unused slots and the pages nobody holds are NaN.
+    """
+    q = values((len(lengths), heads, dim), 0, dtype=dtype)
+    shards = [
+        (
+            values((n, kv_heads, dim), 1, n, dtype=dtype),
+            values((n, kv_heads, dim), 2, n, dtype=dtype),
+        )
+        for n in lengths
+    ]
+    output, lse = attend_pages(q, *scattered(shards, t))
+    assert (torch.float32, torch.float32) == (output.dtype, lse.dtype)
+    for row, shard in enumerate(shards):
+        if not lengths[row]:
+            assert torch.equal(torch.zeros(heads, dim), output[row])
+            assert torch.equal(torch.full((heads,), -torch.inf), lse[row])
+            continue
+        o, exact_lse, bound = exact(q[row], [shard], torch.float32, torch.float32)
+        assert ((o - output[row]).norm(dim=-1) <= bound).all()
+        torch.testing.assert_close(exact_lse, lse[row].double(), rtol=2e-6, atol=2e-6)
+
+
+def test_scores_far_apart_do_not_overflow(exact: Fixture, values: Fixture) -> None:
+    """Scores of some +-1000 stay finite, whichever gather holds the largest."""
+    q = values((1, 2, 16), 0) * 16
+    k, v = values((1100, 1, 16), 1) * 16, values((1100, 1, 16), 2)
+    for order in (slice(None), k.flip(0), k):
+        keys = order if isinstance(order, Tensor) else k
+        output, _ = attend_pages(q, *scattered([(keys, v)], 8))
+        o, _, bound = exact(q[0], [(keys, v)], torch.float32, torch.float32)
+        assert ((o - output[0]).norm(dim=-1) <= bound).all()
+
+
+def test_nothing_to_see_at_all(values: Fixture) -> None:
+    """A batch without keys on this rank has a table of width 0 and gives (0, -inf)."""
+    q = values((3, 4, 16), 0)
+    pages = torch.full((2, 2, 4, 2, 16), torch.nan)
+    output, lse = attend_pages(
+        q, pages, torch.zeros(3, 0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    )
+    assert torch.equal(torch.zeros(3, 4, 16), output)
+    assert torch.equal(torch.full((3, 4), -torch.inf), lse)
+
+
+def test_rows_do_not_see_each_other(values: Fixture) -> None:
+    """A NaN query, and stale entries past a row's pages, leave the other rows as they were."""
+    shard = (values((5, 2, 16), 1), values((5, 2, 16), 2))
+    pages, tables, lengths = scattered([shard, shard], 4)
+    q = values((2, 4, 16), 0)
+    plain, _ = attend_pages(q, pages, tables, lengths)
+    q[1] = torch.nan
+    lengths[1] = 0
+    tables[1] = len(pages) - 1
+    disturbed, lse = attend_pages(q, pages, tables, lengths)
+    assert torch.equal(plain[0], disturbed[0])
+    assert torch.equal(torch.zeros(4, 16), disturbed[1])
+    assert torch.equal(torch.full((4,), -torch.inf), lse[1])
+
+
+def test_gathering_in_pieces_changes_only_rounding(
+    exact: Fixture, values: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One page at a time is as exact as all at once."""
+    monkeypatch.setattr(attention, "TOKENS_AT_ONCE", 1)
+    q, shard = values((1, 4, 16), 0), (values((29, 2, 16), 1), values((29, 2, 16), 2))
+    output, _ = attend_pages(q, *scattered([shard], 4))
+    o, _, bound = exact(q[0], [shard], torch.float32, torch.float32)
+    assert ((o - output[0]).norm(dim=-1) <= bound).all()

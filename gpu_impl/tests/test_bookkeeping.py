@@ -1,0 +1,148 @@
+"""One rank's bookkeeping: slots, block tables, pages, and agreement among ranks."""
+
+import numpy as np
+import pytest
+
+from helix_gpu.bookkeeping import RankBook
+from helix_gpu.refusals import Refused
+from helix_spec.configs import Config, ModelShape
+from helix_spec.events import Reason
+from helix_spec.layouts import NAMED_LAYOUTS
+
+C, T = 3, 2
+MODEL = ModelShape(q_heads=6)
+
+
+def books(name: str, pages: int = 50) -> list[RankBook]:
+    """All ranks' books for a named layout."""
+    layout = f"{name}/1:C={C},T={T}" + (",I=1" if name == "vllm_dcp" else "")
+    config = Config(layout=layout, pages=[pages] * C, max_len=1000, model=MODEL)
+    return [RankBook(config, rank) for rank in range(C)]
+
+
+@pytest.mark.parametrize("name", NAMED_LAYOUTS)
+def test_ranks_agree_on_every_step(name: str) -> None:
+    """One rank is active per token; past, visible, slot and position are as the words say."""
+    ranks = books(name)
+    for id, prompt_len in enumerate([1, 4, 13]):
+        for book in ranks:
+            book.admit(id, prompt_len)
+    for n in range(20):
+        before = [[book.local_len(id) for id in range(3)] for book in ranks]
+        steps = [book.decode_step([0, 1, 2], pad=1) for book in ranks]
+        assert [1] * 3 == np.sum([step.active for step in steps], axis=0).tolist()
+        for book, step, lengths in zip(ranks, steps, before, strict=True):
+            assert lengths == step.past_len.tolist()
+            assert [1 + n, 4 + n, 13 + n] == step.position_ids.tolist()
+            assert (step.past_len + step.active).tolist() == step.visible.tolist()
+            assert [book.local_len(id) for id in range(3)] == step.visible.tolist()
+            for id, (active, index) in enumerate(zip(step.active, step.past_len, strict=True)):
+                table = book.block_table(id)
+                slot = table[index // T] * T + index % T if active else -1
+                assert slot == step.slots[id]
+
+
+@pytest.mark.parametrize("name", NAMED_LAYOUTS)
+def test_pages_are_conserved(name: str) -> None:
+    """Block tables never share a page, tables only grow, and a release gives all pages back."""
+    ranks = books(name)
+    for book in ranks:
+        for id, prompt_len in enumerate([1, 4, 13]):
+            book.admit(id, prompt_len)
+        tables = [book.block_table(id) for id in range(3)]
+        for _ in range(20):
+            book.decode_step([2, 0])
+            now = [book.block_table(id) for id in range(3)]
+            assert tables == [new[: len(old)] for old, new in zip(tables, now, strict=True)]
+            used = [page for table in now for page in table]
+            assert len(used) == len(set(used))
+            assert 50 == book.free_pages + len(used) == book.ledger.free[book.cp_rank] + len(used)
+            tables = now
+        for id in (1, 0, 2):
+            book.release(id)
+        assert 50 == book.free_pages
+        assert [] == book.request_ids
+
+
+def test_an_inactive_rank_takes_nothing_under_lazy() -> None:
+    """Steps that another rank owns take no page and no slot."""
+    book = books("before_9757")[0]
+    book.admit(7, 5)
+    table = book.block_table(7)
+    for _ in range(30):
+        step = book.decode_step([7])
+        assert ([], [-1]) == (step.taken, step.slots.tolist())
+    assert table == book.block_table(7)
+
+
+def test_lockstep_takes_pages_together() -> None:
+    """Under lockstep every rank takes its page when the super-block of T*C tokens opens."""
+    ranks = books("pr17866")
+    for book in ranks:
+        book.admit(0, C * T)
+    assert [1] * C == [len(book.decode_step([0]).taken) for book in ranks]
+    assert [0] * C == [len(book.decode_step([0]).taken) for book in ranks]
+
+
+def test_skip_is_refused_as_the_decode_and_changes_nothing() -> None:
+    """After a skip, or a refused one, the next step is the one that would have been."""
+    skipped, plain = books("balanced")[0], books("balanced")[0]
+    for book in (skipped, plain):
+        book.admit(3, 6)
+    skipped.skip([3])
+    with pytest.raises(Refused) as refused:
+        skipped.skip([3, 4], [1, 1])
+    assert Reason.UNKNOWN_REQUEST == refused.value.reason
+    assert plain.free_pages == skipped.free_pages
+    one, other = plain.decode_step([3]), skipped.decode_step([3])
+    assert one.slots.tolist() == other.slots.tolist()
+    assert one.position_ids.tolist() == other.position_ids.tolist()
+
+
+def test_recycled_rows_forget_their_pages() -> None:
+    """A request in a recycled row sees its own pages alone."""
+    book = books("pr9757")[0]
+    book.admit(0, 40)
+    book.release(0)
+    book.admit(1, 2)
+    assert 1 == len(book.block_table(1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"overlap": True},
+        {"admission": "prefill"},
+        {"pages": [5, 5]},
+        {"layout": "custom/1:prompt=contiguous,owner=step,pages=lockstep,start=rank_zero,C=3,T=2"},
+        {"layout": "pr9757"},
+    ],
+)
+def test_bad_configurations_are_refused(change: dict[str, object]) -> None:
+    """What this engine cannot do, and what none can, is refused at start with a sentence."""
+    config: dict[str, object] = {
+        "layout": "pr9757/1:C=3,T=2",
+        "pages": [5] * 3,
+        "max_len": 9,
+        "model": MODEL,
+    }
+    with pytest.raises(Refused, match=r"\.$") as refused:
+        RankBook(Config(**(config | change)), 0)  # type: ignore[arg-type]
+    assert Reason.BAD_CONFIG == refused.value.reason
+
+
+def test_cp_rank_outside_the_layout() -> None:
+    """A cp_rank that the layout does not have is an error."""
+    config = Config(layout="pr9757/1:C=3,T=2", pages=[5] * 3, max_len=9, model=MODEL)
+    with pytest.raises(ValueError, match="between 0 and 2"):
+        RankBook(config, 3)
+
+
+def test_long_tables_grow() -> None:
+    """Block tables follow a request from its first page to hundreds."""
+    book = books("before_9757", pages=300)[C - 1]
+    book.admit(0, 1)
+    for _ in range(501):
+        book.decode_step([0])
+    assert 251 == len(set(book.block_table(0)))
+    assert np.array_equal(book.block_table(0), sorted(book.block_table(0)))

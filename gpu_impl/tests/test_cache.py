@@ -1,0 +1,339 @@
+"""HelixCache end to end: one rank, and many ranks as threads, against float64."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helix_gpu.cache import HelixCache
+from helix_gpu.ledger import Ledger
+from helix_gpu.refusals import Refused
+from helix_gpu.rope import rope_table, rotate
+from helix_spec.configs import Config, DType, ModelShape
+from helix_spec.events import Reason
+
+Fixture = Callable[..., Any]
+LAYERS, DIM = 2, 16
+PROMPTS = [1, 6, 13]
+
+
+def config(
+    layout: str,
+    *,
+    tp: int = 1,
+    dtype: DType = "float32",
+    wire: DType = "float32",
+    heads: tuple[int, int] = (8, 2),
+) -> Config:
+    """A small model on `layout`."""
+    model = ModelShape(
+        layers=LAYERS,
+        q_heads=heads[0],
+        kv_heads=heads[1],
+        head_dim=DIM,
+        dtype=dtype,
+        partial_dtype=wire,
+    )
+    cp_size = int(layout.split("C=")[1].split(",")[0])
+    return Config(layout=layout, pages=[40] * cp_size, max_len=100, model=model, tp_size=tp)
+
+
+class Model:
+    """Q, K and V of all heads, by request and position; a rank is given its own heads' part."""
+
+    def __init__(self, config: Config, values: Fixture) -> None:
+        self.config, self.values = config, values
+        self.dtype: torch.dtype = getattr(torch, config.model.dtype)
+
+    def tokens(self, request: int, positions: list[int], code: int) -> Tensor:
+        """[layers, n, heads, dim] of q (code 0), k (1) or v (2)."""
+        heads = self.config.model.kv_heads if code else self.config.model.q_heads
+        return torch.stack(
+            [
+                self.values((LAYERS, heads, DIM), request, p, code, dtype=self.dtype)
+                for p in positions
+            ],
+            1,
+        )
+
+    def shard(self, x: Tensor, rank: int) -> Tensor:
+        """The heads of this rank's tensor-parallel shard."""
+        return x.chunk(self.config.tp_size, 2)[rank // self.config.rules.cp_size]
+
+    def admit(self, cache: HelixCache, rank: int, request: int, prompt_len: int) -> None:
+        """Admit a request with this model's prompt."""
+
+        def prompt_kv(positions: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = (self.tokens(request, positions.tolist(), code) for code in (1, 2))
+            return self.shard(k, rank), self.shard(v, rank)
+
+        cache.admit(request, prompt_len, prompt_kv)
+
+    def decode(
+        self, cache: HelixCache, rank: int, ids: list[int], positions: list[int], pad: int = 0
+    ) -> Tensor:
+        """Decode one token for each request, with NaN for the dummies."""
+
+        def rows_of(code: int) -> Tensor:
+            rows = [self.tokens(id, [p], code) for id, p in zip(ids, positions, strict=True)]
+            real = self.shard(torch.cat(rows, 1), rank)
+            dummies = real.new_full((LAYERS, pad, *real.shape[2:]), torch.nan)
+            return torch.cat((real, dummies), 1)
+
+        return cache.decode(ids, rows_of(0), rows_of(1), rows_of(2), pad=pad)
+
+    def rotated(self, request: int, positions: list[int], code: int) -> Tensor:
+        """Q or K after RoPE, as `rotate` (tested on its own) rounds it."""
+        table = rope_table(torch.tensor(positions), DIM, self.config.model.rope_base)
+        return rotate(self.tokens(request, positions, code), *table)
+
+
+def played(cache: HelixCache, rank: int, model: Model, steps: int) -> list[Tensor]:
+    """Admit three prompts, then decode: staggered batches, dummies, one refused step each."""
+    for request, prompt_len in enumerate(PROMPTS):
+        model.admit(cache, rank, request, prompt_len)
+    outputs = []
+    for n in range(steps):
+        with pytest.raises(Refused):
+            cache.skip([0, 99])
+        cache.skip([2, 1, 0])
+        outputs.append(
+            model.decode(cache, rank, [2, 0, 1], [PROMPTS[i] + n for i in (2, 0, 1)], pad=n % 3)
+        )
+    return outputs
+
+
+def spread(config: Config, steps: int) -> list[dict[int, list[list[int]]]]:
+    """After each step that `played` takes: the positions on each rank, by request."""
+    ledger = Ledger(config.rules, config.pages, config.max_len)
+    held = {}
+    for request, prompt_len in enumerate(PROMPTS):
+        plan = ledger.plan_admit(request, prompt_len)
+        ledger.admit(plan)
+        held[request] = [hand.positions().tolist() for hand in plan.hands]
+    after = []
+    for _ in range(steps):
+        step = ledger.plan_step([2, 0, 1], [1, 1, 1])
+        ledger.advance(step)
+        for request, owner, position in zip([2, 0, 1], step.owners, step.positions, strict=True):
+            held[request][owner].append(int(position))
+        after.append(copy.deepcopy(held))
+    return after
+
+
+LAYOUTS = [
+    "pr9757/1:C=1,T=4",
+    "before_9757/1:C=2,T=2",
+    "pr9757/1:C=4,T=2",
+    "pr13180/1:C=4,T=2",
+    "pr17866/1:C=4,T=2",
+    "vllm_dcp/1:C=2,T=4,I=2",
+    "balanced/1:C=4,T=2",
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "tp", "dtype", "wire", "heads"),
+    [(layout, 1, "float32", "float32", (8, 2)) for layout in LAYOUTS]
+    + [
+        ("pr9757/1:C=1,T=4", 1, "bfloat16", "bfloat16", (4, 1)),
+        ("pr9757/1:C=4,T=2", 1, "float16", "float16", (8, 1)),
+        ("balanced/1:C=4,T=2", 1, "bfloat16", "bfloat16", (4, 4)),
+        ("pr9757/1:C=2,T=2", 2, "float32", "float32", (8, 2)),
+        ("pr17866/1:C=2,T=2", 2, "bfloat16", "float32", (4, 4)),
+    ],
+)
+def test_outputs_equal_attention_over_the_whole(
+    layout: str, tp: int, dtype: DType, wire: DType, heads: tuple[int, int],
+    run_ranks: Fixture, exact: Fixture, values: Fixture,
+) -> None:  # fmt: skip
+    """Every rank's slice of heads equals float64 attention over all tokens, at every step.
+
+    Pages are NaN when taken, dummies hold NaN, and steps are skipped and refused in between.
+    """
+    setting = config(layout, tp=tp, dtype=dtype, wire=wire, heads=heads)
+    model = Model(setting, values)
+    by_rank = run_ranks(setting, lambda cache, rank: played(cache, rank, model, steps=9))
+    travels = getattr(torch, wire) if setting.rules.cp_size > 1 else torch.float32
+    for n, held in enumerate(spread(setting, steps=9)):
+        output = torch.cat([outputs[n] for outputs in by_rank], 2)
+        assert (LAYERS, 3, heads[0], DIM) == output.shape
+        assert model.dtype == output.dtype
+        for row, request in enumerate((2, 0, 1)):
+            everything = list(range(PROMPTS[request] + n + 1))
+            q = model.rotated(request, everything[-1:], 0)[:, 0]
+            k, v = model.rotated(request, everything, 1), model.tokens(request, everything, 2)
+            for layer in range(LAYERS):
+                shards = [(k[layer, hand], v[layer, hand]) for hand in held[request]]
+                o, _, bound = exact(q[layer], shards, model.dtype, travels)
+                assert ((o - output[layer, row]).norm(dim=-1) <= bound).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cached_rows_are_the_rotated_tokens(
+    layout: str, run_ranks: Fixture, values: Fixture
+) -> None:
+    """Together the ranks cache each position once: K rotated by global position, V as it came.
+
+    Slots without a token are still NaN, and so are the pages that nobody took.
+    """
+    setting = config(layout)
+    model = Model(setting, values)
+
+    def body(cache: HelixCache, rank: int) -> list[tuple[Tensor, Tensor]]:
+        cache.pool.fill_(torch.nan)
+        played(cache, rank, model, steps=9)
+        rows = []
+        used = 0
+        for request in cache.request_ids:
+            pages = cache.pool[:, cache.block_table(request)]
+            k, v = pages[:, :, 0].flatten(1, 2), pages[:, :, 1].flatten(1, 2)
+            held = cache.local_len(request)
+            assert k[:, held:].isnan().all() and v[:, held:].isnan().all()
+            rows.append((k[:, :held], v[:, :held]))
+            used += held
+        assert cache.pool[:, :, 0].isfinite().sum() == used * LAYERS * setting.model.kv_heads * DIM
+        return rows
+
+    ranks = run_ranks(setting, body)
+    for request, prompt_len in enumerate(PROMPTS):
+        everything = list(range(prompt_len + 9))
+        k, v = model.rotated(request, everything, 1), model.tokens(request, everything, 2)
+        got_k, got_v = (torch.cat([rows[request][part] for rows in ranks], 1) for part in (0, 1))
+        order = [
+            int((got_v == v[:, [p]]).flatten(2).all(2).all(0).nonzero()[0, 0]) for p in everything
+        ]
+        assert everything == sorted(order)
+        assert torch.equal(k, got_k[:, order])
+        assert torch.equal(v, got_v[:, order])
+
+
+def test_an_inactive_rank_writes_nothing(run_ranks: Fixture, values: Fixture) -> None:
+    """Under before_9757 the pools of all ranks but the last keep every bit while decoding."""
+    setting = config("before_9757/1:C=4,T=2")
+    model = Model(setting, values)
+
+    def body(cache: HelixCache, rank: int) -> bool:
+        model.admit(cache, rank, 0, 13)
+        before = cache.pool.view(torch.int32).clone()
+        for n in range(5):
+            model.decode(cache, rank, [0], [13 + n], pad=2)
+        return torch.equal(before, cache.pool.view(torch.int32))
+
+    assert [True, True, True, False] == run_ranks(setting, body)
+
+
+def test_dummies_change_no_bit(run_ranks: Fixture, values: Fixture) -> None:
+    """The same requests with and without dummy requests give the same output and pool."""
+    setting = config("pr9757/1:C=2,T=2")
+    model = Model(setting, values)
+
+    def body(pad: int) -> Callable[[HelixCache, int], tuple[Tensor, Tensor]]:
+        def run(cache: HelixCache, rank: int) -> tuple[Tensor, Tensor]:
+            cache.pool.zero_()
+            model.admit(cache, rank, 0, 5)
+            outputs = [model.decode(cache, rank, [0], [5 + n], pad=pad) for n in range(4)]
+            return torch.stack(outputs), cache.pool.view(torch.int32)
+
+        return run
+
+    for (plain, pool), (padded, padded_pool) in zip(
+        run_ranks(setting, body(0)), run_ranks(setting, body(5)), strict=True
+    ):
+        assert torch.equal(plain, padded)
+        assert torch.equal(pool, padded_pool)
+
+
+def test_prompt_is_asked_for_only_where_held(values: Fixture) -> None:
+    """`prompt_kv` is asked once, for this rank's positions; never when refused or without any."""
+    setting = config("pr9757/1:C=4,T=2")
+    model = Model(setting, values)
+    asked: dict[int, list[list[int]]] = {rank: [] for rank in range(4)}
+    for rank in range(4):
+        cache = HelixCache(setting, rank=rank, exchange=lambda send: send)
+
+        def prompt_kv(positions: Tensor, rank: int = rank) -> tuple[Tensor, Tensor]:
+            asked[rank].append(positions.tolist())
+            return model.tokens(0, positions.tolist(), 1), model.tokens(0, positions.tolist(), 2)
+
+        cache.admit(0, 5, prompt_kv)
+        with pytest.raises(Refused):
+            cache.admit(0, 5, prompt_kv)
+    assert {0: [[0, 1]], 1: [[2, 3]], 2: [[4]], 3: []} == asked
+
+
+def test_failures_before_the_commit_leak_nothing(values: Fixture) -> None:
+    """A prompt that cannot be had, wrong shapes and wrong types leave everything as it was."""
+    setting = config("pr9757/1:C=1,T=2")
+    model = Model(setting, values)
+    cache = HelixCache(setting, rank=0)
+
+    def broken(positions: Tensor) -> tuple[Tensor, Tensor]:
+        raise OSError("the peer is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        cache.admit(0, 5, broken)
+    with pytest.raises(ValueError, match=r"The prompt's K is torch.float32 \(1,\); it must be"):
+        cache.admit(0, 5, lambda _: (torch.zeros(1), torch.zeros(1)))
+    assert ([], 40) == (cache.request_ids, cache.free_pages)
+    model.admit(cache, 0, 0, 4)
+    q, k = torch.zeros(LAYERS, 1, 8, DIM), torch.zeros(LAYERS, 1, 2, DIM)
+    for batch in ((q, k, k.double()), (q[:1], k, k), (q, k[:, :, :1], k)):
+        with pytest.raises(ValueError, match="it must be torch"):
+            cache.decode([0], *batch)
+    assert (38, 4) == (cache.free_pages, cache.local_len(0))
+
+
+@pytest.mark.parametrize(
+    ("expected", "ids", "pad"),
+    [(Reason.BAD_COUNT, [], 0), (Reason.BAD_COUNT, [0], -1), (Reason.UNKNOWN_REQUEST, [1], 0)],
+)
+def test_decode_refuses_before_it_looks_at_tensors(
+    expected: Reason, ids: list[int], pad: int, values: Fixture
+) -> None:
+    """A refusal comes before any complaint about shapes."""
+    setting = config("pr9757/1:C=1,T=2")
+    cache = HelixCache(setting, rank=0)
+    Model(setting, values).admit(cache, 0, 0, 4)
+    nothing = torch.empty(0)
+    with pytest.raises(Refused) as refused:
+        cache.decode(ids, nothing, nothing, nothing, pad=pad)
+    assert expected == refused.value.reason
+
+
+def test_a_released_id_starts_afresh(run_ranks: Fixture, values: Fixture) -> None:
+    """An id admitted again after a release gives what a new cache gives, stale pages or not."""
+    setting = config("pr9757/1:C=2,T=2")
+    model = Model(setting, values)
+
+    def body(used: bool) -> Callable[[HelixCache, int], Tensor]:
+        def run(cache: HelixCache, rank: int) -> Tensor:
+            if used:
+                model.admit(cache, rank, 0, 60)
+                model.decode(cache, rank, [0], [60])
+                cache.release(0)
+            model.admit(cache, rank, 0, 7)
+            return model.decode(cache, rank, [0], [7])
+
+        return run
+
+    for fresh, again in zip(
+        run_ranks(setting, body(False)), run_ranks(setting, body(True)), strict=True
+    ):
+        assert torch.equal(fresh, again)
+
+
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_rank_outside_the_world(rank: int) -> None:
+    """A rank that tp_size * cp_size does not have is an error."""
+    with pytest.raises(ValueError, match="between 0 and 3"):
+        HelixCache(config("pr9757/1:C=2,T=2", tp=2), rank=rank, exchange=lambda send: send)
+
+
+def test_missing_group() -> None:
+    """More than one cp rank needs a process group."""
+    with pytest.raises(ValueError, match="no group; cp_size 2 needs"):
+        HelixCache(config("pr9757/1:C=2,T=2"), rank=0)

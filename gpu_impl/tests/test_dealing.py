@@ -1,0 +1,68 @@
+"""Dealing a prompt: DESIGN's worked examples, and that nothing is lost or dealt twice."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helix_gpu.dealing import deal_prompt
+from helix_spec.layouts import named_layout, parse_layout
+
+SPLITS = ["contiguous", "round_robin", "interleave(1)", "interleave(2)", "interleave(4)"]
+
+
+def positions(text: str, prompt_len: int, shift: int = 0) -> list[list[int]]:
+    """Positions on each rank."""
+    return [
+        hand.positions().tolist() for hand in deal_prompt(parse_layout(text), prompt_len, shift)
+    ]
+
+
+def test_contiguous_example() -> None:
+    """L=13, T=2, C=4: contiguous puts 0-3, 4-7, 8-11 and 12 on the ranks."""
+    expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
+    assert expected == positions("pr9757/1:C=4,T=2", 13)
+
+
+def test_round_robin_example() -> None:
+    """L=13, T=2, C=4: round_robin deals blocks in turn."""
+    expected = [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12], [6, 7]]
+    assert expected == positions("pr13180/1:C=4,T=2", 13)
+
+
+def test_pr9757_example() -> None:
+    """L=400, T=100, C=4: rank r holds [100r, 100r + 100)."""
+    expected = [list(range(100 * r, 100 * r + 100)) for r in range(4)]
+    assert expected == positions("pr9757/1:C=4,T=100", 400)
+
+
+def test_short_prompt_leaves_ranks_empty() -> None:
+    """A prompt shorter than C blocks leaves ranks without tokens, which is legal."""
+    assert [[0, 1], [2], [], []] == positions("pr9757/1:C=4,T=2", 3)
+
+
+@given(st.sampled_from(SPLITS), st.integers(1, 5), st.integers(1, 200), st.integers(0, 4))
+def test_every_token_is_dealt_once(split: str, c: int, prompt_len: int, shift: int) -> None:
+    """Hands are rising, of the length they claim, and together hold each position once."""
+    layout = parse_layout(
+        f"custom/1:prompt={split},owner=last_rank,pages=lazy,start=rotated,C={c},T=4"
+    )
+    hands = deal_prompt(layout, prompt_len, shift % c)
+    dealt = [hand.positions() for hand in hands]
+    assert list(range(prompt_len)) == sorted(np.concatenate(dealt).tolist())
+    assert [len(hand) for hand in dealt] == [hand.tokens for hand in hands]
+    assert all((np.diff(hand) > 0).all() for hand in dealt)
+
+
+@pytest.mark.parametrize("name", ["pr9757", "pr13180", "vllm_dcp"])
+def test_shift_turns_the_table(name: str) -> None:
+    """Under a shift of s, rank r + s gets what rank r would get."""
+    layout = named_layout(name, cp_size=4, tokens_per_block=2)
+    plain = [hand.chunks for hand in deal_prompt(layout, 13, 0)]
+    assert plain[-1:] + plain[:-1] == [hand.chunks for hand in deal_prompt(layout, 13, 1)]
+
+
+def test_absurd_prompt_costs_nothing() -> None:
+    """A prompt of 2**53 tokens is dealt without memory for each token."""
+    hands = deal_prompt(parse_layout("vllm_dcp/1:C=4,T=1,I=1"), 2**53, 0)
+    assert 2**53 == sum(hand.tokens for hand in hands)

@@ -1,0 +1,10 @@
+"""The reference: what every rank must hold after every event, written to be read.
+
+- `dealing`: which rank gets which token, by dealing lists of tokens;
+- `model`: all ranks of one sharded cache, one event at a time;
+- `refusals`: when an event is refused, and why;
+- `attention`: exact attention in float64, and when two outputs are equal;
+- `engine`: the model behind the engine protocol, as one more engine under test.
+
+Pure Python, naive on purpose, no cleverness: speed is for `helix_gpu`.
+"""

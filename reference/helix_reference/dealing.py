@@ -1,0 +1,61 @@
+"""Which rank gets which token, by dealing lists of tokens (SPEC.md section 3).
+
+Ranks here are the rule's; `rotated` layouts turn the result by the request's shift.
+"""
+
+from __future__ import annotations
+
+from helix_spec.layouts import Layout
+
+
+def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[list[int]]:
+    """The prompt's positions on each cp_rank, in local order."""
+    positions = list(range(prompt_len))
+    if layout.prompt == "contiguous":
+        hands = _consecutive(_chunks(positions, layout.tokens_per_block), layout.cp_size)
+    elif layout.prompt == "round_robin":
+        hands = _in_turn(_chunks(positions, layout.tokens_per_block), layout.cp_size)
+    else:
+        assert layout.prompt_interleave is not None
+        hands = _in_turn(_chunks(positions, layout.prompt_interleave), layout.cp_size)
+    return [hands[(rank - shift) % layout.cp_size] for rank in range(layout.cp_size)]
+
+
+def decode_owner(layout: Layout, prompt_len: int, step: int, shift: int) -> int:
+    """The cp_rank that owns the token of a step."""
+    c, t = layout.cp_size, layout.tokens_per_block
+    if layout.owner == "last_rank":
+        rank = c - 1
+    elif layout.owner == "step":
+        rank = (step // t) % c
+    elif layout.owner == "position":
+        rank = ((prompt_len + step) // t) % c
+    else:
+        assert layout.owner_interleave is not None
+        rank = ((prompt_len + step) // layout.owner_interleave) % c
+    return (rank + shift) % c
+
+
+def _chunks(positions: list[int], size: int) -> list[list[int]]:
+    """The positions cut into pieces of `size`; the last may be shorter."""
+    return [positions[first : first + size] for first in range(0, len(positions), size)]
+
+
+def _consecutive(blocks: list[list[int]], ranks: int) -> list[list[int]]:
+    """Neighbouring blocks stay together; the first ranks take one more where it does not divide."""
+    share, larger = divmod(len(blocks), ranks)
+    hands, first = [], 0
+    for rank in range(ranks):
+        count = share + (1 if rank < larger else 0)
+        hands.append(_joined(blocks[first : first + count]))
+        first += count
+    return hands
+
+
+def _in_turn(chunks: list[list[int]], ranks: int) -> list[list[int]]:
+    """One chunk for each rank in turn."""
+    return [_joined(chunks[rank::ranks]) for rank in range(ranks)]
+
+
+def _joined(chunks: list[list[int]]) -> list[int]:
+    return [position for chunk in chunks for position in chunk]

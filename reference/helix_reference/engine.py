@@ -1,0 +1,130 @@
+"""The reference as an engine: one rank of the model, behind the engine protocol.
+
+It holds a whole model and answers for one rank of it, so a run of C such engines shows that the
+suite accepts what the specification says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from helix_reference.attention import Token, Vector, attend, key, query, raw
+from helix_reference.model import Model, Request, Step
+from helix_spec.configs import Config, config_problem
+from helix_spec.events import FEATURES, Event, Outcome, RankView, Reason
+
+Rows = list[list[list[Vector]]]
+"""Nested lists of floats: layer, token or slot, head, dim."""
+
+
+class ReferenceEngine:
+    """One rank of the reference. See `helix_conformance.protocol.Engine`."""
+
+    profiles: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("placement", "lengths", "pages", "cache", "attention"),
+            *FEATURES,
+        }
+    )
+    needs_processes: ClassVar[bool] = False
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        if config_problem(config) is not None:
+            return Outcome(Reason.BAD_CONFIG)
+        self.config = config
+        self.checked = profiles
+        self.model = Model(config)
+        self.cp_rank = self.rank % self.model.layout.cp_size
+        self.tp_rank = self.rank // self.model.layout.cp_size
+        return Outcome()
+
+    def apply(self, event: Event) -> Outcome:
+        """Let one event happen on every rank of the model, and answer for this one."""
+        reason = self.model.apply(event)
+        outcome = self.model.outcome(self.cp_rank, reason)
+        if "attention" not in self.checked or not self.model.last_steps:
+            return outcome
+        return Outcome(
+            None,
+            outcome.past_len,
+            outcome.position_ids,
+            outcome.active,
+            outcome.slots,
+            outcome.visible,
+            self._output(self.model.last_steps),
+        )
+
+    def observe(self, ids: Sequence[int] | None = None) -> RankView:
+        """This rank's state."""
+        view = self.model.view(self.cp_rank, ids)
+        if "cache" not in self.checked:
+            return view
+        rows = {id: self._cached(self.model.requests[id]) for id in view.local_len}
+        return RankView(
+            view.local_len,
+            view.block_tables,
+            view.preempted,
+            view.free_pages,
+            {id: keys for id, (keys, _) in rows.items()},
+            {id: values for id, (_, values) in rows.items()},
+        )
+
+    def _output(self, steps: list[Step]) -> Rows:
+        """Attention of each new token over the whole sequence, for this rank's query heads."""
+        shape, world = self.config.model, self.config.world_size
+        heads = range(
+            shape.q_heads * self.rank // world, shape.q_heads * (self.rank + 1) // world
+        )
+        return [
+            [
+                [self._attend(layer, step, place, head) for head in heads]
+                for step in steps
+                for place in range(len(step.owners))
+            ]
+            for layer in range(shape.layers)
+        ]
+
+    def _attend(self, layer: int, step: Step, place: int, head: int) -> Vector:
+        shape, seed = self.config.model, self.config.seed
+        kv_head = head // (shape.q_heads // shape.kv_heads)
+        seen = self._tokens(self.model.requests[step.id])[: step.first + place + 1]
+        return attend(
+            query(shape, seed, seen[-1], layer, head).stored,
+            [key(shape, seed, token, layer, kv_head).stored for token in seen],
+            [raw(seed, token, layer, "v", kv_head, shape.head_dim) for token in seen],
+            shape.head_dim,
+        ).output
+
+    def _cached(self, request: Request) -> tuple[Rows, Rows]:
+        """Keys and values of this rank's slots for a request; unwritten slots hold NaN."""
+        shape, seed = self.config.model, self.config.seed
+        per_rank = shape.kv_heads // self.config.tp_size
+        heads = range(self.tp_rank * per_rank, (self.tp_rank + 1) * per_rank)
+        tokens = self._tokens(request)
+        held = [tokens[position] for position in request.ranks[self.cp_rank]]
+        slots = len(request.tables[self.cp_rank]) * self.model.layout.tokens_per_block
+        blank = [[float("nan")] * shape.head_dim for _ in heads]
+        unwritten = [blank] * (slots - len(held))
+        keys, values = [], []
+        for layer in range(shape.layers):
+            keys.append(
+                [[key(shape, seed, t, layer, head).stored for head in heads] for t in held]
+                + unwritten
+            )
+            values.append(
+                [[raw(seed, t, layer, "v", head, shape.head_dim) for head in heads] for t in held]
+                + unwritten
+            )
+        return keys, values
+
+    @staticmethod
+    def _tokens(request: Request) -> list[Token]:
+        return [
+            Token(event, place, position)
+            for position, (event, place) in enumerate(request.tokens)
+        ]

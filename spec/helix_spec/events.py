@@ -1,0 +1,183 @@
+"""The trace language: events, the reasons of refusals, and what an engine answers.
+
+SPEC.md section 5 says what each event does, section 6 when it is refused.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Final
+
+import msgspec
+
+RequestId = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Number = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+"""A count as it arrives: traces may carry wrong ones, which engines must refuse."""
+
+
+class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event"):
+    pass
+
+
+class Admit(_Event, frozen=True, tag="admit"):
+    """A new request of `prompt_len` tokens; its KV is placed by the prompt split."""
+
+    id: RequestId
+    prompt_len: Number
+
+
+class Decode(_Event, frozen=True, tag="decode"):
+    """One step for a batch: request `ids[i]` gets `query_lens[i]` new tokens.
+
+    `pad` dummy requests fill the batch, as CUDA graphs of fixed batch sizes need.
+    """
+
+    ids: list[RequestId]
+    query_lens: list[Number]
+    pad: Number = 0
+
+
+class Accept(_Event, frozen=True, tag="accept"):
+    """Keep the first `kept` tokens of the request's last group, rewind the others."""
+
+    id: RequestId
+    kept: Number
+
+
+class Sampled(_Event, frozen=True, tag="sampled"):
+    """With `overlap`: the scheduler learns the tokens of each id's oldest outstanding decode."""
+
+    ids: list[RequestId]
+
+
+class Skip(_Event, frozen=True, tag="skip"):
+    """A step that is prepared like a decode, and whose forward never runs."""
+
+    ids: list[RequestId]
+    query_lens: list[Number]
+
+
+class Fork(_Event, frozen=True, tag="fork"):
+    """`child` starts as a copy of `parent` that shares its pages on every rank."""
+
+    parent: RequestId
+    child: RequestId
+
+
+class Release(_Event, frozen=True, tag="release"):
+    """The request ends; pages nobody else holds go back to their pools."""
+
+    id: RequestId
+
+
+class Preempt(_Event, frozen=True, tag="preempt"):
+    """The request's pages go back; the request stays known."""
+
+    id: RequestId
+
+
+class Resume(_Event, frozen=True, tag="resume"):
+    """A preempted request is placed anew, as a prompt of all its tokens so far."""
+
+    id: RequestId
+
+
+Event = Admit | Decode | Accept | Sampled | Skip | Fork | Release | Preempt | Resume
+
+
+FEATURES: Final = ("speculative", "fork", "preempt", "padding", "overlap")
+"""What an engine may support beyond admit, decode, skip and release, one profile each."""
+
+
+def features_of(event: Event) -> frozenset[str]:
+    """The features without which an engine answers this event with `unsupported`."""
+    needed = set()
+    match event:
+        case Decode(_, query_lens, pad):
+            if any(query_len > 1 for query_len in query_lens):
+                needed.add("speculative")
+            if pad > 0:
+                needed.add("padding")
+        case Skip(_, query_lens):
+            if any(query_len > 1 for query_len in query_lens):
+                needed.add("speculative")
+        case Accept():
+            needed.add("speculative")
+        case Fork():
+            needed.add("fork")
+        case Preempt() | Resume():
+            needed.add("preempt")
+        case Sampled():
+            needed.add("overlap")
+        case _:
+            pass
+    return frozenset(needed)
+
+
+def ids_of(event: Event) -> list[int]:
+    """The requests that an event names, in its order."""
+    match event:
+        case Decode(ids) | Skip(ids) | Sampled(ids):
+            return ids
+        case Fork(parent, child):
+            return [parent, child]
+        case _:
+            return [event.id]
+
+
+class Reason(StrEnum):
+    """Why an event was refused, in the order in which they are tried; `bad_config` at start."""
+
+    UNSUPPORTED = "unsupported"
+    BAD_COUNT = "bad_count"
+    DUPLICATE_REQUEST = "duplicate_request"
+    UNKNOWN_REQUEST = "unknown_request"
+    PREEMPTED_REQUEST = "preempted_request"
+    NOT_PREEMPTED = "not_preempted"
+    NOTHING_OPEN = "nothing_open"
+    EMPTY_PROMPT = "empty_prompt"
+    TOO_LONG = "too_long"
+    OUT_OF_PAGES = "out_of_pages"
+    BAD_CONFIG = "bad_config"
+
+
+class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank's answer to one event.
+
+    `reason` is None when the event was accepted. After an accepted decode the columns are
+    filled: `past_len` has an entry for each id of the batch, the others one for each new token,
+    request after request in the order of `ids`. Dummy requests have no entries.
+    """
+
+    reason: Reason | None = None
+    past_len: list[int] = []
+    """Tokens of the request on this rank before the step."""
+    position_ids: list[int] = []
+    """Global position of the new token."""
+    active: list[bool] = []
+    """Whether this rank owns the new token."""
+    slots: list[int] = []
+    """Slot written (physical page * tokens_per_block + offset), -1 where not owned."""
+    visible: list[int] | None = None
+    """Keys on this rank that the new token's query sees; None from an engine without them."""
+    output: Any = None
+    """With the `attention` profile: an array of shape (layers, new tokens, heads of this rank's
+    slice, head_dim), the merged attention output."""
+
+
+class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank's state between events, for the live requests that were asked for."""
+
+    local_len: dict[int, int]
+    """Tokens of each live request whose KV is on this rank."""
+    block_tables: dict[int, list[int]] = {}
+    """Physical page numbers of each live request, in local order (profile `pages`)."""
+    preempted: list[int] = []
+    """Preempted requests, in rising order, whichever requests were asked for."""
+    free_pages: int = 0
+    """Pages of this rank's pool that no request holds (profile `pages`)."""
+    keys: dict[int, Any] = {}
+    """With the `cache` profile: cached K of each request, an array of shape (layers, slots,
+    kv_heads of this tp rank, head_dim) that covers the request's pages in local order."""
+    values: dict[int, Any] = {}
+    """Cached V, as `keys`."""

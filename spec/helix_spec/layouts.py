@@ -1,0 +1,239 @@
+"""Layouts: the rule that says which rank holds which token, as data (SPEC.md section 3).
+
+A layout has four parts (prompt split, decode owner, page policy, start) and two sizes
+(`cp_size`, `tokens_per_block`). It carries no arithmetic; `placement` does.
+
+The text form names the rule in logs, files and between transfer peers:
+
+>>> parse_layout("pr9757/1:C=4,T=32").owner
+'step'
+>>> format_layout(named_layout("vllm_dcp", cp_size=4, tokens_per_block=32, interleave=1))
+'vllm_dcp/1:C=4,T=32,I=1'
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Final, Literal, get_args
+
+PromptSplit = Literal["contiguous", "round_robin", "interleave"]
+DecodeOwner = Literal["last_rank", "step", "position", "interleave"]
+PagePolicy = Literal["lazy", "lockstep"]
+Start = Literal["rank_zero", "rotated"]
+
+IDENTIFIER_VERSION: Final = 1
+"""Version of the rules behind a layout name; it is part of every identifier."""
+
+
+class LayoutError(ValueError):
+    """A text that is not a layout identifier, or not the canonical one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A placement rule. Sizes are counts of ranks and of tokens.
+
+    A layout may be illegal (see `layout_problem`): an engine has to be able to receive one
+    in order to refuse it.
+    """
+
+    prompt: PromptSplit
+    owner: DecodeOwner
+    pages: PagePolicy
+    start: Start
+    cp_size: int
+    tokens_per_block: int
+    prompt_interleave: int | None = None
+    """Tokens dealt at a time by an `interleave` prompt split; None for the other splits."""
+    owner_interleave: int | None = None
+    """Tokens dealt at a time by an `interleave` owner rule; None for the other rules."""
+
+    def __str__(self) -> str:
+        return format_layout(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The four parts of a layout without its sizes."""
+
+    prompt: PromptSplit
+    owner: DecodeOwner
+    pages: PagePolicy
+    start: Start
+
+
+NAMED_LAYOUTS: Final[dict[str, Rule]] = {
+    "before_9757": Rule("contiguous", "last_rank", "lazy", "rank_zero"),
+    "pr9757": Rule("contiguous", "step", "lazy", "rank_zero"),
+    "pr13180": Rule("round_robin", "step", "lazy", "rank_zero"),
+    "pr17866": Rule("round_robin", "position", "lockstep", "rank_zero"),
+    "vllm_dcp": Rule("interleave", "interleave", "lockstep", "rank_zero"),
+    "balanced": Rule("round_robin", "position", "lazy", "rotated"),
+}
+"""The layouts that have a name. The first five are TensorRT-LLM's (pull requests 9757, 13180,
+17866) and vLLM's; `balanced` is this project's own."""
+
+
+def named_layout(
+    name: str, *, cp_size: int, tokens_per_block: int, interleave: int | None = None
+) -> Layout:
+    """The named layout of these sizes; `interleave` belongs to `vllm_dcp` alone (default 1).
+
+    Raises LayoutError for an unknown name, and for an interleave where none belongs.
+    """
+    rule = NAMED_LAYOUTS.get(name)
+    if rule is None:
+        raise LayoutError(
+            f"There is no layout named {name!r}; the named layouts are {', '.join(NAMED_LAYOUTS)}."
+        )
+    if rule.prompt == "interleave":
+        interleave = 1 if interleave is None else interleave
+    elif interleave is not None:
+        raise LayoutError(f"Layout {name} takes no interleave, yet I={interleave} was given.")
+    return Layout(
+        rule.prompt,
+        rule.owner,
+        rule.pages,
+        rule.start,
+        cp_size,
+        tokens_per_block,
+        prompt_interleave=interleave,
+        owner_interleave=interleave,
+    )
+
+
+def layout_problem(layout: Layout) -> str | None:
+    """Why no engine may start with this layout, as a sentence; None when it is legal."""
+    if layout.cp_size < 1:
+        return f"cp_size is {layout.cp_size}; it must be at least 1."
+    if layout.tokens_per_block < 1:
+        return f"tokens_per_block is {layout.tokens_per_block}; it must be at least 1."
+    for part, rule, interleave in (
+        ("prompt split", layout.prompt, layout.prompt_interleave),
+        ("decode owner", layout.owner, layout.owner_interleave),
+    ):
+        if (rule == "interleave") != (interleave is not None):
+            return f"The {part} is {rule}, and its interleave is {interleave}: one needs the other."
+        if interleave is not None and (
+            interleave < 1 or layout.tokens_per_block % interleave != 0
+        ):
+            return (
+                f"The {part} interleaves {interleave} tokens, which does not divide "
+                f"tokens_per_block {layout.tokens_per_block}."
+            )
+    if layout.pages == "lockstep" and not _lockstep_is_sound(layout):
+        return (
+            f"Page policy lockstep with prompt split {layout.prompt} and decode owner "
+            f"{layout.owner} can leave a rank without a page it needs; lockstep is sound only for "
+            "round_robin with position, and for interleave with interleave of the same size."
+        )
+    return None
+
+
+def _lockstep_is_sound(layout: Layout) -> bool:
+    return (layout.prompt, layout.owner) == ("round_robin", "position") or (
+        layout.prompt == layout.owner == "interleave"
+        and layout.prompt_interleave == layout.owner_interleave
+    )
+
+
+def layout_name(layout: Layout) -> str:
+    """The name of the layout, or `custom` when it has none."""
+    for name, rule in NAMED_LAYOUTS.items():
+        if rule == Rule(layout.prompt, layout.owner, layout.pages, layout.start) and (
+            layout.prompt_interleave == layout.owner_interleave
+            and (layout.owner_interleave is not None) == (rule.owner == "interleave")
+        ):
+            return name
+    return "custom"
+
+
+def format_layout(layout: Layout) -> str:
+    """The canonical identifier: every layout has exactly one."""
+    name = layout_name(layout)
+    fields = {}
+    if name == "custom":
+        fields = {
+            "prompt": _with_interleave(layout.prompt, layout.prompt_interleave),
+            "owner": _with_interleave(layout.owner, layout.owner_interleave),
+            "pages": layout.pages,
+            "start": layout.start,
+        }
+    fields |= {"C": str(layout.cp_size), "T": str(layout.tokens_per_block)}
+    if name != "custom" and layout.owner_interleave is not None:
+        fields["I"] = str(layout.owner_interleave)
+    return f"{name}/{IDENTIFIER_VERSION}:" + ",".join(f"{k}={v}" for k, v in fields.items())
+
+
+def _with_interleave(rule: str, interleave: int | None) -> str:
+    return rule if interleave is None else f"{rule}({interleave})"
+
+
+_NUMBER = r"[1-9][0-9]{0,8}"
+_NAMED = re.compile(
+    rf"(?P<name>[a-z0-9_]+)/(?P<version>[0-9]+):C=(?P<C>{_NUMBER}),T=(?P<T>{_NUMBER})"
+    rf"(,I=(?P<I>{_NUMBER}))?"
+)
+_RULE = rf"[a-z_]+(?:\({_NUMBER}\))?"
+_CUSTOM = re.compile(
+    rf"custom/(?P<version>[0-9]+):prompt=(?P<prompt>{_RULE}),owner=(?P<owner>{_RULE}),"
+    rf"pages=(?P<pages>[a-z_]+),start=(?P<start>[a-z_]+),C=(?P<C>{_NUMBER}),T=(?P<T>{_NUMBER})"
+)
+
+
+@lru_cache(maxsize=4096)
+def parse_layout(text: str) -> Layout:
+    """The layout that an identifier names.
+
+    Raises LayoutError when the text is no identifier, or not the canonical one of its layout
+    (peers compare identifiers as text). An illegal layout parses; `layout_problem` refuses it.
+    """
+    match = _CUSTOM.fullmatch(text) or _NAMED.fullmatch(text)
+    if match is None:
+        raise LayoutError(
+            f"{text!r} is no layout identifier; one reads like pr9757/1:C=4,T=32 or "
+            "custom/1:prompt=contiguous,owner=position,pages=lazy,start=rotated,C=4,T=32."
+        )
+    part = match.groupdict()
+    if int(part["version"]) != IDENTIFIER_VERSION:
+        raise LayoutError(
+            f"{text!r} is of version {part['version']}; this specification defines version "
+            f"{IDENTIFIER_VERSION}."
+        )
+    sizes = {"cp_size": int(part["C"]), "tokens_per_block": int(part["T"])}
+    if match.re is _NAMED:
+        interleave = None if part["I"] is None else int(part["I"])
+        layout = named_layout(part["name"], **sizes, interleave=interleave)
+    else:
+        layout = _custom_layout(part, **sizes)
+    canonical = format_layout(layout)
+    if canonical != text:
+        raise LayoutError(f"{text!r} is not canonical; this layout is written {canonical!r}.")
+    return layout
+
+
+def _custom_layout(part: dict[str, str | None], *, cp_size: int, tokens_per_block: int) -> Layout:
+    prompt, prompt_interleave = _split_interleave(str(part["prompt"]))
+    owner, owner_interleave = _split_interleave(str(part["owner"]))
+    values = {"prompt": prompt, "owner": owner, "pages": part["pages"], "start": part["start"]}
+    known = {"prompt": PromptSplit, "owner": DecodeOwner, "pages": PagePolicy, "start": Start}
+    for field, value in values.items():
+        if value not in get_args(known[field]):
+            raise LayoutError(
+                f"{value!r} is no value of {field}; the values are "
+                f"{', '.join(get_args(known[field]))}."
+            )
+    blank = Layout("contiguous", "step", "lazy", "rank_zero", cp_size, tokens_per_block)
+    return replace(
+        blank,
+        **values,  # type: ignore[arg-type]  # checked against the literals above
+        prompt_interleave=prompt_interleave,
+        owner_interleave=owner_interleave,
+    )
+
+
+def _split_interleave(rule: str) -> tuple[str, int | None]:
+    name, _, rest = rule.partition("(")
+    return name, int(rest[:-1]) if rest else None
