@@ -7,6 +7,7 @@ looks at an engine's error texts.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -390,9 +391,9 @@ def _check_columns(rank: int, outcome: Outcome, wanted: Outcome) -> None:
 
 
 def _decoded_before(request: Request, step: Step) -> list[int]:
-    """Decoded tokens on each cp_rank before the step."""
+    """Decoded tokens on each cp_rank before the step; each rank's positions rise."""
     return [
-        sum(request.prompt_len <= position < step.first for position in positions)
+        bisect_left(positions, step.first) - bisect_left(positions, request.prompt_len)
         for positions in request.ranks
     ]
 

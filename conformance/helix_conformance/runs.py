@@ -17,7 +17,7 @@ from helix_conformance.violations import GarbageError, Violation
 from helix_conformance.workloads import Request, schedule
 from helix_reference.model import Model
 from helix_spec.configs import Config
-from helix_spec.events import FEATURES, Event, Reason
+from helix_spec.events import FEATURES, Event, Reason, Release
 from helix_spec.traces import Trace
 
 
@@ -176,7 +176,7 @@ def workload(
     batch_limit: int,
     max_steps: int,
     tally: Tally,
-    progress: Callable[[Event], None] = lambda event: None,
+    released: Callable[[], None] = lambda: None,
 ) -> Failure | None:
     """Play a workload through the scheduler; state is looked at every 100 events."""
     judge = Judge(config, profiles)
@@ -189,7 +189,8 @@ def workload(
         reason: Reason | None = None
         event = next(schedule_of)
         while True:
-            progress(event)
+            if isinstance(event, Release):
+                released()
             if planner is not None:
                 reason = planner.apply(event)
             yield event

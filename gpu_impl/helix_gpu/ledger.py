@@ -76,7 +76,6 @@ class Ledger:
             0,
             dtype=[
                 ("prompt_len", np.int64),
-                ("shift", np.int64),
                 ("total", np.int64),
                 ("owner", np.int64),
                 ("left", np.int64),
@@ -140,9 +139,7 @@ class Ledger:
         row = self._free_rows.pop()
         owner, left = first_turn(self.layout, plan.prompt_len, plan.shift)
         local_len = [hand.tokens for hand in plan.hands]
-        self._rows[row] = (
-            plan.prompt_len, plan.shift, plan.prompt_len, owner, left, local_len, plan.pages
-        )  # fmt: skip
+        self._rows[row] = (plan.prompt_len, plan.prompt_len, owner, left, local_len, plan.pages)
         self._row_of[plan.id] = row
         self.free -= plan.pages
         self.admitted += 1
@@ -202,7 +199,7 @@ class Ledger:
         self._free_rows.append(row)
 
     def _batch_rows(self, ids: Sequence[int], query_lens: Sequence[int], pad: int) -> Ints:
-        """Rows of a batch whose counts and ids are right; in the order of DESIGN's refusals."""
+        """Rows of a batch; refusals in the order of SPEC.md section 6."""
         if query_lens and max(query_lens) > 1:
             raise Refused(
                 Reason.UNSUPPORTED,

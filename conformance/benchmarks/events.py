@@ -1,0 +1,100 @@
+"""Events a second that the suite plays and judges; printed, not asserted.
+
+`python conformance/benchmarks/events.py [--json FILE]`. Two settings, each several times:
+
+- bookkeeping: one process, cp_size 4, 64 live requests, 8 of them in each decode; the requests
+  that an event names are compared after it, everything every 100 events and at the end;
+- attention: 4 gloo ranks, every output and all state compared after every event; the trace goes
+  out whole, and one gather brings the answers back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from helix_conformance.drivers.base import Driver
+from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drivers.pool import PoolDriver
+from helix_conformance.engines.gpu import LedgerEngine
+from helix_conformance.protocol import Watch
+from helix_conformance.runs import check_trace
+from helix_spec.configs import Config, ModelShape
+from helix_spec.events import Admit, Decode, Event, Release
+from helix_spec.traces import Trace
+
+
+def rolling(live: int, batch: int, events: int) -> Iterator[Event]:
+    """Decodes over `live` requests in turn; every tenth event one ends and another begins."""
+    for id in range(live):
+        yield Admit(id, 100 + 37 * id % 400)
+    ids = list(range(live))
+    for number in range(events - live):
+        if number % 20 == 9:
+            yield Release(ids.pop(0))
+        elif number % 20 == 19:
+            ids.append(live + number)
+            yield Admit(live + number, 100 + 37 * number % 400)
+        else:
+            first = number * batch % len(ids)
+            yield Decode((ids + ids)[first : first + batch], [1] * batch)
+
+
+def events_per_second(driver: Driver, trace: Trace, watch: Watch, repeats: int) -> list[float]:
+    """Speed of each repeat, trace generation left out."""
+    speeds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        failure = check_trace(driver, trace, driver.profiles, watch=watch)
+        assert failure is None, failure
+        speeds.append(len(trace.events) / (time.perf_counter() - began))
+    return speeds
+
+
+def main() -> None:
+    """Run both and print their medians and spread."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    results = []
+    bookkeeping = Trace(
+        config=Config(layout="pr9757/1:C=4,T=16", pages=[4000] * 4, max_len=100_000),
+        events=list(rolling(64, 8, 5000)),
+    )
+    speeds = events_per_second(
+        LocalDriver(LedgerEngine), bookkeeping, Watch(every=100, touched=True), 5
+    )
+    results.append(("bookkeeping, 1 process, C=4, batch 8 of 64", 2000, speeds))
+    attention = Trace(
+        config=Config(
+            layout="pr9757/1:C=4,T=4",
+            pages=[200] * 4,
+            max_len=1000,
+            model=ModelShape(q_heads=8, kv_heads=2, head_dim=32),
+        ),
+        events=[*(Admit(id, 20 + 7 * id) for id in range(4)), *([Decode([0, 1, 2, 3], [1] * 4)] * 96)],
+    )
+    driver = PoolDriver("gpu", 4)
+    try:
+        speeds = events_per_second(driver, attention, Watch(), 5)
+    finally:
+        driver.close()
+    results.append(("attention, 4 gloo ranks, batch 4", 50, speeds))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"{'setting':45} {'events/s':>10} {'least':>8} {'most':>8} {'/ goal':>8}")
+    for name, goal, runs in results:
+        median = statistics.median(runs)
+        print(f"{name:45} {median:10,.0f} {min(runs):8,.0f} {max(runs):8,.0f} {median / goal:8.2f}")
+    if options.json:
+        rows = [{"setting": n, "goal": g, "events_per_s": r} for n, g, r in results]
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""The command line `helix-conformance`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from helix_conformance import runs
+from helix_conformance.drivers.base import Driver, EngineFailure
+from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.protocol import LADDER, PROFILES, EngineSpecError, load_engine
+from helix_conformance.report import (
+    Stream,
+    make_row,
+    print_failure,
+    print_table,
+    save_failure,
+    worst_verdict,
+)
+from helix_conformance.runs import Failure, Tally
+from helix_conformance.show import trace_text
+from helix_conformance.strategies import LAYOUT_NAMES
+from helix_conformance.workloads import WorkloadError, read_workload, scaled
+from helix_spec.configs import Config, ModelShape, config_problem
+from helix_spec.layouts import LayoutError, format_layout, named_layout
+from helix_spec.traces import TraceError, load_trace
+
+EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
+VERDICT_FILE = "HELIX_CONFORMANCE_VERDICT"
+"""Where a run under torchrun leaves its verdict: torchrun turns every failure into status 1."""
+
+
+class BadInput(click.ClickException):
+    """Something the user gave cannot be used; nothing has run."""
+
+    exit_code = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Check an engine's sharded decode KV cache against the specification.
+
+    An engine is told events (admit, decode, release, ...) on all its ranks. After each event
+    everything observable is compared with a reference: which rank and slot holds which
+    position, lengths, pages, cached rows, attention outputs. A failing run ends with the
+    smallest trace that still fails.
+
+    \b
+    Examples:
+      helix-conformance run
+          the implementation of this project: every layout, in one process and on 4 gloo workers
+      helix-conformance run --engine my_package.adapter:Engine --layout pr9757 --cp 4
+          an engine of yours, one layout
+      helix-conformance replay helix-failures/pr9757-local.json --engine my_package.adapter:Engine
+          a failing trace once more
+      helix-conformance show helix-failures/pr9757-local.json
+          where the tokens of a trace belong, rank by rank and page by page
+
+    Exit status: 0 all answers were right; 1 a difference was found; 2 bad usage, configuration
+    or input file; 3 an engine died, hung or answered garbage. Under a torchrun of your own only
+    0 or not 0 survives, and the last line of --json holds the verdict.
+    """
+
+
+_engine = click.option(
+    "--engine",
+    default="gpu",
+    show_default=True,
+    help="reference, gpu, or module:Class of an engine of yours.",
+)
+_driver = click.option(
+    "--driver",
+    "driver_name",
+    type=click.Choice(["local", "pool", "torchrun"]),
+    help="Where the ranks live: in this process, in worker processes over gloo, or under "
+    "torchrun, which is launched when it is not there. Default: what the engine needs; for gpu "
+    "its bookkeeping in this process, and all of it in a pool.",
+)
+_profile = click.option(
+    "--profile",
+    "asked",
+    multiple=True,
+    type=click.Choice(PROFILES),
+    help="Check this profile and those it builds on. Repeat for several. Default: all that the "
+    "engine declares.",
+)
+_ranks = click.option(
+    "--ranks",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    help="Processes of a pool or of a torchrun that is launched.",
+)
+_backend = click.option(
+    "--backend",
+    type=click.Choice(["gloo", "nccl"]),
+    default="gloo",
+    show_default=True,
+    help="What the ranks of a torchrun talk over.",
+)
+_deadline = click.option(
+    "--deadline",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0.1),
+    help="Seconds after which a silent rank counts as hung.",
+)
+_json = click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the run as JSON lines; the last is the summary.",
+)
+
+
+@main.command()
+@_engine
+@click.option(
+    "--layout",
+    "layouts",
+    multiple=True,
+    type=click.Choice(LAYOUT_NAMES),
+    help="Layout to check; custom draws any other legal combination. Repeat for several. "
+    "Default: all.",
+)
+@click.option(
+    "--cp",
+    "cp_sizes",
+    multiple=True,
+    type=click.IntRange(1, 64),
+    help="cp_size to check. Repeat for several. Default: 1 2 3 4 8 in one process, and up to "
+    "the number of ranks elsewhere.",
+)
+@_driver
+@_profile
+@click.option(
+    "--examples",
+    type=click.IntRange(1),
+    help="Random traces for each layout. Default: 400 in one process, 40 elsewhere.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the random traces.")
+@_ranks
+@_backend
+@_deadline
+@click.option(
+    "--workload",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Replay this request trace (Mooncake .jsonl or Azure .csv) instead of random traces.",
+)
+@click.option("--tokens-per-block", default=64, show_default=True, help="Workload: page size T.")
+@click.option("--interleave", type=int, help="Workload: interleave I of vllm_dcp.")
+@click.option("--tp", "tp_size", default=1, show_default=True, help="Workload: tp_size.")
+@click.option("--pages", default=4096, show_default=True, help="Workload: pages of each rank.")
+@click.option("--q-heads", type=int, help="Workload: query heads. Default: 8 or a bit more.")
+@click.option("--kv-heads", default=2, show_default=True, help="Workload: KV heads.")
+@click.option("--head-dim", default=32, show_default=True, help="Workload: head dim.")
+@click.option("--limit", type=click.IntRange(1), help="Workload: only the first N requests.")
+@click.option(
+    "--scale",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Workload: divide all lengths by this, rounding up.",
+)
+@click.option("--max-steps", default=500, show_default=True, help="Workload: decode steps each.")
+@click.option("--batch", default=128, show_default=True, help="Workload: requests at a time.")
+@_json
+@click.option(
+    "--traces",
+    "folder",
+    default="helix-failures",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for failing traces.",
+)
+def run(**options: Any) -> None:
+    """Play random traces, or a workload, and judge every answer.
+
+    Without options: this project's implementation, every layout, all its profiles. The table
+    has a line for each layout and driver. After a failure come the smallest failing trace, each
+    violated invariant with its sentence from SPEC.md, what was expected and what was observed.
+    """
+    if options["driver_name"] == "torchrun":
+        _under_torchrun(options["engine"], options["ranks"], options["backend"], options["deadline"])
+    stream = Stream(options["json_path"])
+    shown = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    stream.settings(command="run", **shown)
+    play = _play_workload if options["workload"] else _play_random
+    failures = []
+    for engine, driver_name in _tiers(options["engine"], options["driver_name"], options["asked"]):
+        failures += play(stream, engine, driver_name, options)
+    console = Console()
+    print_table(console, stream.rows)
+    for row, failure in failures:
+        path = save_failure(options["folder"], row, failure)
+        stream.failure(row, failure, path)
+        replay = f"helix-conformance replay {path} --engine {row.engine} --driver {row.driver}"
+        print_failure(console, failure, path, replay)
+    _leave(stream.summary(engine=options["engine"], seed=options["seed"]))
+
+
+@main.command()
+@click.argument("trace_path", metavar="TRACE.json", type=click.Path(path_type=Path))
+@_engine
+@_driver
+@_profile
+@_ranks
+@_backend
+@_deadline
+@_json
+def replay(**options: Any) -> None:
+    """Play one stored trace and judge every answer."""
+    trace = _trace(options["trace_path"])
+    if options["driver_name"] == "torchrun":
+        _under_torchrun(options["engine"], options["ranks"], options["backend"], options["deadline"])
+    stream, console = Stream(options["json_path"]), Console()
+    stream.settings(command="replay", trace=str(options["trace_path"]))
+    failed: list[Failure] = []
+    for engine, driver_name in _tiers(options["engine"], options["driver_name"], options["asked"]):
+        tally = Tally()
+        with _driver_of(engine, driver_name, options) as driver:
+            _check_world(driver, trace.config.world_size)
+            profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+            failure = runs.check_trace(driver, trace, profiles, tally=tally)
+        cp_sizes = [trace.config.rules.cp_size]
+        row = make_row(
+            trace.config.layout, engine, driver_name, cp_sizes, profiles, tally, failure
+        )
+        stream.row(row)
+        if failure is not None:
+            failed.append(failure)
+            stream.failure(row, failure, options["trace_path"])
+    print_table(console, stream.rows)
+    for failure in failed:
+        again = f"helix-conformance replay {options['trace_path']} --engine {options['engine']}"
+        print_failure(console, failure, options["trace_path"], again)
+    _leave(stream.summary(engine=options["engine"]))
+
+
+@main.command()
+@click.argument("trace_path", metavar="TRACE.json", type=click.Path(path_type=Path))
+def show(trace_path: Path) -> None:
+    """Print where the tokens of a trace belong: each request, rank by rank, page by page."""
+    for line in trace_text(_trace(trace_path)):
+        click.echo(line)
+
+
+def _trace(path: Path) -> Any:
+    try:
+        return load_trace(path)
+    except TraceError as error:
+        raise BadInput(str(error)) from error
+
+
+def _tiers(
+    engine: str, driver_name: str | None, asked: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Which engine runs on which driver: the whole of one, or for `gpu` each where it can."""
+    if engine != "gpu":
+        try:
+            needs_processes = load_engine(engine).needs_processes
+        except EngineSpecError as error:
+            raise BadInput(str(error)) from error
+        if needs_processes and driver_name == "local":
+            raise BadInput(f"Engine {engine} needs a process for each rank; use --driver pool.")
+        return [(engine, driver_name or ("pool" if needs_processes else "local"))]
+    bookkeeping, whole = ("gpu-ledger", "local"), ("gpu", driver_name or "pool")
+    if driver_name == "local":
+        return [bookkeeping]
+    if driver_name is not None:
+        return [whole]
+    deep = {"cache", "attention"}
+    if asked and not deep.intersection(asked):
+        return [bookkeeping]
+    return [whole] if asked else [bookkeeping, whole]
+
+
+@contextmanager
+def _driver_of(engine: str, driver_name: str, options: dict[str, Any]) -> Iterator[Driver]:
+    driver: Driver
+    try:
+        if driver_name == "local":
+            driver = LocalDriver(load_engine(engine))
+        elif driver_name == "pool":
+            from helix_conformance.drivers.pool import PoolDriver
+
+            driver = PoolDriver(engine, options["ranks"], deadline_s=options["deadline"])
+        else:
+            from helix_conformance.drivers.torchrun import TorchrunDriver
+
+            driver = TorchrunDriver(
+                engine, backend=options["backend"], deadline_s=options["deadline"]
+            )
+    except EngineFailure as failure:
+        click.echo(f"The engine did not start. {failure}", err=True)
+        _leave("error")
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+def _play_random(
+    stream: Stream, engine: str, driver_name: str, options: dict[str, Any]
+) -> list[tuple[Any, Failure]]:
+    """Random traces of each layout asked for; the failures with their rows."""
+    failures = []
+    names = options["layouts"] or LAYOUT_NAMES
+    examples = options["examples"] or (400 if driver_name == "local" else 40)
+    with _driver_of(engine, driver_name, options) as driver, _progress() as progress:
+        cp_sizes = _cp_sizes(driver, options["cp_sizes"])
+        profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+        if not profiles:
+            raise BadInput(
+                f"Engine {engine} declares none of the profiles asked for; "
+                f"it declares {', '.join(sorted(driver.profiles))}."
+            )
+        bar = progress.add_task("", total=examples * len(names))
+        for done, name in enumerate(names):
+            progress.update(bar, description=f"{name} ({driver_name})", completed=done * examples)
+            tally = Tally()
+            strategy = runs.layout_traces(
+                driver,
+                name,
+                profiles,
+                cp_sizes=cp_sizes,
+                tp_sizes=(1, 2) if driver.largest_world and not options["cp_sizes"] else (1,),
+            )
+            failure = runs.random_traces(
+                driver,
+                strategy,
+                profiles,
+                examples=examples,
+                seed=options["seed"],
+                tally=tally,
+                progress=lambda: progress.advance(bar),
+            )
+            row = make_row(name, engine, driver_name, cp_sizes, profiles, tally, failure)
+            stream.row(row)
+            if failure is not None:
+                failures.append((row, failure))
+                if failure.verdict == "error" and not driver.survives_failure:
+                    break
+        progress.update(bar, completed=examples * len(names))
+    return failures
+
+
+def _play_workload(
+    stream: Stream, engine: str, driver_name: str, options: dict[str, Any]
+) -> list[tuple[Any, Failure]]:
+    """A workload on each layout and cp_size asked for; the failures with their rows."""
+    try:
+        requests = read_workload(options["workload"])[: options["limit"]]
+    except WorkloadError as error:
+        raise BadInput(str(error)) from error
+    requests = scaled(requests, options["scale"])
+    configs = [
+        _workload_config(name, cp_size, options)
+        for name in options["layouts"] or ["pr9757"]
+        for cp_size in options["cp_sizes"] or [4]
+    ]
+    failures = []
+    with _driver_of(engine, driver_name, options) as driver, _progress() as progress:
+        profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+        for config in configs:
+            _check_world(driver, config.world_size)
+            bar = progress.add_task(config.layout, total=len(requests))
+            tally = Tally()
+            try:
+                failure = runs.workload(
+                    driver,
+                    config,
+                    requests,
+                    profiles,
+                    batch_limit=options["batch"],
+                    max_steps=options["max_steps"],
+                    tally=tally,
+                    released=lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
+                )
+            except WorkloadError as error:
+                raise BadInput(str(error)) from error
+            cp_sizes = [config.rules.cp_size]
+            row = make_row(config.layout, engine, driver_name, cp_sizes, profiles, tally, failure)
+            stream.row(row)
+            if failure is not None:
+                failures.append((row, failure))
+                if not driver.survives_failure:
+                    break
+    return failures
+
+
+def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config:
+    """The configuration of a workload run. Raises BadInput before any rank starts."""
+    if name == "custom":
+        raise BadInput("A workload needs a named layout; custom is for random traces.")
+    world = cp_size * options["tp_size"]
+    step = world * options["kv_heads"]
+    try:
+        layout = named_layout(
+            name,
+            cp_size=cp_size,
+            tokens_per_block=options["tokens_per_block"],
+            interleave=options["interleave"],
+        )
+    except LayoutError as error:
+        raise BadInput(str(error)) from error
+    config = Config(
+        layout=format_layout(layout),
+        pages=[options["pages"]] * cp_size,
+        max_len=2**31 - 1,
+        model=ModelShape(
+            q_heads=options["q_heads"] or max(step, 8 // step * step),
+            kv_heads=options["kv_heads"],
+            head_dim=options["head_dim"],
+        ),
+        tp_size=options["tp_size"],
+        seed=options["seed"],
+    )
+    problem = config_problem(config)
+    if problem is not None:
+        raise BadInput(problem)
+    return config
+
+
+def _cp_sizes(driver: Driver, asked: Sequence[int]) -> list[int]:
+    """The cp_sizes to draw from, smallest first; a pool's own size counts for most examples."""
+    world = driver.largest_world
+    for cp_size in asked:
+        _check_world(driver, cp_size)
+    if asked:
+        return sorted(set(asked))
+    return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+
+
+def _check_world(driver: Driver, world: int) -> None:
+    if driver.largest_world is not None and world > driver.largest_world:
+        raise BadInput(
+            f"{world} ranks are needed, and the {driver.name} has {driver.largest_world}; "
+            f"give --ranks {world}."
+        )
+
+
+def _progress() -> Progress:
+    """A bar on the terminal's error stream; where there is no terminal, nothing."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _under_torchrun(engine: str, ranks: int, backend: str, deadline: float) -> None:
+    """Be one of torchrun's processes: rank 0 goes on, the others serve it and leave.
+
+    Where torchrun has not launched this process, launch it with the same command, and leave
+    with the verdict of its rank 0.
+    """
+    from helix_conformance.drivers.torchrun import Supervisor, launched
+
+    if launched():
+        if int(os.environ["RANK"]) != 0:
+            Supervisor(engine, backend=backend, deadline_s=deadline).serve()
+            sys.exit(0)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        verdict = Path(folder) / "verdict"
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *(f"--nproc-per-node={ranks}", "-m", "helix_conformance", *sys.argv[1:]),
+            ],
+            env=os.environ | {VERDICT_FILE: str(verdict)},
+            check=False,
+        )
+        sys.exit(int(verdict.read_text()) if verdict.exists() else EXIT_STATUS["error"])
+
+
+def _leave(verdict: str) -> None:
+    """End with the verdict's exit status, and leave it where a launching process looks."""
+    status = EXIT_STATUS[verdict]
+    if VERDICT_FILE in os.environ:
+        Path(os.environ[VERDICT_FILE]).write_text(str(status))
+    sys.exit(status)
