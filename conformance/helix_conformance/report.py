@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -40,15 +40,16 @@ class Stream:
     """The JSON lines of a run; without a path they go nowhere."""
 
     def __init__(self, path: Path | None) -> None:
-        self.file: TextIO | None = path.open("w", encoding="utf-8") if path else None
+        self.path = path
         self.rows: list[Row] = []
-        self.declared: set[str] = set()
+        if path is not None:
+            path.write_bytes(b"")
 
     def write(self, message: Any) -> None:
         """One line, on disk at once: a run that is cut off leaves what it knew."""
-        if self.file is not None:
-            self.file.write(msgspec.json.encode(message).decode() + "\n")
-            self.file.flush()
+        if self.path is not None:
+            with self.path.open("ab") as file:
+                file.write(msgspec.json.encode(message) + b"\n")
 
     def settings(self, **settings: Any) -> None:
         """The first line: everything that was set, and the machine."""

@@ -9,6 +9,7 @@ import hypothesis
 import msgspec
 from hypothesis import strategies as st
 
+from helix_conformance.coverage import Coverage
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.judge import Judge
 from helix_conformance.protocol import LADDER, PROFILES, Watch
@@ -41,12 +42,21 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
         return "fail" if self.engine_failure is None else "error"
 
 
+class Needed(msgspec.Struct, frozen=True):
+    """Traces played until one failed, that one included, and the seconds until then."""
+
+    traces: int
+    seconds: float
+
+
 class Tally(msgspec.Struct):
     """How much was played."""
 
     traces: int = 0
     events: int = 0
     seconds: float = 0.0
+    needed: Needed | None = None
+    """What it took to find the first failure; all after that was spent on a smaller one."""
 
 
 def check_trace(
@@ -56,14 +66,20 @@ def check_trace(
     *,
     watch: Watch = EVERYTHING,
     tally: Tally | None = None,
+    coverage: Coverage | None = None,
 ) -> Failure | None:
     """Play one trace and judge every answer; the first event that is wrong ends it."""
     judge = Judge(trace.config, profiles)
-    return _played(driver, judge, trace.events, watch, tally or Tally())
+    return _played(driver, judge, trace.events, watch, tally or Tally(), coverage)
 
 
 def _played(
-    driver: Driver, judge: Judge, events: Iterable[Event], watch: Watch, tally: Tally
+    driver: Driver,
+    judge: Judge,
+    events: Iterable[Event],
+    watch: Watch,
+    tally: Tally,
+    coverage: Coverage | None = None,
 ) -> Failure | None:
     """Judge events as they are played; None when all answers were right."""
     config, seen, began = judge.config, list[Event](), time.perf_counter()
@@ -76,6 +92,8 @@ def _played(
             if event is not None:
                 seen.append(event)
                 violations = judge.event(event, answers)
+                if coverage is not None:
+                    coverage.saw(judge.model, event, judge.reason)
             else:
                 violations = judge.finished(answers) if seen else judge.started(answers)
             if violations:
@@ -83,6 +101,8 @@ def _played(
         return None
     except EngineFailure as error:
         lived = list(events) if isinstance(events, list) else seen
+        if error.event is not None:
+            lived = lived[: error.event + 1]
         return Failure(
             trace=Trace(config=config, events=lived), event=error.event, engine_failure=str(error)
         )
@@ -112,9 +132,11 @@ def random_traces(
     seed: int,
     tally: Tally,
     progress: Callable[[], None] = lambda: None,
+    coverage: Coverage | None = None,
 ) -> Failure | None:
     """Play random traces; of those that fail, the smallest that Hypothesis finds."""
     smallest: list[Failure] = []
+    began = time.perf_counter()
 
     @hypothesis.seed(seed)
     @hypothesis.settings(
@@ -128,9 +150,11 @@ def random_traces(
     )
     @hypothesis.given(strategy)
     def every_answer_is_right(trace: Trace) -> None:
-        failure = check_trace(driver, trace, profiles, tally=tally)
+        failure = check_trace(driver, trace, profiles, tally=tally, coverage=coverage)
         progress()
         if failure is not None:
+            if tally.needed is None:
+                tally.needed = Needed(tally.traces, time.perf_counter() - began)
             smallest[:] = [failure]
             raise _Failed if driver.survives_failure or failure.verdict == "fail" else _Stop
 
@@ -162,8 +186,10 @@ def layout_traces(
             tp_sizes=tp_sizes,
             max_world=driver.largest_world,
             features=features,
+            contents="cache" in profiles,
         ),
         features=features,
+        undeclared=set(FEATURES) - driver.profiles,
     )
 
 

@@ -7,9 +7,8 @@ pages and few events. Bounds are keyword-only; impossible ones raise.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Final, get_args
+from typing import Any, Final, get_args
 
 import msgspec
 from hypothesis import strategies as st
@@ -28,7 +27,6 @@ from helix_spec.events import (
     Resume,
     Sampled,
     Skip,
-    features_of,
 )
 from helix_spec.layouts import (
     NAMED_LAYOUTS,
@@ -38,13 +36,18 @@ from helix_spec.layouts import (
     PromptSplit,
     Start,
     format_layout,
-    layout_problem,
     named_layout,
 )
 from helix_spec.traces import Trace
 
 BLOCK_SIZES: Final = (1, 2, 3, 4, 8)
+AMPLE: Final = 100
+"""Pages of a pool that random traces rarely exhaust."""
 LAYOUT_NAMES: Final = (*NAMED_LAYOUTS, "custom")
+_LOCKSTEP_RULES: Final[list[tuple[PromptSplit, DecodeOwner]]] = [
+    ("round_robin", "position"),
+    ("interleave", "interleave"),
+]
 
 
 @st.composite
@@ -67,24 +70,26 @@ def layouts(
         takes_interleave = NAMED_LAYOUTS[name].prompt == "interleave"
         interleave = draw(divisors) if takes_interleave else None
         return named_layout(name, cp_size=cp_size, tokens_per_block=t, interleave=interleave)
-    prompt = draw(st.sampled_from(get_args(PromptSplit)))
-    owner = draw(st.sampled_from(get_args(DecodeOwner)))
-    layout = Layout(
+    pages = draw(st.sampled_from(get_args(PagePolicy)))
+    if pages == "lazy":
+        prompt = draw(st.sampled_from(get_args(PromptSplit)))
+        owner = draw(st.sampled_from(get_args(DecodeOwner)))
+    else:  # lockstep is legal for few rules only
+        prompt, owner = draw(st.sampled_from(_LOCKSTEP_RULES))
+    prompt_interleave = draw(divisors) if prompt == "interleave" else None
+    owner_interleave = draw(divisors) if owner == "interleave" else None
+    if pages == "lockstep" and owner == "interleave":
+        owner_interleave = prompt_interleave
+    return Layout(
         prompt,
         owner,
-        draw(st.sampled_from(get_args(PagePolicy))),
+        pages,
         draw(st.sampled_from(get_args(Start))),
         cp_size,
         t,
-        prompt_interleave=draw(divisors) if prompt == "interleave" else None,
-        owner_interleave=draw(divisors) if owner == "interleave" else None,
+        prompt_interleave=prompt_interleave,
+        owner_interleave=owner_interleave,
     )
-    return layout if layout_problem(layout) is None else _made_lazy(layout)
-
-
-def _made_lazy(layout: Layout) -> Layout:
-    """The same rules under the page policy that is legal for all of them."""
-    return dataclasses.replace(layout, pages="lazy")
 
 
 @st.composite
@@ -94,7 +99,7 @@ def model_shapes(
     cp_size: int,
     tp_size: int = 1,
     dtypes: Sequence[DType] = get_args(DType),
-    head_dims: Sequence[int] = (8, 16, 64),
+    head_dims: Sequence[int] = (16, 32, 64),
     max_layers: int = 2,
 ) -> ModelShape:
     """Shapes whose heads divide over these ranks: MHA, GQA and MQA."""
@@ -123,26 +128,35 @@ def configs(
     max_world: int | None = None,
     features: Collection[str] = FEATURES,
     max_pages: int = 12,
+    contents: bool = True,
 ) -> Config:
-    """Legal configurations; pools differ from rank to rank, and are often too small."""
+    """Legal configurations; pools are ample, or differ from rank to rank and are often too small.
+
+    Without `contents` nothing that only caches and outputs depend on is drawn.
+    """
     world = max_world or max(cp_sizes) * max(tp_sizes)
     fitting = [c for c in cp_sizes if c <= world]
     if not fitting:
         raise ValueError(f"None of the cp_sizes {list(cp_sizes)} fits {world} ranks.")
     layout = draw(layouts(names=names, cp_sizes=fitting))
-    tp_size = draw(st.sampled_from([p for p in tp_sizes if p * layout.cp_size <= world]))
-    pages = draw(
-        st.lists(st.integers(1, max_pages), min_size=layout.cp_size, max_size=layout.cp_size)
-    )
+    c = layout.cp_size
+    tp_size = draw(st.sampled_from([p for p in tp_sizes if p * c <= world]))
+    # Ample first: a trace that shrinks keeps small pools only where the failure needs them.
+    spare = draw(st.sampled_from([AMPLE, 0, 40]))
+    if spare == AMPLE:
+        pages = [AMPLE] * c
+    else:
+        counts = draw(st.lists(st.integers(1, max_pages), min_size=c, max_size=c))
+        pages = [spare + count for count in counts]
+    shapes = model_shapes(cp_size=c, tp_size=tp_size)
     return Config(
         layout=format_layout(layout),
-        # Spare pages on every rank now and then: high page numbers, and room for long requests.
-        pages=[count + spare for spare in [draw(st.sampled_from([0, 40]))] for count in pages],
+        pages=pages,
         max_len=draw(st.sampled_from([200, 24])),
-        model=draw(model_shapes(cp_size=layout.cp_size, tp_size=tp_size)),
+        model=draw(shapes) if contents else ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size),
         tp_size=tp_size,
         overlap="overlap" in features and draw(st.booleans()),
-        seed=draw(st.integers(0, 3)),
+        seed=draw(st.integers(0, 3)) if contents else 0,
     )
 
 
@@ -162,11 +176,13 @@ class Intent(msgspec.Struct, frozen=True):
     times: int = 1
     pad: int = 0
     kept: int = 1
+    event: str = "decode"
+    """Of a wish for something wrong: the kind of event."""
 
 
 _KINDS: Final[dict[str, str | None]] = {
-    "decode": None,
     "admit": None,
+    "decode": None,
     "release": None,
     "skip": None,
     "accept": "speculative",
@@ -174,89 +190,142 @@ _KINDS: Final[dict[str, str | None]] = {
     "preempt": "preempt",
     "resume": "preempt",
     "sampled": "overlap",
-    "wrong": None,
 }
-"""Kinds of intents, with the feature that each needs."""
+"""Kinds of wishes for an event that may well be accepted, with the feature that each needs."""
 
 
-@st.composite
-def intents(draw: st.DrawFn, *, features: Collection[str] = FEATURES) -> Intent:
-    """Wishes that an engine of these features can be asked to fulfil."""
+def intents(
+    *,
+    features: Collection[str] = FEATURES,
+    undeclared: Collection[str] = (),
+    prompt_lens: st.SearchStrategy[int] = st.integers(1, 40),
+) -> st.SearchStrategy[Intent]:
+    """Wishes that an engine of these features can be asked to fulfil.
+
+    Now and then an event is wrong, or needs one of the features that the engine does not
+    declare. Only what a kind of wish uses is drawn: simpler to shrink, and faster.
+    """
     kinds = [kind for kind, needs in _KINDS.items() if needs is None or needs in features]
-    kind = draw(st.sampled_from(["decode", "decode", "admit", *kinds]))
-    longest = 7 if "speculative" in features else 1
-    most = 3 if "padding" in features else 0
-    return Intent(
-        kind,
-        size=draw(st.integers(1, 40)),
-        picks=tuple(draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))),
-        query_lens=tuple(draw(st.lists(st.integers(1, longest), min_size=1, max_size=3))),
-        times=draw(st.sampled_from([1, 2, 5, 9])) if kind == "decode" else 1,
-        pad=draw(st.integers(0, most)),
-        kept=draw(st.integers(1, longest)),
-    )
+    askable = {None, "overlap", *features, *undeclared}
+    lens = [1, 2, 9, 0, -1] if "speculative" in askable else [1, 0, -1]
+    one = st.tuples(st.integers(0, 7))
+    batch = st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple)
+    groups: st.SearchStrategy[tuple[int, ...]] = st.just((1,))
+    if "speculative" in features:
+        groups = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
+    steps: dict[str, st.SearchStrategy[Any]] = {
+        "picks": batch,
+        "query_lens": groups,
+        "times": st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    }
+    if "padding" in features:
+        steps["pad"] = st.sampled_from([0, 0, 1, 2, 3])
+    wishes: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+        "admit": {"size": prompt_lens},
+        "decode": steps,
+        "skip": {"picks": batch, "query_lens": groups},
+        "accept": {"picks": one, "kept": st.integers(1, 7)},
+        "sampled": {"picks": batch},
+        "wrong": {
+            "event": st.sampled_from([k for k, needs in _KINDS.items() if needs in askable]),
+            "picks": st.lists(st.integers(0, 7), max_size=3).map(tuple),
+            "query_lens": st.lists(st.sampled_from(lens), max_size=3).map(tuple),
+            "size": st.sampled_from([1, 10**6, 0, -1]),
+            "kept": st.sampled_from([1, 9, 0, -1]),
+            "pad": st.sampled_from([0, 1, -1] if "padding" in askable else [0, -1]),
+        },
+    }
+
+    @st.composite
+    def intent(draw: st.DrawFn) -> Intent:
+        kind = draw(st.sampled_from(["admit", "decode", "decode", *kinds, "wrong"]))
+        fields = wishes.get(kind, {"picks": one})
+        return Intent(kind, **{name: draw(strategy) for name, strategy in fields.items()})
+
+    return intent()
+
+
+def prompt_lengths(*, super_block: int, max_len: int) -> st.SearchStrategy[int]:
+    """Prompt lengths: any up to 40, and those around whole super-blocks and around max_len."""
+    round_numbers = [super_block, 2 * super_block, 3 * super_block, max_len]
+    near = {number + by for number in round_numbers for by in (-1, 0, 1)}
+    return st.integers(1, 40) | st.sampled_from(sorted(near - {0}))
 
 
 def realise(model: Model, intent: Intent) -> list[Event]:
-    """The events that an intent means in this state of the model."""
-    live = [id for id, request in model.requests.items() if not request.preempted]
-    gone = [id for id, request in model.requests.items() if request.preempted]
-    fresh = next(id for id in range(len(model.requests) + 1) if id not in model.requests)
-    picked = list(dict.fromkeys(live[pick % len(live)] for pick in intent.picks)) if live else []
-    lens = [intent.query_lens[i % len(intent.query_lens)] for i in range(len(picked))]
+    """The events that an intent means in this state of the model; none when it fits none."""
+    requests = model.requests
+    fresh = next(id for id in range(len(requests) + 1) if id not in requests)
     if intent.kind == "wrong":
-        return [_wrong_event(intent, live, fresh)]
-    if intent.kind == "resume" and gone:
-        return [Resume(gone[intent.picks[0] % len(gone)])]
-    if not live or intent.kind == "admit":
+        return [_careless(intent, list(requests), fresh)]
+    if intent.kind == "admit":
         return [Admit(fresh, intent.size)]
+    gone = intent.kind == "resume"
+    fitting = [id for id, request in requests.items() if request.preempted == gone]
+    if intent.kind == "accept":
+        fitting = [id for id in fitting if requests[id].open_group] or fitting
+    if not fitting:
+        return []
+    picked = list(dict.fromkeys(fitting[pick % len(fitting)] for pick in intent.picks))
+    lens = [intent.query_lens[i % len(intent.query_lens)] for i in range(len(picked))]
+    id = picked[0]
     match intent.kind:
         case "decode":
-            return [Decode(picked, lens, intent.pad)] * intent.times
+            return _repeated(model, Decode(picked, lens, intent.pad), intent.times)
         case "skip":
             return [Skip(picked, lens)]
         case "accept":
-            group = model.requests[picked[0]].open_group
-            return [Accept(picked[0], min(intent.kept, group) if group else intent.kept)]
+            return [Accept(id, min(intent.kept, requests[id].open_group or 1))]
         case "fork":
-            return [Fork(picked[0], fresh)]
+            return [Fork(id, fresh)]
         case "preempt":
-            return [Preempt(picked[0])]
+            return [Preempt(id)]
+        case "resume":
+            return [Resume(id)]
         case "sampled":
             return [Sampled(picked)]
         case _:
-            return [Release(picked[0])]
+            return [Release(id)]
 
 
-def _wrong_event(intent: Intent, live: list[int], stranger: int) -> Event:
-    """An event that must be refused, or nearly so: one of each mistake."""
-    id = live[intent.picks[0] % len(live)] if live else stranger
-    mistakes: list[Event] = [
-        Decode([stranger], [1]),
-        Release(stranger),
-        Admit(id, intent.size),
-        Admit(stranger, 0),
-        Admit(stranger, 10**6),
-        Decode([], []),
-        Decode([id, id], [1, 1]),
-        Decode([id], [0]),
-        Decode([id], [1, 1]),
-        Skip([stranger], [1]),
-        Admit(stranger, -1),
-        Decode([id], [1], -1),
-        Decode([id, stranger], [1, 1]),
-        Decode([id], [2]),
-        Decode([id], [1], 1),
-        Accept(id, 9),
-        Accept(stranger, 1),
-        Sampled([stranger]),
-        Fork(stranger, stranger),
-        Fork(id, id),
-        Preempt(stranger),
-        Resume(id),
-        Resume(stranger),
-    ]
-    return mistakes[(intent.size + intent.picks[-1]) % len(mistakes)]
+def _repeated(model: Model, decode: Decode, times: int) -> list[Event]:
+    """A decode again and again; with overlap the scheduler samples as late as it may."""
+    events: list[Event] = [decode]
+    behind = {id: model.requests[id].outstanding + 1 for id in decode.ids}
+    for _ in range(times - 1):
+        late = [id for id in decode.ids if model.config.overlap and behind[id] == 2]
+        if late:
+            events.append(Sampled(late))
+        behind = {id: count - (id in late) + 1 for id, count in behind.items()}
+        events.append(decode)
+    return events
+
+
+def _careless(intent: Intent, known: list[int], fresh: int) -> Event:
+    """An event whose ids and counts were not looked at: most of them must be refused."""
+    anyone = [*known, fresh]
+    ids = [anyone[pick % len(anyone)] for pick in intent.picks]
+    first, last = (ids[0], ids[-1]) if ids else (fresh, fresh)
+    lens = list(intent.query_lens)
+    match intent.event:
+        case "admit":
+            return Admit(first, intent.size)
+        case "decode":
+            return Decode(ids, lens, intent.pad)
+        case "skip":
+            return Skip(ids, lens)
+        case "accept":
+            return Accept(first, intent.kept)
+        case "fork":
+            return Fork(first, last)
+        case "preempt":
+            return Preempt(first)
+        case "resume":
+            return Resume(first)
+        case "sampled":
+            return Sampled(ids)
+        case _:
+            return Release(first)
 
 
 def realised(config: Config, features: Collection[str], wishes: Sequence[Intent]) -> Trace:
@@ -275,10 +344,19 @@ def traces(
     *,
     configs: st.SearchStrategy[Config],
     features: Collection[str] = FEATURES,
+    undeclared: Collection[str] = (),
     max_wishes: int = 12,
 ) -> Trace:
-    """Traces over these configurations, with events that need these features or none."""
-    wishes = st.lists(intents(features=features), max_size=max_wishes)
+    """Traces over these configurations, with events that need these features or none.
+
+    Now and then an event needs one of the features that the engine does not declare.
+    """
     config = draw(configs)
+    super_block = config.rules.cp_size * config.rules.tokens_per_block
+    prompt_lens = prompt_lengths(super_block=super_block, max_len=config.max_len)
+    intent = intents(features=features, undeclared=undeclared, prompt_lens=prompt_lens)
+    wishes = st.lists(intent, max_size=max_wishes)
+    begin = st.lists(prompt_lens, min_size=1, max_size=3)
+    admissions = [Intent("admit", size=size) for size in draw(begin)]
     # Two lists in a row: twice the length at the same cost of shrinking.
-    return realised(config, features, draw(wishes) + draw(wishes))
+    return realised(config, features, admissions + draw(wishes) + draw(wishes))

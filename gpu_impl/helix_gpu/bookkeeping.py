@@ -73,13 +73,22 @@ class RankBook:
 
     def local_len(self, id: int) -> int:
         """Tokens of a live request on this rank. Raises Refused(unknown_request)."""
-        return int(self.ledger.local_len(id)[self.cp_rank])
+        return self.local_lens([id])[0]
+
+    def local_lens(self, ids: Sequence[int]) -> list[int]:
+        """Tokens of live requests on this rank. Raises Refused(unknown_request)."""
+        lengths: list[int] = self.ledger.local_lens(ids)[:, self.cp_rank].tolist()
+        return lengths
 
     def block_table(self, id: int) -> list[int]:
         """Physical pages of a live request on this rank, in local order. Raises Refused."""
-        row, held = np.array([self.ledger.row(id)]), self.ledger.held(id)[self.cp_rank]
-        table: list[int] = self.tables.read(row, int(held))[0].tolist()
-        return table
+        return self.block_tables([id])[0]
+
+    def block_tables(self, ids: Sequence[int]) -> list[list[int]]:
+        """Physical pages of live requests on this rank, in local order. Raises Refused."""
+        held: list[int] = self.ledger.held(ids)[:, self.cp_rank].tolist()
+        tables = self.tables.read(self.ledger.rows(ids), max(held, default=0)).tolist()
+        return [table[:pages] for table, pages in zip(tables, held, strict=True)]
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Deal a new request's prompt. Raises Refused; changes nothing."""

@@ -53,6 +53,9 @@ class HelixCache:
     Raises Refused(bad_config), and ValueError for a rank or group that does not fit. Methods
     that change something raise Refused before they do, the same on all ranks, and ValueError
     for tensors of the wrong shape or type. `exchange` stands in for the group's all-to-all.
+
+    The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often
+    aborts a process that still refers to a gloo group when it exits.
     """
 
     def __init__(

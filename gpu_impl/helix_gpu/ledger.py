@@ -89,22 +89,22 @@ class Ledger:
         """Live requests, in order of admission."""
         return list(self._row_of)
 
-    def row(self, id: int) -> int:
-        """Where the ledger keeps a live request. Raises Refused(unknown_request)."""
-        row = self._row_of.get(id)
-        if row is None:
-            raise _unknown(id)
-        return row
+    def rows(self, ids: Sequence[int]) -> Ints:
+        """[n] where the ledger keeps live requests. Raises Refused(unknown_request)."""
+        try:
+            return np.array([self._row_of[id] for id in ids], dtype=np.int64)
+        except KeyError as error:
+            raise _unknown(error.args[0]) from None
 
-    def local_len(self, id: int) -> Ints:
-        """[cp_size] tokens of a live request on each rank."""
-        lengths: Ints = self._rows["local_len"][self.row(id)]
-        return lengths.copy()
+    def local_lens(self, ids: Sequence[int]) -> Ints:
+        """[n, cp_size] tokens of live requests on each rank."""
+        lengths: Ints = self._rows["local_len"][self.rows(ids)]
+        return lengths
 
-    def held(self, id: int) -> Ints:
-        """[cp_size] pages of a live request on each rank."""
-        held: Ints = self._rows["held"][self.row(id)]
-        return held.copy()
+    def held(self, ids: Sequence[int]) -> Ints:
+        """[n, cp_size] pages of live requests on each rank."""
+        held: Ints = self._rows["held"][self.rows(ids)]
+        return held
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Deal a new request's prompt. Raises Refused; changes nothing."""
@@ -193,7 +193,7 @@ class Ledger:
 
     def release(self, id: int) -> None:
         """End a request; its pages are free again. Raises Refused."""
-        row = self.row(id)
+        row = int(self.rows([id])[0])
         del self._row_of[id]
         self.free += self._rows["held"][row]
         self._free_rows.append(row)
@@ -215,10 +215,7 @@ class Ledger:
             raise Refused(
                 Reason.DUPLICATE_REQUEST, "The batch lists a request twice; once is right."
             )
-        try:
-            return np.array([self._row_of[id] for id in ids])
-        except KeyError as missing:
-            raise _unknown(missing.args[0]) from None
+        return self.rows(ids)
 
     def _check_pages(self, pages: Ints) -> None:
         short = (pages > self.free).nonzero()[0]

@@ -66,14 +66,14 @@ def test_pr9757_example() -> None:
     """L=400, T=100, C=4: steps 100r to 100r + 99 belong to rank r, and all end with 200."""
     book = started("pr9757/1:C=4,T=100", 400)
     assert [n // 100 for n in range(400)] == [decode(book, 0)[0] for _ in range(400)]
-    assert [200] * 4 == book.local_len(0).tolist()
+    assert [200] * 4 == book.local_lens([0])[0].tolist()
 
 
 def test_before_9757_example() -> None:
     """Under before_9757 the last rank takes every step."""
     book = started("before_9757/1:C=4,T=100", 400)
     assert [3] * 400 == [decode(book, 0)[0] for _ in range(400)]
-    assert [100, 100, 100, 500] == book.local_len(0).tolist()
+    assert [100, 100, 100, 500] == book.local_lens([0])[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_round_robin_example(name: str, owners: list[int], after_2: list[int]) -
     """L=13, T=2, C=4: owners of steps 0 to 7, lengths after 2 and after 8 steps."""
     book = started(f"{name}/1:C=4,T=2", 13)
     assert owners[:2] == [decode(book, 0)[0] for _ in range(2)]
-    assert after_2 == book.local_len(0).tolist()
+    assert after_2 == book.local_lens([0])[0].tolist()
     assert owners[2:] == [decode(book, 0)[0] for _ in range(6)]
-    assert [6, 6, 5, 4] == book.local_len(0).tolist()
+    assert [6, 6, 5, 4] == book.local_lens([0])[0].tolist()
 
 
 def test_lockstep_capacity_example() -> None:
@@ -98,7 +98,7 @@ def test_lockstep_capacity_example() -> None:
     decode(small, 0)
     assert Reason.OUT_OF_PAGES == reason(small, "plan_step", [0], [1])
     assert Reason.OUT_OF_PAGES == reason(small, "plan_admit", 1, 401)
-    assert [4] * 4 == started("pr17866/1:C=4,T=32", 401, pages=[4] * 4).held(0).tolist()
+    assert [4] * 4 == started("pr17866/1:C=4,T=32", 401, pages=[4] * 4).held([0])[0].tolist()
 
 
 def test_rotated_start_shifts_each_admission() -> None:
@@ -109,7 +109,7 @@ def test_rotated_start_shifts_each_admission() -> None:
     book.release(4)
     book.admit(book.plan_admit(5, 3))
     lengths = [[2, 1, 0, 0], [0, 2, 1, 0], [0, 0, 2, 1], [1, 0, 0, 2]]
-    assert [*lengths, lengths[1]] == [book.local_len(id).tolist() for id in (0, 1, 2, 3, 5)]
+    assert [*lengths, lengths[1]] == [book.local_lens([id])[0].tolist() for id in (0, 1, 2, 3, 5)]
     assert [1, 2, 3, 0, 2] == decode(book, 0, 1, 2, 3, 5)
 
 
@@ -123,7 +123,7 @@ def test_decoding_goes_on_as_the_prompt_was_dealt(text: str) -> None:
         for n in range(1, 14):
             decode(book, 0)
             hands = deal_prompt(book.layout, prompt_len + n, 0)
-            assert [hand.tokens for hand in hands] == book.local_len(0).tolist()
+            assert [hand.tokens for hand in hands] == book.local_lens([0])[0].tolist()
 
 
 @st.composite
@@ -164,17 +164,17 @@ def test_counters_agree_with_each_other(layout: Layout, traffic: list[tuple[int,
         assert [total[id] for id in ids] == step.positions.tolist()
         for i, id in enumerate(ids):
             total[id] += 1
-            grown = book.local_len(id) - step.past_lens[i]
+            grown = book.local_lens([id])[0] - step.past_lens[i]
             assert [r == step.owners[i] for r in range(c)] == grown.astype(bool).tolist()
     for id in total:
-        lengths = book.local_len(id)
+        lengths = book.local_lens([id])[0]
         assert total[id] == lengths.sum()
         pages = -(-lengths // t)
         if book.layout.pages == "lockstep":
-            assert (pages <= book.held(id)).all()
+            assert (pages <= book.held([id])[0]).all()
             pages = np.full(c, -(-total[id] // (t * c)))
-        assert pages.tolist() == book.held(id).tolist()
-    assert [PLENTY] * c == (book.free + sum(book.held(id) for id in total)).tolist()
+        assert pages.tolist() == book.held([id])[0].tolist()
+    assert [PLENTY] * c == (book.free + sum(book.held([id])[0] for id in total)).tolist()
     for id in total:
         book.release(id)
     assert [PLENTY] * c == book.free.tolist()
@@ -224,8 +224,9 @@ def test_release_refuses_the_unknown() -> None:
     """A request that is not live cannot be released, looked at or decoded."""
     book = started("pr9757/1:C=2,T=2", 3)
     book.release(0)
-    for attempt in ("release", "local_len", "held", "row"):
-        assert Reason.UNKNOWN_REQUEST == reason(book, attempt, 0)
+    assert Reason.UNKNOWN_REQUEST == reason(book, "release", 0)
+    for attempt in ("local_lens", "held", "rows"):
+        assert Reason.UNKNOWN_REQUEST == reason(book, attempt, [0])
 
 
 def test_need_is_counted_over_the_batch() -> None:
@@ -253,8 +254,8 @@ def test_rows_are_recycled() -> None:
         book.admit(book.plan_admit(id, 1 + id % 5))
         decode(book, id)
         assert [id] == book.ids
-        assert 2 + id % 5 == book.local_len(id).sum()
-        assert 0 == book.row(id)
+        assert 2 + id % 5 == book.local_lens([id])[0].sum()
+        assert 0 == book.rows([id])[0]
         book.release(id)
 
 
@@ -263,5 +264,5 @@ def test_growth_keeps_what_was_there() -> None:
     book = ledger("pr9757/1:C=2,T=2")
     for id in range(50):
         book.admit(book.plan_admit(id, id + 1))
-    assert [id + 1 for id in range(50)] == [book.local_len(id).sum() for id in range(50)]
-    assert 50 == len({book.row(id) for id in range(50)})
+    assert [id + 1 for id in range(50)] == [book.local_lens([id])[0].sum() for id in range(50)]
+    assert 50 == len({book.rows([id])[0] for id in range(50)})

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from helix_gpu.exchange import Exchange
+
 
 class LedgerEngine:
     """Ledger, allocator and block tables of one rank, without tensors."""
@@ -66,6 +68,8 @@ class GpuEngine:
     needs_processes: ClassVar[bool] = True
     cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
     """By cp_size, the group of each tp_rank."""
+    exchange: Exchange | None = None
+    """Stands in for the group's all-to-all, where the ranks are threads of one process."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -86,9 +90,13 @@ class GpuEngine:
         from helix_gpu.cache import HelixCache
 
         cp_size = config.rules.cp_size
-        group = self.cp_groups[cp_size][self.rank // cp_size] if cp_size > 1 else None
+        group = None
+        if cp_size > 1 and self.exchange is None:
+            group = self.cp_groups[cp_size][self.rank // cp_size]
         try:
-            self.cache = HelixCache(config, rank=self.rank, group=group, device=_device())
+            self.cache = HelixCache(
+                config, rank=self.rank, group=group, device=_device(), exchange=self.exchange
+            )
         except Refused as refused:
             return Outcome(refused.reason)
         self.config = config
@@ -191,10 +199,10 @@ def _outcome(step: RankStep) -> Outcome:
 
 def _view(book: RankBook, ids: Sequence[int] | None) -> RankView:
     live = book.request_ids
-    asked = live if ids is None else set(live).intersection(ids)
+    asked = live if ids is None else sorted(set(live).intersection(ids))
     return RankView(
-        {id: book.local_len(id) for id in asked},
-        {id: book.block_table(id) for id in asked},
+        dict(zip(asked, book.local_lens(asked), strict=True)),
+        dict(zip(asked, book.block_tables(asked), strict=True)),
         free_pages=book.free_pages,
     )
 

@@ -1,0 +1,84 @@
+"""Engines that fail on purpose, for tests of the drivers and the command line.
+
+Worker processes import this module by its name, so its folder is put on their PYTHONPATH.
+"""
+
+import os
+import signal
+import time
+
+import msgspec
+
+from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
+from helix_reference.engine import ReferenceEngine
+from helix_spec.events import Decode
+
+
+class Liar(LedgerEngine):
+    """Rank 1 claims one token more than it held."""
+
+    def apply(self, event):
+        outcome = super().apply(event)
+        if self.rank == 1 and outcome.past_len:
+            outcome = msgspec.structs.replace(outcome, past_len=[n + 1 for n in outcome.past_len])
+        return outcome
+
+
+class Raiser(LedgerEngine):
+    """Rank 1 raises in a decode."""
+
+    def apply(self, event):
+        if self.rank == 1 and isinstance(event, Decode):
+            raise RuntimeError("the adapter lost its way")
+        return super().apply(event)
+
+
+class Garbage(LedgerEngine):
+    """Rank 1 answers a decode with a column too short."""
+
+    def apply(self, event):
+        outcome = super().apply(event)
+        return msgspec.structs.replace(outcome, slots=[]) if self.rank == 1 else outcome
+
+
+class DistributedLiar(GpuEngine):
+    """Rank 1 of the real implementation adds a little to its output."""
+
+    def apply(self, event):
+        outcome = super().apply(event)
+        if self.rank == 1 and outcome.output is not None:
+            outcome = msgspec.structs.replace(outcome, output=outcome.output + 0.125)
+        return outcome
+
+
+class Trouble(GpuEngine):
+    """Rank 1 dies, stops, hangs, raises or leaves out its peers, as the event's pad says.
+
+    One engine for all, so that tests need few pools: the number of dummy requests of a decode
+    picks what happens.
+    """
+
+    def apply(self, event):
+        if self.rank == 1 and isinstance(event, Decode):
+            match event.pad:
+                case 1:
+                    print("last words of rank 1", flush=True)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case 2:
+                    time.sleep(3600)
+                case 3:
+                    raise RuntimeError("the adapter lost its way")
+                case 4:
+                    outcome = super().apply(Decode([99], [1]))  # refused: no collective
+                    return outcome
+        return super().apply(event)
+
+
+class SlowReference(ReferenceEngine):
+    """A reference that wants processes of its own, and so runs on any driver."""
+
+    needs_processes = True
+
+    @classmethod
+    def join(cls, world_size):
+        """Nothing to join."""

@@ -1,0 +1,207 @@
+"""The command line: exit statuses, the JSON summary, failing traces, refused input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from helix_conformance.cli import main
+from helix_spec.configs import Config
+from helix_spec.events import Admit, Decode
+from helix_spec.traces import Trace, dump_trace, load_trace
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+
+
+def call(*words):
+    """Run the command in this process."""
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def summary(path):
+    """The last line of a JSON stream."""
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Write a trace of two ranks that ends in a decode with this padding; returns its path."""
+
+    def write(pad=0):
+        config = Config(layout="pr9757/1:C=2,T=2", pages=[5, 5], max_len=50)
+        trace = Trace(config=config, events=[Admit(0, 3), Decode([0], [1], pad)])
+        path = tmp_path / f"trace-{pad}.json"
+        path.write_bytes(dump_trace(trace))
+        return path
+
+    return write
+
+
+def test_green_run_says_what_was_checked_and_what_was_not(tmp_path):
+    """A green run ends with status 0 and a summary of layouts, profiles and counts."""
+    result = call(
+        *("run", "--engine", "gpu-ledger", "--layout", "pr9757", "--layout", "balanced"),
+        *("--cp", 3, "--cp", 4, "--examples", 5, "--json", tmp_path / "run.jsonl"),
+    )
+    assert 0 == result.exit_code, result.output
+    found = summary(tmp_path / "run.jsonl")
+    assert ("summary", "pass") == (found["kind"], found["verdict"])
+    assert ["pr9757", "balanced"] == found["layouts"]
+    assert ["placement", "lengths", "pages", "padding"] == found["profiles_checked"]
+    assert ["cache", "attention"] == found["profiles_not_checked"][:2]
+    assert 10 == found["traces"]
+    assert found["events"] > 0 < found["events_per_s"]
+
+
+def test_red_run_leaves_the_smallest_trace(tmp_path):
+    """A difference on rank 1 alone ends with status 1 and a two-event trace that replays red."""
+    result = call("run", "--engine", "broken_engines:Liar", "--layout", "pr9757")
+    assert 1 == result.exit_code, result.output
+    assert "LEN-2 violated at event 1" in result.output
+    path = tmp_path / "helix-failures" / "pr9757-local.json"
+    trace = load_trace(path)
+    assert [Admit(0, 1), Decode([0], [1])] == trace.events
+    assert "pr9757/1:C=2,T=1" == trace.config.layout
+    again = call("replay", path, "--engine", "broken_engines:Liar")
+    assert 1 == again.exit_code
+    assert 0 == call("replay", path, "--engine", "reference").exit_code
+
+
+@pytest.mark.parametrize("name", ["Raiser", "Garbage"])
+def test_engine_that_raises_or_babbles(name):
+    """An engine that raises, or answers garbage, ends with status 3, rank and event named."""
+    result = call("run", "--engine", f"broken_engines:{name}", "--layout", "pr9757")
+    assert 3 == result.exit_code, result.output
+    assert "Rank 1" in result.output
+    assert "at event 1" in result.output
+
+
+@pytest.mark.parametrize(
+    ("pad", "what"),
+    [
+        (1, "died with signal SIGKILL; it last printed: 'last words of rank 1'"),
+        (2, "hung: it has not answered for 3 seconds"),
+        (3, "raised RuntimeError: the adapter lost its way"),
+        (4, "left out a collective in which ranks 0 wait for it"),
+    ],
+)
+def test_worker_in_trouble_is_named(stored, tmp_path, pad, what):
+    """A worker that dies, hangs, raises or skips the exchange is named, and the run ends."""
+    result = call(
+        *("replay", stored(pad), "--engine", "broken_engines:Trouble", "--driver", "pool"),
+        *("--ranks", 2, "--deadline", 3, "--json", tmp_path / "run.jsonl"),
+    )
+    assert 3 == result.exit_code, result.output
+    assert f"Rank 1 {what} (at event 1)." in result.output
+    assert "error" == summary(tmp_path / "run.jsonl")["verdict"]
+
+
+def test_torchrun_launched_by_the_command(tmp_path):
+    """Under torchrun a wrong output of rank 1 ends with status 1 and a trace of one decode."""
+    words = [
+        *("run", "--engine", "broken_engines:DistributedLiar", "--layout", "pr9757"),
+        *("--driver", "torchrun", "--ranks", "2", "--cp", "2", "--examples", "5"),
+        *("--json", str(tmp_path / "run.jsonl")),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "helix_conformance", *words], capture_output=True, text=True
+    )
+    assert 1 == done.returncode, done.stdout + done.stderr
+    assert "fail" == summary(tmp_path / "run.jsonl")["verdict"]
+    trace = load_trace(tmp_path / "helix-failures" / "pr9757-torchrun.json")
+    assert [Admit(0, 1), Decode([0], [1])] == trace.events
+
+
+def test_show_prints_the_seeds_example(tmp_path):
+    """`show` prints each rank's pages: 400 prompt and 400 decoded tokens on 4 ranks."""
+    config = Config(layout="pr9757/1:C=4,T=100", pages=[9] * 4, max_len=1000)
+    events = [Admit(0, 400), *[Decode([0], [1])] * 400]
+    (tmp_path / "t.json").write_bytes(dump_trace(Trace(config=config, events=events)))
+    result = call("show", tmp_path / "t.json")
+    assert 0 == result.exit_code
+    assert "rank 1, 200 tokens: 100-199 (page 8) | 500-599 (page 7)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run", "--engine", "nobody"], "'nobody' names no engine"),
+        (["run", "--engine", "nobody:Engine"], "cannot be loaded"),
+        (["run", "--engine", "reference", "--profile", "merge"], "is not one of"),
+        (["run", "--layout", "pr1"], "is not one of"),
+        (["run", "--driver", "pool", "--cp", "8"], "8 ranks are needed, and the pool has 4"),
+        (["replay", "missing.json"], "missing.json: cannot be read"),
+    ],
+)
+def test_bad_usage(words, sentence, gpu_pool, monkeypatch):
+    """Bad usage ends with status 2 and a sentence."""
+    from helix_conformance.drivers import pool
+
+    monkeypatch.setattr(pool, "PoolDriver", lambda *_, **__: _Kept(gpu_pool))
+    result = call(*words)
+    assert 2 == result.exit_code, result.output
+    assert sentence in result.output.replace("\n", " ")
+
+
+class _Kept:
+    """The session's pool, not closed by the command."""
+
+    def __init__(self, driver):
+        self._driver = driver
+
+    def __getattr__(self, name):
+        return getattr(self._driver, name)
+
+    def close(self):
+        """Leave it running for the other tests."""
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--layout", "vllm_dcp", "--interleave", 3], "interleaves 3 tokens, which does not divide"),
+        (["--cp", 3, "--q-heads", 8], "8 query heads do not divide by tp_size * cp_size = 1 * 3"),
+        (["--tp", 4, "--kv-heads", 2], "tp_size 4 is above the 2 KV heads"),
+        (["--pages", 0], "The pool of cp_rank 0 has 0 pages"),
+        (["--interleave", 2], "takes no interleave"),
+    ],
+)
+def test_configuration_that_no_engine_may_start_with(tmp_path, options, sentence):
+    """An illegal configuration is refused with a sentence and status 2."""
+    (tmp_path / "w.jsonl").write_text('{"input_length": 5, "output_length": 2}\n')
+    result = call("run", "--workload", "w.jsonl", "--driver", "local", *options)
+    assert 2 == result.exit_code, result.output
+    assert sentence in result.output.replace("\n", " ")
+
+
+def test_broken_files_are_named_with_line_and_field(tmp_path, stored):
+    """A malformed trace or workload is refused with file, line and field, and status 2."""
+    path = stored()
+    path.write_text(path.read_text().replace('"prompt_len": 3', '"prompt_len": "x"'))
+    result = call("replay", path)
+    assert 2 == result.exit_code
+    assert "trace-0.json, line 27, field $.events[0].prompt_len" in result.output
+    (tmp_path / "w.jsonl").write_text('{"input_length": 5, "output_length": 0}\n')
+    result = call("run", "--workload", "w.jsonl")
+    assert 2 == result.exit_code
+    assert "w.jsonl, line 1, field" in result.output
+
+
+def test_workload_on_the_ledger(tmp_path):
+    """A workload of a few requests is played to its end: admissions, decodes, releases."""
+    lines = ['{"input_length": %d, "output_length": %d}' % (9 * n, n) for n in range(1, 7)]
+    (tmp_path / "w.jsonl").write_text("\n".join(lines) + "\n")
+    result = call(
+        *("run", "--workload", "w.jsonl", "--driver", "local", "--cp", 2, "--batch", 3),
+        *("--tokens-per-block", 4, "--pages", 20, "--json", tmp_path / "run.jsonl"),
+    )
+    assert 0 == result.exit_code, result.output
+    found = summary(tmp_path / "run.jsonl")
+    assert ["pr9757/1:C=2,T=4"] == found["layouts"]
+    assert 12 < found["events"]

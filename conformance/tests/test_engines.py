@@ -1,0 +1,80 @@
+"""The engines of this project pass the suite, and the suite has really looked."""
+
+import hypothesis
+import pytest
+
+from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.engines.gpu import LedgerEngine
+from helix_conformance.machine import engine_machine
+from helix_conformance.runs import (
+    Tally,
+    check_trace,
+    layout_traces,
+    profiles_to_check,
+    random_traces,
+)
+from helix_conformance.strategies import LAYOUT_NAMES
+from helix_reference.engine import ReferenceEngine
+from helix_spec.configs import Config, ModelShape
+from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Release, Resume, Sampled, Skip
+from helix_spec.traces import Trace
+
+BOOKKEEPING = ("placement", "lengths", "pages")
+FEATURES = ("speculative", "fork", "preempt", "padding", "overlap")
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+@pytest.mark.parametrize("engine", [ReferenceEngine, LedgerEngine])
+def test_bookkeeping_of_every_layout(engine, layout):
+    """Reference and ledger keep every bookkeeping invariant on random traces of each layout."""
+    driver, tally = LocalDriver(engine), Tally()
+    profiles = profiles_to_check(driver.profiles, [*BOOKKEEPING, *FEATURES])
+    strategy = layout_traces(driver, layout, profiles, cp_sizes=(1, 2, 3, 4, 8))
+    assert None is random_traces(driver, strategy, profiles, examples=60, seed=7, tally=tally)
+    assert 60 <= tally.traces
+    assert tally.traces < tally.events
+
+
+def test_reference_attends_exactly():
+    """The reference's own caches and outputs pass, with every event, two layers and tp 2."""
+    shape = ModelShape(layers=2, q_heads=4, kv_heads=2, head_dim=4, dtype="bfloat16")
+    config = Config(
+        layout="pr13180/1:C=2,T=2", pages=[9, 9], max_len=40, model=shape, tp_size=2, overlap=True
+    )
+    events = [
+        Admit(0, 5),
+        Decode([0], [3], 1),
+        Sampled([0]),
+        Accept(0, 2),
+        Fork(0, 1),
+        Decode([1, 0], [1, 2]),
+        Skip([0], [1]),
+        Preempt(0),
+        Resume(0),
+        Decode([0, 1], [1, 1]),
+        Release(1),
+    ]
+    driver = LocalDriver(ReferenceEngine)
+    assert None is check_trace(driver, Trace(config=config, events=events), driver.profiles)
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_whole_implementation_on_gloo(gpu_pool, layout):
+    """Four real ranks cache and attend exactly, with TP and CP, in every element type."""
+    profiles, tally = profiles_to_check(gpu_pool.profiles, []), Tally()
+    strategy = layout_traces(
+        gpu_pool, layout, profiles, cp_sizes=(1, 2, 3, 4, 4, 4), tp_sizes=(1, 2)
+    )
+    assert None is random_traces(gpu_pool, strategy, profiles, examples=12, seed=3, tally=tally)
+
+
+class TestReferenceMachine(engine_machine(ReferenceEngine, [*BOOKKEEPING, *FEATURES]).TestCase):
+    """The reference's bookkeeping as a state machine, with every feature."""
+
+    settings = hypothesis.settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+class TestLedgerMachine(engine_machine(LedgerEngine).TestCase):
+    """The ledger as a state machine."""
+
+    settings = hypothesis.settings(max_examples=40, stateful_step_count=30, deadline=None)

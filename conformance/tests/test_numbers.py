@@ -1,0 +1,189 @@
+"""When two attention outputs are equal (ATT-4): honest runs pass, and small mistakes fail.
+
+The arrays of the suite are first held against the plain definitions of spec and reference.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helix_conformance import numbers
+from helix_gpu.attention import attend_pages
+from helix_gpu.merge import merge
+from helix_gpu.rope import rope_table, rotate
+from helix_reference import attention
+from helix_spec import values
+from helix_spec.configs import ModelShape
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@settings(max_examples=200, deadline=None)
+@given(x=st.floats(-1e4, 1e4), dtype=st.sampled_from(DTYPES))
+def test_rounding_is_torchs(x, dtype):
+    """Rounding to a type gives what torch's conversion gives, where float32 lies not between."""
+    x = float(np.float32(x))
+    expected = torch.tensor(x).to(getattr(torch, dtype)).item()
+    if math.isinf(expected):
+        return
+    assert expected == attention.round_to(x, dtype)
+    assert expected == numbers.round_to(np.array(x), dtype)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    identities=st.lists(
+        st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)), min_size=1, max_size=4
+    ),
+    first=st.integers(0, 2**31),
+    tensor=st.sampled_from(["q", "k", "v"]),
+    heads=st.lists(st.integers(0, 200), min_size=1, max_size=3),
+)
+def test_entries_are_those_of_the_specification(seed, identities, first, tensor, heads):
+    """The array hash gives, entry by entry, what the plain one gives."""
+    found = numbers.entries(seed, numbers.tokens_of(identities, first), 2, tensor, heads, 4)
+    expected = [
+        [
+            [
+                [
+                    values.entry(
+                        values.token_state(seed, event, place, first + n, layer, tensor), head, d
+                    )
+                    for d in range(4)
+                ]
+                for head in heads
+            ]
+            for n, (event, place) in enumerate(identities)
+        ]
+        for layer in range(2)
+    ]
+    assert expected == found.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (2, 2), (3, 1)])
+def test_exact_attention_is_the_references(dtype, q_heads, kv_heads):
+    """Output and bound of the arrays agree with the reference's, to float64's rounding."""
+    shape = ModelShape(
+        q_heads=q_heads, kv_heads=kv_heads, head_dim=8, dtype=dtype, partial_dtype=dtype
+    )
+    identities = [(3, place) for place in range(9)] + [(7, 1)]
+    ranks = [0, 0, 1, 1, 1, 1, 1, 3, 3, 0]
+    outputs, bounds = _exact(shape, identities, np.array(ranks))
+    tokens = [attention.Token(e, p, position) for position, (e, p) in enumerate(identities)]
+    for head in range(q_heads):
+        kv_head = head // (q_heads // kv_heads)
+        expected, bound = attention.error_bound(
+            shape,
+            attention.query(shape, 5, tokens[-1], 0, head),
+            [attention.key(shape, 5, token, 0, kv_head) for token in tokens],
+            [attention.raw(5, token, 0, "v", kv_head, 8) for token in tokens],
+            ranks,
+        )
+        np.testing.assert_allclose(outputs[head], expected, atol=1e-13)
+        np.testing.assert_allclose(bounds[head], bound, rtol=1e-9)
+
+
+def _exact(shape, identities, ranks, seed=5):
+    tokens = numbers.tokens_of(identities, 0)
+    last = numbers.tokens_of(identities[-1:], len(identities) - 1)
+    q = numbers.rope(
+        numbers.queries(shape, seed, last, range(shape.q_heads)),
+        last.positions,
+        shape.rope_base,
+        shape.dtype,
+    )
+    kv_heads = range(shape.kv_heads)
+    k = numbers.rope(
+        numbers.entries(seed, tokens, 1, "k", kv_heads, shape.head_dim),
+        tokens.positions,
+        shape.rope_base,
+        shape.dtype,
+    )
+    v = numbers.entries(seed, tokens, 1, "v", kv_heads, shape.head_dim)
+    kv = numbers.KeysValues(k.stored[0], k.doubt[0], v[0])
+    return numbers.exact_attention(shape, q.stored[0, 0], q.doubt[0, 0], kv, ranks)
+
+
+class Sharded:
+    """One query over S keys on four ranks of unequal lengths, computed as the real thing does.
+
+    `errors(...)` says, per query head, how many bounds E the output is off after a mistake.
+    """
+
+    def __init__(self, dtype, keys, seed):
+        self.shape = ModelShape(q_heads=8, kv_heads=2, head_dim=64, dtype=dtype)
+        self.seed = seed
+        shares = np.array([0.55, 0.3, 0.15]) * keys
+        lengths = [*np.maximum(1, shares.astype(int)), 0]
+        lengths[0] += keys - sum(lengths)
+        self.ranks = np.repeat(np.arange(4), lengths)
+        self.identities = [(0, place) for place in range(keys)]
+        self.exact, self.bound = _exact(self.shape, self.identities, self.ranks, seed)
+
+    def errors(self, *, missing=None, lse=lambda lse: lse):
+        shape, torch_type = self.shape, getattr(torch, self.shape.dtype)
+        tokens = numbers.tokens_of(self.identities, 0)
+        last = numbers.tokens_of(self.identities[-1:], len(self.identities) - 1)
+        q = self._tensor(numbers.queries(shape, self.seed, last, range(8)))[0]
+        k = self._tensor(numbers.entries(self.seed, tokens, 1, "k", range(2), 64))[0]
+        v = self._tensor(numbers.entries(self.seed, tokens, 1, "v", range(2), 64))[0]
+        positions = torch.from_numpy(tokens.positions)
+        cos, sin = rope_table(positions, 64, shape.rope_base)
+        k, q = rotate(k, cos, sin), rotate(q, cos[-1:], sin[-1:])
+        outputs, lses = [], []
+        for rank in range(4):
+            mine = np.flatnonzero(self.ranks == rank)
+            mine = mine[mine != missing]
+            page = torch.stack([k[mine], v[mine]])[None]
+            if not len(mine):
+                page = torch.full((1, 2, 1, 2, 64), torch.nan, dtype=torch_type)
+            table, length = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([len(mine)])
+            output, logsum = attend_pages(q, page, table, length)
+            outputs.append(output)
+            lses.append(lse(logsum))
+        merged, _ = merge(torch.stack(outputs), torch.stack(lses))
+        found = merged[0].to(torch_type).double().numpy()
+        return np.sqrt(((found - self.exact) ** 2).sum(-1)) / self.bound
+
+    def _tensor(self, x):
+        return torch.from_numpy(x).to(getattr(torch, self.shape.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [3, 5, 64, 333, 4096])
+def test_honest_runs_are_within_the_bound(dtype, keys):
+    """A correct run passes in every element type, short and long, an empty rank among them."""
+    worst = max(Sharded(dtype, keys, seed).errors().max() for seed in range(4))
+    assert 1 >= worst
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixed_up_base_is_caught(dtype):
+    """A log-sum-exp in base 2 merged as if it were natural is far outside the bound."""
+    errors = Sharded(dtype, 500, 1).errors(lse=lambda lse: lse / math.log(2))
+    assert 3 < errors.max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bfloat16_log_sum_exp_is_caught(dtype):
+    """A log-sum-exp kept in bfloat16 is outside the bound."""
+    worst = max(
+        Sharded(dtype, 500, seed).errors(lse=lambda lse: lse.bfloat16().float()).max()
+        for seed in range(4)
+    )
+    assert 1 < worst
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_missing_key_of_4096_is_caught_at_the_probe(dtype):
+    """At the probe heads one missing key among 4,096 is outside the bound, whichever it is."""
+    sharded = Sharded(dtype, 4096, 2)
+    probes = [head for head in range(8) if values.is_probe(head, 4, 4095)]
+    for missing in (0, 1000, 3000, 4095):
+        assert 1 < sharded.errors(missing=missing)[probes].max()
