@@ -13,10 +13,10 @@ export OMP_NUM_THREADS ?= 1
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-conform: .venv/installed ## Random traces for every named layout, table and verdict (3 minutes)
-	$(BIN)/helix-conformance conform
+conform: .venv/installed ## Random traces for every layout: a table and a verdict
+	$(BIN)/helix-conformance run
 
-test: .venv/installed ## All tests of a change (6 minutes)
+test: .venv/installed ## All tests of a change
 	$(BIN)/pytest
 
 lint: .venv/installed ## Style, types, and the walls between the rooms
@@ -25,10 +25,15 @@ lint: .venv/installed ## Style, types, and the walls between the rooms
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-workloads: .venv/installed ## Two production traces, replayed (see README, "Real input")
-	$(BIN)/helix-conformance workloads --folder $(WORKLOADS)
-
+# Two production traces of request lengths. All of both against the ledger, at full lengths; the
+# first 200 requests, shortened, through the attention of 4 gloo ranks.
 WORKLOADS ?= ../shared/workloads
+REPLAY = $(BIN)/helix-conformance run --workload
+workloads: .venv/installed ## Production traces, replayed
+	$(REPLAY) $(WORKLOADS)/mooncake_conversation.jsonl --driver local --cp 8 --max-steps 500
+	$(REPLAY) $(WORKLOADS)/azure_code_2023.csv --driver local --layout balanced --cp 3
+	$(REPLAY) $(WORKLOADS)/mooncake_conversation.jsonl --driver pool --cp 4 --profile attention \
+	    --limit 200 --scale 64
 
 bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/python gpu_impl/benchmarks/ledger.py

@@ -78,7 +78,10 @@ def main() -> None:
             max_len=1000,
             model=ModelShape(q_heads=8, kv_heads=2, head_dim=32),
         ),
-        events=[*(Admit(id, 20 + 7 * id) for id in range(4)), *([Decode([0, 1, 2, 3], [1] * 4)] * 96)],
+        events=[
+            *(Admit(id, 20 + 7 * id) for id in range(4)),
+            *([Decode([0, 1, 2, 3], [1] * 4)] * 96),
+        ],
     )
     driver = PoolDriver("gpu", 4)
     try:

@@ -18,14 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helix_conformance import runs
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.protocol import LADDER, PROFILES, EngineSpecError, load_engine
+from helix_conformance.protocol import PROFILES, EngineSpecError, load_engine
 from helix_conformance.report import (
     Stream,
     make_row,
     print_failure,
     print_table,
     save_failure,
-    worst_verdict,
 )
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import trace_text
@@ -48,7 +47,7 @@ class BadInput(click.ClickException):
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def main() -> None:
-    """Check an engine's sharded decode KV cache against the specification.
+    r"""Check an engine's sharded decode KV cache against the specification.
 
     An engine is told events (admit, decode, release, ...) on all its ranks. After each event
     everything observable is compared with a reference: which rank and slot holds which
@@ -58,10 +57,10 @@ def main() -> None:
     \b
     Examples:
       helix-conformance run
-          the implementation of this project: every layout, in one process and on 4 gloo workers
+          this project's implementation: every layout, in one process and on 4 gloo workers
       helix-conformance run --engine my_package.adapter:Engine --layout pr9757 --cp 4
           an engine of yours, one layout
-      helix-conformance replay helix-failures/pr9757-local.json --engine my_package.adapter:Engine
+      helix-conformance replay helix-failures/pr9757-local.json --engine reference
           a failing trace once more
       helix-conformance show helix-failures/pr9757-local.json
           where the tokens of a trace belong, rank by rank and page by page
@@ -191,7 +190,9 @@ def run(**options: Any) -> None:
     violated invariant with its sentence from SPEC.md, what was expected and what was observed.
     """
     if options["driver_name"] == "torchrun":
-        _under_torchrun(options["engine"], options["ranks"], options["backend"], options["deadline"])
+        _under_torchrun(
+            options["engine"], options["ranks"], options["backend"], options["deadline"]
+        )
     stream = Stream(options["json_path"])
     shown = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     stream.settings(command="run", **shown)
@@ -222,7 +223,9 @@ def replay(**options: Any) -> None:
     """Play one stored trace and judge every answer."""
     trace = _trace(options["trace_path"])
     if options["driver_name"] == "torchrun":
-        _under_torchrun(options["engine"], options["ranks"], options["backend"], options["deadline"])
+        _under_torchrun(
+            options["engine"], options["ranks"], options["backend"], options["deadline"]
+        )
     stream, console = Stream(options["json_path"]), Console()
     stream.settings(command="replay", trace=str(options["trace_path"]))
     failed: list[Failure] = []
@@ -233,9 +236,7 @@ def replay(**options: Any) -> None:
             profiles = runs.profiles_to_check(driver.profiles, options["asked"])
             failure = runs.check_trace(driver, trace, profiles, tally=tally)
         cp_sizes = [trace.config.rules.cp_size]
-        row = make_row(
-            trace.config.layout, engine, driver_name, cp_sizes, profiles, tally, failure
-        )
+        row = make_row(trace.config.layout, engine, driver_name, cp_sizes, profiles, tally, failure)
         stream.row(row)
         if failure is not None:
             failed.append(failure)
@@ -262,9 +263,7 @@ def _trace(path: Path) -> Any:
         raise BadInput(str(error)) from error
 
 
-def _tiers(
-    engine: str, driver_name: str | None, asked: Sequence[str]
-) -> list[tuple[str, str]]:
+def _tiers(engine: str, driver_name: str | None, asked: Sequence[str]) -> list[tuple[str, str]]:
     """Which engine runs on which driver: the whole of one, or for `gpu` each where it can."""
     if engine != "gpu":
         try:

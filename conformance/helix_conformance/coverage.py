@@ -12,7 +12,18 @@ from math import gcd
 from typing import Final
 
 from helix_reference.model import Model, Page, Request, Step
-from helix_spec.events import Accept, Admit, Decode, Event, Fork, Reason, Release, Resume, Skip, ids_of
+from helix_spec.events import (
+    Accept,
+    Admit,
+    Decode,
+    Event,
+    Fork,
+    Reason,
+    Release,
+    Resume,
+    Skip,
+    ids_of,
+)
 
 HIGH_PAGE: Final = 16
 """A rank with more pages than this in use has page ids that small tests never see."""

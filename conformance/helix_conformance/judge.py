@@ -188,7 +188,9 @@ class Judge:
     def _outputs(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
         """ATT-1, ATT-3, ATT-4 and MAP-1 of the merged outputs."""
         tokens = len(outcomes[0].position_ids)
-        slices = [self._slice(rank, outcome.output, tokens) for rank, outcome in enumerate(outcomes)]
+        slices = [
+            self._slice(rank, outcome.output, tokens) for rank, outcome in enumerate(outcomes)
+        ]
         merged, token = np.concatenate(slices, axis=2), 0
         for step in self.model.last_steps:
             for place in range(len(step.owners)):

@@ -7,7 +7,7 @@ state is compared after every one of them. Engines of an own test suite subclass
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar
 
 import msgspec
@@ -34,7 +34,10 @@ _WISHES: dict[str, Any] = {
 }
 
 
-def _supports(feature: str) -> Any:
+Rule = Callable[..., None]
+
+
+def _supports(feature: str) -> Callable[[Rule], Rule]:
     """Only for engines that declare the feature."""
     return precondition(lambda machine: feature in machine.profiles)
 
@@ -135,9 +138,7 @@ class EngineMachine(RuleBasedStateMachine):
             raise AssertionError("\n".join(failure_text(failure)))
 
 
-def engine_machine(
-    engine: type[Engine], asked: Collection[str] = ()
-) -> type[EngineMachine]:
+def engine_machine(engine: type[Engine], asked: Collection[str] = ()) -> type[EngineMachine]:
     """The state machine of an engine, on these of the profiles that it declares, or on all."""
     profiles = profiles_to_check(engine.profiles, asked)
     name = f"{engine.__name__}Machine"

@@ -153,10 +153,9 @@ def exact_attention(
 
     rotation = np.abs(q)[:, None, :] * dk + q_doubt[:, None, :] * np.abs(k)
     largest = np.abs(scores).max(-1, keepdims=True)
-    score_error = (
-        U32 * (scale * np.sqrt(dim) * _norm(products) + 2 * np.abs(scores) + largest)
-        + scale * _norm(rotation)
-    )
+    score_error = U32 * (
+        scale * np.sqrt(dim) * _norm(products) + 2 * np.abs(scores) + largest
+    ) + scale * _norm(rotation)
     squares = ((p * _norm(v - output[:, None, :]) * score_error) ** 2).sum(-1)
     squares += ((p * _norm(v) * U32) ** 2).sum(-1)
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]

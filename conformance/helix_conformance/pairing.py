@@ -23,9 +23,7 @@ class Pairing:
         self.tables: dict[int, tuple[list[int], list[Page]]] = {}
         """What was last seen of each request, to look again only at what changed."""
 
-    def table(
-        self, rank: int, id: int, table: list[int], twins: list[Page]
-    ) -> Iterator[Violation]:
+    def table(self, rank: int, id: int, table: list[int], twins: list[Page]) -> Iterator[Violation]:
         """One request's block table."""
         seen = self.tables.get(id)
         if seen is not None and seen[0] == table and seen[1] == twins:
@@ -56,7 +54,9 @@ class Pairing:
         if stood_for is twin:
             return
         if stood_for is not None and stood_for.holders > 0:
-            what = f"request {id} {'writes into' if written else 'holds'} a page that is not its own"
+            what = (
+                f"request {id} {'writes into' if written else 'holds'} a page that is not its own"
+            )
             yield Violation("PAGE-2", what, number, page, rank, id)
             if written:
                 what = f"request {id} overwrites tokens in a page that is not its own"

@@ -21,7 +21,6 @@ from helix_spec.configs import Config
 from helix_spec.events import FEATURES, Event, Reason, Release
 from helix_spec.traces import Trace
 
-
 EVERYTHING = Watch()
 """All state is looked at after every event."""
 

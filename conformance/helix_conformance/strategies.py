@@ -153,7 +153,9 @@ def configs(
         layout=format_layout(layout),
         pages=pages,
         max_len=draw(st.sampled_from([200, 24])),
-        model=draw(shapes) if contents else ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size),
+        model=draw(shapes)
+        if contents
+        else ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size),
         tp_size=tp_size,
         overlap="overlap" in features and draw(st.booleans()),
         seed=draw(st.integers(0, 3)) if contents else 0,

@@ -165,7 +165,10 @@ class _Kept:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--layout", "vllm_dcp", "--interleave", 3], "interleaves 3 tokens, which does not divide"),
+        (
+            ["--layout", "vllm_dcp", "--interleave", 3],
+            "interleaves 3 tokens, which does not divide",
+        ),
         (["--cp", 3, "--q-heads", 8], "8 query heads do not divide by tp_size * cp_size = 1 * 3"),
         (["--tp", 4, "--kv-heads", 2], "tp_size 4 is above the 2 KV heads"),
         (["--pages", 0], "The pool of cp_rank 0 has 0 pages"),
@@ -195,7 +198,7 @@ def test_broken_files_are_named_with_line_and_field(tmp_path, stored):
 
 def test_workload_on_the_ledger(tmp_path):
     """A workload of a few requests is played to its end: admissions, decodes, releases."""
-    lines = ['{"input_length": %d, "output_length": %d}' % (9 * n, n) for n in range(1, 7)]
+    lines = [f'{{"input_length": {9 * n}, "output_length": {n}}}' for n in range(1, 7)]
     (tmp_path / "w.jsonl").write_text("\n".join(lines) + "\n")
     result = call(
         *("run", "--workload", "w.jsonl", "--driver", "local", "--cp", 2, "--batch", 3),

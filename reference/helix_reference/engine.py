@@ -77,9 +77,7 @@ class ReferenceEngine:
     def _output(self, steps: list[Step]) -> Rows:
         """Attention of each new token over the whole sequence, for this rank's query heads."""
         shape, world = self.config.model, self.config.world_size
-        heads = range(
-            shape.q_heads * self.rank // world, shape.q_heads * (self.rank + 1) // world
-        )
+        heads = range(shape.q_heads * self.rank // world, shape.q_heads * (self.rank + 1) // world)
         return [
             [
                 [self._attend(layer, step, place, head) for head in heads]
@@ -125,6 +123,5 @@ class ReferenceEngine:
     @staticmethod
     def _tokens(request: Request) -> list[Token]:
         return [
-            Token(event, place, position)
-            for position, (event, place) in enumerate(request.tokens)
+            Token(event, place, position) for position, (event, place) in enumerate(request.tokens)
         ]

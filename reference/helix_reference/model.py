@@ -52,6 +52,7 @@ class Pool:
         self.free = list(range(pages))
 
     def take(self) -> Page:
+        """A free page, held once."""
         return Page(self.free.pop())
 
     def give_back(self, page: Page) -> None:

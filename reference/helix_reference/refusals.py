@@ -152,7 +152,5 @@ def _decode_pages(model: Model, ids: list[int], query_lens: list[int]) -> Reason
 
 
 def _too_many(model: Model, wanted: list[int]) -> Reason | None:
-    short = any(
-        pages > len(pool.free) for pages, pool in zip(wanted, model.pools, strict=True)
-    )
+    short = any(pages > len(pool.free) for pages, pool in zip(wanted, model.pools, strict=True))
     return Reason.OUT_OF_PAGES if short else None

@@ -116,9 +116,7 @@ def layout_problem(layout: Layout) -> str | None:
     ):
         if (rule == "interleave") != (interleave is not None):
             return f"The {part} is {rule}, and its interleave is {interleave}: one needs the other."
-        if interleave is not None and (
-            interleave < 1 or layout.tokens_per_block % interleave != 0
-        ):
+        if interleave is not None and (interleave < 1 or layout.tokens_per_block % interleave != 0):
             return (
                 f"The {part} interleaves {interleave} tokens, which does not divide "
                 f"tokens_per_block {layout.tokens_per_block}."

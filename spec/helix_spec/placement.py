@@ -83,9 +83,7 @@ def decode_owner(layout: Layout, prompt_len: int, step: int, shift: int = 0) -> 
     return (role + shift) % c
 
 
-def decode_local_len(
-    layout: Layout, prompt_len: int, steps: int, rank: int, shift: int = 0
-) -> int:
+def decode_local_len(layout: Layout, prompt_len: int, steps: int, rank: int, shift: int = 0) -> int:
     """Decoded tokens on `rank` after `steps` of them."""
     c, role = layout.cp_size, (rank - shift) % layout.cp_size
     if layout.owner == "last_rank":
@@ -130,9 +128,7 @@ def local_index(layout: Layout, prompt_len: int, position: int, shift: int = 0) 
     return chunk_local_len(position, role, layout.cp_size, _prompt_chunk(layout))
 
 
-def position(
-    layout: Layout, prompt_len: int, rank: int, index: int, shift: int = 0
-) -> int | None:
+def position(layout: Layout, prompt_len: int, rank: int, index: int, shift: int = 0) -> int | None:
     """Global position of the rank's token with this local index, once it is there.
 
     None when the rank never gets that many tokens (only rank C-1 decodes under `last_rank`).

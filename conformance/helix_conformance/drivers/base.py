@@ -34,16 +34,25 @@ Played = tuple[Event | None, Sequence[Answer]]
 class Driver(Protocol):
     """Holds the ranks of an engine and plays traces on them."""
 
-    name: str
-    profiles: frozenset[str]
-    """What the engine declares."""
-    largest_world: int | None
-    """Most ranks it can hold; None when any number."""
-    survives_failure: bool
-    """Whether a trace can be played again after an EngineFailure, so that it can shrink."""
+    @property
+    def name(self) -> str:
+        """What `--driver` calls it."""
 
-    streams: bool
-    """Whether `play` draws each event after it has yielded the answers to the one before."""
+    @property
+    def profiles(self) -> frozenset[str]:
+        """What the engine declares."""
+
+    @property
+    def largest_world(self) -> int | None:
+        """Most ranks it can hold; None when any number."""
+
+    @property
+    def survives_failure(self) -> bool:
+        """Whether a trace can be played again after an EngineFailure, so that it can shrink."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether `play` draws each event after it has yielded the answers to the one before."""
 
     def play(
         self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+
 from helix_conformance.drivers.base import EngineFailure, Played
 from helix_conformance.protocol import Answer, Engine, Watch
 from helix_spec.configs import Config
 from helix_spec.events import Event, Outcome
+
 
 class LocalDriver:
     """Plays each event on one rank after the other."""

@@ -64,10 +64,10 @@ class PoolDriver:
         self.workers = []
 
     def _start(self) -> None:
-        from torch.distributed import TCPStore
+        from helix_conformance.drivers.stores import hosted_store
 
         # The store listens as long as this object lives; every start meets under a new name.
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = hosted_store()
         self.starts += 1
         setup = Setup(
             engine=self.engine,

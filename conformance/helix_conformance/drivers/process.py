@@ -28,7 +28,7 @@ class EngineProcess:
         self.rank = setup.rank
         self.at: int | None = None
         self.heard = time.monotonic()
-        self.output = tempfile.TemporaryFile()
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
         self.channel, theirs = Pipe()
         setup = msgspec.structs.replace(setup, channel=theirs.fileno())
         self.process = subprocess.Popen(

@@ -10,10 +10,9 @@ import os
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore
-
 from helix_conformance.drivers.base import EngineFailure, Played
 from helix_conformance.drivers.process import START_LIMIT_S, EngineProcess, collect
+from helix_conformance.drivers.stores import joined_store
 from helix_conformance.drivers.wire import (
     Done,
     Failed,
@@ -30,7 +29,7 @@ from helix_spec.events import Event
 
 IDLE_LIMIT_S = 3600.0
 """How long a supervisor waits for the next trace: rank 0 may be thinking."""
-STOP = b"stop"
+STOP = "stop"
 
 
 def launched() -> bool:
@@ -46,8 +45,7 @@ class Supervisor:
         self.deadline_s = deadline_s
         self.played = 0
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        agent = TCPStore(host, port, is_master=False)
-        self.store = PrefixStore("helix-control", agent)
+        self.store = joined_store(host, port, "helix-control")
         self.child = EngineProcess(
             Setup(
                 engine=engine,
@@ -67,7 +65,7 @@ class Supervisor:
         self._publish("start", self._started())
         while True:
             frame = self._read(f"trace-{self.played}", IDLE_LIMIT_S)
-            if frame == STOP:
+            if frame == STOP.encode():
                 self.child.kill()
                 return
             self._publish(f"answer-{self.played}", self._play(unpack_to_engine(frame)))

@@ -53,7 +53,7 @@ ToEngine = Play
 FromEngine = Ready | At | Done | Failed
 
 _encode = msgspec.msgpack.Encoder(enc_hook=encode_array)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 _to_engine = msgspec.msgpack.Decoder(ToEngine)
 
 

@@ -58,23 +58,22 @@ def _join_group(setup: Setup) -> None:
     import torch
     import torch.distributed as dist
 
+    from helix_conformance.drivers.stores import joined_store
+
     if setup.backend == "nccl":
         torch.cuda.set_device(setup.rank % torch.cuda.device_count())
     else:
         torch.set_num_threads(1)
-    store = dist.TCPStore(setup.store_host, setup.store_port, is_master=False)
     dist.init_process_group(
         setup.backend,
-        store=dist.PrefixStore(setup.group, store),
+        store=joined_store(setup.store_host, setup.store_port, setup.group),
         rank=setup.rank,
         world_size=setup.world,
         timeout=timedelta(seconds=setup.collective_timeout_s),
     )
 
 
-def _play(
-    channel: Connection, engine_class: type[Engine], rank: int, play: Play
-) -> Done | Failed:
+def _play(channel: Connection, engine_class: type[Engine], rank: int, play: Play) -> Done | Failed:
     at: int | None = None
     try:
         engine = engine_class(rank)

@@ -140,7 +140,7 @@ class GpuEngine:
         )
 
     def _prompt_kv(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the prompt that the present event admits; its tokens' place is their position."""
+        """K and V of the prompt being admitted; the place of its tokens is their position."""
         columns = positions.cpu().numpy()
         event = np.full(len(columns), self.events - 1, dtype=np.int64)
         tokens = Tokens(event, columns, columns)
@@ -166,9 +166,7 @@ class GpuEngine:
     def _entries(self, tensor: Any, tokens: Tokens) -> torch.Tensor:
         shape = self.config.model
         heads, dim = self.kv_heads, shape.head_dim
-        return self._tensor(
-            entries(self.config.seed, tokens, shape.layers, tensor, heads, dim)
-        )
+        return self._tensor(entries(self.config.seed, tokens, shape.layers, tensor, heads, dim))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         import torch
