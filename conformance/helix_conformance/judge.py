@@ -45,11 +45,12 @@ class Judge:
     def __init__(self, config: Config, profiles: frozenset[str]) -> None:
         self.config = config
         self.profiles = profiles
-        self.model = Model(config, profiles & set(FEATURES))
+        self.model = Model(config, profiles & set(FEATURES), allocates="pages" in profiles)
         self.layout = self.model.layout
         self.cp = self.layout.cp_size
         self.world = config.world_size
-        self.pairings = [Pairing(config.pages[rank % self.cp]) for rank in range(self.world)]
+        pools = config.pages if "pages" in profiles else [None] * self.cp
+        self.pairings = [Pairing(pools[rank % self.cp]) for rank in range(self.world)]
         self.oracle = Oracle(config, self.model)
         self.reason: Reason | None = None
         """Why the last event is refused, None when it is not."""
@@ -114,14 +115,14 @@ class Judge:
 
     def _columns(self, rank: int, outcome: Outcome, wanted: Outcome) -> Iterator[Violation]:
         """LEN-2, POS-1, LEN-3 and PAGE-4 of one rank."""
-        if outcome.past_len != wanted.past_len:
+        if "lengths" in self.profiles and outcome.past_len != wanted.past_len:
             what = "tokens held before the step, for each request of the batch"
             yield Violation("LEN-2", what, wanted.past_len, outcome.past_len, rank)
         if outcome.position_ids != wanted.position_ids:
             what = "global positions of the new tokens"
             yield Violation("POS-1", what, wanted.position_ids, outcome.position_ids, rank)
-        reported = outcome.visible is not None or "attention" in self.profiles
-        if reported and outcome.visible != wanted.visible:
+        reported = outcome.visible is not None and "lengths" in self.profiles
+        if (reported or "attention" in self.profiles) and outcome.visible != wanted.visible:
             what = "keys on this rank that each new token's query sees"
             yield Violation("LEN-3", what, wanted.visible, outcome.visible, rank)
         for active, slot in zip(outcome.active, outcome.slots, strict=True):

@@ -14,9 +14,12 @@ from helix_reference.model import Page
 
 
 class Pairing:
-    """Which physical page of one rank stands for which page of the model."""
+    """Which physical page of one rank stands for which page of the model.
 
-    def __init__(self, pool: int) -> None:
+    `pool` is the number of pages that the rank has, None for an engine that allocates none.
+    """
+
+    def __init__(self, pool: int | None) -> None:
         self.pool = pool
         self.twins: dict[int, Page] = {}
         self.numbers: dict[Page, int] = {}
@@ -40,11 +43,11 @@ class Pairing:
         self, rank: int, id: int, page: int, twin: Page, *, written: bool = False
     ) -> Iterator[Violation]:
         """One page: in the pool, and the same page as before, nobody else's."""
-        if not 0 <= page < self.pool:
+        if page < 0 or (self.pool is not None and page >= self.pool):
             yield Violation(
                 "PAGE-1",
                 f"page of request {id}, in the rank's pool",
-                f"0 to {self.pool - 1}",
+                f"at least 0 and below {self.pool}",
                 page,
                 rank,
                 id,

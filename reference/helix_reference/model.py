@@ -50,9 +50,13 @@ class Pool:
 
     def __init__(self, pages: int) -> None:
         self.free = list(range(pages))
+        self.size = pages
 
     def take(self) -> Page:
-        """A free page, held once."""
+        """A free page, held once. Beside an engine without pages there is always one more."""
+        if not self.free:
+            self.free.append(self.size)
+            self.size += 1
         return Page(self.free.pop())
 
     def give_back(self, page: Page) -> None:
@@ -114,9 +118,13 @@ class Model:
 
     `features` are those of the engine it stands beside: events that need another are refused as
     `unsupported`. Without `config.overlap` there is nothing to sample, whatever the features.
+    Beside an engine that does not allocate pages (`allocates` false) none ever run out.
     """
 
-    def __init__(self, config: Config, features: Iterable[str] = FEATURES) -> None:
+    def __init__(
+        self, config: Config, features: Iterable[str] = FEATURES, *, allocates: bool = True
+    ) -> None:
+        self.allocates = allocates
         self.config = config
         self.features = frozenset(features) - (frozenset() if config.overlap else {"overlap"})
         self.layout: Layout = config.rules

@@ -130,6 +130,8 @@ def _not_live(model: Model, ids: Sequence[int]) -> Reason | None:
 
 
 def _prompt_pages(model: Model, prompt_len: int, shift: int) -> Reason | None:
+    if not model.allocates:
+        return None
     slots = sum(model.config.pages) * model.layout.tokens_per_block
     if prompt_len > slots:
         return Reason.OUT_OF_PAGES  # not even one token a slot fits: do not deal the lists
@@ -139,6 +141,8 @@ def _prompt_pages(model: Model, prompt_len: int, shift: int) -> Reason | None:
 
 def _decode_pages(model: Model, ids: list[int], query_lens: list[int]) -> Reason | None:
     """Count the batch's need in its order: a copy taken by one request may spare the next."""
+    if not model.allocates:
+        return None
     wanted = [0] * model.layout.cp_size
     let_go: Counter[Page] = Counter()
     for id, query_len in zip(ids, query_lens, strict=True):

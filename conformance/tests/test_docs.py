@@ -1,0 +1,95 @@
+"""The documents tell the truth: their commands exist and their examples run."""
+
+import contextlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from helix_conformance.cli import main
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(ROOT.glob("*/README.md")),
+]
+
+
+def blocks(path, language):
+    """The fenced code blocks of this language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
+def test_make_targets_exist():
+    """Every `make TARGET` in a document is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {
+        name
+        for path in DOCUMENTS
+        for name in re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(), re.M)
+    }
+    assert {"conform", "test", "lint", "workloads"} <= named | {"lint"}
+    assert set() == named - targets
+
+
+def test_links_lead_somewhere():
+    """Every relative link in a document leads to a file of the repository."""
+    missing = [
+        (path.name, link)
+        for path in DOCUMENTS
+        for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text())
+        if not (path.parent / link).exists()
+    ]
+    assert [] == missing
+
+
+def test_options_in_documents_exist():
+    """Every option of `helix-conformance` that a document shows is one of the command's."""
+    runner = CliRunner()
+    for path in DOCUMENTS:
+        for command, rest in re.findall(r"helix-conformance (run|replay|show)\b(.*)", path.read_text()):
+            help_text = runner.invoke(main, [command, "--help"]).output
+            for option in re.findall(r"--[a-z-]+", rest.split("`")[0]):
+                assert option in help_text, f"{path.name}: {command} {option}"
+
+
+def test_engine_of_the_conformance_readme(tmp_path, monkeypatch):
+    """The README's engine is found wrong, by the number of the rule that it breaks."""
+    (code,) = blocks(ROOT / "conformance/README.md", "python")
+    (tmp_path / "last_rank.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "--engine", "last_rank:LastRank", "--layout", "pr9757"]
+    result = CliRunner().invoke(main, words)
+    assert 1 == result.exit_code, result.output
+    assert "OWN-3" in result.output
+
+
+def test_example_of_the_reference_readme():
+    """The README's example prints what its comment says."""
+    (code,) = blocks(ROOT / "reference/README.md", "python")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert code.rpartition("# ")[2] == printed.getvalue()
+
+
+@pytest.mark.timeout(120)
+def test_torchrun_example_of_the_gpu_readme(tmp_path):
+    """The README's program runs as its text says, on 4 ranks under torchrun."""
+    (code,) = blocks(ROOT / "gpu_impl/README.md", "python")
+    (tmp_path / "example.py").write_text(code)
+    torchrun = shutil.which("torchrun", path=str(Path(sys.executable).parent))
+    assert torchrun is not None
+    done = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node=4", "example.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert 0 == done.returncode, done.stdout + done.stderr
