@@ -52,7 +52,9 @@ def test_options_in_documents_exist():
     """Every option of `helix-conformance` that a document shows is one of the command's."""
     runner = CliRunner()
     for path in DOCUMENTS:
-        for command, rest in re.findall(r"helix-conformance (run|replay|show)\b(.*)", path.read_text()):
+        for command, rest in re.findall(
+            r"helix-conformance (run|replay|show)\b(.*)", path.read_text()
+        ):
             help_text = runner.invoke(main, [command, "--help"]).output
             for option in re.findall(r"--[a-z-]+", rest.split("`")[0]):
                 assert option in help_text, f"{path.name}: {command} {option}"

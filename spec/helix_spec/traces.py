@@ -17,6 +17,7 @@ import msgspec
 
 from helix_spec.configs import Config, config_problem
 from helix_spec.events import Event
+from helix_spec.layouts import LayoutError
 
 
 class TraceError(ValueError):
@@ -43,8 +44,8 @@ def dump_trace(trace: Trace) -> bytes:
 def load_trace(path: Path) -> Trace:
     """The trace in a file.
 
-    Raises TraceError, naming file, line and field, when the file is no trace or no engine may
-    start with its configuration.
+    Raises TraceError, naming file, line and field, when the file is no trace, or when it has
+    events and no engine may start with its configuration. Without events it may say that.
     """
     try:
         data = path.read_bytes()
@@ -62,10 +63,18 @@ def load_trace(path: Path) -> Trace:
         line = data.count(b"\n", 0, int(byte[1]) if byte else len(data)) + 1
         raise TraceError(f"{path}, line {line}: {error}.") from error
     problem = config_problem(trace.config)
-    if problem is not None:
+    if problem is not None and (trace.events or not _names_a_layout(trace.config)):
         line = line_of(data.decode(), "$.config")
         raise TraceError(f"{path}, line {line}, field $.config: {problem}")
     return trace
+
+
+def _names_a_layout(config: Config) -> bool:
+    try:
+        config.rules  # noqa: B018
+    except LayoutError:
+        return False
+    return True
 
 
 def line_of(text: str, field: str) -> int:

@@ -153,7 +153,7 @@ def test_a_configuration_that_no_engine_may_start_with_is_named(
     tmp_path: Path, layout: str, complaint: str
 ) -> None:
     """A trace whose configuration is bad is refused before anything runs."""
-    text = dump_trace(Trace(config=CONFIG, events=[])).decode()
+    text = dump_trace(Trace(config=CONFIG, events=ONE_OF_EACH)).decode()
     path = tmp_path / "bad.json"
     path.write_text(text.replace(CONFIG.layout, layout))
     with pytest.raises(TraceError) as caught:

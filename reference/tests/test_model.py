@@ -1,0 +1,287 @@
+"""The reference model: worked examples of SPEC.md, and what must hold of it on any trace."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helix_conformance import strategies
+from helix_reference.dealing import deal_prompt, decode_owner
+from helix_reference.model import Model
+from helix_spec import placement
+from helix_spec.configs import Config
+from helix_spec.events import (
+    Accept,
+    Admit,
+    Decode,
+    Fork,
+    Preempt,
+    Reason,
+    Release,
+    Resume,
+    Sampled,
+    Skip,
+)
+from helix_spec.layouts import Layout
+
+
+def model_of(layout: str, *events, pages=None, **settings) -> Model:
+    """A model to which these events have happened."""
+    cp_size = int(layout.partition("C=")[2].partition(",")[0])
+    config = Config(layout=layout, pages=pages or [50] * cp_size, max_len=2000, **settings)
+    model = Model(config)
+    for event in events:
+        assert None is model.apply(event), event
+    return model
+
+
+def lengths(model: Model, id: int = 0) -> list[int]:
+    """Tokens of a request on each rank."""
+    return [len(positions) for positions in model.requests[id].ranks]
+
+
+def tables(model: Model, id: int = 0) -> list[list[int]]:
+    """Block tables of a request on each rank."""
+    return [[page.number for page in table] for table in model.requests[id].tables]
+
+
+def free(model: Model) -> list[int]:
+    """Free pages of each rank."""
+    return [len(pool.free) for pool in model.pools]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "pr9757",
+            [
+                [*range(100 * r, 100 * r + 100), *range(400 + 100 * r, 500 + 100 * r)]
+                for r in range(4)
+            ],
+        ),
+        (
+            "before_9757",
+            [*([*range(100 * r, 100 * r + 100)] for r in range(3)), [*range(300, 800)]],
+        ),
+    ],
+)
+def test_example_of_pr_9757(name, expected):
+    """SPEC 11.1: 400 prompt tokens and 400 steps on four ranks, before and after."""
+    model = model_of(f"{name}/1:C=4,T=100", Admit(0, 400), *[Decode([0], [1])] * 400)
+    assert expected == model.requests[0].ranks
+
+
+def test_short_prompt_with_a_short_last_block():
+    """SPEC 11.2: prompts of 13 tokens in blocks of 2, and the lengths after 2 and 8 steps."""
+    model = model_of("pr9757/1:C=4,T=2", Admit(0, 13))
+    assert [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]] == model.requests[0].ranks
+    for name, after_2 in (("pr13180", [6, 4, 3, 2]), ("pr17866", [4, 4, 4, 3])):
+        model = model_of(f"{name}/1:C=4,T=2", Admit(0, 13))
+        assert [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12], [6, 7]] == model.requests[0].ranks
+        model = model_of(f"{name}/1:C=4,T=2", Admit(0, 13), *[Decode([0], [1])] * 2)
+        assert after_2 == lengths(model)
+        for _ in range(6):
+            model.apply(Decode([0], [1]))
+        assert [6, 6, 5, 4] == lengths(model)
+
+
+def test_capacity_is_counted_in_global_tokens():
+    """SPEC 11.4: three pages of 32 on each of four ranks hold 384 tokens, and not one more."""
+    model = model_of("pr17866/1:C=4,T=32", Admit(0, 383), Decode([0], [1]), pages=[3] * 4)
+    assert Reason.OUT_OF_PAGES == model.apply(Decode([0], [1]))
+    assert Reason.OUT_OF_PAGES == model.apply(Skip([0], [1]))
+    assert 384 == len(model.requests[0].tokens)
+
+
+def test_rotated_start_evens_the_ranks():
+    """SPEC 11.5: four equal requests in a row give every rank the same total."""
+    model = model_of("balanced/1:C=4,T=2", *(Admit(id, 3) for id in range(4)))
+    model.apply(Decode([0, 1, 2, 3], [1] * 4))
+    assert [[2, 2, 0, 0], [0, 2, 2, 0], [0, 0, 2, 2], [2, 0, 0, 2]] == [
+        lengths(model, id) for id in range(4)
+    ]
+
+
+def test_group_over_a_boundary_and_its_rewind():
+    """SPEC 11.6: a group of four straddles owner and page; two kept, pages go back, ids anew."""
+    model = model_of("vllm_dcp/1:C=2,T=4,I=2", Admit(7, 5), Decode([7], [4]))
+    assert [[0, 1, 4, 5, 8], [2, 3, 6, 7]] == model.requests[7].ranks
+    assert [2, 2] == [len(table) for table in tables(model, 7)]
+    (rank_0, rank_1) = (model.outcome(rank, None) for rank in (0, 1))
+    assert ([3], [2]) == (rank_0.past_len, rank_1.past_len)
+    assert ([5, 6, 7, 8], [5, 6, 7, 8]) == (rank_0.position_ids, rank_1.position_ids)
+    assert ([True, False, False, True], [4, 4, 4, 5]) == (rank_0.active, rank_0.visible)
+    assert ([False, True, True, False], [2, 3, 4, 4]) == (rank_1.active, rank_1.visible)
+    assert None is model.apply(Accept(7, 2))
+    assert [[0, 1, 4, 5], [2, 3, 6]] == model.requests[7].ranks
+    assert [1, 1] == [len(table) for table in tables(model, 7)]
+    model.apply(Decode([7], [1]))
+    assert (3, 0) == model.requests[7].tokens[7]
+
+
+def test_copy_on_write_in_the_order_of_the_batch():
+    """SPEC 11.7: of three holders the first two copy, the last writes in place."""
+    forked = (Admit(0, 2), Fork(0, 1), Fork(0, 2))
+    model = model_of("pr9757/1:C=2,T=4", *forked)
+    ((shared,), ()) = tables(model)
+    model.apply(Decode([2, 0, 1], [1, 1, 1]))
+    assert [[shared], []] == tables(model, 1)
+    assert 3 == len({*tables(model, 0)[0], *tables(model, 1)[0], *tables(model, 2)[0]})
+    model = model_of("pr9757/1:C=2,T=4", *forked, pages=[2, 2])
+    assert Reason.OUT_OF_PAGES == model.apply(Decode([2, 0, 1], [1, 1, 1]))
+    assert [[shared - 48], []] == tables(model, 2)
+    assert [1, 2] == free(model)
+
+
+def test_copy_on_write_on_every_rank_under_lockstep():
+    """Under lockstep a page of the open super-block is copied on all ranks, also by idle ones."""
+    model = model_of("pr17866/1:C=2,T=2", Admit(0, 1), Fork(0, 1), pages=[5, 5])
+    model.apply(Decode([1], [1]))
+    assert [3, 3] == free(model)
+
+
+def test_identities_are_where_tokens_came_from():
+    """SPEC 11.8: identity is the event's index, refused ones counted, and the place in it."""
+    model = model_of("pr9757/1:C=2,T=4", Admit(4, 16))
+    assert Reason.DUPLICATE_REQUEST == model.apply(Admit(4, 9))
+    model.apply(Admit(5, 3))
+    model.apply(Decode([5, 4], [2, 1]))
+    assert [(2, 0), (2, 1), (2, 2), (3, 0), (3, 1)] == model.requests[5].tokens
+    assert (3, 2) == model.requests[4].tokens[16]
+    model.apply(Fork(5, 6))
+    model.apply(Preempt(5))
+    model.apply(Resume(5))
+    assert model.requests[6].tokens == model.requests[5].tokens
+
+
+def test_order_of_the_reasons():
+    """SPEC 11.10: of several reasons the first of the list is given."""
+    model = model_of("pr9757/1:C=1,T=2", Admit(1, 2), Admit(2, 2), Decode([1], [1]), Preempt(2))
+    for event, expected in (
+        (Decode([3, 2], [1, 1]), Reason.UNKNOWN_REQUEST),
+        (Decode([2, 3], [1, 1]), Reason.PREEMPTED_REQUEST),
+        (Decode([3, 3], [1, 1]), Reason.DUPLICATE_REQUEST),
+        (Decode([3, 3], [1, 0]), Reason.BAD_COUNT),
+        (Accept(3, 0), Reason.BAD_COUNT),
+        (Accept(3, 1), Reason.UNKNOWN_REQUEST),
+        (Accept(1, 2), Reason.BAD_COUNT),
+        (Accept(1, 1), None),
+        (Accept(1, 1), Reason.NOTHING_OPEN),
+        (Admit(2, 0), Reason.DUPLICATE_REQUEST),
+        (Admit(9, 0), Reason.EMPTY_PROMPT),
+        (Admit(9, 2001), Reason.TOO_LONG),
+        (Admit(9, 2**53), Reason.TOO_LONG),
+        (Admit(9, 2000), Reason.OUT_OF_PAGES),
+        (Resume(1), Reason.NOT_PREEMPTED),
+        (Sampled([]), Reason.UNSUPPORTED),
+    ):
+        assert expected == model.apply(event), event
+
+
+def test_overlap_allows_one_outstanding_decode():
+    """The third decode that nobody sampled is refused, and accept waits for its own sample."""
+    model = model_of("pr9757/1:C=2,T=2", Admit(0, 2), Decode([0], [2]), overlap=True)
+    assert Reason.NOTHING_OPEN == model.apply(Accept(0, 1))
+    assert None is model.apply(Decode([0], [2]))
+    assert Reason.BAD_COUNT == model.apply(Decode([0], [1]))
+    assert None is model.apply(Sampled([0]))
+    assert Reason.NOTHING_OPEN == model.apply(Accept(0, 1))
+    assert None is model.apply(Sampled([0]))
+    assert None is model.apply(Accept(0, 1))
+    assert Reason.NOTHING_OPEN == model.apply(Sampled([0]))
+
+
+def test_undeclared_features_are_unsupported():
+    """A model beside an engine without a feature refuses its events first of all."""
+    config = Config(layout="pr9757/1:C=1,T=2", pages=[9], max_len=20)
+    model = Model(config, features=[])
+    for event in (
+        Decode([0], [2]),
+        Decode([0], [1], 1),
+        Accept(0, 0),
+        Fork(0, 1),
+        Preempt(0),
+        Sampled([0]),
+    ):
+        assert Reason.UNSUPPORTED == model.apply(event)
+
+
+def state(model: Model) -> object:
+    """Everything a model holds but the number of events it has seen."""
+    return {
+        "requests": {
+            id: (
+                r.prompt_len, r.shift, r.tokens, r.ranks, r.preempted, r.open_group,
+                r.outstanding, [[(p.number, p.holders) for p in table] for table in r.tables],
+            )
+            for id, r in model.requests.items()
+        },
+        "free": [sorted(pool.free) for pool in model.pools],
+        "admissions": model.admissions,
+    }  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(strategies.traces(configs=strategies.configs(cp_sizes=(1, 2, 3, 4))))
+def test_any_trace(trace):
+    """On any trace: refusals and skips change nothing, lengths and pages fit the closed forms."""
+    model = Model(trace.config)
+    for event in trace.events:
+        before = copy.deepcopy(state(model))
+        reason = model.apply(event)
+        if reason is not None or isinstance(event, Skip):
+            assert before == state(model)
+        for request in model.requests.values():
+            if request.preempted:
+                continue
+            of_request = (model.layout, request.prompt_len, request.steps)
+            for rank, positions in enumerate(request.ranks):
+                assert placement.local_len(*of_request, rank, request.shift) == len(positions)
+                wanted = placement.pages_needed(*of_request, rank, request.shift)
+                assert wanted == len(request.tables[rank])
+        for rank, pool in enumerate(model.pools):
+            used = {p.number for r in model.requests.values() for p in (r.tables or [[]] * 9)[rank]}
+            assert sorted([*used, *pool.free]) == list(range(pool.size))
+
+
+@given(layout=strategies.layouts(), prompt_len=st.integers(1, 90), shift=st.integers(0, 3))
+def test_dealing_agrees_with_the_closed_forms(layout: Layout, prompt_len, shift):
+    """Every position is dealt to the rank, and to the place there, that the closed forms name."""
+    hands = deal_prompt(layout, prompt_len, shift)
+    for rank, positions in enumerate(hands):
+        for index, position in enumerate(positions):
+            assert rank == placement.owner(layout, prompt_len, position, shift)
+            assert index == placement.local_index(layout, prompt_len, position, shift)
+    for step in range(30):
+        expected = placement.decode_owner(layout, prompt_len, step, shift)
+        assert expected == decode_owner(layout, prompt_len, step, shift)
+
+
+def test_spec_and_reference_need_no_torch():
+    """Specification and reference import and run where torch and numpy are not."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
+        "from helix_spec import invariants, traces, values\n"
+        "from helix_reference.engine import ReferenceEngine\n"
+        "from helix_spec.configs import Config\n"
+        "from helix_spec.events import Admit, Decode\n"
+        "engine = ReferenceEngine(0)\n"
+        "config = Config(layout='pr9757/1:C=2,T=2', pages=[3, 3], max_len=9)\n"
+        "engine.start(config, engine.profiles)\n"
+        "engine.apply(Admit(0, 3))\n"
+        "print(len(engine.apply(Decode([0], [1])).output))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ("", "1\n") == (done.stderr, done.stdout)
+
+
+def test_release_gives_every_page_back():
+    """Forked, preempted and plain requests released in any order leave the pools full."""
+    model = model_of("pr13180/1:C=3,T=2", Admit(0, 9), Fork(0, 1), Decode([1], [3]), Preempt(0))
+    for event in (Release(0), Release(1)):
+        assert None is model.apply(event)
+    assert [50] * 3 == free(model)

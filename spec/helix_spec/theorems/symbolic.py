@@ -1,0 +1,493 @@
+"""Running a Python function on integers that stand for all integers.
+
+A claim about `placement` must be about the very functions that run, not about formulas that
+somebody copied from them. So a proof calls the function itself, with `Whole` numbers in place
+of integers. A `Whole` is a polynomial over named unknowns: `+`, `-`, `*` compute with it,
+comparisons give a `Truth` (a Z3 formula), and where Python asks a `Truth` for its truth value
+(`if`, `min`, `max`, `and`) the run takes one branch and is later repeated for the other, until
+every branch that can happen has been seen. On each of these paths Z3 is asked whether the claim
+follows from what is known there.
+
+Division needs no theory of division. For `a // b` the run first shows b > 0, then finds Q and R
+with a = Q*b + R and 0 <= R < b. By theorem `euclid-unique` Q is then the quotient, and Python's
+`//` and `%` round down, so they are Q and R. Three ways, in this order:
+
+1. polynomial division of a by b leaves an R that is provably in range;
+2. it leaves an R within one b of the range, and the run branches on which side it is;
+3. Q and R are new unknowns (they exist by theorem `euclid-exists`), and an unknown that occurs
+   alone in what was left is replaced by its value in terms of them from there on.
+
+Products of unknowns are unknowns of their own to Z3, which so has linear arithmetic only and
+always ends. Whenever Z3 answers with values under which a product x*k is not x times k, the
+facts of theorem `products-keep-order` that these values break are added, and it is asked again.
+
+Everything here is deterministic: Z3 is bounded by its own resource count, never by a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
+
+import z3
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Monomial = tuple[str, ...]
+"""Names of the unknowns multiplied, in order; () for a constant."""
+Polynomial = dict[Monomial, int]
+"""Coefficients that are not 0."""
+
+SOLVER_BUDGET: Final = 4_000_000
+"""Z3 resource units for one question; the largest question asked takes a tenth of it."""
+CLAIM_ROUNDS: Final = 200
+"""How often a claim is asked again with more facts about products."""
+BRANCH_ROUNDS: Final = 12
+"""The same for the question whether a branch can happen: to walk one that cannot is no error."""
+MOST_PATHS: Final = 5_000
+
+
+class Abandoned(Exception):  # noqa: N818  # no error: the path is outside the assumptions
+    """What was assumed cannot hold on this path, so nothing is claimed about it."""
+
+
+class ProofError(Exception):
+    """The proof itself is wrong: a division by what may be 0, too many paths."""
+
+
+class Path:
+    """One way through a claim: what is known on it, and the answers that led there.
+
+    `replay` holds the answers given up to the branch where this path leaves an earlier one.
+    """
+
+    def __init__(self, replay: list[bool]) -> None:
+        self.replay = replay
+        self.answers: list[bool] = []
+        self.others: list[list[bool]] = []
+        """Where other paths branch off, as answers to replay."""
+        self.solver = z3.Solver()
+        self.solver.set("rlimit", SOLVER_BUDGET)
+        self.products: set[Monomial] = set()
+        self.values: dict[str, Polynomial] = {}
+        """Unknowns that were replaced."""
+        self.divisions: dict[object, tuple[Polynomial, Polynomial]] = {}
+        self.names = 0
+        self.questions = 0
+
+    # Unknowns and polynomials.
+
+    def fresh(self, hint: str) -> Polynomial:
+        self.names += 1
+        return {(f"{hint}{self.names}",): 1}
+
+    def normal(self, poly: Polynomial) -> Polynomial:
+        """The polynomial without unknowns that were replaced."""
+        while True:
+            for monomial, factor in poly.items():
+                name = next((name for name in monomial if name in self.values), None)
+                if name is not None:
+                    break
+            else:
+                return poly
+            rest = list(monomial)
+            rest.remove(name)
+            value = _times(self.values[name], {tuple(rest): factor})
+            poly = _plus({m: k for m, k in poly.items() if m != monomial}, value)
+
+    def replace(self, name: str, value: Polynomial) -> None:
+        """Use `value` for an unknown from here on (that they are equal is already known)."""
+        self.values[name] = value
+        for product in [m for m in self.products if name in m]:
+            expanded = self.normal({product: 1})
+            self.solver.add(_product(product) == self.term(expanded))
+
+    def term(self, poly: Polynomial) -> Any:
+        """The polynomial as a linear Z3 term over unknowns and products."""
+        self.products.update(m for m in poly if len(m) > 1)
+        terms = [z3.IntVal(k) if m == () else k * _product(m) for m, k in poly.items()]
+        return z3.Sum(terms) if terms else z3.IntVal(0)
+
+    # Questions.
+
+    def proves(self, formula: Any, rounds: int = BRANCH_ROUNDS) -> bool:
+        """Whether the formula follows from what is known on this path."""
+        at = len(self.answers)
+        answer = self.replay[at] if at < len(self.replay) else self._ask(formula, rounds) is None
+        self.answers.append(answer)
+        return answer
+
+    def refutation(self, formula: Any) -> str | None:
+        """None when the formula follows; else what Z3 says, with values that break it if any."""
+        return self._ask(formula, CLAIM_ROUNDS)
+
+    def _ask(self, formula: Any, rounds: int) -> str | None:
+        self.questions += 1
+        learned: list[Any] = []
+        said = "no answer within the rounds allowed"
+        self.solver.push()
+        self.solver.add(z3.Not(formula))
+        for _ in range(rounds):
+            answer = self.solver.check()
+            if answer == z3.unsat:
+                said = ""
+                break
+            if answer == z3.unknown:
+                said = f"unknown ({self.solver.reason_unknown()})"
+                break
+            broken = self._broken_facts(self.solver.model())
+            if not broken:
+                said = f"false for {self.solver.model()}"
+                break
+            learned += broken
+            self.solver.add(*broken)
+        self.solver.pop()
+        self.solver.add(*learned)
+        return said or None
+
+    def _broken_facts(self, model: Any) -> list[Any]:
+        """Instances of `products-keep-order` that these values break; [] when they break none."""
+
+        def value(m: Monomial) -> int:
+            return int(model.eval(_product(m), model_completion=True).as_long())
+
+        alike: dict[Monomial, list[tuple[str, Monomial]]] = {}
+        for product in sorted(self.products):
+            for name in sorted(set(product)):
+                rest = list(product)
+                rest.remove(name)
+                alike.setdefault(tuple(rest), []).append((name, product))
+        pairs: list[Any] = []
+        singles: list[Any] = []
+        for rest, members in alike.items():
+            k = value(rest)
+            for at, (x, xk) in enumerate(members):
+                if value(xk) != value((x,)) * k:
+                    singles += _order_facts(rest, x, xk, value((x,)), k)
+                if k < 0:
+                    continue
+                for y, yk in members[at + 1 :]:
+                    d = value((x,)) - value((y,))
+                    if value(xk) - value(yk) != d * k:
+                        near = max(-1, min(1, d))
+                        for offset in sorted({near, d}):
+                            pairs += _order_facts(rest, x, xk, offset, k, y, yk)
+        return pairs or singles
+
+    # Branches.
+
+    def branch(self, formula: Any) -> bool:
+        """The truth of a formula on this path; where both can be, one here and one later."""
+        if self.proves(formula):
+            taken = True
+        elif self.proves(z3.Not(formula)):
+            taken = False
+        else:
+            at = len(self.answers)
+            taken = self.replay[at] if at < len(self.replay) else True
+            if at >= len(self.replay):
+                self.others.append([*self.answers, False])
+            self.answers.append(taken)
+        self.solver.add(formula if taken else z3.Not(formula))
+        return taken
+
+    def divide(self, a: Polynomial, b: Polynomial) -> tuple[Polynomial, Polynomial]:
+        """Quotient and remainder; see the module's text for the three ways."""
+        zb = self.term(b)
+        if not self.proves(zb > 0, CLAIM_ROUNDS):
+            raise ProofError(f"division by {_text(b)}, which is not known to be positive")
+        quotient, rest = _divide(a, b)
+        zr = self.term(rest)
+        if self.proves(z3.And(0 <= zr, zr < zb)):
+            return quotient, rest
+        if self.proves(z3.And(-zb <= zr, zr < 2 * zb)):
+            if self.branch(zr < 0):
+                return _plus(quotient, _ONE, -1), _plus(rest, b)
+            if self.branch(zr >= zb):
+                return _plus(quotient, _ONE), _plus(rest, b, -1)
+            return quotient, rest
+        key = (frozenset(rest.items()), frozenset(b.items()))
+        if key not in self.divisions:
+            q, r = self.fresh("q"), self.fresh("r")
+            self.divisions[key] = q, r
+            value = _plus(_times(q, b), r)
+            zq, zr_new = self.term(q), self.term(r)
+            # The sign of q follows from the rest, but only by a product; so it is said here.
+            self.solver.add(zr == self.term(value), 0 <= zr_new, zr_new < zb)
+            self.solver.add((zr >= 0) == (zq >= 0))
+            self._replace_one_of(rest, b, value)
+        q, r = self.divisions[key]
+        return _plus(quotient, q), r
+
+    def _replace_one_of(self, rest: Polynomial, b: Polynomial, value: Polynomial) -> None:
+        """rest == value: where an unknown occurs alone in rest, it is replaced by its value."""
+        for monomial, factor in rest.items():
+            if len(monomial) != 1 or factor not in (1, -1):
+                continue
+            name = monomial[0]
+            if sum(name in m for m in rest) == 1 and not any(name in m for m in b):
+                others = {m: k for m, k in rest.items() if m != monomial}
+                self.replace(name, _times(_plus(value, others, -1), {(): factor}))
+                return
+
+
+_PATH: ContextVar[Path] = ContextVar("path")
+_ONE: Final[Polynomial] = {(): 1}
+
+
+def _plus(a: Polynomial, b: Polynomial, factor: int = 1) -> Polynomial:
+    total = dict(a)
+    for monomial, k in b.items():
+        total[monomial] = total.get(monomial, 0) + factor * k
+        if total[monomial] == 0:
+            del total[monomial]
+    return total
+
+
+def _times(a: Polynomial, b: Polynomial) -> Polynomial:
+    total: Polynomial = {}
+    for m, j in a.items():
+        total = _plus(total, {tuple(sorted(m + n)): j * k for n, k in b.items()})
+    return total
+
+
+def _divide(a: Polynomial, b: Polynomial) -> tuple[Polynomial, Polynomial]:
+    """Q and R with a = Q*b + R, by the leading monomial of b; R in range is not promised."""
+    lead = max(b, key=lambda m: (len(m), m))
+    quotient: Polynomial = {}
+    rest = a
+    while True:
+        for monomial, k in rest.items():
+            left = list(monomial)
+            if k // b[lead] != 0 and all(_take(left, name) for name in lead):
+                step: Polynomial = {tuple(left): k // b[lead]}
+                break
+        else:
+            return quotient, rest
+        if lead == () and k // b[lead] * b[lead] == k and k == 0:
+            return quotient, rest
+        quotient, rest = _plus(quotient, step), _plus(rest, _times(step, b), -1)
+
+
+def _take(names: list[str], name: str) -> bool:
+    if name in names:
+        names.remove(name)
+        return True
+    return False
+
+
+def _product(monomial: Monomial) -> Any:
+    return z3.Int("*".join(monomial))
+
+
+def _order_facts(
+    rest: Monomial,
+    x: str,
+    xk: Monomial,
+    d: int,
+    k: int,
+    y: str | None = None,
+    yk: Monomial = (),
+) -> list[Any]:
+    """For k of the sign at hand: x <= y + d gives x*k <= y*k + d*k (or >=), and the converse.
+
+    Without y, it reads as 0.
+    """
+    zk, zx, zxk = _product(rest), z3.Int(x), _product(xk)
+    zy, zyk = (z3.IntVal(0), z3.IntVal(0)) if y is None else (z3.Int(y), _product(yk))
+    if k >= 0:
+        return [
+            z3.Implies(z3.And(zk >= 0, zx <= zy + d), zxk <= zyk + d * zk),
+            z3.Implies(z3.And(zk >= 0, zx >= zy + d), zxk >= zyk + d * zk),
+        ]
+    return [
+        z3.Implies(z3.And(zk <= 0, zx <= zy + d), zxk >= zyk + d * zk),
+        z3.Implies(z3.And(zk <= 0, zx >= zy + d), zxk <= zyk + d * zk),
+    ]
+
+
+def _text(poly: Polynomial) -> str:
+    return " + ".join(f"{k}*{'*'.join(m)}" if m else str(k) for m, k in poly.items()) or "0"
+
+
+class Truth:
+    """A formula about unknowns. Its truth value is a branch of the run."""
+
+    __hash__ = None  # type: ignore[assignment]  # equality is a formula
+
+    def __init__(self, formula: Any) -> None:
+        self.formula = formula
+
+    def __bool__(self) -> bool:
+        return _PATH.get().branch(self.formula)
+
+    def __and__(self, other: object) -> Truth:
+        return Truth(z3.And(self.formula, _formula(other)))
+
+    def __or__(self, other: object) -> Truth:
+        return Truth(z3.Or(self.formula, _formula(other)))
+
+    def __invert__(self) -> Truth:
+        return Truth(z3.Not(self.formula))
+
+    def __eq__(self, other: object) -> Truth:  # type: ignore[override]  # a formula, not a bool
+        return Truth(self.formula == _formula(other))
+
+    __rand__, __ror__ = __and__, __or__
+
+    # As in Python, a truth value counts as 0 or 1.
+
+    def __index__(self) -> int:
+        return int(bool(self))
+
+    def __add__(self, other: Any) -> Any:
+        return int(bool(self)) + other
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - int(bool(self))
+
+    def __mul__(self, other: Any) -> Any:
+        return int(bool(self)) * other
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+class Whole:
+    """An integer that stands for all integers that the assumptions allow."""
+
+    __hash__ = None  # type: ignore[assignment]  # equality is a formula
+    __slots__ = ("_poly",)
+
+    def __init__(self, poly: Polynomial) -> None:
+        self._poly = poly
+
+    @property
+    def poly(self) -> Polynomial:
+        return _PATH.get().normal(self._poly)
+
+    def __add__(self, other: Any) -> Whole:
+        return Whole(_plus(self.poly, _poly(other)))
+
+    def __sub__(self, other: Any) -> Whole:
+        return Whole(_plus(self.poly, _poly(other), -1))
+
+    def __rsub__(self, other: Any) -> Whole:
+        return Whole(_plus(_poly(other), self.poly, -1))
+
+    def __mul__(self, other: Any) -> Whole:
+        return Whole(_times(self.poly, _poly(other)))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self) -> Whole:
+        return Whole(_times(self.poly, {(): -1}))
+
+    def __divmod__(self, other: Any) -> tuple[Whole, Whole]:
+        quotient, rest = _PATH.get().divide(self.poly, _poly(other))
+        return Whole(quotient), Whole(rest)
+
+    def __rdivmod__(self, other: Any) -> tuple[Whole, Whole]:
+        return divmod(Whole(_poly(other)), self)
+
+    def __floordiv__(self, other: Any) -> Whole:
+        return divmod(self, other)[0]
+
+    def __mod__(self, other: Any) -> Whole:
+        return divmod(self, other)[1]
+
+    def __rfloordiv__(self, other: Any) -> Whole:
+        return divmod(other, self)[0]
+
+    def __rmod__(self, other: Any) -> Whole:
+        return divmod(other, self)[1]
+
+    def __lt__(self, other: Any) -> Truth:
+        return self._compare(other, lambda difference: difference < 0)
+
+    def __le__(self, other: Any) -> Truth:
+        return self._compare(other, lambda difference: difference <= 0)
+
+    def __gt__(self, other: Any) -> Truth:
+        return self._compare(other, lambda difference: difference > 0)
+
+    def __ge__(self, other: Any) -> Truth:
+        return self._compare(other, lambda difference: difference >= 0)
+
+    def __eq__(self, other: object) -> Truth:  # type: ignore[override]  # a formula, not a bool
+        return self._compare(other, lambda difference: difference == 0)
+
+    def __ne__(self, other: object) -> Truth:  # type: ignore[override]  # a formula, not a bool
+        return self._compare(other, lambda difference: difference != 0)
+
+    def __bool__(self) -> bool:
+        return bool(self != 0)
+
+    def _compare(self, other: Any, holds: Callable[[Any], Any]) -> Truth:
+        difference = _plus(self.poly, _poly(other), -1)
+        if set(difference) <= {()}:
+            return Truth(z3.BoolVal(holds(difference.get((), 0))))
+        return Truth(holds(_PATH.get().term(difference)))
+
+
+def _poly(value: Any) -> Polynomial:
+    if isinstance(value, Whole):
+        return value.poly
+    if isinstance(value, (int, Truth)):
+        number = int(value)
+        return {(): number} if number else {}
+    raise TypeError(f"{value!r} is no integer")
+
+
+def _formula(value: object) -> Any:
+    return value.formula if isinstance(value, Truth) else z3.BoolVal(bool(value))
+
+
+def assume(*conditions: object) -> None:
+    """What the claim takes for granted. Raises Abandoned where it cannot be."""
+    for condition in conditions:
+        if isinstance(condition, Truth):
+            _PATH.get().solver.add(condition.formula)
+        elif not condition:
+            raise Abandoned
+
+
+def established(claim: object) -> str | None:
+    """None when the claim follows on the path at hand; else what stands against it."""
+    return _PATH.get().refutation(_formula(claim))
+
+
+def every_path(run: Callable[[], str | None]) -> tuple[int, str | None]:
+    """Repeats the run for every path; gives their number and the first thing that it returned."""
+    todo: list[list[bool]] = [[]]
+    paths = 0
+    while todo:
+        paths += 1
+        if paths > MOST_PATHS:
+            raise ProofError(f"more than {MOST_PATHS} paths")
+        path = Path(todo.pop())
+        with _on(path):
+            try:
+                found = run()
+            except Abandoned:
+                found = None
+        if found is not None:
+            return paths, found
+        todo += path.others
+    return paths, None
+
+
+def unknowns(names: Iterable[str]) -> list[Whole]:
+    """An unknown of each name."""
+    return [Whole({(name,): 1}) for name in names]
+
+
+@contextmanager
+def _on(path: Path) -> Iterator[None]:
+    token = _PATH.set(path)
+    try:
+        yield
+    finally:
+        _PATH.reset(token)
