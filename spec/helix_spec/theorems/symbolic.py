@@ -43,9 +43,9 @@ Polynomial = dict[Monomial, int]
 
 SOLVER_BUDGET: Final = 4_000_000
 """Z3 resource units for one question; the largest question asked takes a tenth of it."""
-CLAIM_ROUNDS: Final = 200
+CLAIM_ROUNDS: Final = 40
 """How often a claim is asked again with more facts about products."""
-BRANCH_ROUNDS: Final = 12
+BRANCH_ROUNDS: Final = 1
 """The same for the question whether a branch can happen: to walk one that cannot is no error."""
 MOST_PATHS: Final = 5_000
 
@@ -72,6 +72,8 @@ class Path:
         self.solver = z3.Solver()
         self.solver.set("rlimit", SOLVER_BUDGET)
         self.products: set[Monomial] = set()
+        self.alike: dict[Monomial, list[tuple[str, Monomial]]] = {}
+        """The products that have all factors but one in common, with that one."""
         self.values: dict[str, Polynomial] = {}
         """Unknowns that were replaced."""
         self.divisions: dict[object, tuple[Polynomial, Polynomial]] = {}
@@ -107,9 +109,27 @@ class Path:
 
     def term(self, poly: Polynomial) -> Any:
         """The polynomial as a linear Z3 term over unknowns and products."""
-        self.products.update(m for m in poly if len(m) > 1)
+        for monomial in poly:
+            self._meet(monomial)
         terms = [z3.IntVal(k) if m == () else k * _product(m) for m, k in poly.items()]
         return z3.Sum(terms) if terms else z3.IntVal(0)
+
+    def _meet(self, product: Monomial) -> None:
+        """Tells Z3 how a product that is new compares with what shares a factor with it."""
+        if len(product) < 2 or product in self.products:
+            return
+        self.products.add(product)
+        for x in sorted(set(product)):
+            factors = list(product)
+            factors.remove(x)
+            rest = tuple(factors)
+            self._meet(rest)
+            self.solver.add(*(f for d in (-1, 0, 1) for f in _order_facts(rest, x, product, d)))
+            for y, other in self.alike.setdefault(rest, []):
+                self.solver.add(
+                    *(f for d in (-1, 0, 1) for f in _order_facts(rest, x, product, d, y, other))
+                )
+            self.alike[rest].append((x, product))
 
     # Questions.
 
@@ -154,28 +174,17 @@ class Path:
         def value(m: Monomial) -> int:
             return int(model.eval(_product(m), model_completion=True).as_long())
 
-        alike: dict[Monomial, list[tuple[str, Monomial]]] = {}
-        for product in sorted(self.products):
-            for name in sorted(set(product)):
-                rest = list(product)
-                rest.remove(name)
-                alike.setdefault(tuple(rest), []).append((name, product))
-        pairs: list[Any] = []
-        singles: list[Any] = []
-        for rest, members in alike.items():
+        broken: list[Any] = []
+        for rest, members in self.alike.items():
             k = value(rest)
             for at, (x, xk) in enumerate(members):
                 if value(xk) != value((x,)) * k:
-                    singles += _order_facts(rest, x, xk, value((x,)), k)
-                if k < 0:
-                    continue
+                    broken += _order_facts(rest, x, xk, value((x,)))
                 for y, yk in members[at + 1 :]:
                     d = value((x,)) - value((y,))
                     if value(xk) - value(yk) != d * k:
-                        near = max(-1, min(1, d))
-                        for offset in sorted({near, d}):
-                            pairs += _order_facts(rest, x, xk, offset, k, y, yk)
-        return pairs or singles
+                        broken += _order_facts(rest, x, xk, d, y, yk)
+        return broken
 
     # Branches.
 
@@ -284,28 +293,14 @@ def _product(monomial: Monomial) -> Any:
 
 
 def _order_facts(
-    rest: Monomial,
-    x: str,
-    xk: Monomial,
-    d: int,
-    k: int,
-    y: str | None = None,
-    yk: Monomial = (),
+    rest: Monomial, x: str, xk: Monomial, d: int, y: str | None = None, yk: Monomial = ()
 ) -> list[Any]:
-    """For k of the sign at hand: x <= y + d gives x*k <= y*k + d*k (or >=), and the converse.
-
-    Without y, it reads as 0.
-    """
-    zk, zx, zxk = _product(rest), z3.Int(x), _product(xk)
+    """With k >= 0, x <= y + d gives x*k <= y*k + d*k, and the same for >=. Without y it is 0."""
+    k, zx, zxk = _product(rest), z3.Int(x), _product(xk)
     zy, zyk = (z3.IntVal(0), z3.IntVal(0)) if y is None else (z3.Int(y), _product(yk))
-    if k >= 0:
-        return [
-            z3.Implies(z3.And(zk >= 0, zx <= zy + d), zxk <= zyk + d * zk),
-            z3.Implies(z3.And(zk >= 0, zx >= zy + d), zxk >= zyk + d * zk),
-        ]
     return [
-        z3.Implies(z3.And(zk <= 0, zx <= zy + d), zxk >= zyk + d * zk),
-        z3.Implies(z3.And(zk <= 0, zx >= zy + d), zxk <= zyk + d * zk),
+        z3.Implies(z3.And(k >= 0, zx <= zy + d), zxk <= zyk + d * k),
+        z3.Implies(z3.And(k >= 0, zx >= zy + d), zxk >= zyk + d * k),
     ]
 
 
