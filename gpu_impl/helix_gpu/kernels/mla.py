@@ -1,0 +1,118 @@
+"""Absorbed attention over a latent cache (MLA): one latent per token, all heads read it."""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from torch import Tensor
+
+from helix_gpu.kernels.common import FUSION, LOG2_E, check_layout, interpreted
+from helix_gpu.kernels.paging import key_pointers, read_pages, split_bounds
+from helix_gpu.kernels.settings import DecodeSettings, latent_settings
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def mla_kernel(  # type: ignore[no-untyped-def]
+    q, pool, tables, lengths,
+    partial_out, partial_lse2,
+    scale_log2e,
+    q_row, q_head, pool_page, pool_token, table_row,
+    out_split, out_row, lse_split, lse_row,
+    heads,
+    LATENT: tl.constexpr, ROPE: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_HEADS query heads, one split, one row; see `decode_kernel`.
+
+    It differs in that a key is (latent, rope) and its value the latent, read once for both.
+    """
+    split, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    head_there = head < heads
+    in_latent, in_rope = tl.arange(0, LATENT), tl.arange(0, ROPE)
+    lse_at = partial_lse2 + split * lse_split + row * lse_row + head
+
+    begin, end = split_bounds(tl.load(lengths + row).to(tl.int32), BLOCK)
+    if begin >= end:
+        tl.store(lse_at, tl.full([BLOCK_HEADS], float("-inf"), tl.float32), mask=head_there)
+        return
+
+    q_at = q + row * q_row + head[:, None] * q_head
+    q_latent = tl.load(q_at + in_latent[None, :], mask=head_there[:, None], other=0.0)
+    q_rope = tl.load(q_at + LATENT + in_rope[None, :], mask=head_there[:, None], other=0.0)
+    if UPCAST:
+        q_latent, q_rope = q_latent.to(tl.float32), q_rope.to(tl.float32)
+    top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_HEADS], tl.float32)
+    output = tl.zeros([BLOCK_HEADS, LATENT], tl.float32)
+
+    table = tables + row * table_row
+    pages = read_pages(table, begin, end, TOKENS_PER_PAGE, BLOCK)
+    for start in range(begin, end, BLOCK):
+        keys_at = key_pointers(pool, pages, start, pool_page, pool_token, TOKENS_PER_PAGE, BLOCK)
+        pages = read_pages(table, start + BLOCK, end, TOKENS_PER_PAGE, BLOCK)
+        seen = start + tl.arange(0, BLOCK) < end
+        latent = tl.load(keys_at + in_latent[None, :], mask=seen[:, None], other=0.0)
+        rope = tl.load(keys_at + LATENT + in_rope[None, :], mask=seen[:, None], other=0.0)
+        latent, rope = latent.to(q.dtype.element_ty), rope.to(q.dtype.element_ty)
+        values = latent
+        if UPCAST:
+            latent, rope = latent.to(tl.float32), rope.to(tl.float32)
+        scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+        scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision="ieee") * scale_log2e
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, 1)
+        if UPCAST:
+            values = values.to(tl.float32)
+        weights = weights.to(values.dtype)
+        output = tl.dot(weights, values, output * fade[:, None], input_precision="ieee")
+        top = new_top
+
+    out_at = partial_out + split * out_split + row * out_row
+    out_at = out_at + head[:, None] * LATENT + in_latent[None, :]
+    tl.store(out_at, output / total[:, None], mask=head_there[:, None])
+    tl.store(lse_at, top + tl.log2(total), mask=head_there)
+
+
+def decode_latent(
+    q: Tensor,
+    pool: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    partial_out: Tensor,
+    partial_lse2: Tensor,
+    *,
+    scale: float,
+    settings: DecodeSettings | None = None,
+) -> None:
+    """`decode` for a latent cache: `q` [n, heads, latent + rope], both powers of 2 (512 + 64).
+
+    `q` holds the absorbed query and its rotated part; `pool` [pages, tokens_per_block, latent +
+    rope]; the output is over the latent: `partial_out` [S, n, heads, latent]. `scale` is the
+    model's, 1 / sqrt(128 + 64) for DeepSeek, since the absorbed width does not tell it. The rest
+    is as `decode` says.
+    """
+    check_layout(
+        rows={"q": q, "pool": pool, "tables": tables},
+        whole={"lengths": lengths, "partial_out": partial_out, "partial_lse2": partial_lse2},
+    )
+    n, heads, dim = q.shape
+    latent = partial_out.shape[3]
+    settings = settings or latent_settings(q.dtype)
+    block_heads = settings.heads_of(heads)
+    mla_kernel[(-(-heads // block_heads), partial_out.shape[0], n)](
+        q, pool, tables, lengths, partial_out, partial_lse2,
+        scale * LOG2_E,
+        q.stride(0), q.stride(1), pool.stride(0), pool.stride(1), tables.stride(0),
+        partial_out.stride(0), partial_out.stride(1),
+        partial_lse2.stride(0), partial_lse2.stride(1),
+        heads,
+        LATENT=latent, ROPE=dim - latent, TOKENS_PER_PAGE=pool.shape[1],
+        BLOCK=settings.block, BLOCK_HEADS=block_heads,
+        UPCAST=interpreted(mla_kernel) and q.dtype == torch.bfloat16,
+        num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=FUSION,
+    )  # fmt: skip

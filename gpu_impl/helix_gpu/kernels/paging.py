@@ -1,0 +1,50 @@
+"""Where the keys of a block lie: parts of the attention kernels."""
+
+from __future__ import annotations
+
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def split_bounds(length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """First key of this program's split, and its end; no keys where the end is not beyond.
+
+    Every split gets the same number of whole blocks of this row's own length; the last ones get
+    fewer, or none.
+    """
+    share = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(1)) * BLOCK
+    begin = tl.program_id(1) * share
+    return begin, tl.minimum(begin + share, length)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def read_pages(  # type: ignore[no-untyped-def]
+    table, start, end, TOKENS_PER_PAGE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Page number of the block of keys at `start`, or of each key where pages are smaller.
+
+    Nothing is read at `end` or beyond.
+    """
+    if TOKENS_PER_PAGE % BLOCK == 0:
+        pages = tl.load(table + start // TOKENS_PER_PAGE, mask=start < end, other=0)
+    else:
+        key = start + tl.arange(0, BLOCK)
+        pages = tl.load(table + key // TOKENS_PER_PAGE, mask=key < end, other=0)
+    return pages
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def key_pointers(  # type: ignore[no-untyped-def]
+    pool, pages, start, pool_page, pool_token, TOKENS_PER_PAGE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """[BLOCK, 1] pointers to the first element of each key; `pages` from `read_pages`."""
+    # int64: a pool may hold more than 2**31 elements.
+    key = tl.arange(0, BLOCK)
+    if TOKENS_PER_PAGE % BLOCK == 0:
+        first = pool + pages.to(tl.int64) * pool_page + start % TOKENS_PER_PAGE * pool_token
+        pointers = first + key[:, None] * pool_token
+    else:
+        offset = pages.to(tl.int64) * pool_page + (start + key) % TOKENS_PER_PAGE * pool_token
+        pointers = pool + offset[:, None]
+    return pointers

@@ -1,0 +1,119 @@
+"""One layer of a decode step over persistent buffers: everything but the exchange itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helix_gpu.exchange import unpack
+from helix_gpu.kernels.append import append
+from helix_gpu.kernels.decode import decode
+from helix_gpu.kernels.merge import merge_received
+from helix_gpu.kernels.reduce_pack import reduce_pack
+from helix_gpu.kernels.settings import DecodeSettings, splits_for
+
+
+@dataclass(frozen=True, slots=True)
+class StepBuffers:
+    """What one captured step writes, allocated once before capture and kept as long as its graph.
+
+    The layers of a step share them.
+    """
+
+    partial_out: Tensor
+    """float32 [splits, rows, q_heads, value_dim], between `decode` and `reduce_pack`."""
+    partial_lse2: Tensor
+    """float32 [splits, rows, q_heads], to base 2."""
+    send: Tensor
+    """uint8 [ranks, bytes], the layout of `exchange.pack`."""
+    received: Tensor
+    """uint8 [ranks, bytes], row s from rank s."""
+    output: Tensor
+    """[rows, q_heads / ranks, value_dim], the merged result."""
+    lse: Tensor
+    """float32 [rows, q_heads / ranks], its natural log-sum-exp."""
+    wire: torch.dtype
+
+    @classmethod
+    def allocate(
+        cls,
+        rows: int,
+        q_heads: int,
+        kv_heads: int,
+        value_dim: int,
+        *,
+        ranks: int,
+        longest: int,
+        dtype: torch.dtype,
+        wire: torch.dtype,
+        device: torch.device | str,
+        splits: int | None = None,
+    ) -> StepBuffers:
+        """Buffers for steps of `rows` rows with up to `longest` keys on a rank.
+
+        `value_dim` is head_dim, or the latent's 512. `splits` is chosen here unless given.
+        """
+        splits = splits or splits_for(rows, kv_heads, longest)
+        heads = q_heads // ranks
+        row_bytes = rows * heads * (value_dim * wire.itemsize + 4)
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        return cls(
+            partial_out=empty(splits, rows, q_heads, value_dim, dtype=torch.float32),
+            partial_lse2=empty(splits, rows, q_heads, dtype=torch.float32),
+            send=empty(ranks, row_bytes, dtype=torch.uint8),
+            received=empty(ranks, row_bytes, dtype=torch.uint8),
+            output=empty(rows, heads, value_dim, dtype=dtype),
+            lse=empty(rows, heads, dtype=torch.float32),
+            wire=wire,
+        )
+
+
+def attend_shard(
+    buffers: StepBuffers,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    settings: DecodeSettings | None = None,
+) -> None:
+    """Store K and V where this rank owns them, attend over its pages, fill `buffers.send`.
+
+    Arguments as `append` and `decode` take them, q and k rotated; `lengths` count the new tokens.
+    Three launches. The exchange from `send` to `received` comes next, then `merge_shards`.
+    """
+    append(k, v, pool, slots)
+    decode(q, pool, tables, lengths, buffers.partial_out, buffers.partial_lse2, settings=settings)
+    reduce_pack(buffers.partial_out, buffers.partial_lse2, buffers.send, buffers.wire)
+
+
+def merge_shards(buffers: StepBuffers) -> Tensor:
+    """Merge `buffers.received` into `buffers.output`, which is returned; one launch."""
+    merge_received(buffers.received, buffers.output, buffers.lse, buffers.wire)
+    return buffers.output
+
+
+def attend_pages(
+    q: Tensor, pool: Tensor, tables: Tensor, lengths: Tensor, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`helix_gpu.attention.attend_pages` by these kernels; allocates, so not for a captured step.
+
+    Returns float32 output [n, q_heads, head_dim] and natural log-sum-exp [n, q_heads].
+    """
+    n, q_heads, head_dim = q.shape
+    longest = max(1, tables.shape[1] * pool.shape[2])
+    buffers = StepBuffers.allocate(
+        n, q_heads, pool.shape[3], head_dim, ranks=1, longest=longest,
+        dtype=q.dtype, wire=torch.float32, device=q.device, splits=splits,
+    )  # fmt: skip
+    decode(q, pool, tables, lengths, buffers.partial_out, buffers.partial_lse2)
+    reduce_pack(buffers.partial_out, buffers.partial_lse2, buffers.send, buffers.wire)
+    output, lse = unpack(buffers.send, n, q_heads, head_dim, torch.float32)
+    return output[0], lse[0]

@@ -1,0 +1,428 @@
+"""The Triton kernels in the interpreter, against float64; `test_kernels` runs this file.
+
+One by one: `TRITON_INTERPRET=1 pytest gpu_impl/tests/kernel_cases.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from helix_gpu.attention import attend_pages
+from helix_gpu.bookkeeping import RankBook
+from helix_gpu.exchange import pack, unpack
+from helix_gpu.kernels import step as kernels
+from helix_gpu.kernels.append import append, append_latent
+from helix_gpu.kernels.decode import decode
+from helix_gpu.kernels.merge import merge_received
+from helix_gpu.kernels.mla import decode_latent
+from helix_gpu.kernels.reduce_pack import reduce_pack
+from helix_gpu.kernels.settings import DecodeSettings, splits_for
+from helix_gpu.merge import merge
+from helix_spec.configs import Config, ModelShape
+
+# Numpy, which computes what the kernels say, warns at log2(0) and NaN * 0.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+INF = torch.inf
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DTYPES = list(UNIT)
+Doubles = NDArray[np.float64]
+Values = Callable[..., Tensor]
+
+
+def exact(
+    q: Tensor, k: Tensor, v: Tensor, product: torch.dtype, scale: float | None = None
+) -> tuple[Doubles, Doubles, Doubles]:
+    """Float64 attention of one query [heads, dim] over k, v [tokens, kv_heads, dim].
+
+    Output, natural log-sum-exp and, per head, DESIGN's bound (ATT-4) for a float32 output
+    whose weights met the values in type `product`.
+    """
+    group = q.shape[0] // k.shape[1]
+    query = q.double().numpy()
+    keys, values = (x.double().numpy().repeat(group, 1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    products = query * keys
+    scores = products.sum(-1) * scale
+    top = scores.max(0)
+    lse = top + np.log(np.exp(scores - top).sum(0))
+    p = np.exp(scores - lse)
+    o = (p[..., None] * values).sum(0)
+    norm, u32 = np.linalg.norm, UNIT[torch.float32]
+    spread = scale * q.shape[-1] ** 0.5 * norm(products, axis=-1)
+    ds = u32 * (spread + 2 * abs(scores) + abs(scores).max(0))
+    squares = ((p * norm(values - o, axis=-1) * ds) ** 2).sum(0)
+    squares += ((p * norm(values, axis=-1) * UNIT[product]) ** 2).sum(0)
+    squares += (u32 * norm(o, axis=-1)) ** 2
+    sizes = norm((p[..., None] * abs(values)).sum(0), axis=-1)
+    squares += (u32 * (len(keys) ** 0.5 + 2) * sizes) ** 2
+    return o, lse, np.sqrt(squares)
+
+
+def scattered(
+    shards: Sequence[tuple[Tensor, Tensor]], t: int, heads_first: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The requests' K and V in shuffled pages of a pool of NaN; tables and lengths.
+
+    Entries past a table's end name a page of NaN. With `heads_first` the pool lies in memory as
+    [pages, 2, kv_heads, t, dim].
+    """
+    lengths = [len(k) for k, _ in shards]
+    counts = [-(-length // t) for length in lengths]
+    kv_heads, dim = shards[0][0].shape[1:]
+    total = sum(counts) + 2
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).tolist()
+    pages = torch.full((total, 2, t, kv_heads, dim), torch.nan, dtype=shards[0][0].dtype)
+    if heads_first:
+        pages = pages.transpose(2, 3).contiguous().transpose(2, 3)
+    tables = torch.full((len(shards), max(counts) + 1), order.pop())
+    for row, shard in enumerate(shards):
+        for column in range(counts[row]):
+            page = tables[row, column] = order.pop()
+            for part, x in enumerate(shard):
+                chunk = x[column * t : (column + 1) * t]
+                pages[page, part, : len(chunk)] = chunk
+    return pages, tables, torch.tensor(lengths)
+
+
+def check_rows(
+    output: Tensor, lse: Tensor, q: Tensor, shards: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """Every row equals float64 within its bound; empty ones are exactly (0, -inf)."""
+    assert (torch.float32, torch.float32) == (output.dtype, lse.dtype)
+    for row, (k, v) in enumerate(shards):
+        if not len(k):
+            assert not output[row].any()
+            assert bool((lse[row] == -INF).all())
+            continue
+        o, exact_lse, bound = exact(q[row], k, v, q.dtype)
+        assert (np.linalg.norm(o - output[row].numpy(), axis=-1) <= bound).all()
+        np.testing.assert_allclose(lse[row].numpy(), exact_lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(("kv_heads", "dim", "t"), [(1, 64, 16), (3, 80, 64), (8, 256, 1)])
+def test_append_writes_the_owned_slots_alone(
+    dtype: torch.dtype, heads_first: bool, kv_heads: int, dim: int, t: int, values: Values
+) -> None:
+    """Rows land where indexing would put them; -1 writes nothing and no other slot changes."""
+    slots = torch.tensor([3 * t, -1, t - 1, 2 * t + t // 2, -1])
+    # Columns of a wider projection: rows are not contiguous.
+    k, v = values((5, 2, kv_heads, dim), 1, dtype=dtype).unbind(1)
+    pool = scattered([(k[:0], v[:0])] * 2, t, heads_first)[0].repeat(2, 1, 1, 1, 1)
+    expected = pool.clone()
+    own = slots >= 0
+    expected[slots[own] // t, 0, slots[own] % t] = k[own]
+    expected[slots[own] // t, 1, slots[own] % t] = v[own]
+    append(k, v, pool, slots.to(torch.int32 if heads_first else torch.int64))
+    torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_append_latent_writes_one_part(values: Values) -> None:
+    """A latent cache has no heads and no second part."""
+    rows, pool = values((3, 576), 1), torch.full((2, 4, 576), torch.nan)
+    append_latent(rows, pool, torch.tensor([5, -1, 0]))
+    assert torch.equal(rows[[0, 2]], pool.flatten(0, 1)[[5, 0]])
+    assert 6 == int(pool.isnan().all(-1).sum())
+
+
+SHAPES = [
+    # q_heads, kv_heads, dim, page size, splits, block (None: as shipped), lengths
+    (4, 4, 64, 16, 1, None, [0, 1, 15, 16, 17]),
+    (4, 1, 64, 64, 3, None, [63, 64, 65, 0, 193]),
+    (8, 1, 128, 128, 2, None, [127, 128, 129, 1]),
+    (8, 2, 80, 16, 4, None, [47, 0, 70]),
+    (3, 1, 96, 64, 2, 16, [63, 65, 2]),
+    (24, 1, 16, 4, 2, 16, [3, 4, 5, 33]),
+    (2, 2, 256, 16, 2, 32, [31, 34]),
+    # Pages that are neither blocks' multiples nor their parts.
+    (4, 2, 32, 24, 2, 16, [23, 24, 25, 60]),
+    (2, 1, 2, 1, 5, 16, [7, 0, 40]),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "kv_heads", "dim", "t", "splits", "block", "lengths"),
+    # The interpreter takes bfloat16 as float32, so two shapes of it are enough.
+    [(dtype, *shape) for dtype in DTYPES[:2] for shape in SHAPES]
+    + [(torch.bfloat16, *shape) for shape in SHAPES[1:4:2]],
+)
+def test_decode_against_float64(
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, t: int, splits: int,
+    block: int | None, lengths: list[int], values: Values, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """MHA, GQA and MQA, empty rows, one token, page edges, splits with and without keys.
+
+    Unused slots, pages nobody holds and buffers not yet written are NaN. The CPU path says the
+    same.
+    """
+    q = values((len(lengths), heads, dim), 0, dtype=dtype)
+    shards = [
+        (
+            values((n, kv_heads, dim), 1, n, dtype=dtype),
+            values((n, kv_heads, dim), 2, n, dtype=dtype),
+        )
+        for n in lengths
+    ]
+    if block:
+        monkeypatch.setattr("helix_gpu.kernels.decode.decode_settings", small_blocks(block))
+    pool, tables, rows = scattered(shards, t, heads_first=dtype == torch.float16)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    output, lse = kernels.attend_pages(q, pool, tables, rows, splits)
+    check_rows(output, lse, q, shards)
+    if dtype == torch.float32:
+        plain, plain_lse = attend_pages(q, pool, tables, rows)
+        torch.testing.assert_close(output, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, plain_lse, rtol=1e-5, atol=1e-5)
+
+
+def small_blocks(block: int) -> Callable[[int, torch.dtype], DecodeSettings]:
+    """Stands in for `decode_settings`, so that few keys fill several blocks."""
+    return lambda head_dim, dtype: DecodeSettings(block=block, warps=4, stages=2)
+
+
+def poisoned(shape: Sequence[int], *, dtype: torch.dtype, device: Any) -> Tensor:
+    """`torch.empty`, filled with what shows."""
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 255, dtype=dtype)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_peaky_scores(order: int, values: Values) -> None:
+    """Scores of some +-1000 stay finite, whichever block and split holds the largest."""
+    k = (values((70, 1, 64), 1) * 16).sort(0, descending=order < 0)[0]
+    v = values((70, 1, 64), 2)
+    q = values((1, 4, 64), 0) * 16
+    q[0, 0] = abs(q[0, 0])
+    pool, tables, lengths = scattered([(k, v)], 16)
+    check_rows(*kernels.attend_pages(q, pool, tables, lengths, 2), q, [(k, v)])
+
+
+def test_probe_sees_every_key(values: Values) -> None:
+    """A query of 0 gives the plain mean: no key is missed, doubled or foreign."""
+    shard = (values((67, 1, 64), 1), values((67, 1, 64), 2))
+    q = torch.zeros(1, 2, 64)
+    output, lse = kernels.attend_pages(q, *scattered([shard], 16), 4)
+    mean = shard[1].double().mean(0).float()
+    torch.testing.assert_close(output, mean.expand(1, 2, 64), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(lse, np.log(67), rtol=1e-6)
+
+
+def test_empty_splits_say_so_and_write_nothing_else(values: Values) -> None:
+    """Keys are dealt in whole blocks, the same number to each split; the last may have none."""
+    lengths = [0, 5, 33, 64]
+    shards = [(values((n, 1, 16), 1, n), values((n, 1, 16), 2, n)) for n in lengths]
+    q = values((4, 2, 16), 0)
+    out, lse2 = torch.full((3, 4, 2, 16), torch.nan), torch.full((3, 4, 2), torch.nan)
+    decode(q, *scattered(shards, 16), out, lse2, settings=DecodeSettings(16, 4, 2))
+    for row, sizes in enumerate([(0, 0, 0), (5, 0, 0), (16, 16, 1), (32, 32, 0)]):
+        begin = 0
+        for split, size in enumerate(sizes):
+            if not size:
+                assert out[split, row].isnan().all() and bool((lse2[split, row] == -INF).all())
+                continue
+            part = [x[begin : begin + size] for x in shards[row]]
+            o, lse, bound = exact(q[row], *part, torch.float32)
+            assert (np.linalg.norm(o - out[split, row].numpy(), axis=-1) <= bound).all()
+            np.testing.assert_allclose(lse2[split, row] * np.log(2), lse, rtol=1e-6, atol=1e-6)
+            begin += size
+
+
+def test_decode_reads_an_8_bit_cache(values: Values) -> None:
+    """K and V of float8_e4m3fn give what the values they were rounded to give."""
+    k, v = (values((37, 2, 64), n).to(torch.float8_e4m3fn).to(torch.float16) for n in (1, 2))
+    q = values((1, 4, 64), 0, dtype=torch.float16)
+    pool, tables, lengths = scattered([(k, v)], 16)
+    narrow = pool.to(torch.float8_e4m3fn)
+    check_rows(*kernels.attend_pages(q, narrow, tables, lengths, 2), q, [(k, v)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "latent", "rope", "t", "lengths"),
+    [(20, 64, 16, 16, [0, 1, 17, 70]), (2, 512, 64, 64, [65])],
+)
+def test_decode_latent_against_float64(
+    dtype: torch.dtype, heads: int, latent: int, rope: int, t: int, lengths: list[int],
+    values: Values,
+) -> None:  # fmt: skip
+    """A key is (latent, rope), its value the latent, under the model's own scale."""
+    scale, n = 192**-0.5, len(lengths)
+    q = values((n, heads, latent + rope), 0, dtype=dtype)
+    rows = [values((length, 1, latent + rope), 1, length, dtype=dtype) for length in lengths]
+    pool, tables, counts = scattered([(row, row) for row in rows], t)
+    out = torch.full((2, n, heads, latent), torch.nan)
+    lse2 = torch.full((2, n, heads), torch.nan)
+    decode_latent(q, pool[:, 0, :, 0], tables, counts, out, lse2, scale=scale)
+    send = torch.empty(1, n * heads * (latent * 4 + 4), dtype=torch.uint8)
+    reduce_pack(out, lse2, send, torch.float32)
+    output, lse = (x[0] for x in unpack(send, n, heads, latent, torch.float32))
+    for i, row in enumerate(rows):
+        if not len(row):
+            assert not output[i].any() and bool((lse[i] == -INF).all())
+            continue
+        o, exact_lse, bound = exact(q[i], row, row[..., :latent], dtype, scale)
+        assert (np.linalg.norm(o - output[i].numpy(), axis=-1) <= bound).all()
+        np.testing.assert_allclose(lse[i], exact_lse, rtol=2e-6, atol=2e-6)
+
+
+def partials(ranks: int, n: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Random partials and natural log-sum-exps; some empty, of which the outputs are NaN."""
+    generator = torch.Generator().manual_seed(ranks * 100 + dim)
+    outputs = torch.randn(ranks, n, heads, dim, generator=generator)
+    lses = 4 * torch.randn(ranks, n, heads, generator=generator)
+    empty = torch.rand(ranks, n, heads, generator=generator) < 0.3
+    empty[:, 0, 0] = True
+    outputs[empty], lses[empty] = torch.nan, -INF
+    return outputs, lses
+
+
+@pytest.mark.parametrize("wire", DTYPES)
+@pytest.mark.parametrize(
+    ("splits", "n", "heads", "dim", "ranks"), [(1, 1, 2, 2, 2), (5, 3, 6, 80, 3), (4, 2, 4, 64, 1)]
+)
+def test_reduce_pack_is_merge_then_pack(
+    wire: torch.dtype, splits: int, n: int, heads: int, dim: int, ranks: int
+) -> None:
+    """Splits are joined as ranks are, and lie where `exchange.pack` puts them."""
+    outputs, lses = partials(splits, n, heads, dim)
+    expected = pack(*merge(outputs, lses), ranks, wire)
+    send = torch.full_like(expected, 255)
+    reduce_pack(outputs, lses / np.log(2), send, wire)
+    shape = (n, heads // ranks, dim, wire)
+    for got, want in zip(unpack(send, *shape), unpack(expected, *shape), strict=True):
+        # A rounding of the wire type, where both were near its middle.
+        torch.testing.assert_close(got, want, rtol=2 * UNIT[got.dtype] + 2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("wire", DTYPES)
+@pytest.mark.parametrize(
+    ("ranks", "n", "heads", "dim"), [(1, 1, 1, 2), (3, 2, 4, 80), (8, 3, 2, 128)]
+)
+def test_merge_is_the_plain_merge(
+    wire: torch.dtype, ranks: int, n: int, heads: int, dim: int
+) -> None:
+    """Fixed rank order, empty partials of NaN, rows empty everywhere; twice the same bits."""
+    outputs, lses = partials(ranks, n, heads, dim)
+    received = torch.cat([pack(o, s, 1, wire) for o, s in zip(outputs, lses, strict=True)])
+    want, want_lse = merge(outputs.to(wire), lses)
+    got, got_lse = torch.full((n, heads, dim), torch.nan), torch.full((n, heads), torch.nan)
+    merge_received(received, got, got_lse, wire)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got_lse, want_lse, rtol=1e-6, atol=1e-6)
+    assert not got[0, 0].any() and got_lse[0, 0] == -INF
+    again, again_lse = torch.empty(n, heads, dim), torch.empty(n, heads)
+    merge_received(received, again, again_lse, wire)
+    assert torch.equal(got, again) and torch.equal(got_lse, again_lse)
+
+
+def test_merge_where_one_partial_dominates() -> None:
+    """A shard ahead by e**200 or at a huge log-sum-exp is the result; nothing overflows."""
+    outputs = torch.tensor([[[1.0, 2.0]], [[5.0, 6.0]]])[:, None]
+    for low, high in ((-100.0, 100.0), (3e4, 3.1e4), (-3.1e4, -3e4)):
+        lses = torch.tensor([low, high])[:, None, None]
+        received = torch.cat(
+            [pack(o, s, 1, torch.float32) for o, s in zip(outputs, lses, strict=True)]
+        )
+        out, lse = torch.empty(1, 1, 2), torch.empty(1, 1)
+        merge_received(received, out, lse, torch.float32)
+        assert torch.equal(outputs[1], out) and high == lse.item()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, INF])
+def test_merge_shows_a_wrong_log_sum_exp(wrong: float) -> None:
+    """A NaN or +inf log-sum-exp, which no partial may have, is not read as an empty shard."""
+    received = torch.cat(
+        [pack(torch.ones(1, 1, 4), torch.tensor([[s]]), 1, torch.float32) for s in (0.0, wrong)]
+    )
+    out, lse = torch.zeros(1, 1, 4), torch.zeros(1, 1)
+    merge_received(received, out, lse, torch.float32)
+    assert out.isnan().all() and lse.isnan().all()
+
+
+@pytest.mark.parametrize(("layout", "cp_size"), [("pr9757/1:C=2,T=2", 2), ("pr17866/1:C=3,T=4", 3)])
+def test_a_whole_step_on_every_rank(layout: str, cp_size: int, values: Values) -> None:
+    """Steps across an ownership boundary, over one set of buffers: merged heads equal float64.
+
+    The ledger's slots, tables and lengths are copied into tensors that stay, as a captured graph
+    needs; one row is padding.
+    """
+    t, heads, kv_heads, dim, prompts = int(layout[-1]), 6, 1, 16, [1, 9]
+    steps, pages = 3, 8
+    model = ModelShape(q_heads=heads, kv_heads=kv_heads, head_dim=dim)
+    config = Config(layout=layout, pages=[pages] * cp_size, max_len=64, model=model)
+    books = [RankBook(config, rank) for rank in range(cp_size)]
+    total = {id: length + steps for id, length in enumerate(prompts)}
+    k, v = (
+        {id: values((n, kv_heads, dim), part, id) for id, n in total.items()} for part in (1, 2)
+    )
+    pools = torch.full((cp_size, pages, 2, t, kv_heads, dim), torch.nan)
+    rows = len(prompts) + 1
+    tables = torch.zeros(cp_size, rows, pages, dtype=torch.int64)
+    lengths = torch.zeros(cp_size, rows, dtype=torch.int32)
+    slots = torch.full((cp_size, rows), -1)
+    buffers = [
+        kernels.StepBuffers.allocate(
+            rows, heads, kv_heads, dim, ranks=cp_size, longest=16,
+            dtype=torch.float32, wire=torch.float32, device="cpu", splits=2,
+        )
+        for _ in books
+    ]  # fmt: skip
+    for id, length in enumerate(prompts):
+        for rank, book in enumerate(books):
+            positions = book.plan_admit(id, length).hands[rank].positions()
+            book.admit(id, length)
+            for index, position in enumerate(positions.tolist()):
+                page = book.block_table(id)[index // t]
+                pools[rank, page, 0, index % t] = k[id][position]
+                pools[rank, page, 1, index % t] = v[id][position]
+    owners = set()
+    for step in range(steps):
+        at = [length + step for length in prompts] + [0]
+        q = values((rows, heads, dim), 3, step)
+        new_k, new_v = (
+            torch.stack([x[id][at[id]] for id in total] + [torch.full((kv_heads, dim), torch.nan)])
+            for x in (k, v)
+        )
+        for rank, book in enumerate(books):
+            placed = book.decode_step(list(total), pad=1)
+            slots[rank, :-1] = torch.from_numpy(placed.slots)
+            lengths[rank, :-1] = torch.from_numpy(placed.visible)
+            tables[rank, :-1] = torch.from_numpy(book.tables.read(placed.rows, pages))
+            owners.update(rank for active in placed.active if active)
+            kernels.attend_shard(
+                buffers[rank], q, new_k, new_v, pools[rank],
+                slots[rank], tables[rank], lengths[rank],
+            )  # fmt: skip
+        for rank in range(cp_size):
+            mine = buffers[rank]
+            mine.received.copy_(torch.stack([other.send[rank] for other in buffers]))
+            output = kernels.merge_shards(mine)
+            own = slice(rank * heads // cp_size, (rank + 1) * heads // cp_size)
+            seen = [(k[id][: at[id] + 1], v[id][: at[id] + 1]) for id in total]
+            check_rows(output, mine.lse, q[:, own], [*seen, (k[0][:0], v[0][:0])])
+    assert len(owners) > 1
+
+
+def test_splits_fill_the_device_once() -> None:
+    """Few rows are split far, many rows not at all, and never beyond one block a split."""
+    assert [49, 6, 1, 1, 16] == [
+        splits_for(*case)
+        for case in [(1, 8, 131072), (8, 8, 32768), (32, 8, 32768), (4, 8, 64), (1, 1, 1024)]
+    ]
+
+
+def test_layouts_that_kernels_would_misread_are_refused(values: Values) -> None:
+    """Gaps between elements that kernels take to lie side by side raise, and name the tensor."""
+    k, pool = values((3, 2, 16), 1), torch.zeros(2, 2, 4, 2, 16)
+    with pytest.raises(ValueError, match=r"slots has strides \(2,\)"):
+        append(k, k, pool, torch.zeros(3, 2, dtype=torch.int64)[:, 0])
+    with pytest.raises(ValueError, match="The last axis of v has stride 6"):
+        append(k, values((3, 16, 6), 2).mT, pool, torch.zeros(3, dtype=torch.int64))

@@ -1,0 +1,158 @@
+"""The Triton kernels compile for sm_90 (H100, H200) into what was meant; no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton has no wheel for this Python or platform", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET=1: these kernels are interpreted", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from helix_gpu.kernels.append import append_kernel
+from helix_gpu.kernels.decode import decode_kernel
+from helix_gpu.kernels.merge import merge_kernel
+from helix_gpu.kernels.mla import mla_kernel
+from helix_gpu.kernels.reduce_pack import reduce_pack_kernel
+from helix_gpu.kernels.settings import decode_settings, latent_settings
+
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+ATTENTION = {
+    "q": "*bf16", "pool": "*bf16", "tables": "*i32", "lengths": "*i32",
+    "partial_out": "*fp32", "partial_lse2": "*fp32", "scale_log2e": "fp32",
+}  # fmt: skip
+
+
+def compiled(
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    warps: int,
+    stages: int = 2,
+    odd: tuple[str, ...] = (),
+) -> Any:
+    """The kernel for sm_90 as launched with these types: PTX, machine code and metadata.
+
+    Parameters that `types` does not name are strides: 32-bit integers, and like the pointers
+    multiples of 16, except those in `odd`.
+    """
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32") for name in names
+    }
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name] not in ("constexpr", "fp32") and name not in odd
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    # Triton 3.9 warns of a coming change where enable_fp_fusion is not given.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def check_resources(kernel: Any, folder: Path) -> str:
+    """No stack, no spilled register, and no more shared memory than there is; the machine code."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    report = subprocess.run(
+        [TOOL, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    found = re.search(r"STACK:(\d+).*LOCAL:(\d+)", report)
+    assert found is not None, report
+    assert ("0", "0") == found.groups(), report
+    code = subprocess.run(
+        [TOOL, "--dump-sass", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    assert not re.search(r"\b(LDL|STL)\b", code)
+    assert kernel.metadata.shared <= 227 * 1024
+    return code
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "page"), [("bf16", 128, 64), ("fp16", 80, 16), ("fp32", 256, 64)]
+)
+def test_decode(dtype: str, dim: int, page: int, tmp_path: Path) -> None:
+    """K and V travel in 16-byte asynchronous copies, several blocks of them at a time."""
+    torch_type = torch.float32 if dtype == "fp32" else torch.bfloat16
+    settings = decode_settings(dim, torch_type)
+    kernel = compiled(
+        decode_kernel,
+        ATTENTION | {"q": f"*{dtype}", "pool": f"*{dtype}"},
+        {
+            "DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS_PER_PAGE": page,
+            "BLOCK": settings.block, "BLOCK_HEADS": 16, "UPCAST": False,
+        },
+        warps=settings.warps, stages=settings.stages, odd=("group", "head_blocks", "table_row"),
+    )  # fmt: skip
+    copies = re.findall(r"\bLDGSTS\.(\S+)", check_resources(kernel, tmp_path))
+    assert copies and all(copy.endswith(".128") for copy in copies)
+    # One block of K and V for every stage but the one that is worked on.
+    block_bytes = 2 * settings.block * triton.next_power_of_2(dim) * {"fp32": 4}.get(dtype, 2)
+    assert kernel.metadata.shared >= (settings.stages - 1) * block_bytes
+
+
+def test_decode_latent(tmp_path: Path) -> None:
+    """DeepSeek's 512 + 64."""
+    settings = latent_settings(torch.bfloat16)
+    kernel = compiled(
+        mla_kernel,
+        ATTENTION,
+        {
+            "LATENT": 512, "ROPE": 64, "TOKENS_PER_PAGE": 64, "BLOCK": settings.block,
+            "BLOCK_HEADS": settings.heads, "UPCAST": False,
+        },
+        warps=settings.warps, stages=settings.stages, odd=("table_row",),
+    )  # fmt: skip
+    assert "LDGSTS.E.BYPASS.128" in check_resources(kernel, tmp_path)
+
+
+def test_append(tmp_path: Path) -> None:
+    """Rows are read and written 16 bytes at a time."""
+    kernel = compiled(
+        append_kernel,
+        {"k": "*bf16", "v": "*bf16", "pool": "*bf16", "slots": "*i64"},
+        {"HEADS": 8, "DIM": 128, "PADDED_DIM": 128, "BLOCK_HEADS": 8, "TOKENS_PER_PAGE": 64},
+        warps=4,
+    )
+    assert "STG.E.128" in check_resources(kernel, tmp_path)
+
+
+def test_reduce_pack(tmp_path: Path) -> None:
+    """Joining 64 splits."""
+    kernel = compiled(
+        reduce_pack_kernel,
+        {
+            "partial_out": "*fp32", "partial_lse2": "*fp32",
+            "send_out": "*bf16", "send_lse": "*fp32",
+        },
+        {"PADDED_SPLITS": 64, "DIM": 128, "PADDED_DIM": 128},
+        warps=8, odd=("splits", "heads_per_rank"),
+    )  # fmt: skip
+    check_resources(kernel, tmp_path)
+
+
+def test_merge(tmp_path: Path) -> None:
+    """A rank count and a head dim that are no powers of 2."""
+    kernel = compiled(
+        merge_kernel,
+        {
+            "received_out": "*bf16", "received_lse": "*fp32", "out": "*bf16", "lse_out": "*fp32"
+        },
+        {"RANKS": 6, "DIM": 80, "PADDED_DIM": 128},
+        warps=1,
+    )  # fmt: skip
+    check_resources(kernel, tmp_path)
