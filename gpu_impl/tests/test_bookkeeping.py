@@ -111,7 +111,6 @@ def test_recycled_rows_forget_their_pages() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"overlap": True},
         {"admission": "prefill"},
         {"pages": [5, 5]},
         {"layout": "custom/1:prompt=contiguous,owner=step,pages=lockstep,start=rank_zero,C=3,T=2"},
