@@ -81,7 +81,7 @@ class RankBook:
     @property
     def preempted_ids(self) -> list[int]:
         """Preempted requests, in rising order."""
-        return self.ledger.preempted
+        return sorted(self.ledger.preempted)
 
     @property
     def free_pages(self) -> int:
@@ -197,7 +197,7 @@ class RankBook:
 
     def release(self, id: int) -> None:
         """End a request, live or preempted; pages that no other holds are free. Raises Refused."""
-        pages = [] if id in self.preempted_ids else self.block_table(id)
+        pages = [] if id in self.ledger.preempted else self.block_table(id)
         self.ledger.release(id)
         self._allocator.give_back(pages)
 

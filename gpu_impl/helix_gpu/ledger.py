@@ -113,7 +113,7 @@ class Ledger:
         """Admissions accepted so far; under `rotated` it shifts the next one."""
         self._chunk = owner_chunk(layout)
         self._row_of: dict[int, int] = {}
-        self._preempted: dict[int, tuple[int, int]] = {}
+        self.preempted: dict[int, tuple[int, int]] = {}
         """Tokens and shift of each preempted request."""
         self._free_rows: list[int] = []
         self._open_pages = OpenPages()
@@ -138,11 +138,6 @@ class Ledger:
     def ids(self) -> list[int]:
         """Live requests, in the order in which they were placed."""
         return list(self._row_of)
-
-    @property
-    def preempted(self) -> list[int]:
-        """Preempted requests, in rising order."""
-        return sorted(self._preempted)
 
     def rows(self, ids: Sequence[int]) -> Ints:
         """[n] where the ledger keeps live requests. Raises Refused(unknown or preempted)."""
@@ -183,9 +178,9 @@ class Ledger:
             raise Refused(
                 Reason.NOT_PREEMPTED, f"Request {id} is live; only a preempted one can resume."
             )
-        if id not in self._preempted:
+        if id not in self.preempted:
             raise self._not_live(id)
-        return self._plan_placing(id, *self._preempted[id])
+        return self._plan_placing(id, *self.preempted[id])
 
     def admit(self, plan: Admission) -> int:
         """Apply an admission or resumption planned against the present state; its row."""
@@ -194,7 +189,7 @@ class Ledger:
         local_len = [hand.tokens for hand in plan.hands]
         self._rows[row] = (plan.prompt_len, plan.shift, owner, left, 0, 0, local_len, 0)
         self.free -= plan.pages
-        if self._preempted.pop(plan.id, None) is None:
+        if self.preempted.pop(plan.id, None) is None:
             self.admitted += 1
         return row
 
@@ -320,23 +315,23 @@ class Ledger:
     def preempt(self, id: int) -> None:
         """A live request gives its pages back and stays known. Raises Refused."""
         row = int(self.rows([id])[0])
-        self._preempted[id] = (int(self._rows["total"][row]), int(self._rows["shift"][row]))
+        self.preempted[id] = (int(self._rows["total"][row]), int(self._rows["shift"][row]))
         self._vacate(id)
 
     def release(self, id: int) -> None:
         """End a request, live or preempted; pages that no other holds are free. Raises Refused."""
-        if self._preempted.pop(id, None) is None:
+        if self.preempted.pop(id, None) is None:
             self.rows([id])
             self._vacate(id)
 
     def _check_new(self, id: int) -> None:
-        if id in self._row_of or id in self._preempted:
+        if id in self._row_of or id in self.preempted:
             raise Refused(
                 Reason.DUPLICATE_REQUEST, f"Request {id} is known; a new one needs another id."
             )
 
     def _not_live(self, id: int) -> Refused:
-        if id in self._preempted:
+        if id in self.preempted:
             return Refused(
                 Reason.PREEMPTED_REQUEST, f"Request {id} is preempted; it must resume first."
             )

@@ -502,11 +502,11 @@ def test_resume_deals_all_tokens_as_a_prompt() -> None:
     grouped(book, [1], [6])
     before = book.local_lens([1])[0].tolist()
     book.preempt(1)
-    assert ([0], [1]) == (book.ids, book.preempted)
+    assert ([0], [1]) == (book.ids, list(book.preempted))
     assert [PLENTY - 1, PLENTY - 1, PLENTY, PLENTY] == book.free.tolist()
     book.admit(book.plan_resume(1))
     assert before == book.local_lens([1])[0].tolist()
-    assert ([0, 1], [], 2) == (book.ids, book.preempted, book.admitted)
+    assert ([0, 1], [], 2) == (book.ids, list(book.preempted), book.admitted)
     restarted = started("pr9757/1:C=4,T=2", 3)
     grouped(restarted, [0], [6])
     restarted.preempt(0)
@@ -545,7 +545,7 @@ def test_a_preempted_request_can_be_released() -> None:
     book = started("pr9757/1:C=2,T=2", 3)
     book.preempt(0)
     book.release(0)
-    assert ([], [PLENTY] * 2) == (book.preempted, book.free.tolist())
+    assert ([], [PLENTY] * 2) == (list(book.preempted), book.free.tolist())
     assert Reason.UNKNOWN_REQUEST == reason(book, "plan_resume", 0)
 
 
