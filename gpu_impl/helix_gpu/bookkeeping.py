@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,6 +132,22 @@ class RankBook:
     def resume(self, id: int) -> list[int]:
         """Place a preempted request anew; the physical pages it took here. Raises Refused."""
         return self.place(self.plan_resume(id))
+
+    def prompt_chunks(self, plan: Admission, tokens: int) -> Iterator[RankStep]:
+        """The prompt of an admission that was placed, as steps of at most so many tokens.
+
+        Each token sees those before it and itself; nothing is taken or changed.
+        """
+        mine, row = plan.hands[self.cp_rank].positions(), self.ledger.rows([plan.id])
+        t = self.layout.tokens_per_block
+        for first in range(0, plan.prompt_len, tokens):
+            positions = np.arange(first, min(first + tokens, plan.prompt_len))
+            past_len, visible = (mine.searchsorted(positions, side) for side in ("left", "right"))
+            active, rows = past_len < visible, row.repeat(len(positions))
+            own = past_len[active]
+            slots = np.full(len(positions), -1)
+            slots[active] = self.tables.page(rows[active], own // t) * t + own % t
+            yield RankStep(past_len[:1], positions, active, slots, visible, rows, [], [], 0)
 
     def plan_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ PromptKV = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """A decode step begun: what this rank's layers need, the same in each of them.
+    """A decode step, or a piece of a prompt, begun: what each of this rank's layers needs.
 
     `book` says where the new tokens are. The tensors lie on the cache's device and have a row for
     each new token, then one for each dummy request, which has position 0 and sees nothing.
@@ -133,6 +133,18 @@ class HelixCache:
         """
         self._place(self.book.plan_resume(id), prompt_kv)
 
+    def prefill(self, id: int, prompt_len: int, chunk: int) -> Iterator[DecodeStep]:
+        """Take a prompt whose KV is computed here: a step for each `chunk` of its tokens.
+
+        Pages are taken at once. Call `attend` for every layer of each step, in order, before
+        anything else that names the request.
+        """
+        return self._chunks(self.book.plan_admit(id, prompt_len), chunk)
+
+    def recompute(self, id: int, chunk: int) -> Iterator[DecodeStep]:
+        """Resume a preempted request like `prefill`, computing all its tokens again."""
+        return self._chunks(self.book.plan_resume(id), chunk)
+
     @torch.no_grad()
     def begin(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
@@ -238,10 +250,20 @@ class HelixCache:
         self.pool[:, pages, 0, offsets] = k
         self.pool[:, pages, 1, offsets] = v
 
+    def _chunks(self, plan: Admission, chunk: int) -> Iterator[DecodeStep]:
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; it must be at least one token.")
+        self._clear(self.book.place(plan))
+        return map(self._begun, self.book.prompt_chunks(plan, chunk))
+
     def _start(self, plan: Step) -> DecodeStep:
-        book, pad = self.book.advance(plan), plan.pad
+        book = self.book.advance(plan)
         self._clear(book.taken)
         self._copy(book.copied)
+        return self._begun(book)
+
+    def _begun(self, book: RankStep) -> DecodeStep:
+        pad = book.pad
         model, t = self.config.model, self.book.layout.tokens_per_block
         positions = self._put(np.pad(book.position_ids, (0, pad)))
         cos, sin = rope_table(positions, model.head_dim, model.rope_base)

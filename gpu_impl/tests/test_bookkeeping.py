@@ -111,14 +111,13 @@ def test_recycled_rows_forget_their_pages() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"admission": "prefill"},
         {"pages": [5, 5]},
         {"layout": "custom/1:prompt=contiguous,owner=step,pages=lockstep,start=rank_zero,C=3,T=2"},
         {"layout": "pr9757"},
     ],
 )
 def test_bad_configurations_are_refused(change: dict[str, object]) -> None:
-    """What this engine cannot do, and what none can, is refused at start with a sentence."""
+    """What the specification does not allow is refused at start with a sentence."""
     config: dict[str, object] = {
         "layout": "pr9757/1:C=3,T=2",
         "pages": [5] * 3,

@@ -476,6 +476,58 @@ def test_a_resumed_request_is_a_prompt_of_all_its_tokens(
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_a_prompt_computed_here(
+    layout: str, chunk: int, run_ranks: Fixture, values: Fixture, exact: Fixture
+) -> None:
+    """Chunks of a prompt leave the rows of a transferred one; each token sees up to itself."""
+    setting = config(layout)
+    model = Model(setting, values)
+
+    def transferred(cache: HelixCache, rank: int) -> Tensor:
+        model.admit(cache, rank, 0, 13)
+        return rows(cache, 0)
+
+    def computed(cache: HelixCache, rank: int) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for step in cache.prefill(0, 13, chunk):
+            q, k, v = (
+                model.shard(model.tokens(0, step.book.position_ids.tolist(), code), rank)
+                for code in (0, 1, 2)
+            )
+            layers = [cache.attend(step, i, q[i], k[i], v[i]) for i in range(LAYERS)]
+            outputs.append(torch.stack(layers))
+        return rows(cache, 0), torch.cat(outputs, 1)
+
+    here = run_ranks(setting, computed)
+    for one, (other, _) in zip(run_ranks(setting, transferred), here, strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+    output = torch.cat([outputs for _, outputs in here], 2)
+    everything = list(range(13))
+    q, k, v = (model.rotated(0, everything, 0), model.rotated(0, everything, 1),
+               model.tokens(0, everything, 2))  # fmt: skip
+    ledger = Ledger(setting.rules, setting.pages, setting.max_len)
+    hands = [hand.positions() for hand in ledger.plan_admit(0, 13).hands]
+    for p in everything:
+        for layer in range(LAYERS):
+            shards = [(k[layer, hand[hand <= p]], v[layer, hand[hand <= p]]) for hand in hands]
+            o, _, bound = exact(q[layer, p], shards, model.dtype, torch.float32)
+            assert ((o - output[layer, p]).norm(dim=-1) <= bound).all()
+
+
+def test_prefill_is_refused_before_its_first_step(values: Fixture) -> None:
+    """A refusal, and a chunk without a token, come from the call itself; nothing is taken."""
+    cache = HelixCache(config("pr9757/1:C=1,T=2"), rank=0)
+    for id, prompt_len, reason in ((0, 0, Reason.EMPTY_PROMPT), (0, 81, Reason.OUT_OF_PAGES)):
+        with pytest.raises(Refused) as refused:
+            cache.prefill(id, prompt_len, 4)
+        assert reason == refused.value.reason
+    with pytest.raises(ValueError, match="at least one token"):
+        cache.prefill(0, 3, 0)
+    assert ([], 40) == (cache.request_ids, cache.free_pages)
+
+
 def test_four_ranks_hold_nearly_four_times_the_tokens(run_ranks: Fixture) -> None:
     """With pools of equal bytes on each rank, four ranks cache 3.9 times what one does, or more."""
 

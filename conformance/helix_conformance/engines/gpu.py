@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 import numpy as np
@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from helix_gpu.cache import PromptKV
+    from helix_gpu.cache import DecodeStep, PromptKV
     from helix_gpu.exchange import Exchange
 
+CHUNK: Final = 5
+"""Prompt tokens that are computed at a time, with `admission` prefill: across pages and turns."""
 Identity = tuple[int, int]
 """What a token is: the index of the event that created it, its place in that event."""
 
@@ -144,9 +146,7 @@ class GpuEngine:
         try:
             match event:
                 case Admit(id, prompt_len):
-                    now = self.events - 1
-                    self.cache.admit(id, prompt_len, self._prompt_kv(lambda p: (now, p)))
-                    self.tokens[id] = [(now, place) for place in range(prompt_len)]
+                    self._admit(id, prompt_len)
                 case Decode(ids, query_lens, pad):
                     return self._decode(ids, query_lens, pad)
                 case Skip(ids, query_lens):
@@ -164,7 +164,7 @@ class GpuEngine:
                 case Preempt(id):
                     self.cache.preempt(id)
                 case Resume(id):
-                    self.cache.resume(id, self._prompt_kv(lambda p: self.tokens[id][p]))
+                    self._resume(id)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -181,34 +181,62 @@ class GpuEngine:
             values={id: kv[:, 1] for id, kv in rows.items()},
         )
 
+    def _admit(self, id: int, prompt_len: int) -> None:
+        now = self.events - 1
+        if self.config.admission == "prefill":
+            self._compute(self.cache.prefill(id, prompt_len, CHUNK), lambda p: (now, p))
+        else:
+            self.cache.admit(id, prompt_len, self._prompt_kv(lambda p: (now, p)))
+        self.tokens[id] = [(now, place) for place in range(prompt_len)]
+
+    def _resume(self, id: int) -> None:
+        if self.config.admission == "prefill":
+            self._compute(self.cache.recompute(id, CHUNK), lambda p: self.tokens[id][p])
+        else:
+            self.cache.resume(id, self._prompt_kv(lambda p: self.tokens[id][p]))
+
+    def _compute(self, steps: Iterable[DecodeStep], identity: Callable[[int], Identity]) -> None:
+        """Every layer of a prompt that is computed here; nobody asks for its output."""
+        for step in steps:
+            self._attend(step, self._share(step.book.position_ids, identity))
+
     def _prompt_kv(self, identity: Callable[[int], Identity]) -> PromptKV:
         """K and V of a prompt, given the identity of the token at each position."""
 
         def prompt_kv(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            columns = positions.cpu().numpy()
-            dealt = np.array([identity(int(p)) for p in columns], dtype=np.int64)
-            share = Tokens(dealt[:, 0], dealt[:, 1], columns)
+            share = self._share(positions.cpu().numpy(), identity)
             return self._entries("k", share), self._entries("v", share)
 
         return prompt_kv
 
-    def _decode(self, ids: list[int], query_lens: list[int], pad: int) -> Outcome:
-        import torch
+    @staticmethod
+    def _share(positions: np.ndarray, identity: Callable[[int], Identity]) -> Tokens:
+        """A prompt's tokens at these positions."""
+        columns = np.array([identity(int(p)) for p in positions], dtype=np.int64)
+        return Tokens(columns[:, 0], columns[:, 1], positions)
 
+    def _decode(self, ids: list[int], query_lens: list[int], pad: int) -> Outcome:
         step = self.cache.begin(ids, query_lens, pad)
         positions = step.book.position_ids
-        event = np.full(len(positions), self.events - 1, dtype=np.int64)
-        tokens = Tokens(event, np.arange(len(positions)), positions)
         self._remember(ids, query_lens, positions)
-        shape = self.config.model
-        q = self._padded(self._tensor(queries(shape, self.config.seed, tokens, self.q_heads)), pad)
-        k = self._padded(self._entries("k", tokens), pad)
-        v = self._padded(self._entries("v", tokens), pad)
-        layers = [self.cache.attend(step, i, q[i], k[i], v[i]) for i in range(shape.layers)]
+        event = np.full(len(positions), self.events - 1, dtype=np.int64)
+        output = self._attend(step, Tokens(event, np.arange(len(positions)), positions))
         outcome = _outcome(step.book)
         if "attention" not in self.profiles_checked:
             return outcome
-        return msgspec.structs.replace(outcome, output=_numbers(torch.stack(layers)))
+        return msgspec.structs.replace(outcome, output=_numbers(output))
+
+    def _attend(self, step: DecodeStep, tokens: Tokens) -> torch.Tensor:
+        """The output of all layers for a step's tokens."""
+        import torch
+
+        shape, pad = self.config.model, step.book.pad
+        q = self._padded(self._tensor(queries(shape, self.config.seed, tokens, self.q_heads)), pad)
+        k = self._padded(self._entries("k", tokens), pad)
+        v = self._padded(self._entries("v", tokens), pad)
+        return torch.stack(
+            [self.cache.attend(step, i, q[i], k[i], v[i]) for i in range(shape.layers)]
+        )
 
     def _remember(self, ids: list[int], query_lens: list[int], positions: np.ndarray) -> None:
         """The new tokens of the present decode, in place of any that were rewound."""
