@@ -69,7 +69,8 @@ class RankBook:
                 f"0 and {self.layout.cp_size - 1}."
             )
         self.cp_rank = cp_rank
-        self.ledger = Ledger(self.layout, config.pages, config.max_len, config.overlap)
+        self.ledger = Ledger(self.layout, config.pages, config.max_len)
+        self.ledger.overlap = config.overlap
         self.tables = BlockTables()
         self._allocator = PageAllocator(config.pages[cp_rank])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from helix_gpu.attention import attend_pages
 from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
 from helix_gpu.exchange import Exchange, all_to_all, pack, unpack
-from helix_gpu.ledger import Admission, Step
+from helix_gpu.ledger import Admission, Ints, Step
 from helix_gpu.merge import merge
 from helix_gpu.refusals import check_config
 from helix_gpu.rope import rope_table, rotate
@@ -117,21 +117,40 @@ class HelixCache:
         return self.book.block_table(id)
 
     @torch.no_grad()
-    def admit(self, id: int, prompt_len: int, prompt_kv: PromptKV) -> None:
+    def admit(
+        self, id: int, prompt_len: int, prompt_kv: PromptKV, *, rotated: bool = False
+    ) -> None:
         """Take this rank's share of a prompt whose KV exists already.
 
         `prompt_kv` is asked once for the rank's positions, after the admission is certain and
-        before anything changes; it is not asked when the rank holds none. Its K is rotated here.
+        before anything changes; it is not asked when the rank holds none. Its K is rotated here,
+        unless it comes from another cache, where it is `rotated`.
         """
-        self._place(self.book.plan_admit(id, prompt_len), prompt_kv)
+        self._place(self.book.plan_admit(id, prompt_len), prompt_kv, rotated)
 
     @torch.no_grad()
-    def resume(self, id: int, prompt_kv: PromptKV) -> None:
+    def resume(self, id: int, prompt_kv: PromptKV, *, rotated: bool = False) -> None:
         """Place a preempted request anew, as a prompt of all its tokens so far.
 
         `prompt_kv` is asked as `admit` asks it, now for decoded tokens too: K and V come again.
         """
-        self._place(self.book.plan_resume(id), prompt_kv)
+        self._place(self.book.plan_resume(id), prompt_kv, rotated)
+
+    @torch.no_grad()
+    def read(self, id: int, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """K (rotated) and V of a live request's local indices [first, first + tokens).
+
+        Each [layers, tokens, kv_heads, head_dim]. Raises Refused, and IndexError for tokens that
+        are not on this rank.
+        """
+        table, held = self.book.block_table(id), self.book.local_len(id)
+        if not 0 <= first <= first + tokens <= held:
+            raise IndexError(
+                f"Local indices {first} to {first + tokens - 1} of request {id} are not all here; "
+                f"this rank holds {held} of its tokens."
+            )
+        pages, offsets = self._slots(table, np.arange(first, first + tokens))
+        return self.pool[:, pages, 0, offsets], self.pool[:, pages, 1, offsets]
 
     def prefill(self, id: int, prompt_len: int, chunk: int) -> Iterator[DecodeStep]:
         """Take a prompt whose KV is computed here: a step for each `chunk` of its tokens.
@@ -229,7 +248,7 @@ class HelixCache:
         """End a request, live or preempted; pages that no other request holds are free again."""
         self.book.release(id)
 
-    def _place(self, plan: Admission, prompt_kv: PromptKV) -> None:
+    def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:
         """Ask for the KV of this rank's share of a prompt, then take pages and write it."""
         hand = plan.hands[self.book.cp_rank]
         if not hand.tokens:
@@ -237,16 +256,15 @@ class HelixCache:
             return
         positions = torch.from_numpy(hand.positions()).to(self.device)
         k, v = prompt_kv(positions)
-        model, t = self.config.model, self.book.layout.tokens_per_block
+        model = self.config.model
         shape = (model.layers, hand.tokens, self.kv_heads, model.head_dim)
         self._check("The prompt's K", k, shape)
         self._check("The prompt's V", v, shape)
-        k = rotate(k, *rope_table(positions, model.head_dim, model.rope_base))
+        if not rotated:
+            k = rotate(k, *rope_table(positions, model.head_dim, model.rope_base))
         table = self.book.place(plan)
         self._clear(table)
-        local = np.arange(hand.tokens)
-        pages = self._put(np.array(table)[local // t])
-        offsets = self._put(local % t)
+        pages, offsets = self._slots(table, np.arange(hand.tokens))
         self.pool[:, pages, 0, offsets] = k
         self.pool[:, pages, 1, offsets] = v
 
@@ -279,6 +297,11 @@ class HelixCache:
             own_pages=self._put(book.slots[own] // t),
             own_offsets=self._put(book.slots[own] % t),
         )
+
+    def _slots(self, table: list[int], index: Ints) -> tuple[Tensor, Tensor]:
+        """Page and offset of these local indices."""
+        t = self.book.layout.tokens_per_block
+        return self._put(np.array(table, dtype=np.int64)[index // t]), self._put(index % t)
 
     def _clear(self, pages: list[int]) -> None:
         """With `poison`, fill pages just taken with NaN: whoever reads an unwritten slot shows."""

@@ -97,16 +97,14 @@ class Rewind:
 class Ledger:
     """Counters of all known requests, identical on every rank.
 
-    `pages[r]` is the pool size of rank r; `max_len` the global tokens a request may reach. With
-    `overlap` a decode is outstanding until `sampled` names it.
+    `pages[r]` is the pool size of rank r; `max_len` the global tokens a request may reach.
     """
 
-    def __init__(
-        self, layout: Layout, pages: Sequence[int], max_len: int, overlap: bool = False
-    ) -> None:
+    def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
         self.layout = layout
         self.max_len = max_len
-        self.overlap = overlap
+        self.overlap = False
+        """Whether a decode is outstanding until `sampled` names it; set before the first one."""
         self.free: Ints = np.array(pages, dtype=np.int64)
         """[cp_size] pages of each rank that no request holds."""
         self.admitted = 0

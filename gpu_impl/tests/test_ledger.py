@@ -554,7 +554,8 @@ def test_a_preempted_request_can_be_released() -> None:
 
 def overlapped() -> Ledger:
     """A ledger whose scheduler runs one step ahead, with requests 0 and 1."""
-    book = Ledger(parse_layout("pr9757/1:C=2,T=2"), [50, 50], 100, overlap=True)
+    book = ledger("pr9757/1:C=2,T=2")
+    book.overlap = True
     for id in range(2):
         book.admit(book.plan_admit(id, 3))
     return book
