@@ -44,9 +44,7 @@ Identity = tuple[int, int]
 class LedgerEngine:
     """Ledger, allocator and block tables of one rank, without tensors."""
 
-    profiles: ClassVar[frozenset[str]] = frozenset(
-        {"placement", "lengths", "pages", *FEATURES}
-    )
+    profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths", "pages", *FEATURES})
     needs_processes: ClassVar[bool] = False
 
     def __init__(self, rank: int) -> None:
@@ -249,9 +247,7 @@ class GpuEngine:
     def _entries(self, tensor: Any, tokens: Tokens) -> torch.Tensor:
         shape = self.config.model
         heads, dim = self.kv_heads, shape.head_dim
-        return self._tensor(
-            entries(self.config.seed, tokens, shape.layers, tensor, heads, dim)
-        )
+        return self._tensor(entries(self.config.seed, tokens, shape.layers, tensor, heads, dim))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         import torch
