@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from helix_conformance.cli import main
 from helix_spec.configs import Config
-from helix_spec.events import Admit, Decode
+from helix_spec.events import FEATURES, Admit, Decode
 from helix_spec.traces import Trace, dump_trace, load_trace
 
 
@@ -53,7 +53,7 @@ def test_green_run_says_what_was_checked_and_what_was_not(tmp_path):
     found = summary(tmp_path / "run.jsonl")
     assert ("summary", "pass") == (found["kind"], found["verdict"])
     assert ["pr9757", "balanced"] == found["layouts"]
-    assert ["placement", "lengths", "pages", "padding"] == found["profiles_checked"]
+    assert ["placement", "lengths", "pages", *FEATURES] == found["profiles_checked"]
     assert ["cache", "attention"] == found["profiles_not_checked"][:2]
     assert 10 == found["traces"]
     assert found["events"] > 0 < found["events_per_s"]

@@ -1,6 +1,7 @@
 """The engines of this project pass the suite, and the suite has really looked."""
 
 import hypothesis
+import msgspec
 import pytest
 
 from helix_conformance.drivers.local import LocalDriver
@@ -66,6 +67,18 @@ def test_whole_implementation_on_gloo(gpu_pool, layout):
         gpu_pool, layout, profiles, cp_sizes=(1, 2, 3, 4, 4, 4), tp_sizes=(1, 2)
     )
     assert None is random_traces(gpu_pool, strategy, profiles, examples=12, seed=3, tally=tally)
+
+
+@pytest.mark.parametrize("layout", ["pr9757", "vllm_dcp", "custom"])
+def test_prompts_computed_here_on_gloo(gpu_pool, layout):
+    """With admission `prefill` the cache is the same, chunk by chunk, also after `resume`."""
+    profiles, tally = profiles_to_check(gpu_pool.profiles, []), Tally()
+    strategy = layout_traces(gpu_pool, layout, profiles, cp_sizes=(1, 2, 4), tp_sizes=(1, 2)).map(
+        lambda trace: msgspec.structs.replace(
+            trace, config=msgspec.structs.replace(trace.config, admission="prefill")
+        )
+    )
+    assert None is random_traces(gpu_pool, strategy, profiles, examples=12, seed=5, tally=tally)
 
 
 class TestReferenceMachine(engine_machine(ReferenceEngine, [*BOOKKEEPING, *FEATURES]).TestCase):

@@ -22,14 +22,14 @@ CONTEXTS = (1_000, 1_000_000, 10_000_000)
 BATCHES = (1, 8, 64, 1_000)
 
 
-def step_times(layout: str, batch: int, context: int) -> list[float]:
+def step_times(layout: str, batch: int, context: int, query_len: int) -> list[float]:
     """Microseconds of each of REPEATS steps (plan and advance) of `batch` requests."""
     rules = named_layout(layout, cp_size=CP_SIZE, tokens_per_block=TOKENS_PER_BLOCK)
     ledger = Ledger(rules, [2**31 - 1] * CP_SIZE, 2**31 - 1)
     for id in range(batch):
         # Unequal lengths, so that pages open and turns end in different steps.
         ledger.admit(ledger.plan_admit(id, context + id))
-    ids, query_lens = list(range(batch)), [1] * batch
+    ids, query_lens = list(range(batch)), [query_len] * batch
     times = []
     for _ in range(REPEATS):
         begun = time.perf_counter()
@@ -43,14 +43,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--layout", default="pr9757", help="a named layout (pr9757)")
+    parser.add_argument("--query-len", type=int, default=1, help="tokens a request and step (1)")
     arguments = parser.parse_args()
 
     print(f"{arguments.layout}, C={CP_SIZE}, T={TOKENS_PER_BLOCK}, {REPEATS} steps each, µs a step")
+    print(f"of {arguments.query_len} tokens a request")
     print(f"{'requests':>8} {'context':>10} {'median':>8} {'5 %':>8} {'95 %':>8}")
     figures = []
     for batch in BATCHES:
         for context in CONTEXTS:
-            times = step_times(arguments.layout, batch, context)
+            times = step_times(arguments.layout, batch, context, arguments.query_len)
             low, high = np.quantile(times, [0.05, 0.95]).tolist()
             median = statistics.median(times)
             print(f"{batch:>8} {context:>10} {median:>8.1f} {low:>8.1f} {high:>8.1f}")
@@ -59,7 +61,8 @@ def main() -> None:
                  "p5_us": low, "p95_us": high}
             )  # fmt: skip
     if arguments.json:
-        setting = {"layout": arguments.layout, "cp_size": CP_SIZE, "repeats": REPEATS}
+        setting = {"layout": arguments.layout, "query_len": arguments.query_len}
+        setting |= {"cp_size": CP_SIZE, "repeats": REPEATS}
         machine = {"python": platform.python_version(), "numpy": np.__version__}
         document = {"setting": setting | machine, "figures": figures}
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")

@@ -5,6 +5,8 @@ sequence over `cp_size` ranks. The modules, in reading order:
 
 - `refusals`: why an event changes nothing;
 - `dealing`: which tokens of a prompt each rank gets, and whose turn it is after it;
+- `transfer`: what moves where when a prompt comes from ranks that split it otherwise;
+- `sharing`: which pages several requests hold after a fork;
 - `ledger`: the counters that all ranks keep alike, without communication;
 - `allocator`, `block_tables`, `bookkeeping`: one rank's own pages and slots;
 - `rope`, `attention`, `exchange`, `merge`: the arithmetic of one decode step;

@@ -15,12 +15,12 @@ class PageAllocator:
         self.pages = pages
         self._untouched = 0
         self._returned: list[int] = []
-        self._taken: set[int] = set()
+        self._holders: dict[int, int] = {}
 
     @property
     def free(self) -> int:
         """Pages that can be taken."""
-        return self.pages - len(self._taken)
+        return self.pages - len(self._holders)
 
     def take(self, count: int) -> list[int]:
         """Take `count` pages. Raises RuntimeError, and takes none, when fewer are free."""
@@ -34,17 +34,28 @@ class PageAllocator:
         taken = [self._returned.pop() for _ in range(reused)]
         taken += range(self._untouched, self._untouched + fresh)
         self._untouched += fresh
-        self._taken.update(taken)
+        self._holders.update(dict.fromkeys(taken, 1))
         return taken
 
+    def share(self, pages: Iterable[int]) -> None:
+        """One more request holds these pages, which are taken."""
+        for page in pages:
+            self._holders[page] += 1
+
     def give_back(self, pages: Iterable[int]) -> None:
-        """Give back taken pages. Raises RuntimeError, and gives none, unless each is taken once."""
+        """One holder of each lets go; a page is free when the last has.
+
+        Raises RuntimeError, and gives none back, unless each is taken and appears once.
+        """
         pages = list(pages)
-        wrong = set(pages) - self._taken
+        wrong = set(pages) - self._holders.keys()
         if wrong or len(set(pages)) != len(pages):
             raise RuntimeError(
                 f"Pages {pages} were given back, of which {sorted(wrong)} are not taken; each "
                 "page must be taken and appear once."
             )
-        self._taken.difference_update(pages)
-        self._returned.extend(pages)
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page]:
+                del self._holders[page]
+                self._returned.append(page)

@@ -1,4 +1,4 @@
-"""Attention of one new token per request over this rank's pages."""
+"""Attention of new tokens over this rank's pages."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 TOKENS_AT_ONCE: Final = 512
-"""Slots of each request gathered at a time. It bounds the scratch memory, and does not depend
+"""Slots of each token gathered at a time. It bounds the scratch memory, and does not depend
 on the batch, so that dummy requests leave the order of summation alone."""
 
 
 def attend_pages(
     q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Partial attention of `q` over the first `lengths[i]` slots of each request.
+    """Partial attention of each new token over the first `lengths[i]` slots of its request.
 
     `q` [n, q_heads, head_dim]; `pages` [pages, 2, tokens_per_block, kv_heads, head_dim], K then
     V, of q's type; `tables` int64 [n, width] page numbers, any existing page where there is none
     to see; `lengths` int64 [n]. Scores are scaled by 1 / sqrt(head_dim).
 
     Returns the output [n, q_heads, head_dim] and its natural log-sum-exp [n, q_heads], both
-    float32; a request without keys gives (0, -inf). Everything is float32 whatever the type;
+    float32; a token without keys gives (0, -inf). Everything is float32 whatever the type;
     on CUDA that needs torch's default, matrix products without TF32.
     """
     _, _, t, kv_heads, head_dim = pages.shape

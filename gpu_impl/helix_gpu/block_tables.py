@@ -30,6 +30,11 @@ class BlockTables:
         self._grow(int(rows.max(initial=-1)) + 1, width)
         return self._pages[rows, :width]
 
+    def copy(self, source: int, row: int) -> None:
+        """Let `row` begin as a copy of row `source`."""
+        self._grow(row + 1, 0)
+        self._pages[row] = self._pages[source]
+
     def page(self, rows: Ints, columns: Ints) -> Ints:
         """[n] the page at local page `columns[i]` of row `rows[i]`."""
         return self._pages[rows, columns]

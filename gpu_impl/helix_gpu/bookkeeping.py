@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,27 +17,39 @@ from helix_spec.configs import Config
 
 @dataclass(frozen=True, slots=True)
 class RankStep:
-    """One new token for each of n requests, seen from one rank (int64 unless said).
+    """New tokens for each of n requests, m in all, seen from one rank (int64 unless said).
 
-    Dummy requests have no entries; `pad` counts them.
+    Tokens stand request after request, in the order of the batch. Dummy requests have no entries;
+    `pad` counts them.
     """
 
     past_len: Ints
     """[n] tokens of the request on this rank before the step."""
     position_ids: Ints
-    """[n] global position of the new token."""
+    """[m] global position of the new token."""
     active: NDArray[np.bool_]
-    """[n] whether this rank owns the new token."""
+    """[m] whether this rank owns the new token."""
     slots: Ints
-    """[n] slot written (physical page * tokens_per_block + offset), -1 where not owned."""
+    """[m] slot written (physical page * tokens_per_block + offset), -1 where not owned."""
     visible: Ints
-    """[n] keys on this rank that the new token's query sees, itself included."""
+    """[m] keys on this rank that the new token's query sees, itself included."""
     rows: Ints
-    """[n] rows of the requests in the block tables."""
+    """[m] row of the token's request in the block tables."""
     taken: list[int]
     """Physical pages that the step took."""
+    copied: list[PageCopy]
+    """Pages whose earlier tokens must be copied before the new ones are written."""
     pad: int
     """Dummy requests behind the n."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy on write: the first `tokens` slots of page `source` go to page `target`."""
+
+    source: int
+    target: int
+    tokens: int
 
 
 class RankBook:
@@ -58,13 +70,19 @@ class RankBook:
             )
         self.cp_rank = cp_rank
         self.ledger = Ledger(self.layout, config.pages, config.max_len)
+        self.ledger.overlap = config.overlap
         self.tables = BlockTables()
         self._allocator = PageAllocator(config.pages[cp_rank])
 
     @property
     def request_ids(self) -> list[int]:
-        """Live requests, in order of admission."""
+        """Live requests, in the order in which they were placed."""
         return self.ledger.ids
+
+    @property
+    def preempted_ids(self) -> list[int]:
+        """Preempted requests, in rising order."""
+        return sorted(self.ledger.preempted)
 
     @property
     def free_pages(self) -> int:
@@ -72,11 +90,11 @@ class RankBook:
         return self._allocator.free
 
     def local_len(self, id: int) -> int:
-        """Tokens of a live request on this rank. Raises Refused(unknown_request)."""
+        """Tokens of a live request on this rank. Raises Refused."""
         return self.local_lens([id])[0]
 
     def local_lens(self, ids: Sequence[int]) -> list[int]:
-        """Tokens of live requests on this rank. Raises Refused(unknown_request)."""
+        """Tokens of live requests on this rank. Raises Refused."""
         lengths: list[int] = self.ledger.local_lens(ids)[:, self.cp_rank].tolist()
         return lengths
 
@@ -94,8 +112,15 @@ class RankBook:
         """Deal a new request's prompt. Raises Refused; changes nothing."""
         return self.ledger.plan_admit(id, prompt_len)
 
+    def plan_resume(self, id: int) -> Admission:
+        """Deal all tokens of a preempted request as a prompt. Raises Refused; changes nothing."""
+        return self.ledger.plan_resume(id)
+
     def place(self, plan: Admission) -> list[int]:
-        """Apply an admission planned against the present state; the physical pages it took."""
+        """Apply an admission or resumption planned against the present state.
+
+        Returns the physical pages that it took.
+        """
         taken = self._allocator.take(int(plan.pages[self.cp_rank]))
         row = self.ledger.admit(plan)
         self.tables.write(np.full(len(taken), row), np.arange(len(taken)), taken)
@@ -105,10 +130,30 @@ class RankBook:
         """Admit a request; the physical pages it took here. Raises Refused."""
         return self.place(self.plan_admit(id, prompt_len))
 
+    def resume(self, id: int) -> list[int]:
+        """Place a preempted request anew; the physical pages it took here. Raises Refused."""
+        return self.place(self.plan_resume(id))
+
+    def prompt_chunks(self, plan: Admission, tokens: int) -> Iterator[RankStep]:
+        """The prompt of an admission that was placed, as steps of at most so many tokens.
+
+        Each token sees those before it and itself; nothing is taken or changed.
+        """
+        mine, row = plan.hands[self.cp_rank].positions(), self.ledger.rows([plan.id])
+        t = self.layout.tokens_per_block
+        for first in range(0, plan.prompt_len, tokens):
+            positions = np.arange(first, min(first + tokens, plan.prompt_len))
+            past_len, visible = (mine.searchsorted(positions, side) for side in ("left", "right"))
+            active, rows = past_len < visible, row.repeat(len(positions))
+            own = past_len[active]
+            slots = np.full(len(positions), -1)
+            slots[active] = self.tables.page(rows[active], own // t) * t + own % t
+            yield RankStep(past_len[:1], positions, active, slots, visible, rows, [], [], 0)
+
     def plan_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
     ) -> Step:
-        """Place one new token per request; `query_lens` defaults to ones. Raises Refused.
+        """Place the new tokens of each request; `query_lens` defaults to ones. Raises Refused.
 
         Changes nothing: it is all that a skipped step does.
         """
@@ -117,34 +162,87 @@ class RankBook:
     def advance(self, step: Step) -> RankStep:
         """Apply a step planned against the present state."""
         taken = self._allocator.take(int(step.pages[self.cp_rank]))
+        rows = step.rows[step.requests]
+        copied = self._copy_on_write(step, taken)
+        self._open_pages(step, rows, taken[len(copied) :])
         self.ledger.advance(step)
         t = self.layout.tokens_per_block
-        rows, past_len = step.rows, step.past_lens[:, self.cp_rank]
+        index = step.past_lens[:, self.cp_rank]
         active = step.owners == self.cp_rank
-        if taken:
-            takes = np.full(len(step.opening), True)
-            if self.layout.pages == "lazy":
-                takes = active[step.opening]
-            self.tables.write(rows[step.opening[takes]], step.opened[takes], taken)
         slots = np.full(len(rows), -1)
-        own, index = rows[active], past_len[active]
-        slots[active] = self.tables.page(own, index // t) * t + index % t
+        own = index[active]
+        slots[active] = self.tables.page(rows[active], own // t) * t + own % t
         return RankStep(
-            past_len, step.positions, active, slots, past_len + active, rows, taken, step.pad
-        )
+            index[step.firsts], step.positions, active, slots, index + active, rows, taken, copied,
+            step.pad,
+        )  # fmt: skip
 
     def decode_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
     ) -> RankStep:
-        """One new token for each request. Raises Refused."""
+        """New tokens for each request. Raises Refused."""
         return self.advance(self.plan_step(ids, query_lens, pad))
 
     def skip(self, ids: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
         """Prepare a step that never runs: raises Refused as the decode would, changes nothing."""
         self.plan_step(ids, query_lens)
 
-    def release(self, id: int) -> None:
-        """End a request; its pages are free again. Raises Refused."""
+    def accept(self, id: int, kept: int) -> None:
+        """Rewind all but the first `kept` tokens of a request's open group. Raises Refused."""
+        plan = self.ledger.plan_accept(id, kept)
+        held, stay = int(plan.held[self.cp_rank]), int(plan.kept[self.cp_rank])
+        table: list[int] = self.tables.read(np.array([plan.row]), held)[0].tolist()
+        self.ledger.accept(plan)
+        self._allocator.give_back(table[stay:])
+
+    def sampled(self, ids: Sequence[int]) -> None:
+        """The tokens of each request's oldest outstanding decode are known. Raises Refused."""
+        self.ledger.sampled(ids)
+
+    def fork(self, parent: int, child: int) -> None:
+        """A request begins as a copy of `parent` that shares all its pages. Raises Refused."""
+        self.ledger.fork(parent, child)
+        source, row = self.ledger.rows([parent, child]).tolist()
+        self.tables.copy(source, row)
+        self._allocator.share(self.block_table(child))
+
+    def preempt(self, id: int) -> None:
+        """A live request gives its pages back and stays known. Raises Refused."""
         pages = self.block_table(id)
+        self.ledger.preempt(id)
+        self._allocator.give_back(pages)
+
+    def release(self, id: int) -> None:
+        """End a request, live or preempted; pages that no other holds are free. Raises Refused."""
+        pages = [] if id in self.ledger.preempted else self.block_table(id)
         self.ledger.release(id)
         self._allocator.give_back(pages)
+
+    def _open_pages(self, step: Step, rows: Ints, pages: list[int]) -> None:
+        """Put pages just taken where the step's tokens open one on this rank."""
+        if pages:
+            opening, opened = step.opening, step.opened
+            if self.layout.pages == "lazy":
+                here = step.owners[opening] == self.cp_rank
+                opening, opened = opening[here], opened[here]
+            self.tables.write(rows[opening], opened, pages)
+
+    def _copy_on_write(self, step: Step, pages: list[int]) -> list[PageCopy]:
+        """Put pages just taken in the place of shared ones that the step writes into here."""
+        writes = [w for w in step.shared if w.copies and w.rank == self.cp_rank]
+        if not writes:
+            return []
+        t = self.layout.tokens_per_block
+        firsts = step.firsts[[write.place for write in writes]]
+        rows = step.rows[[write.place for write in writes]]
+        held = step.past_lens[firsts, self.cp_rank]
+        columns = held // t
+        if self.layout.pages == "lockstep":
+            columns = step.positions[firsts] // (t * self.layout.cp_size)
+        sources: list[int] = self.tables.page(rows, columns).tolist()
+        targets = pages[: len(writes)]
+        self.tables.write(rows, columns, targets)
+        for page in sources:  # several requests may leave one page
+            self._allocator.give_back([page])
+        tokens: list[int] = (held - columns * t).tolist()
+        return [PageCopy(*copy) for copy in zip(sources, targets, tokens, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.attention import attend_pages
-from helix_gpu.bookkeeping import RankBook, RankStep
+from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
 from helix_gpu.exchange import Exchange, all_to_all, pack, unpack
-from helix_gpu.ledger import Step
+from helix_gpu.ledger import Admission, Ints, Step
 from helix_gpu.merge import merge
 from helix_gpu.refusals import check_config
 from helix_gpu.rope import rope_table, rotate
@@ -25,10 +25,10 @@ PromptKV = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """A decode step begun: what this rank's layers need, the same in each of them.
+    """A decode step, or a piece of a prompt, begun: what each of this rank's layers needs.
 
-    `book` says where the new tokens are. The tensors lie on the cache's device; rows count the
-    dummy requests too, which have position 0 and see nothing.
+    `book` says where the new tokens are. The tensors lie on the cache's device and have a row for
+    each new token, then one for each dummy request, which has position 0 and sees nothing.
     """
 
     book: RankStep
@@ -37,7 +37,7 @@ class DecodeStep:
     tables: Tensor
     lengths: Tensor
     own: Tensor
-    """int64: rows whose new token is on this rank."""
+    """int64: rows of the new tokens that are on this rank."""
     own_pages: Tensor
     own_offsets: Tensor
 
@@ -95,8 +95,13 @@ class HelixCache:
 
     @property
     def request_ids(self) -> list[int]:
-        """Live requests, in order of admission."""
+        """Live requests, in the order in which they were placed."""
         return self.book.request_ids
+
+    @property
+    def preempted_ids(self) -> list[int]:
+        """Preempted requests, in rising order."""
+        return self.book.preempted_ids
 
     @property
     def free_pages(self) -> int:
@@ -104,7 +109,7 @@ class HelixCache:
         return self.book.free_pages
 
     def local_len(self, id: int) -> int:
-        """Tokens of a live request on this rank. Raises Refused(unknown_request)."""
+        """Tokens of a live request on this rank. Raises Refused."""
         return self.book.local_len(id)
 
     def block_table(self, id: int) -> list[int]:
@@ -112,40 +117,61 @@ class HelixCache:
         return self.book.block_table(id)
 
     @torch.no_grad()
-    def admit(self, id: int, prompt_len: int, prompt_kv: PromptKV) -> None:
+    def admit(
+        self, id: int, prompt_len: int, prompt_kv: PromptKV, *, rotated: bool = False
+    ) -> None:
         """Take this rank's share of a prompt whose KV exists already.
 
         `prompt_kv` is asked once for the rank's positions, after the admission is certain and
-        before anything changes; it is not asked when the rank holds none. Its K is rotated here.
+        before anything changes; it is not asked when the rank holds none. Its K is rotated here,
+        unless it comes from another cache, where it is `rotated`.
         """
-        plan = self.book.plan_admit(id, prompt_len)
-        hand = plan.hands[self.book.cp_rank]
-        if not hand.tokens:
-            self._clear(self.book.place(plan))
-            return
-        positions = torch.from_numpy(hand.positions()).to(self.device)
-        k, v = prompt_kv(positions)
-        model, t = self.config.model, self.book.layout.tokens_per_block
-        shape = (model.layers, hand.tokens, self.kv_heads, model.head_dim)
-        self._check("The prompt's K", k, shape)
-        self._check("The prompt's V", v, shape)
-        k = rotate(k, *rope_table(positions, model.head_dim, model.rope_base))
-        table = self.book.place(plan)
-        self._clear(table)
-        local = np.arange(hand.tokens)
-        pages = self._put(np.array(table)[local // t])
-        offsets = self._put(local % t)
-        self.pool[:, pages, 0, offsets] = k
-        self.pool[:, pages, 1, offsets] = v
+        self._place(self.book.plan_admit(id, prompt_len), prompt_kv, rotated)
+
+    @torch.no_grad()
+    def resume(self, id: int, prompt_kv: PromptKV, *, rotated: bool = False) -> None:
+        """Place a preempted request anew, as a prompt of all its tokens so far.
+
+        `prompt_kv` is asked as `admit` asks it, now for decoded tokens too: K and V come again.
+        """
+        self._place(self.book.plan_resume(id), prompt_kv, rotated)
+
+    @torch.no_grad()
+    def read(self, id: int, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """K (rotated) and V of a live request's local indices [first, first + tokens).
+
+        Each [layers, tokens, kv_heads, head_dim]. Raises Refused, and IndexError for tokens that
+        are not on this rank.
+        """
+        table, held = self.book.block_table(id), self.book.local_len(id)
+        if not 0 <= first <= first + tokens <= held:
+            raise IndexError(
+                f"Local indices {first} to {first + tokens - 1} of request {id} are not all here; "
+                f"this rank holds {held} of its tokens."
+            )
+        pages, offsets = self._slots(table, np.arange(first, first + tokens))
+        return self.pool[:, pages, 0, offsets], self.pool[:, pages, 1, offsets]
+
+    def prefill(self, id: int, prompt_len: int, chunk: int) -> Iterator[DecodeStep]:
+        """Take a prompt whose KV is computed here: a step for each `chunk` of its tokens.
+
+        Pages are taken at once. Call `attend` for every layer of each step, in order, before
+        anything else that names the request.
+        """
+        return self._chunks(self.book.plan_admit(id, prompt_len), chunk)
+
+    def recompute(self, id: int, chunk: int) -> Iterator[DecodeStep]:
+        """Resume a preempted request like `prefill`, computing all its tokens again."""
+        return self._chunks(self.book.plan_resume(id), chunk)
 
     @torch.no_grad()
     def begin(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
     ) -> DecodeStep:
-        """Start a step of one new token per request: pages are taken, lengths advance.
+        """Start a step of `query_lens[i]` new tokens per request: pages are taken, lengths advance.
 
         Call `attend` once for each layer next. `query_lens` defaults to ones; `pad` dummy
-        requests follow the real ones.
+        requests follow the real ones. The new tokens stand request after request, m in all.
         """
         return self._start(self.book.plan_step(ids, query_lens, pad))
 
@@ -153,9 +179,10 @@ class HelixCache:
     def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One layer of a step begun: append K and V where owned, attend, exchange, merge.
 
-        `q` [n + pad, q_heads, head_dim], `k` and `v` [n + pad, kv_heads, head_dim] of the model's
+        `q` [m + pad, q_heads, head_dim], `k` and `v` [m + pad, kv_heads, head_dim] of the model's
         type, not rotated; dummies last, whose content counts for nothing. Returns the output
-        [n, q_heads / cp_size, head_dim] of this rank's slice of the query heads.
+        [m, q_heads / cp_size, head_dim] of this rank's slice of the query heads. Each token sees
+        those before it and itself, of its own group too.
         """
         model, cp_size = self.config.model, self.book.layout.cp_size
         rows = len(step.lengths)
@@ -174,14 +201,22 @@ class HelixCache:
         return output[: len(step.book.rows)].to(self.dtype)
 
     @torch.no_grad()
-    def decode(self, ids: Sequence[int], q: Tensor, k: Tensor, v: Tensor, pad: int = 0) -> Tensor:
+    def decode(
+        self,
+        ids: Sequence[int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pad: int = 0,
+        query_lens: Sequence[int] | None = None,
+    ) -> Tensor:
         """A whole step: `begin`, then `attend` for every layer.
 
         `q`, `k` and `v` as `attend` takes them, with a first axis of layers; so is the output,
-        [layers, n, q_heads / cp_size, head_dim].
+        [layers, m, q_heads / cp_size, head_dim].
         """
-        plan = self.book.plan_step(ids, pad=pad)
-        model, rows = self.config.model, len(ids) + pad
+        plan = self.book.plan_step(ids, query_lens, pad)
+        model, rows = self.config.model, len(plan.positions) + pad
         self._check("q", q, (model.layers, rows, self.q_heads, model.head_dim))
         self._check("k", k, (model.layers, rows, self.kv_heads, model.head_dim))
         self._check("v", v, (model.layers, rows, self.kv_heads, model.head_dim))
@@ -193,13 +228,60 @@ class HelixCache:
         """Prepare a step that never runs: raises Refused as the decode would, changes nothing."""
         self.book.skip(ids, query_lens)
 
+    def accept(self, id: int, kept: int) -> None:
+        """Keep the first `kept` tokens of a request's last group; the others were never decoded."""
+        self.book.accept(id, kept)
+
+    def sampled(self, ids: Sequence[int]) -> None:
+        """With `config.overlap`: each request's oldest outstanding decode has been sampled."""
+        self.book.sampled(ids)
+
+    def fork(self, parent: int, child: int) -> None:
+        """A request begins as a copy of `parent` and shares its pages until it writes."""
+        self.book.fork(parent, child)
+
+    def preempt(self, id: int) -> None:
+        """A request gives its pages back and stays known, until `resume` or `release`."""
+        self.book.preempt(id)
+
     def release(self, id: int) -> None:
-        """End a request; its pages are free again."""
+        """End a request, live or preempted; pages that no other request holds are free again."""
         self.book.release(id)
 
+    def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:
+        """Ask for the KV of this rank's share of a prompt, then take pages and write it."""
+        hand = plan.hands[self.book.cp_rank]
+        if not hand.tokens:
+            self._clear(self.book.place(plan))
+            return
+        positions = torch.from_numpy(hand.positions()).to(self.device)
+        k, v = prompt_kv(positions)
+        model = self.config.model
+        shape = (model.layers, hand.tokens, self.kv_heads, model.head_dim)
+        self._check("The prompt's K", k, shape)
+        self._check("The prompt's V", v, shape)
+        if not rotated:
+            k = rotate(k, *rope_table(positions, model.head_dim, model.rope_base))
+        table = self.book.place(plan)
+        self._clear(table)
+        pages, offsets = self._slots(table, np.arange(hand.tokens))
+        self.pool[:, pages, 0, offsets] = k
+        self.pool[:, pages, 1, offsets] = v
+
+    def _chunks(self, plan: Admission, chunk: int) -> Iterator[DecodeStep]:
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; it must be at least one token.")
+        self._clear(self.book.place(plan))
+        return map(self._begun, self.book.prompt_chunks(plan, chunk))
+
     def _start(self, plan: Step) -> DecodeStep:
-        book, pad = self.book.advance(plan), plan.pad
+        book = self.book.advance(plan)
         self._clear(book.taken)
+        self._copy(book.copied)
+        return self._begun(book)
+
+    def _begun(self, book: RankStep) -> DecodeStep:
+        pad = book.pad
         model, t = self.config.model, self.book.layout.tokens_per_block
         positions = self._put(np.pad(book.position_ids, (0, pad)))
         cos, sin = rope_table(positions, model.head_dim, model.rope_base)
@@ -216,10 +298,26 @@ class HelixCache:
             own_offsets=self._put(book.slots[own] % t),
         )
 
+    def _slots(self, table: list[int], index: Ints) -> tuple[Tensor, Tensor]:
+        """Page and offset of these local indices."""
+        t = self.book.layout.tokens_per_block
+        return self._put(np.array(table, dtype=np.int64)[index // t]), self._put(index % t)
+
     def _clear(self, pages: list[int]) -> None:
         """With `poison`, fill pages just taken with NaN: whoever reads an unwritten slot shows."""
         if self.config.poison and pages:
             self.pool[:, pages] = torch.nan
+
+    def _copy(self, copies: list[PageCopy]) -> None:
+        """Copy on write, before anything is appended; slots not yet used stay as they are."""
+        if copies:
+            counts = [copy.tokens for copy in copies]
+            offsets = self._put(np.concatenate([np.arange(count) for count in counts]))
+            sources, targets = (
+                self._put(np.repeat(pages, counts))
+                for pages in zip(*((copy.source, copy.target) for copy in copies), strict=True)
+            )
+            self.pool[:, targets, :, offsets] = self.pool[:, sources, :, offsets]
 
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

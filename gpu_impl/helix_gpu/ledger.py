@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from helix_gpu.dealing import Hand, deal_prompt, first_turn, owner_chunk
 from helix_gpu.refusals import Refused
+from helix_gpu.sharing import OpenPages, Stem, branch, let_go
 from helix_spec.events import Reason
 from helix_spec.layouts import Layout
 
@@ -35,28 +36,66 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One new token for each of n requests, as all ranks see it (int64 unless said)."""
+    """New tokens for each of n requests, m in all, as all ranks see them (int64 unless said).
+
+    Tokens stand request after request, in the order of the batch.
+    """
 
     rows: Ints
     """[n] where the ledger keeps the requests."""
+    query_lens: Ints
+    """[n] new tokens of each request."""
+    requests: Ints
+    """[m] places in the batch of the tokens' requests."""
+    firsts: Ints
+    """[n] places among the tokens of each request's first one."""
     positions: Ints
-    """[n] global positions of the new tokens."""
+    """[m] global positions of the new tokens."""
     owners: Ints
-    """[n] ranks that own them."""
+    """[m] ranks that own them."""
     past_lens: Ints
-    """[n, cp_size] tokens of the request on each rank before the step."""
+    """[m, cp_size] tokens of the request on each rank before this one."""
     opening: Ints
-    """[m] places in the batch of the tokens that open a page."""
+    """[k] places among the tokens of those that open a page."""
     opened: Ints
-    """[m] local numbers of the pages they open."""
+    """[k] local numbers of the pages they open."""
+    shared: list[SharedWrite]
+    """Pages written into that other requests held too, in the order of the batch."""
     pages: Ints
     """[cp_size] pages that the step takes on each rank."""
     pad: int
     """Dummy requests behind the n."""
 
 
+@dataclass(frozen=True, slots=True)
+class SharedWrite:
+    """A request writes into its open page on a rank, which a fork has shared."""
+
+    place: int
+    """Place of the request in the batch."""
+    rank: int
+    copies: bool
+    """Whether it takes a copy; False for the last holder, who writes in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """An acceptance that will be accepted: what a request has after it."""
+
+    row: int
+    total: int
+    owner: int
+    left: int
+    local_len: Ints
+    """[cp_size]"""
+    held: Ints
+    """[cp_size] pages before it."""
+    kept: Ints
+    """[cp_size] pages after it; those beyond go back."""
+
+
 class Ledger:
-    """Counters of all live requests, identical on every rank.
+    """Counters of all known requests, identical on every rank.
 
     `pages[r]` is the pool size of rank r; `max_len` the global tokens a request may reach.
     """
@@ -64,37 +103,46 @@ class Ledger:
     def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
         self.layout = layout
         self.max_len = max_len
+        self.overlap = False
+        """Whether a decode is outstanding until `sampled` names it; set before the first one."""
         self.free: Ints = np.array(pages, dtype=np.int64)
         """[cp_size] pages of each rank that no request holds."""
         self.admitted = 0
         """Admissions accepted so far; under `rotated` it shifts the next one."""
         self._chunk = owner_chunk(layout)
         self._row_of: dict[int, int] = {}
+        self.preempted: dict[int, tuple[int, int]] = {}
+        """Tokens and shift of each preempted request."""
         self._free_rows: list[int] = []
+        self._open_pages = OpenPages()
+        self._stems: dict[int, Stem] = {}
+        """By row, for requests whose full pages others hold, or held, too."""
         per_rank = (np.int64, (layout.cp_size,))
         self._rows: NDArray[Any] = np.zeros(
             0,
             dtype=[
-                ("prompt_len", np.int64),
                 ("total", np.int64),
+                ("shift", np.int64),
                 ("owner", np.int64),
                 ("left", np.int64),
+                ("group", np.int64),  # tokens of the last decode while they can be rewound, or 0
+                ("outstanding", np.int64),  # decodes not yet sampled
                 ("local_len", *per_rank),
-                ("held", *per_rank),
+                ("tag", *per_rank),  # of the open page, see OpenPages
             ],
         )
 
     @property
     def ids(self) -> list[int]:
-        """Live requests, in order of admission."""
+        """Live requests, in the order in which they were placed."""
         return list(self._row_of)
 
     def rows(self, ids: Sequence[int]) -> Ints:
-        """[n] where the ledger keeps live requests. Raises Refused(unknown_request)."""
+        """[n] where the ledger keeps live requests. Raises Refused(unknown or preempted)."""
         try:
             return np.array([self._row_of[id] for id in ids], dtype=np.int64)
         except KeyError as error:
-            raise _unknown(error.args[0]) from None
+            raise self._not_live(error.args[0]) from None
 
     def local_lens(self, ids: Sequence[int]) -> Ints:
         """[n, cp_size] tokens of live requests on each rank."""
@@ -102,16 +150,13 @@ class Ledger:
         return lengths
 
     def held(self, ids: Sequence[int]) -> Ints:
-        """[n, cp_size] pages of live requests on each rank."""
-        held: Ints = self._rows["held"][self.rows(ids)]
-        return held
+        """[n, cp_size] pages of live requests on each rank, shared ones included."""
+        state = self._rows[self.rows(ids)]
+        return self._pages_for(state["total"], state["local_len"])
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Deal a new request's prompt. Raises Refused; changes nothing."""
-        if id in self._row_of:
-            raise Refused(
-                Reason.DUPLICATE_REQUEST, f"Request {id} is live; a new one needs another id."
-            )
+        self._check_new(id)
         if prompt_len < 1:
             raise Refused(
                 Reason.EMPTY_PROMPT,
@@ -122,100 +167,289 @@ class Ledger:
                 Reason.TOO_LONG,
                 f"The prompt of request {id} has {prompt_len} tokens; max_len is {self.max_len}.",
             )
-        c, t = self.layout.cp_size, self.layout.tokens_per_block
-        shift = self.admitted % c if self.layout.start == "rotated" else 0
-        hands = deal_prompt(self.layout, prompt_len, shift)
-        if self.layout.pages == "lockstep":
-            pages = np.full(c, -(-prompt_len // (t * c)))
-        else:
-            pages = np.array([-(-hand.tokens // t) for hand in hands])
-        self._check_pages(pages)
-        return Admission(id, prompt_len, shift, hands, pages)
+        shift = self.admitted % self.layout.cp_size if self.layout.start == "rotated" else 0
+        return self._plan_placing(id, prompt_len, shift)
+
+    def plan_resume(self, id: int) -> Admission:
+        """Deal all tokens of a preempted request as a prompt. Raises Refused; changes nothing."""
+        if id in self._row_of:
+            raise Refused(
+                Reason.NOT_PREEMPTED, f"Request {id} is live; only a preempted one can resume."
+            )
+        if id not in self.preempted:
+            raise self._not_live(id)
+        return self._plan_placing(id, *self.preempted[id])
 
     def admit(self, plan: Admission) -> int:
-        """Apply an admission planned against the present state; the request's row."""
-        if not self._free_rows:
-            self._grow()
-        row = self._free_rows.pop()
+        """Apply an admission or resumption planned against the present state; its row."""
+        row = self._take_row(plan.id)
         owner, left = first_turn(self.layout, plan.prompt_len, plan.shift)
         local_len = [hand.tokens for hand in plan.hands]
-        self._rows[row] = (plan.prompt_len, plan.prompt_len, owner, left, local_len, plan.pages)
-        self._row_of[plan.id] = row
+        self._rows[row] = (plan.prompt_len, plan.shift, owner, left, 0, 0, local_len, 0)
         self.free -= plan.pages
-        self.admitted += 1
+        if self.preempted.pop(plan.id, None) is None:
+            self.admitted += 1
         return row
 
     def plan_step(self, ids: Sequence[int], query_lens: Sequence[int], pad: int = 0) -> Step:
-        """Place one new token for each request. Raises Refused; changes nothing.
+        """Place `query_lens[i]` new tokens for each request. Raises Refused; changes nothing.
 
         `pad` dummy requests fill the batch and have no entries in the step.
         """
         rows = self._batch_rows(ids, query_lens, pad)
-        state = self._rows
-        positions: Ints = state["total"][rows]
-        if positions.max() >= self.max_len:
-            raise Refused(
-                Reason.TOO_LONG,
-                f"Request {ids[int(positions.argmax())]} has {positions.max()} tokens and would "
-                f"get one more; max_len is {self.max_len}.",
-            )
-        owners: Ints = state["owner"][rows]
-        past_lens: Ints = state["local_len"][rows]
+        lens = np.array(query_lens, dtype=np.int64)
+        self._check_room(ids, rows, lens)
+        requests, firsts, positions, owners, past_lens = self._deal(rows, lens)
         c, t = self.layout.cp_size, self.layout.tokens_per_block
         if self.layout.pages == "lockstep":
-            held: Ints = state["held"][rows, 0]
-            opening = (positions == held * (t * c)).nonzero()[0]
+            number, offset = np.divmod(positions, t * c)
+            opening = (offset == 0).nonzero()[0]
             pages = np.full(c, len(opening))
         else:
-            held = state["held"][rows, owners]
-            own_past = past_lens[np.arange(len(rows)), owners]
-            opening = (own_past == held * t).nonzero()[0]
+            number, offset = np.divmod(past_lens[np.arange(len(owners)), owners], t)
+            opening = (offset == 0).nonzero()[0]
             pages = np.bincount(owners[opening], minlength=c)
+        shared = self._shared_writes(rows, requests, owners) if self._open_pages.holders else []
+        for write in shared:
+            pages[write.rank] += write.copies
         self._check_pages(pages)
-        return Step(rows, positions, owners, past_lens, opening, held[opening], pages, pad)
+        return Step(
+            rows, lens, requests, firsts, positions, owners, past_lens,
+            opening, number[opening], shared, pages, pad,
+        )  # fmt: skip
 
     def advance(self, step: Step) -> None:
         """Apply a step planned against the present state."""
         state, rows = self._rows, step.rows
-        state["total"][rows] = step.positions + 1
-        state["local_len"][rows, step.owners] += 1
-        left = state["left"][rows] - 1
-        ended = left == 0
-        state["left"][rows] = np.where(ended, self._chunk, left)
-        state["owner"][rows] = (step.owners + ended) % self.layout.cp_size
-        if len(step.opening):
-            opening = rows[step.opening]
-            if self.layout.pages == "lockstep":
-                state["held"][opening] += 1
-            else:
-                state["held"][opening, step.owners[step.opening]] += 1
-            self.free -= step.pages
+        for write in step.shared:
+            row = rows[write.place]
+            self._open_pages.leave(int(state["tag"][row, write.rank]))
+            state["tag"][row, write.rank] = 0
+        if len(step.owners) == len(rows):
+            state["local_len"][rows, step.owners] += 1
+        else:
+            np.add.at(state["local_len"], (rows[step.requests], step.owners), 1)
+        state["total"][rows] += step.query_lens
+        state["group"][rows] = step.query_lens
+        if self.overlap:
+            state["outstanding"][rows] += 1
+        owner, left = self._turn(state["owner"][rows], state["left"][rows], step.query_lens)
+        state["owner"][rows] = owner
+        state["left"][rows] = left
+        self.free -= step.pages
+
+    def plan_accept(self, id: int, kept: int) -> Rewind:
+        """Rewind an open group to its first `kept` tokens. Raises Refused; changes nothing."""
+        group = int(self._rows["group"][self._row_of[id]]) if id in self._row_of else 0
+        if kept < 1 or (group and kept > group):
+            raise Refused(
+                Reason.BAD_COUNT,
+                f"{kept} tokens of request {id} would be kept; its open group has {group}.",
+            )
+        row = int(self.rows([id])[0])
+        state = self._rows[row]
+        if not group or state["outstanding"]:
+            raise Refused(
+                Reason.NOTHING_OPEN,
+                f"Request {id} has {state['outstanding']} decodes to be sampled and an open group "
+                f"of {group} tokens; an acceptance needs none of those and one of these.",
+            )
+        rewound = np.arange(kept - group, 0)
+        owners, _ = self._turn(state["owner"], state["left"], rewound)
+        owner, left = self._turn(state["owner"], state["left"], np.array(kept - group))
+        total = state["total"] + kept - group
+        local_len = state["local_len"] - np.bincount(owners, minlength=self.layout.cp_size)
+        held = self._pages_for(state["total"], state["local_len"])
+        return Rewind(
+            row, int(total), int(owner), int(left), local_len, held,
+            self._pages_for(total, local_len),
+        )  # fmt: skip
+
+    def accept(self, plan: Rewind) -> None:
+        """Apply an acceptance planned against the present state."""
+        state = self._rows
+        state["total"][plan.row] = plan.total
+        state["owner"][plan.row] = plan.owner
+        state["left"][plan.row] = plan.left
+        state["group"][plan.row] = 0
+        state["local_len"][plan.row] = plan.local_len
+        # Pages beyond were taken by this very group: nobody else holds them.
+        self.free += plan.held - plan.kept
+
+    def sampled(self, ids: Sequence[int]) -> None:
+        """The tokens of each request's oldest outstanding decode are known. Raises Refused."""
+        if not self.overlap:
+            raise Refused(
+                Reason.UNSUPPORTED, "Without overlap the tokens of a decode are known at once."
+            )
+        if not ids:
+            raise Refused(Reason.BAD_COUNT, "No id is given; at least one must be.")
+        _check_distinct(ids)
+        rows = self.rows(ids)
+        done = (self._rows["outstanding"][rows] == 0).nonzero()[0]
+        if len(done):
+            raise Refused(
+                Reason.NOTHING_OPEN, f"Request {ids[done[0]]} has no decode that is outstanding."
+            )
+        self._rows["outstanding"][rows] -= 1
+
+    def fork(self, parent: int, child: int) -> None:
+        """A request begins as a copy of `parent` that shares its pages. Raises Refused."""
+        self._check_new(child)
+        source = int(self.rows([parent])[0])
+        row = self._take_row(child)
+        state = self._rows
+        state["group"][source] = 0
+        total, local_len = state["total"][source], state["local_len"][source]
+        full = self._full_pages(total, local_len)
+        for rank in (self._pages_for(total, local_len) > full).nonzero()[0]:
+            state["tag"][source, rank] = self._open_pages.join(int(state["tag"][source, rank]))
+        state[row] = state[source]
+        state["outstanding"][row] = 0
+        stem = branch(self._stems.pop(source, None), tuple(full.tolist()))
+        if stem is not None:
+            self._stems[source] = self._stems[row] = stem
+
+    def preempt(self, id: int) -> None:
+        """A live request gives its pages back and stays known. Raises Refused."""
+        row = int(self.rows([id])[0])
+        self.preempted[id] = (int(self._rows["total"][row]), int(self._rows["shift"][row]))
+        self._vacate(id)
 
     def release(self, id: int) -> None:
-        """End a request; its pages are free again. Raises Refused."""
-        row = int(self.rows([id])[0])
-        del self._row_of[id]
-        self.free += self._rows["held"][row]
+        """End a request, live or preempted; pages that no other holds are free. Raises Refused."""
+        if self.preempted.pop(id, None) is None:
+            self.rows([id])
+            self._vacate(id)
+
+    def _check_new(self, id: int) -> None:
+        if id in self._row_of or id in self.preempted:
+            raise Refused(
+                Reason.DUPLICATE_REQUEST, f"Request {id} is known; a new one needs another id."
+            )
+
+    def _not_live(self, id: int) -> Refused:
+        if id in self.preempted:
+            return Refused(
+                Reason.PREEMPTED_REQUEST, f"Request {id} is preempted; it must resume first."
+            )
+        return Refused(Reason.UNKNOWN_REQUEST, f"Request {id} is not known.")
+
+    def _plan_placing(self, id: int, prompt_len: int, shift: int) -> Admission:
+        hands = deal_prompt(self.layout, prompt_len, shift)
+        local_len = np.array([hand.tokens for hand in hands])
+        pages = self._pages_for(np.array(prompt_len), local_len)
+        self._check_pages(pages)
+        return Admission(id, prompt_len, shift, hands, pages)
+
+    def _take_row(self, id: int) -> int:
+        if not self._free_rows:
+            self._grow()
+        row = self._row_of[id] = self._free_rows.pop()
+        return row
+
+    def _vacate(self, id: int) -> None:
+        """Give up a live request's row and pages."""
+        row = self._row_of.pop(id)
+        state = self._rows[row]
+        back = self._pages_for(state["total"], state["local_len"])
+        stem = let_go(self._stems.pop(row, None))
+        if stem is not None:
+            back -= stem.pages
+        for rank in state["tag"].nonzero()[0]:
+            back[rank] -= self._open_pages.leave(int(state["tag"][rank]))
+        self.free += back
         self._free_rows.append(row)
 
     def _batch_rows(self, ids: Sequence[int], query_lens: Sequence[int], pad: int) -> Ints:
         """Rows of a batch; refusals in the order of SPEC.md section 6."""
-        if query_lens and max(query_lens) > 1:
-            raise Refused(
-                Reason.UNSUPPORTED,
-                f"A query length is {max(query_lens)}; this engine decodes one token a request.",
-            )
         if not ids or len(ids) != len(query_lens) or min(query_lens) < 1 or pad < 0:
             raise Refused(
                 Reason.BAD_COUNT,
                 f"A step of {len(ids)} ids, {len(query_lens)} query lengths and {pad} dummies; it "
-                "needs an id, a query length of 1 for each, and no negative count.",
+                "needs an id, a query length from 1 for each, and no negative count.",
             )
-        if len(set(ids)) != len(ids):
-            raise Refused(
-                Reason.DUPLICATE_REQUEST, "The batch lists a request twice; once is right."
-            )
+        if self.overlap:
+            known = [self._row_of[id] for id in ids if id in self._row_of]
+            if (self._rows["outstanding"][known] >= 2).any():
+                raise Refused(
+                    Reason.BAD_COUNT, "A request of the batch has two decodes to be sampled."
+                )
+        _check_distinct(ids)
         return self.rows(ids)
+
+    def _check_room(self, ids: Sequence[int], rows: Ints, query_lens: Ints) -> None:
+        """Refuse groups that pass max_len, and those that no pages could hold, before dealing."""
+        totals = self._rows["total"][rows] + query_lens
+        if totals.max() > self.max_len:
+            raise Refused(
+                Reason.TOO_LONG,
+                f"Request {ids[int(totals.argmax())]} would reach {totals.max()} tokens; max_len "
+                f"is {self.max_len}.",
+            )
+        tokens = int(query_lens.sum())
+        if tokens > len(rows):
+            c, t = self.layout.cp_size, self.layout.tokens_per_block
+            if tokens > (int(self.free.sum()) + len(rows) * c) * t:
+                raise Refused(
+                    Reason.OUT_OF_PAGES,
+                    f"{tokens} new tokens are more than free and open pages could hold.",
+                )
+
+    def _deal(self, rows: Ints, query_lens: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+        """Deal a batch's new tokens: the fields of Step from `requests` to `past_lens`."""
+        state = self._rows
+        places = np.arange(len(rows))
+        total, owner, local_len = (
+            state["total"][rows],
+            state["owner"][rows],
+            state["local_len"][rows],
+        )
+        tokens = int(query_lens.sum())
+        if tokens == len(rows):
+            return places, places, total, owner, local_len
+        requests = places.repeat(query_lens)
+        firsts = query_lens.cumsum() - query_lens
+        nth = np.arange(tokens) - firsts[requests]
+        owners, _ = self._turn(owner[requests], state["left"][rows][requests], nth)
+        given = owners[:, None] == np.arange(self.layout.cp_size)
+        before = given.cumsum(0) - given
+        past_lens = local_len[requests] + before - before[firsts][requests]
+        return requests, firsts, total[requests] + nth, owners, past_lens
+
+    def _turn(self, owner: Ints, left: Ints, tokens: Ints) -> tuple[Ints, Ints]:
+        """Whose turn it is so many tokens later (earlier if negative), and what is left of it."""
+        turns, used = np.divmod(self._chunk - left + tokens, self._chunk)
+        return (owner + turns) % self.layout.cp_size, self._chunk - used
+
+    def _shared_writes(self, rows: Ints, requests: Ints, owners: Ints) -> list[SharedWrite]:
+        """The shared open pages that a batch writes into, in its order.
+
+        Under `lockstep` all ranks replace their page of an open super-block together.
+        """
+        tags = self._rows["tag"][rows]
+        writes = np.full(tags.shape, self.layout.pages == "lockstep")
+        writes[requests, owners] = True
+        places, ranks = (writes & (tags != 0)).nonzero()
+        copies = self._open_pages.must_copy(tags[places, ranks].tolist())
+        return [
+            SharedWrite(*write)
+            for write in zip(places.tolist(), ranks.tolist(), copies, strict=True)
+        ]
+
+    def _pages_for(self, total: Ints, local_len: Ints) -> Ints:
+        """[..., cp_size] pages under the policy, of totals [...] and lengths [..., cp_size]."""
+        c, t = self.layout.cp_size, self.layout.tokens_per_block
+        if self.layout.pages == "lockstep":
+            return np.repeat(-(-total[..., None] // (t * c)), c, -1)
+        return -(-local_len // t)
+
+    def _full_pages(self, total: Ints, local_len: Ints) -> Ints:
+        """The same without open pages: those that a next token could go to."""
+        c, t = self.layout.cp_size, self.layout.tokens_per_block
+        if self.layout.pages == "lockstep":
+            return np.repeat(total[..., None] // (t * c), c, -1)
+        return local_len // t
 
     def _check_pages(self, pages: Ints) -> None:
         short = (pages > self.free).nonzero()[0]
@@ -234,5 +468,6 @@ class Ledger:
         self._free_rows.extend(range(len(rows) - 1, old - 1, -1))
 
 
-def _unknown(id: int) -> Refused:
-    return Refused(Reason.UNKNOWN_REQUEST, f"Request {id} is not live; only live ones are known.")
+def _check_distinct(ids: Sequence[int]) -> None:
+    if len(set(ids)) != len(ids):
+        raise Refused(Reason.DUPLICATE_REQUEST, "A request is listed twice; once is right.")

@@ -17,12 +17,5 @@ class Refused(Exception):
 def check_config(config: Config) -> None:
     """Raise Refused(bad_config) when this engine may not start with the configuration."""
     problem = config_problem(config)
-    if problem is None and config.overlap:
-        problem = "overlap is true; this engine runs one decode at a time, so it must be false."
-    if problem is None and config.admission != "transfer":
-        problem = (
-            f"admission is {config.admission!r}; this engine takes a prompt's KV from outside, "
-            "so it must be 'transfer'."
-        )
     if problem is not None:
         raise Refused(Reason.BAD_CONFIG, problem)

@@ -39,6 +39,20 @@ def test_giving_back_what_is_not_taken_gives_none(pages: list[int]) -> None:
     assert 1 == allocator.free
 
 
+def test_shared_pages_are_free_when_the_last_holder_lets_go() -> None:
+    """A page with three holders goes back with the third."""
+    allocator = PageAllocator(4)
+    pages = allocator.take(2)
+    allocator.share(pages)
+    allocator.share(pages[:1])
+    allocator.give_back(pages)
+    assert 2 == allocator.free
+    allocator.give_back(pages)
+    assert 3 == allocator.free
+    allocator.give_back(pages[:1])
+    assert 4 == allocator.free
+
+
 def test_a_large_pool_costs_nothing() -> None:
     """A pool of 2**31 - 1 pages needs no list of them."""
     assert 2**31 - 1 == PageAllocator(2**31 - 1).free

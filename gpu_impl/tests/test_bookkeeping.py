@@ -111,15 +111,13 @@ def test_recycled_rows_forget_their_pages() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"overlap": True},
-        {"admission": "prefill"},
         {"pages": [5, 5]},
         {"layout": "custom/1:prompt=contiguous,owner=step,pages=lockstep,start=rank_zero,C=3,T=2"},
         {"layout": "pr9757"},
     ],
 )
 def test_bad_configurations_are_refused(change: dict[str, object]) -> None:
-    """What this engine cannot do, and what none can, is refused at start with a sentence."""
+    """What the specification does not allow is refused at start with a sentence."""
     config: dict[str, object] = {
         "layout": "pr9757/1:C=3,T=2",
         "pages": [5] * 3,
@@ -146,3 +144,62 @@ def test_long_tables_grow() -> None:
         book.decode_step([0])
     assert 251 == len(set(book.block_table(0)))
     assert np.array_equal(book.block_table(0), sorted(book.block_table(0)))
+
+
+# Groups, forks and preempted requests
+
+
+@pytest.mark.parametrize("name", NAMED_LAYOUTS)
+def test_ranks_agree_on_groups(name: str) -> None:
+    """In a ragged batch one rank is active per token, and `visible` counts up to that token."""
+    ranks = books(name)
+    for book in ranks:
+        book.admit(0, 4)
+        book.admit(1, 13)
+    steps = [book.decode_step([1, 0], [5, 2], pad=1) for book in ranks]
+    assert [1] * 7 == np.sum([step.active for step in steps], axis=0).tolist()
+    for book, step in zip(ranks, steps, strict=True):
+        assert [13, 14, 15, 16, 17, 4, 5] == step.position_ids.tolist()
+        tables = [book.block_table(1)] * 5 + [book.block_table(0)] * 2
+        held = step.past_len.repeat([5, 2])
+        for group in (slice(0, 5), slice(5, 7)):
+            seen = held[group] + step.active[group].cumsum()
+            assert seen.tolist() == step.visible[group].tolist()
+        for table, active, seen, slot in zip(
+            tables, step.active, step.visible, step.slots, strict=True
+        ):
+            index = seen - 1
+            assert slot == (table[index // T] * T + index % T if active else -1)
+
+
+@pytest.mark.parametrize("name", NAMED_LAYOUTS)
+def test_the_ledger_knows_what_the_allocator_holds(name: str) -> None:
+    """Forks, copies, rewinds, preemption and release: free pages agree and all come back."""
+    for book in books(name):
+        rank = book.cp_rank
+
+        def agrees(book: RankBook = book, rank: int = rank) -> None:
+            tables = book.block_tables(book.request_ids)
+            used = {page for table in tables for page in table}
+            assert 50 == book.free_pages + len(used)
+            assert book.free_pages == book.ledger.free[rank]
+
+        book.admit(0, 7)
+        book.fork(0, 1)
+        agrees()
+        book.decode_step([1, 0], [5, 1])
+        book.accept(1, 1)
+        agrees()
+        book.fork(1, 2)
+        book.fork(0, 3)
+        book.preempt(1)
+        agrees()
+        book.decode_step([2, 3, 0], [1, 7, 1])
+        book.resume(1)
+        book.release(0)
+        agrees()
+        book.preempt(2)
+        for id in (2, 3, 1):
+            book.release(id)
+            agrees()
+        assert 50 == book.free_pages

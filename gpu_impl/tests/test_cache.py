@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
@@ -337,3 +338,213 @@ def test_missing_group() -> None:
     """More than one cp rank needs a process group."""
     with pytest.raises(ValueError, match="no group; cp_size 2 needs"):
         HelixCache(config("pr9757/1:C=2,T=2"), rank=0)
+
+
+# Groups, forks and preempted requests
+
+
+def grouped(
+    model: Model, cache: HelixCache, rank: int, groups: dict[int, list[int]], pad: int = 0
+) -> Tensor:
+    """Decode these positions of each request in one step."""
+
+    def rows_of(code: int) -> Tensor:
+        rows = torch.cat([model.tokens(id, at, code) for id, at in groups.items()], 1)
+        real = model.shard(rows, rank)
+        return torch.cat((real, real.new_full((LAYERS, pad, *real.shape[2:]), torch.nan)), 1)
+
+    lens = [len(positions) for positions in groups.values()]
+    return cache.decode(list(groups), rows_of(0), rows_of(1), rows_of(2), pad, lens)
+
+
+def rows(cache: HelixCache, id: int) -> Tensor:
+    """[layers, slots, K and V, heads, dim] of a request's pages here."""
+    return cache.pool[:, cache.block_table(id)].transpose(2, 3).flatten(1, 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_token_of_a_group_sees_those_before_it(
+    layout: str, run_ranks: Fixture, values: Fixture, exact: Fixture
+) -> None:
+    """Ragged groups over pages and turns: each output equals attention up to its own token."""
+    setting = config(layout)
+    model, lens = Model(setting, values), {2: 7, 0: 1, 1: 4}
+    groups = {id: list(range(PROMPTS[id], PROMPTS[id] + n)) for id, n in lens.items()}
+
+    def body(cache: HelixCache, rank: int) -> Tensor:
+        for request, prompt_len in enumerate(PROMPTS):
+            model.admit(cache, rank, request, prompt_len)
+        return grouped(model, cache, rank, groups, pad=2)
+
+    output = torch.cat(run_ranks(setting, body), 2)
+    ledger = Ledger(setting.rules, setting.pages, setting.max_len)
+    held = []
+    for request, prompt_len in enumerate(PROMPTS):
+        plan = ledger.plan_admit(request, prompt_len)
+        ledger.admit(plan)
+        held.append([hand.positions().tolist() for hand in plan.hands])
+    step = ledger.plan_step(list(lens), list(lens.values()))
+    for row, (place, position) in enumerate(zip(step.requests, step.positions, strict=True)):
+        request = list(lens)[place]
+        held[request][step.owners[row]].append(int(position))
+        everything = list(range(position + 1))
+        q = model.rotated(request, everything[-1:], 0)[:, 0]
+        k, v = model.rotated(request, everything, 1), model.tokens(request, everything, 2)
+        for layer in range(LAYERS):
+            shards = [(k[layer, hand], v[layer, hand]) for hand in held[request]]
+            o, _, bound = exact(q[layer], shards, model.dtype, torch.float32)
+            assert ((o - output[layer, row]).norm(dim=-1) <= bound).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_copied_page_holds_the_earlier_tokens_alone(
+    layout: str, run_ranks: Fixture, values: Fixture
+) -> None:
+    """A fork that writes leaves its parent's bytes; of what it copied, unused slots stay NaN."""
+    setting = config(layout)
+    model = Model(setting, values)
+
+    def body(cache: HelixCache, rank: int) -> None:
+        model.admit(cache, rank, 0, 5)
+        before, free = rows(cache, 0).clone(), cache.free_pages
+        cache.fork(0, 1)
+        assert (free, cache.block_table(0)) == (cache.free_pages, cache.block_table(1))
+        held = cache.local_len(0)
+        grouped(model, cache, rank, {1: [5, 6, 7]})
+        assert torch.equal(before.nan_to_num(7), rows(cache, 0).nan_to_num(7))
+        mine, after = rows(cache, 1), cache.local_len(1)
+        assert torch.equal(before[:, :held], mine[:, :held])
+        assert mine[:, :after].isfinite().all()
+        assert mine[:, after:].isnan().all()
+        for id in (0, 1):
+            cache.release(id)
+        assert setting.pages[0] == cache.free_pages
+
+    run_ranks(setting, body)
+
+
+def test_the_copy_is_taken_before_the_last_holder_writes(
+    run_ranks: Fixture, values: Fixture
+) -> None:
+    """Parent and fork write in one step: both have the prompt and their own token."""
+    setting = config("pr9757/1:C=1,T=4")
+    model = Model(setting, values)
+
+    def body(cache: HelixCache, rank: int) -> None:
+        model.admit(cache, rank, 0, 2)
+        table = cache.block_table(0)
+        cache.fork(0, 1)
+        model.decode(cache, rank, [1, 0], [2, 2])
+        assert table == cache.block_table(0) != cache.block_table(1)
+        for id in (0, 1):
+            v = torch.cat((model.tokens(0, [0, 1], 2), model.tokens(id, [2], 2)), 1)
+            assert torch.equal(v, rows(cache, id)[:, :3, 1])
+            assert rows(cache, id)[:, 3:].isnan().all()
+
+    run_ranks(setting, body)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_request_is_a_prompt_of_all_its_tokens(
+    layout: str, run_ranks: Fixture, values: Fixture
+) -> None:
+    """After `resume` the rows are those of a request admitted with as many tokens."""
+    setting = config(layout)
+    model = Model(setting, values)
+
+    def resumed(cache: HelixCache, rank: int) -> Tensor:
+        model.admit(cache, rank, 0, 5)
+        grouped(model, cache, rank, {0: [5, 6, 7, 8]})
+        cache.accept(0, 2)
+        cache.preempt(0)
+        assert ([], [0], 40) == (cache.request_ids, cache.preempted_ids, cache.free_pages)
+
+        def prompt_kv(positions: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = (model.tokens(0, positions.tolist(), code) for code in (1, 2))
+            return model.shard(k, rank), model.shard(v, rank)
+
+        cache.resume(0, prompt_kv)
+        model.decode(cache, rank, [0], [7])
+        return rows(cache, 0)
+
+    def admitted(cache: HelixCache, rank: int) -> Tensor:
+        model.admit(cache, rank, 0, 7)
+        model.decode(cache, rank, [0], [7])
+        return rows(cache, 0)
+
+    for one, other in zip(run_ranks(setting, resumed), run_ranks(setting, admitted), strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_a_prompt_computed_here(
+    layout: str, chunk: int, run_ranks: Fixture, values: Fixture, exact: Fixture
+) -> None:
+    """Chunks of a prompt leave the rows of a transferred one; each token sees up to itself."""
+    setting = config(layout)
+    model = Model(setting, values)
+
+    def transferred(cache: HelixCache, rank: int) -> Tensor:
+        model.admit(cache, rank, 0, 13)
+        return rows(cache, 0)
+
+    def computed(cache: HelixCache, rank: int) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for step in cache.prefill(0, 13, chunk):
+            q, k, v = (
+                model.shard(model.tokens(0, step.book.position_ids.tolist(), code), rank)
+                for code in (0, 1, 2)
+            )
+            layers = [cache.attend(step, i, q[i], k[i], v[i]) for i in range(LAYERS)]
+            outputs.append(torch.stack(layers))
+        return rows(cache, 0), torch.cat(outputs, 1)
+
+    here = run_ranks(setting, computed)
+    for one, (other, _) in zip(run_ranks(setting, transferred), here, strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+    output = torch.cat([outputs for _, outputs in here], 2)
+    everything = list(range(13))
+    q, k, v = (model.rotated(0, everything, 0), model.rotated(0, everything, 1),
+               model.tokens(0, everything, 2))  # fmt: skip
+    ledger = Ledger(setting.rules, setting.pages, setting.max_len)
+    hands = [hand.positions() for hand in ledger.plan_admit(0, 13).hands]
+    for p in everything:
+        for layer in range(LAYERS):
+            shards = [(k[layer, hand[hand <= p]], v[layer, hand[hand <= p]]) for hand in hands]
+            o, _, bound = exact(q[layer, p], shards, model.dtype, torch.float32)
+            assert ((o - output[layer, p]).norm(dim=-1) <= bound).all()
+
+
+def test_prefill_is_refused_before_its_first_step(values: Fixture) -> None:
+    """A refusal, and a chunk without a token, come from the call itself; nothing is taken."""
+    cache = HelixCache(config("pr9757/1:C=1,T=2"), rank=0)
+    for id, prompt_len, reason in ((0, 0, Reason.EMPTY_PROMPT), (0, 81, Reason.OUT_OF_PAGES)):
+        with pytest.raises(Refused) as refused:
+            cache.prefill(id, prompt_len, 4)
+        assert reason == refused.value.reason
+    with pytest.raises(ValueError, match="at least one token"):
+        cache.prefill(0, 3, 0)
+    assert ([], 40) == (cache.request_ids, cache.free_pages)
+
+
+def test_four_ranks_hold_nearly_four_times_the_tokens(run_ranks: Fixture) -> None:
+    """With pools of equal bytes on each rank, four ranks cache 3.9 times what one does, or more."""
+
+    def filled(cache: HelixCache, rank: int) -> tuple[int, int]:
+        blank = torch.zeros(LAYERS, 1, 2, DIM)
+        cache.admit(0, 1, lambda _: (blank, blank))
+        tokens = 1
+        while True:
+            try:
+                cache.begin([0])
+            except Refused:
+                return cache.pool.nbytes, tokens
+            tokens += 1
+
+    held = {}
+    for layout in ("pr9757/1:C=4,T=2", "pr9757/1:C=1,T=2"):
+        setting = msgspec.structs.replace(config(layout), max_len=10_000)
+        (held[setting.rules.cp_size],) = set(run_ranks(setting, filled))
+    assert held[4][0] == held[1][0]
+    assert held[4][1] >= 3.9 * held[1][1]

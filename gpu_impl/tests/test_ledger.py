@@ -199,8 +199,8 @@ def test_admit_refusals(expected: Reason, id: int, prompt_len: int) -> None:
 @pytest.mark.parametrize(
     ("expected", "ids", "query_lens", "pad"),
     [
-        (Reason.UNSUPPORTED, [0, 0], [0, 2], 0),
-        (Reason.UNSUPPORTED, [], [2], 0),
+        (Reason.BAD_COUNT, [0, 0], [0, 2], 0),
+        (Reason.BAD_COUNT, [], [2], 0),
         (Reason.BAD_COUNT, [], [], 0),
         (Reason.BAD_COUNT, [0], [], 0),
         (Reason.BAD_COUNT, [0], [0], 0),
@@ -208,6 +208,8 @@ def test_admit_refusals(expected: Reason, id: int, prompt_len: int) -> None:
         (Reason.DUPLICATE_REQUEST, [9, 0, 9], [1, 1, 1], 0),
         (Reason.UNKNOWN_REQUEST, [2, 9], [1, 1], 0),
         (Reason.TOO_LONG, [0, 2], [1, 1], 0),
+        (Reason.TOO_LONG, [0, 1], [1, 9], 0),
+        (Reason.TOO_LONG, [0], [2**53], 0),
         (Reason.OUT_OF_PAGES, [0, 1], [1, 1], 3),
     ],
 )
@@ -266,3 +268,367 @@ def test_growth_keeps_what_was_there() -> None:
         book.admit(book.plan_admit(id, id + 1))
     assert [id + 1 for id in range(50)] == [book.local_lens([id])[0].sum() for id in range(50)]
     assert 50 == len({book.rows([id])[0] for id in range(50)})
+
+
+# Groups and rewinds
+
+
+def grouped(book: Ledger, ids: list[int], query_lens: list[int]) -> Any:
+    """One step of these groups; the plan that was applied."""
+    step = book.plan_step(ids, query_lens)
+    book.advance(step)
+    return step
+
+
+def accept(book: Ledger, id: int, kept: int) -> None:
+    """Keep the first tokens of a group."""
+    book.accept(book.plan_accept(id, kept))
+
+
+def test_group_over_a_boundary_example() -> None:
+    """SPEC 11.6: a group of four over an ownership and a page boundary, two of it kept."""
+    book = started("vllm_dcp/1:C=2,T=4,I=2", 5)
+    step = grouped(book, [0], [4])
+    assert [5, 6, 7, 8] == step.positions.tolist()
+    assert [0, 1, 1, 0] == step.owners.tolist()
+    assert [[3, 2], [4, 2], [4, 3], [4, 4]] == step.past_lens.tolist()
+    assert ([5, 4], [2, 2]) == (book.local_lens([0])[0].tolist(), book.held([0])[0].tolist())
+    accept(book, 0, 2)
+    assert ([4, 3], [1, 1]) == (book.local_lens([0])[0].tolist(), book.held([0])[0].tolist())
+    assert [PLENTY - 1] * 2 == book.free.tolist()
+    assert [1, 0] == [decode(book, 0)[0] for _ in range(2)]
+
+
+@given(layouts(), st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
+def test_a_group_is_its_tokens_one_by_one(
+    layout: Layout, prompts: list[int], data: st.DataObject
+) -> None:
+    """Ragged groups leave what single tokens leave, and say of each token what its step says."""
+    whole, single = ledger(str(layout)), ledger(str(layout))
+    for book in (whole, single):
+        for id, prompt_len in enumerate(prompts):
+            book.admit(book.plan_admit(id, prompt_len))
+    ids = list(range(len(prompts)))
+    for _ in range(3):
+        lens = data.draw(st.lists(st.integers(1, 20), min_size=len(ids), max_size=len(ids)))
+        step = grouped(whole, ids, lens)
+        pages = np.zeros(layout.cp_size, dtype=int)
+        for id, query_len in enumerate(lens):
+            for nth in range(query_len):
+                alone = grouped(single, [id], [1])
+                place = step.firsts[id] + nth
+                assert id == step.requests[place]
+                assert alone.positions[0] == step.positions[place]
+                assert alone.owners[0] == step.owners[place]
+                assert alone.past_lens[0].tolist() == step.past_lens[place].tolist()
+                pages += alone.pages
+        assert pages.tolist() == step.pages.tolist()
+        single._rows["group"][single.rows(ids)] = lens
+        assert state(single) == state(whole)
+
+
+@given(layouts(), st.integers(1, 40), st.integers(1, 30), st.data())
+def test_a_rewind_leaves_what_the_kept_tokens_leave(
+    layout: Layout, prompt_len: int, group: int, data: st.DataObject
+) -> None:
+    """After `accept` every counter is as if only the kept tokens had been decoded."""
+    kept = data.draw(st.integers(1, group))
+    rewound, never = ledger(str(layout)), ledger(str(layout))
+    for book, query_len in ((rewound, group), (never, kept)):
+        book.admit(book.plan_admit(0, prompt_len))
+        grouped(book, [0], [query_len])
+        accept(book, 0, min(kept, query_len))
+    assert state(never) == state(rewound)
+
+
+@pytest.mark.parametrize(
+    ("expected", "id", "kept"),
+    [
+        (Reason.BAD_COUNT, 9, 0),
+        (Reason.BAD_COUNT, 0, 4),
+        (Reason.BAD_COUNT, 2, -1),
+        (Reason.UNKNOWN_REQUEST, 9, 1),
+        (Reason.PREEMPTED_REQUEST, 2, 1),
+        (Reason.NOTHING_OPEN, 1, 1),
+    ],
+)
+def test_accept_refusals(expected: Reason, id: int, kept: int) -> None:
+    """`kept` is looked at before the id, the open group last."""
+    book = ledger("pr9757/1:C=2,T=2")
+    for request in range(3):
+        book.admit(book.plan_admit(request, 4))
+    grouped(book, [0, 2], [3, 3])
+    book.preempt(2)
+    assert expected == reason(book, "plan_accept", id, kept)
+
+
+@pytest.mark.parametrize("ender", ["accept", "decode", "fork", "resume"])
+def test_what_closes_a_group(ender: str) -> None:
+    """An `accept`, a fork and a preemption close the group; the next decode opens its own."""
+    book = started("pr9757/1:C=2,T=2", 3)
+    grouped(book, [0], [5])
+    if ender == "accept":
+        accept(book, 0, 5)
+    elif ender == "decode":
+        decode(book, 0)
+        assert Reason.BAD_COUNT == reason(book, "plan_accept", 0, 2)
+        accept(book, 0, 1)
+    elif ender == "fork":
+        book.fork(0, 1)
+        assert Reason.NOTHING_OPEN == reason(book, "plan_accept", 1, 1)
+    else:
+        book.preempt(0)
+        book.admit(book.plan_resume(0))
+    assert Reason.NOTHING_OPEN == reason(book, "plan_accept", 0, 1)
+
+
+def test_a_huge_group_is_refused_before_it_is_dealt() -> None:
+    """A group of a billion tokens is refused at once, for no page could hold it."""
+    book = started("pr9757/1:C=2,T=2", 3, max_len=2**31 - 1)
+    assert Reason.OUT_OF_PAGES == reason(book, "plan_step", [0], [2**30])
+
+
+# Forks and copies
+
+
+def test_copy_on_write_example() -> None:
+    """SPEC 11.7: three holders of one page write in one batch; the last writes in place."""
+    book = started("pr9757/1:C=2,T=4", 2, pages=[3, 3])
+    book.fork(0, 1)
+    book.fork(0, 2)
+    assert [2, 3] == book.free.tolist()
+    book.free[0] = 1
+    assert Reason.OUT_OF_PAGES == reason(book, "plan_step", [2, 0, 1], [1, 1, 1])
+    book.free[0] = 2
+    step = grouped(book, [2, 0, 1], [1, 1, 1])
+    assert [True, True, False] == [write.copies for write in step.shared]
+    assert [0, 3] == book.free.tolist()
+    assert [] == grouped(book, [0, 1, 2], [1, 1, 1]).shared
+
+
+def test_need_sees_the_copies_of_those_before() -> None:
+    """Two holders in one batch need one page; were each counted alone, it would be two."""
+    book = started("pr9757/1:C=2,T=4", 2, pages=[2, 1])
+    book.fork(0, 1)
+    assert [1, 0] == book.plan_step([0, 1], [1, 1]).pages.tolist()
+    assert [1, 0] == book.plan_step([0], [1]).pages.tolist()
+    decode(book, 0, 1)
+    assert [0, 1] == book.free.tolist()
+
+
+def test_lockstep_copies_on_every_rank() -> None:
+    """Under lockstep one token in an open super-block replaces the page of all ranks."""
+    book = started("pr17866/1:C=3,T=2", 7)
+    book.fork(0, 1)
+    step = grouped(book, [1], [1])
+    assert [(0, True), (1, True), (2, True)] == [(w.rank, w.copies) for w in step.shared]
+    assert [1] * 3 == step.pages.tolist()
+    assert [PLENTY - 3] * 3 == book.free.tolist()
+
+
+def test_a_full_page_is_never_copied() -> None:
+    """A fork at a page boundary opens pages of its own."""
+    book = started("pr9757/1:C=2,T=2", 4)
+    book.fork(0, 1)
+    step = grouped(book, [0, 1], [4, 4])
+    assert ([], [2, 2]) == (step.shared, step.pages.tolist())
+
+
+def test_a_copied_page_stays_copied() -> None:
+    """After a rewind the request still has the page that it copied, and writes it in place."""
+    book = started("pr9757/1:C=2,T=4", 2)
+    book.fork(0, 1)
+    grouped(book, [0], [6])
+    accept(book, 0, 1)
+    assert [PLENTY - 2, PLENTY] == book.free.tolist()
+    assert [0, 0] == grouped(book, [0], [1]).pages.tolist()
+    assert [False] == [write.copies for write in grouped(book, [1], [1]).shared]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
+def test_shared_pages_go_back_with_their_last_holder(order: tuple[int, ...]) -> None:
+    """Requests forked at different lengths: what is free is what no table of any rank needs."""
+    book = started("pr13180/1:C=2,T=2", 9, pages=[40, 40])
+    book.fork(0, 1)
+    grouped(book, [0, 1], [5, 3])
+    book.fork(0, 2)
+    grouped(book, [0, 2], [7, 1])
+    for id in order:
+        book.release(id)
+    assert [40, 40] == book.free.tolist()
+    assert ({}, {}) == (book._stems, book._open_pages.holders)
+
+
+def test_a_long_line_of_forks_stays_small() -> None:
+    """Forking on and on, the older request released each time, leaves no trail of counters."""
+    book = started("pr9757/1:C=2,T=2", 9, pages=[2000, 2000])
+    for id in range(1, 300):
+        book.fork(id - 1, id)
+        decode(book, id)
+        if id > 2:
+            book.release(id - 2)
+    depth, stem = 0, book._stems[int(book.rows([299])[0])]
+    while stem is not None:
+        depth, stem = depth + 1, stem.below
+    assert depth <= 3
+    assert len(book._open_pages.holders) <= 4
+
+
+@pytest.mark.parametrize(
+    ("expected", "parent", "child"),
+    [
+        (Reason.DUPLICATE_REQUEST, 9, 0),
+        (Reason.DUPLICATE_REQUEST, 0, 1),
+        (Reason.UNKNOWN_REQUEST, 9, 9),
+        (Reason.PREEMPTED_REQUEST, 1, 9),
+    ],
+)
+def test_fork_refusals(expected: Reason, parent: int, child: int) -> None:
+    """A known child is refused before the parent is looked at; preempted requests are known."""
+    book = started("pr9757/1:C=2,T=2", 3)
+    book.admit(book.plan_admit(1, 3))
+    book.preempt(1)
+    assert expected == reason(book, "fork", parent, child)
+
+
+# Preempted requests
+
+
+def test_resume_deals_all_tokens_as_a_prompt() -> None:
+    """prompt_len becomes the total, the step index 0, the shift stays, no number is taken."""
+    book = ledger("balanced/1:C=4,T=2")
+    for id in range(2):
+        book.admit(book.plan_admit(id, 3))
+    grouped(book, [1], [6])
+    before = book.local_lens([1])[0].tolist()
+    book.preempt(1)
+    assert ([0], [1]) == (book.ids, list(book.preempted))
+    assert [PLENTY - 1, PLENTY - 1, PLENTY, PLENTY] == book.free.tolist()
+    book.admit(book.plan_resume(1))
+    assert before == book.local_lens([1])[0].tolist()
+    assert ([0, 1], [], 2) == (book.ids, list(book.preempted), book.admitted)
+    restarted = started("pr9757/1:C=4,T=2", 3)
+    grouped(restarted, [0], [6])
+    restarted.preempt(0)
+    restarted.admit(restarted.plan_resume(0))
+    assert [4, 2, 2, 1] == restarted.local_lens([0])[0].tolist()
+    assert [0] == decode(restarted, 0)
+
+
+@pytest.mark.parametrize(
+    ("expected", "attempt", "args"),
+    [
+        (Reason.UNKNOWN_REQUEST, "plan_resume", (9,)),
+        (Reason.NOT_PREEMPTED, "plan_resume", (0,)),
+        (Reason.OUT_OF_PAGES, "plan_resume", (1,)),
+        (Reason.UNKNOWN_REQUEST, "preempt", (9,)),
+        (Reason.PREEMPTED_REQUEST, "preempt", (1,)),
+        (Reason.DUPLICATE_REQUEST, "plan_admit", (1, 0)),
+        (Reason.PREEMPTED_REQUEST, "plan_step", ([1, 9], [1, 1])),
+        (Reason.UNKNOWN_REQUEST, "plan_step", ([9, 1], [1, 1])),
+        (Reason.UNKNOWN_REQUEST, "release", (9,)),
+    ],
+)
+def test_refusals_around_preemption(expected: Reason, attempt: str, args: tuple[Any, ...]) -> None:
+    """Of unknown and preempted ids the first in the list decides; a preempted id is known."""
+    book = ledger("pr9757/1:C=2,T=2", pages=[3, 3])
+    for id in range(2):
+        book.admit(book.plan_admit(id, 4))
+    book.preempt(1)
+    grouped(book, [0], [5])
+    assert [0, 1] == book.free.tolist()
+    assert expected == reason(book, attempt, *args)
+
+
+def test_a_preempted_request_can_be_released() -> None:
+    """Its id is then unknown, and no page goes back twice."""
+    book = started("pr9757/1:C=2,T=2", 3)
+    book.preempt(0)
+    book.release(0)
+    assert ([], [PLENTY] * 2) == (list(book.preempted), book.free.tolist())
+    assert Reason.UNKNOWN_REQUEST == reason(book, "plan_resume", 0)
+
+
+# Overlap
+
+
+def overlapped() -> Ledger:
+    """A ledger whose scheduler runs one step ahead, with requests 0 and 1."""
+    book = ledger("pr9757/1:C=2,T=2")
+    book.overlap = True
+    for id in range(2):
+        book.admit(book.plan_admit(id, 3))
+    return book
+
+
+def test_a_third_outstanding_decode_is_refused() -> None:
+    """Two decodes may be outstanding; a third, also a skipped one, comes before other reasons."""
+    book = overlapped()
+    decode(book, 0)
+    decode(book, 0)
+    assert Reason.BAD_COUNT == reason(book, "plan_step", [9, 0], [1, 1])
+    book.sampled([0])
+    decode(book, 0)
+    book.preempt(0)
+    book.admit(book.plan_resume(0))
+    assert Reason.NOTHING_OPEN == reason(book, "sampled", [0])
+
+
+def test_accept_waits_for_all_samples() -> None:
+    """`accept` needs every decode sampled; a fork's child has none outstanding."""
+    book = overlapped()
+    grouped(book, [0], [3])
+    assert Reason.NOTHING_OPEN == reason(book, "plan_accept", 0, 1)
+    book.fork(0, 2)
+    assert Reason.NOTHING_OPEN == reason(book, "sampled", [2])
+    book.sampled([0])
+    grouped(book, [1], [3])
+    book.sampled([1])
+    accept(book, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("expected", "ids"),
+    [
+        (Reason.BAD_COUNT, []),
+        (Reason.DUPLICATE_REQUEST, [9, 9]),
+        (Reason.UNKNOWN_REQUEST, [0, 9]),
+        (Reason.NOTHING_OPEN, [0, 1]),
+    ],
+)
+def test_sampled_refusals(expected: Reason, ids: list[int]) -> None:
+    """The first reason in order; nothing is sampled of a list that is refused."""
+    book = overlapped()
+    decode(book, 0)
+    assert expected == reason(book, "sampled", ids)
+
+
+def test_sampled_without_overlap() -> None:
+    """Without overlap there is nothing to sample: unsupported, whatever the ids."""
+    assert Reason.UNSUPPORTED == reason(started("pr9757/1:C=2,T=2", 3), "sampled", [])
+
+
+# Memory
+
+
+def capacity(text: str, pages: int, requests: int) -> int:
+    """Global tokens that requests of unequal prompts reach, until each is refused a page."""
+    layout = parse_layout(text)
+    book = Ledger(layout, [pages] * layout.cp_size, 2**31 - 1)
+    live = list(range(requests))
+    for id in live:
+        book.admit(book.plan_admit(id, 1 + 13 * id))
+    while live:
+        for id in list(live):
+            try:
+                grouped(book, [id], [32])
+            except Refused:
+                live.remove(id)
+    return int(book.local_lens(range(requests)).sum())
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMED_LAYOUTS) - {"before_9757"}))
+def test_four_ranks_hold_nearly_four_times_the_tokens(name: str) -> None:
+    """With pools of equal size, four ranks hold at least 3.9 times the tokens of one."""
+    text = f"{name}/1:C=%d,T=32" + (",I=1" if name == "vllm_dcp" else "")
+    assert capacity(text % 4, 1000, 8) >= 3.9 * capacity(text % 1, 1000, 8)

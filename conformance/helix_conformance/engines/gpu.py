@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 import numpy as np
@@ -12,19 +12,39 @@ from helix_conformance.numbers import Tokens, entries, queries
 from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.refusals import Refused
 from helix_spec.configs import Config
-from helix_spec.events import Admit, Decode, Event, Outcome, RankView, Reason, Release, Skip
+from helix_spec.events import (
+    FEATURES,
+    Accept,
+    Admit,
+    Decode,
+    Event,
+    Fork,
+    Outcome,
+    Preempt,
+    RankView,
+    Release,
+    Resume,
+    Sampled,
+    Skip,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from helix_gpu.cache import DecodeStep, PromptKV
     from helix_gpu.exchange import Exchange
+
+CHUNK: Final = 5
+"""Prompt tokens that are computed at a time, with `admission` prefill: across pages and turns."""
+Identity = tuple[int, int]
+"""What a token is: the index of the event that created it, its place in that event."""
 
 
 class LedgerEngine:
     """Ledger, allocator and block tables of one rank, without tensors."""
 
-    profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths", "pages", "padding"})
+    profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths", "pages", *FEATURES})
     needs_processes: ClassVar[bool] = False
 
     def __init__(self, rank: int) -> None:
@@ -48,10 +68,18 @@ class LedgerEngine:
                     return _outcome(self.book.decode_step(ids, query_lens, pad))
                 case Skip(ids, query_lens):
                     self.book.skip(ids, query_lens)
+                case Accept(id, kept):
+                    self.book.accept(id, kept)
+                case Sampled(ids):
+                    self.book.sampled(ids)
+                case Fork(parent, child):
+                    self.book.fork(parent, child)
                 case Release(id):
                     self.book.release(id)
-                case _:
-                    return Outcome(Reason.UNSUPPORTED)
+                case Preempt(id):
+                    self.book.preempt(id)
+                case Resume(id):
+                    self.book.resume(id)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -102,6 +130,8 @@ class GpuEngine:
         self.config = config
         self.profiles_checked = profiles
         self.events = 0
+        self.tokens: dict[int, list[Identity]] = {}
+        """Identities by position; those that a rewind has cut off stay until decoded again."""
         tp_rank, shape = self.rank // cp_size, config.model
         kv_heads, q_heads = shape.kv_heads // config.tp_size, shape.q_heads // config.tp_size
         self.kv_heads = range(tp_rank * kv_heads, (tp_rank + 1) * kv_heads)
@@ -114,15 +144,25 @@ class GpuEngine:
         try:
             match event:
                 case Admit(id, prompt_len):
-                    self.cache.admit(id, prompt_len, self._prompt_kv)
+                    self._admit(id, prompt_len)
                 case Decode(ids, query_lens, pad):
                     return self._decode(ids, query_lens, pad)
                 case Skip(ids, query_lens):
                     self.cache.skip(ids, query_lens)
+                case Accept(id, kept):
+                    self.cache.accept(id, kept)
+                case Sampled(ids):
+                    self.cache.sampled(ids)
+                case Fork(parent, child):
+                    self.cache.fork(parent, child)
+                    self.tokens[child] = list(self.tokens[parent])
                 case Release(id):
                     self.cache.release(id)
-                case _:
-                    return Outcome(Reason.UNSUPPORTED)
+                    del self.tokens[id]
+                case Preempt(id):
+                    self.cache.preempt(id)
+                case Resume(id):
+                    self._resume(id)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -139,29 +179,70 @@ class GpuEngine:
             values={id: kv[:, 1] for id, kv in rows.items()},
         )
 
-    def _prompt_kv(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the prompt being admitted; the place of its tokens is their position."""
-        columns = positions.cpu().numpy()
-        event = np.full(len(columns), self.events - 1, dtype=np.int64)
-        tokens = Tokens(event, columns, columns)
-        return self._entries("k", tokens), self._entries("v", tokens)
+    def _admit(self, id: int, prompt_len: int) -> None:
+        now = self.events - 1
+        if self.config.admission == "prefill":
+            self._compute(self.cache.prefill(id, prompt_len, CHUNK), lambda p: (now, p))
+        else:
+            self.cache.admit(id, prompt_len, self._prompt_kv(lambda p: (now, p)))
+        self.tokens[id] = [(now, place) for place in range(prompt_len)]
+
+    def _resume(self, id: int) -> None:
+        if self.config.admission == "prefill":
+            self._compute(self.cache.recompute(id, CHUNK), lambda p: self.tokens[id][p])
+        else:
+            self.cache.resume(id, self._prompt_kv(lambda p: self.tokens[id][p]))
+
+    def _compute(self, steps: Iterable[DecodeStep], identity: Callable[[int], Identity]) -> None:
+        """Every layer of a prompt that is computed here; nobody asks for its output."""
+        for step in steps:
+            self._attend(step, self._share(step.book.position_ids, identity))
+
+    def _prompt_kv(self, identity: Callable[[int], Identity]) -> PromptKV:
+        """K and V of a prompt, given the identity of the token at each position."""
+
+        def prompt_kv(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            share = self._share(positions.cpu().numpy(), identity)
+            return self._entries("k", share), self._entries("v", share)
+
+        return prompt_kv
+
+    @staticmethod
+    def _share(positions: np.ndarray, identity: Callable[[int], Identity]) -> Tokens:
+        """A prompt's tokens at these positions."""
+        columns = np.array([identity(int(p)) for p in positions], dtype=np.int64)
+        return Tokens(columns[:, 0], columns[:, 1], positions)
 
     def _decode(self, ids: list[int], query_lens: list[int], pad: int) -> Outcome:
-        import torch
-
         step = self.cache.begin(ids, query_lens, pad)
         positions = step.book.position_ids
+        self._remember(ids, query_lens, positions)
         event = np.full(len(positions), self.events - 1, dtype=np.int64)
-        tokens = Tokens(event, np.arange(len(positions)), positions)
-        shape = self.config.model
-        q = self._padded(self._tensor(queries(shape, self.config.seed, tokens, self.q_heads)), pad)
-        k = self._padded(self._entries("k", tokens), pad)
-        v = self._padded(self._entries("v", tokens), pad)
-        layers = [self.cache.attend(step, i, q[i], k[i], v[i]) for i in range(shape.layers)]
+        output = self._attend(step, Tokens(event, np.arange(len(positions)), positions))
         outcome = _outcome(step.book)
         if "attention" not in self.profiles_checked:
             return outcome
-        return msgspec.structs.replace(outcome, output=_numbers(torch.stack(layers)))
+        return msgspec.structs.replace(outcome, output=_numbers(output))
+
+    def _attend(self, step: DecodeStep, tokens: Tokens) -> torch.Tensor:
+        """The output of all layers for a step's tokens."""
+        import torch
+
+        shape, pad = self.config.model, step.book.pad
+        q = self._padded(self._tensor(queries(shape, self.config.seed, tokens, self.q_heads)), pad)
+        k = self._padded(self._entries("k", tokens), pad)
+        v = self._padded(self._entries("v", tokens), pad)
+        return torch.stack(
+            [self.cache.attend(step, i, q[i], k[i], v[i]) for i in range(shape.layers)]
+        )
+
+    def _remember(self, ids: list[int], query_lens: list[int], positions: np.ndarray) -> None:
+        """The new tokens of the present decode, in place of any that were rewound."""
+        place = 0
+        for id, query_len in zip(ids, query_lens, strict=True):
+            group = range(place, place + query_len)
+            self.tokens[id][positions[place] :] = [(self.events - 1, i) for i in group]
+            place += query_len
 
     def _entries(self, tensor: Any, tokens: Tokens) -> torch.Tensor:
         shape = self.config.model
@@ -201,6 +282,7 @@ def _view(book: RankBook, ids: Sequence[int] | None) -> RankView:
     return RankView(
         dict(zip(asked, book.local_lens(asked), strict=True)),
         dict(zip(asked, book.block_tables(asked), strict=True)),
+        preempted=book.preempted_ids,
         free_pages=book.free_pages,
     )
 

@@ -1,0 +1,67 @@
+"""Moving a prompt's KV between ranks that split it differently: N ranks to M, or from a single one.
+
+Both sides deal the prompt by the same rules (`dealing.deal_prompt`), each with its own layout, so
+that a plan needs nothing but the two layouts and the prompt's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from helix_gpu.dealing import Hand
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Consecutive tokens of a prompt, in local order on both sides."""
+
+    source: int
+    """Rank that has them, and `source_index` the local index of the first one there."""
+    target: int
+    """Rank that gets them, and `target_index` the local index of the first one there."""
+    position: int
+    """Global position of the first one."""
+    tokens: int
+    source_index: int
+    target_index: int
+
+
+def transfer(source: Sequence[Hand], target: Sequence[Hand]) -> list[Move]:
+    """The moves that turn one split of a prompt into another, by rising position.
+
+    `source[r]` and `target[r]` are the hands of rank r on either side, of the same prompt. A
+    target rank finds its tokens in local order. Raises ValueError for two prompt lengths.
+    """
+    if source[0].prompt_len != target[0].prompt_len:
+        raise ValueError(
+            f"The source deals {source[0].prompt_len} tokens and the target "
+            f"{target[0].prompt_len}; they must deal the same prompt."
+        )
+    moves = list[Move]()
+    giving, taking = _pieces(source), _pieces(target)
+    while giving:
+        position, source_rank, source_index, given = giving[-1]
+        _, target_rank, target_index, taken = taking[-1]
+        tokens = min(given, taken)
+        moves.append(Move(source_rank, target_rank, position, tokens, source_index, target_index))
+        for pieces in (giving, taking):
+            start, rank, index, left = pieces.pop()
+            if left > tokens:
+                pieces.append((start + tokens, rank, index + tokens, left - tokens))
+    return moves
+
+
+def _pieces(hands: Sequence[Hand]) -> list[tuple[int, int, int, int]]:
+    """The chunks of all hands: position, rank, local index, tokens; by falling position."""
+    pieces = [
+        (
+            chunk * hand.chunk_tokens,
+            rank,
+            place * hand.chunk_tokens,
+            min(hand.chunk_tokens, hand.prompt_len - chunk * hand.chunk_tokens),
+        )
+        for rank, hand in enumerate(hands)
+        for place, chunk in enumerate(hand.chunks)
+    ]
+    return sorted(pieces, reverse=True)
