@@ -256,6 +256,33 @@ def show(trace_path: Path) -> None:
         click.echo(line)
 
 
+@main.command()
+@click.option(
+    "--tier",
+    type=click.Choice(["one-process", "pool", "all"]),
+    default="all",
+    show_default=True,
+    help="Mutants that show in one process, those that need a pool of gloo workers, or all.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the random traces.")
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Ten seeds instead of one: how often each mutant is killed, and the worst seed.",
+)
+@_json
+def zoo(tier: str, seed: int, sweep: bool, json_path: Path | None) -> None:
+    """Measure the suite: engines that are wrong on purpose, each of which it must catch.
+
+    Each mutant has one defect that an engine really had, or one of our own making. It counts as
+    killed when the run fails and names an invariant of the mutant's row. Unmutated engines run
+    beside them and must stay green.
+    """
+    from helix_conformance.zoo import run as zoo_run
+
+    sys.exit(zoo_run.sweep(tier) if sweep else zoo_run.zoo(json_path, tier, seed))
+
+
 def _trace(path: Path) -> Any:
     try:
         return load_trace(path)
@@ -340,7 +367,7 @@ def _play_random(
                 strategy,
                 profiles,
                 examples=examples,
-                seed=options["seed"],
+                seed=f"{options['seed']} {name}",  # other traces for each layout
                 tally=tally,
                 progress=lambda: progress.advance(bar),
             )

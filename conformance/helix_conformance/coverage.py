@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
+from itertools import pairwise
 from math import gcd
 from typing import Final
 
@@ -159,7 +160,7 @@ class _Trace:
         before = [rank for rank, held in enumerate(request.ranks) if step.first - 1 in held]
         turns = (before if step.first > request.prompt_len else []) + step.owners
         roles = [(owner - request.shift) % c for owner in turns]
-        if c > 1 and (c - 1, 0) in zip(roles, roles[1:], strict=False):
+        if c > 1 and (c - 1, 0) in pairwise(roles):
             yield "ownership wrap"
         if request.outstanding == 2:
             yield "two decodes outstanding"

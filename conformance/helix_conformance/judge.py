@@ -10,10 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helix_conformance.numbers import Array, as_array
 from helix_conformance.oracle import Oracle
@@ -52,6 +55,8 @@ class Judge:
         pools = config.pages if "pages" in profiles else [None] * self.cp
         self.pairings = [Pairing(pools[rank % self.cp]) for rank in range(self.world)]
         self.oracle = Oracle(config, self.model)
+        self.sound: dict[tuple[int, int], tuple[Any, ...]] = {}
+        """Per rank and request, cached rows that were found right, to look at what changed only."""
         self.reason: Reason | None = None
         """Why the last event is refused, None when it is not."""
         self.claims: dict[int, list[int]] = {}
@@ -61,19 +66,21 @@ class Judge:
 
     def started(self, answers: Sequence[Answer]) -> list[Violation]:
         """A legal configuration is accepted by every rank."""
-        return in_order(_reasons(None, [answer.outcome for answer in answers]))
+        return wrong_reasons(None, [answer.outcome for answer in answers])
 
     def event(self, event: Event, answers: Sequence[Answer]) -> list[Violation]:
         """What is wrong with the ranks' answers to the next event of the trace."""
         reason = self.reason = self.model.apply(event)
         outcomes = [answer.outcome for answer in answers]
-        found = list(_reasons(reason, outcomes))
+        found = wrong_reasons(reason, outcomes)
         if found:
-            return in_order(found)  # the engines went another way: their states say no more
+            return found  # the engines went another way: their states say no more
         self._keep_account(event, reason)
+        in_views = self._views([answer.view for answer in answers], event)
         if self.model.last_steps:
             found += self._decoded(outcomes)
-        in_views = self._views([answer.view for answer in answers], event)
+            if "attention" in self.profiles:
+                found += self._outputs(outcomes, all_else_right=not found + in_views)
         if in_views and reason is not None:
             found.append(Violation("PAGE-5", f"an event refused as {reason} changed the state"))
         if in_views and isinstance(event, Decode) and event.pad > 0:
@@ -95,6 +102,8 @@ class Judge:
                 self.claims.pop(id, None)
         if isinstance(event, Release):
             self.oracle.forget(event.id)
+            for rank in range(self.world):
+                self.sound.pop((rank, event.id), None)
             for pairing in self.pairings:
                 pairing.forget(event.id)
 
@@ -110,8 +119,6 @@ class Judge:
             yield from self._owners(outcomes, expected)
         yield from self._balance(outcomes[: self.cp])
         yield from self._slots(outcomes)
-        if "attention" in self.profiles:
-            yield from self._outputs(outcomes)
 
     def _columns(self, rank: int, outcome: Outcome, wanted: Outcome) -> Iterator[Violation]:
         """LEN-2, POS-1, LEN-3 and PAGE-4 of one rank."""
@@ -126,15 +133,14 @@ class Judge:
             what = "keys on this rank that each new token's query sees"
             yield Violation("LEN-3", what, wanted.visible, outcome.visible, rank)
         for active, slot in zip(outcome.active, outcome.slots, strict=True):
-            if not invariants.page_4(active, slot):
-                number = "OWN-1" if active else "PAGE-4"
-                what = "slot of a token that this rank " + ("owns" if active else "does not own")
-                yield Violation(number, what, ">= 0" if active else -1, slot, rank)
+            if slot >= 0 and not active:
+                what = "slot of a token that this rank does not own"
+                yield Violation("PAGE-4", what, -1, slot, rank)
 
     def _owners(
         self, outcomes: Sequence[Outcome], expected: Sequence[Outcome]
     ) -> Iterator[Violation]:
-        """OWN-2 and OWN-3 of each new token, in each group of cp_size ranks."""
+        """OWN-2, OWN-3 and MAP-1 of each new token, in each group of cp_size ranks."""
         right = list(zip(*(outcome.active for outcome in expected), strict=True))
         for first in range(0, self.world, self.cp):
             group = [outcome.active for outcome in outcomes[first : first + self.cp]]
@@ -146,6 +152,7 @@ class Judge:
                 if active != right[token]:
                     what = f"ranks that claim {where}, and the layout's owner"
                     yield Violation("OWN-3", what, list(right[token]), list(active))
+        yield from self._rank_order([o.active for o in expected], [o.active for o in outcomes])
 
     def _balance(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
         """BAL-2 of each request of the batch, by what the ranks claimed."""
@@ -165,42 +172,72 @@ class Judge:
                 yield Violation("BAL-2", what, "a spread of one chunk at most", list(claims))
 
     def _slots(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        """Each new token is written at its local index, in a page of its request."""
-        t, token = self.layout.tokens_per_block, 0
+        """Each new token is written once, at its local index, in a page of its request."""
+        token = 0
         for step in self.model.last_steps:
-            tables = self.model.requests[step.id].tables
             held = list(step.past_len)
-            for owner in step.owners:
+            for place, owner in enumerate(step.owners):
                 index, held[owner] = held[owner], held[owner] + 1
-                for rank in range(owner, self.world, self.cp):
-                    slot = outcomes[rank].slots[token]
-                    if slot < 0:
-                        continue  # the owner missed its token: named above
-                    page, offset = divmod(slot, t)
-                    if offset != index % t:
-                        what = f"offset in its page of local index {index} of request {step.id}"
-                        yield Violation("OWN-1", what, index % t, offset, rank, step.id)
-                    twin = tables[owner][index // t]
-                    yield from self.pairings[rank].pair(rank, step.id, page, twin, written=True)
+                where = f"the token at position {step.first + place} of request {step.id}"
+                for first in range(0, self.world, self.cp):
+                    slots = [o.slots[token] for o in outcomes[first : first + self.cp]]
+                    if sum(slot >= 0 for slot in slots) != 1:
+                        what = f"slots in which the ranks wrote {where}"
+                        yield Violation("OWN-1", what, "one slot", slots, None, step.id)
+                    for cp_rank, slot in enumerate(slots):
+                        rank = first + cp_rank
+                        if slot >= 0 and cp_rank != owner and self._holds_a_token(rank, slot):
+                            what = f"slot in which {where} was written"
+                            yield Violation("OWN-1", what, "free", slot, rank, step.id)
+                    if slots[owner] >= 0:
+                        yield from self._slot(first + owner, step.id, index, slots[owner])
                 token += 1
+
+    def _slot(self, rank: int, id: int, index: int, slot: int) -> Iterator[Violation]:
+        """The slot of a token on the rank that owns it."""
+        t = self.layout.tokens_per_block
+        page, offset = divmod(slot, t)
+        if offset != index % t:
+            what = f"offset in its page of local index {index} of request {id}"
+            yield Violation("OWN-1", what, index % t, offset, rank, id)
+        twin = self.model.requests[id].tables[rank % self.cp][index // t]
+        yield from self.pairings[rank].pair(rank, id, page, twin, written=True)
+
+    def _holds_a_token(self, rank: int, slot: int) -> bool:
+        """Whether a token of a live request should be in this slot."""
+        t = self.layout.tokens_per_block
+        twin = self.pairings[rank].twins.get(slot // t)
+        for request in self._live().values():
+            table = request.tables[rank % self.cp]
+            if twin in table:
+                return table.index(twin) * t + slot % t < len(request.ranks[rank % self.cp])
+        return False
 
     # Attention
 
-    def _outputs(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
+    def _outputs(self, outcomes: Sequence[Outcome], *, all_else_right: bool) -> Iterator[Violation]:
         """ATT-1, ATT-3, ATT-4 and MAP-1 of the merged outputs."""
         tokens = len(outcomes[0].position_ids)
         slices = [
             self._slice(rank, outcome.output, tokens) for rank, outcome in enumerate(outcomes)
         ]
-        merged, token = np.concatenate(slices, axis=2), 0
+        merged, token, wrong = np.concatenate(slices, axis=2), 0, list[_WrongOutput]()
         for step in self.model.last_steps:
             for place in range(len(step.owners)):
                 exact, bound = self.oracle.attention(step, place)
                 error = np.sqrt(((merged[:, token] - exact) ** 2).sum(-1))
-                if not (error <= bound).all():  # a NaN is not within the bound either
-                    yield from self._wrong_output(step, place, merged[:, token], exact, bound)
-                    return
+                right = error <= bound  # a NaN is not within the bound either
+                if not right.all():
+                    output = merged[:, token]
+                    wrong.append(_WrongOutput(step, place, output, exact, bound, error, ~right))
                 token += 1
+        if wrong:
+            numbers = ["ATT-1", "ATT-4"]
+            if all(one.has_other_heads() for one in wrong):
+                numbers.append("MAP-1")
+            elif all_else_right and all(0 in one.seen for one in wrong):
+                numbers.append("ATT-3")  # nothing but the empty rank sets the wrong ones apart
+            yield from self._wrong_output(wrong[0], numbers)
 
     def _slice(self, rank: int, output: Any, tokens: int) -> Array:
         shape = self.config.model
@@ -210,28 +247,21 @@ class Judge:
             raise GarbageError(rank, f"its output has shape {array.shape}, not {wanted}")
         return array
 
-    def _wrong_output(
-        self, step: Step, place: int, output: Array, exact: Array, bound: Array
-    ) -> Iterator[Violation]:
-        error = np.sqrt(((output - exact) ** 2).sum(-1))
-        layer, head = (int(i) for i in np.argwhere(~(error <= bound))[0])
-        seen = [
-            step.past_len[rank] + step.owners[: place + 1].count(rank) for rank in range(self.cp)
-        ]
+    def _wrong_output(self, wrong: _WrongOutput, numbers: list[str]) -> Iterator[Violation]:
+        step, (layer, head) = wrong.step, (int(i) for i in np.argwhere(wrong.where)[0])
         what = (
-            f"attention output of request {step.id} at position {step.first + place}, layer "
-            f"{layer}, query head {head}; keys seen on each cp_rank: {seen}"
+            f"attention output of request {step.id} at position {step.first + wrong.place}, layer "
+            f"{layer}, query head {head}; keys seen on each cp_rank: {wrong.seen}"
         )
-        expected = {"output": exact[layer, head].tolist(), "E": float(bound[layer, head])}
-        observed = {"output": output[layer, head].tolist(), "error": float(error[layer, head])}
-        heads = self.config.model.q_heads // self.world
-        numbers = ["ATT-1", "ATT-4"]
-        if 0 in seen:
-            numbers.append("ATT-3")
-        if _is_another_slice(output, exact, bound, heads):
-            numbers.append("MAP-1")
+        expected = {
+            "output": wrong.exact[layer, head].tolist(), "E": float(wrong.bound[layer, head])
+        }  # fmt: skip
+        observed = {
+            "output": wrong.output[layer, head].tolist(), "error": float(wrong.error[layer, head])
+        }  # fmt: skip
+        rank = head // (self.config.model.q_heads // self.world)
         for number in numbers:
-            yield Violation(number, what, expected, observed, head // heads, step.id)
+            yield Violation(number, what, expected, observed, rank, step.id)
 
     # States
 
@@ -244,9 +274,12 @@ class Judge:
             found += self._known(rank, view)
         if found:
             return found
-        whole = all(len(view.local_len) == len(self._live()) for view in present)
+        live = set(self._live())
+        named = live.intersection(ids_of(event)) if event is not None else live
+        seen = {id for view in present for id in view.local_len}
+        whole = not seen <= named or named == live
         if "lengths" in self.profiles:
-            found += self._lengths(present)
+            found += self._lengths(present, live if whole else named)
             if whole and self.layout.start == "rotated":
                 found += self._rotation(present[: self.cp])
         for rank, view in enumerate(present):
@@ -268,11 +301,12 @@ class Judge:
             what = "preempted requests, and live ones that should not be"
             yield Violation("REF-2", what, [preempted, []], [view.preempted, strangers], rank)
 
-    def _lengths(self, views: Sequence[RankView]) -> Iterator[Violation]:
-        """LEN-1 and BAL-1 of each request, in each group of cp_size ranks."""
-        for id in {id for view in views for id in view.local_len}:
+    def _lengths(self, views: Sequence[RankView], ids: set[int]) -> Iterator[Violation]:
+        """LEN-1, BAL-1 and MAP-1 of these requests, in each group of cp_size ranks."""
+        for id in sorted(ids):
             request = self.model.requests[id]
             expected = [len(positions) for positions in request.ranks]
+            yield from self._rank_order(expected, [view.local_len.get(id) for view in views])
             for first in range(0, self.world, self.cp):
                 observed = [view.local_len.get(id) for view in views[first : first + self.cp]]
                 if observed == expected:
@@ -284,6 +318,14 @@ class Judge:
                     bound = invariants.spread_bound(self.layout)
                     what = f"spread of request {id} over the ranks"
                     yield Violation("BAL-1", what, f"at most {bound}", observed, request=id)
+
+    def _rank_order(self, expected: Sequence[Any], observed: Sequence[Any]) -> Iterator[Violation]:
+        """MAP-1 where what the ranks say, by cp_rank, is right for ranks with tp_rank fastest."""
+        tp = self.config.tp_size
+        right = [expected[rank % self.cp] for rank in range(self.world)]
+        swapped = [expected[rank // tp] for rank in range(self.world)]
+        if "attention" in self.profiles and observed == swapped != right:
+            yield Violation("MAP-1", "what the ranks hold, tp_rank fastest", right, observed)
 
     def _rotation(self, views: Sequence[RankView]) -> Iterator[Violation]:
         """BAL-3 of every C requests that were admitted in a row and stand alike."""
@@ -324,65 +366,82 @@ class Judge:
         batch = event.ids if isinstance(event, Decode) else []
         for id in view.local_len:
             request, cp_rank = self.model.requests[id], rank % self.cp
-            table, positions = request.tables[cp_rank], request.ranks[cp_rank]
-            keys = self._rows(rank, "keys", view.keys.get(id), len(table))
-            values = self._rows(rank, "values", view.values.get(id), len(table))
-            if keys is None or values is None:
-                continue  # a wrong number of pages: PAGE-1 names it
-            held = len(positions)
-            heads = self._kv_heads(rank)
-            exact_k, error, exact_v = self.oracle.cached(id, positions, heads)
-            lost = (values[:, :held] != exact_v).any(axis=(0, 2, 3))
-            if lost.any():
-                index = int(lost.argmax())
-                what = f"V of request {id} at local index {index}, position {positions[index]}"
-                row, want = values[0, index, 0].tolist(), exact_v[0, index, 0].tolist()
-                yield Violation("OWN-1", what, want, row, rank, id)
-                page = table[index // self.layout.tokens_per_block]
-                if batch and id not in batch and page.holders > 1:
-                    yield Violation("PAGE-2", what + ", in a shared page", want, row, rank, id)
-            turned = ~(np.abs(keys[:, :held] - exact_k) <= error).all(axis=(0, 2, 3)) & ~lost
-            if turned.any():
-                index = int(turned.argmax())
-                what = f"K of request {id} at local index {index}, position {positions[index]}"
-                row, want = keys[0, index, 0].tolist(), exact_k[0, index, 0].tolist()
-                yield Violation("POS-2", what, want, row, rank, id)
-            never = slice(request.high_water[cp_rank], None)
-            if self.config.poison and not (
-                np.isnan(keys[:, never]).all() and np.isnan(values[:, never]).all()
-            ):
-                what = f"slots of request {id} from local index {never.start} on"
-                yield Violation("PAGE-4", what, "never written", "written", rank, id)
+            positions = request.ranks[cp_rank]
+            keys = self._rows(rank, "keys", view.keys.get(id))
+            values = self._rows(rank, "values", view.values.get(id))
+            seen = (
+                [(position, request.tokens[position]) for position in positions],
+                request.high_water[cp_rank],
+                sha256(keys.tobytes() + values.tobytes()).digest(),
+            )
+            if self.sound.get((rank, id)) == seen:
+                continue
+            keys, values = _at_least(keys, len(positions)), _at_least(values, len(positions))
+            wrong = list(self._contents(rank, id, keys, values, batch))
+            yield from wrong
+            if not wrong:
+                self.sound[rank, id] = seen
 
-    def _rows(self, rank: int, name: str, rows: Any, pages: int) -> Array | None:
-        """Cached rows (layers, slots, heads, dim); None when they are not of so many pages."""
+    def _contents(
+        self, rank: int, id: int, keys: Array, values: Array, batch: Sequence[int]
+    ) -> Iterator[Violation]:
+        """What one rank's rows of one request hold, against what was written there."""
+        request, cp_rank = self.model.requests[id], rank % self.cp
+        table, positions = request.tables[cp_rank], request.ranks[cp_rank]
+        held, heads = len(positions), self._kv_heads(rank)
+        exact_k, error, exact_v = self.oracle.cached(id, positions, heads)
+        lost = (values[:, :held] != exact_v).any(axis=(0, 2, 3))
+        if lost.any():
+            index = int(lost.argmax())
+            what = f"V of request {id} at local index {index}, position {positions[index]}"
+            row, want = values[0, index, 0].tolist(), exact_v[0, index, 0].tolist()
+            yield Violation("OWN-1", what, want, row, rank, id)
+            page = table[index // self.layout.tokens_per_block]
+            if batch and id not in batch and page.holders > 1:
+                yield Violation("PAGE-2", what + ", in a shared page", want, row, rank, id)
+        turned = ~(np.abs(keys[:, :held] - exact_k) <= error).all(axis=(0, 2, 3)) & ~lost
+        if turned.any():
+            index = int(turned.argmax())
+            what = f"K of request {id} at local index {index}, position {positions[index]}"
+            row, want = keys[0, index, 0].tolist(), exact_k[0, index, 0].tolist()
+            yield Violation("POS-2", what, want, row, rank, id)
+        never = slice(request.high_water[cp_rank], None)
+        if self.config.poison and not (
+            np.isnan(keys[:, never]).all() and np.isnan(values[:, never]).all()
+        ):
+            what = f"slots of request {id} from local index {never.start} on"
+            yield Violation("PAGE-4", what, "never written", "written", rank, id)
+
+    def _rows(self, rank: int, name: str, rows: Any) -> Array:
+        """Cached rows (layers, slots, heads, dim), however many slots there are."""
         if rows is None:
             raise GarbageError(rank, f"its view lacks the {name} of a live request")
-        shape, slots = self.config.model, pages * self.layout.tokens_per_block
+        shape = self.config.model
         heads = shape.kv_heads // self.config.tp_size
         array = _array(rank, name, rows)
         if array.size == 0:
-            return np.zeros((shape.layers, 0, heads, shape.head_dim)) if slots == 0 else None
+            return np.zeros((shape.layers, 0, heads, shape.head_dim))
         rest = (shape.layers, heads, shape.head_dim)
         if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != rest:
             raise GarbageError(
                 rank, f"its {name} have shape {array.shape}; layers, heads and dim are {rest}"
             )
-        return array if array.shape[1] == slots else None
+        return array
 
     def _kv_heads(self, rank: int) -> slice:
         heads = self.config.model.kv_heads // self.config.tp_size
         return slice(rank // self.cp * heads, (rank // self.cp + 1) * heads)
 
 
-def _reasons(reason: Reason | None, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-    """REF-1 and REF-2: what the ranks answered, None standing for accepted."""
-    given = [outcome.reason for outcome in outcomes]
+def wrong_reasons(reason: Reason | None, outcomes: Sequence[Outcome]) -> list[Violation]:
+    """REF-1 and REF-2 of what the ranks answered, None standing for accepted."""
+    found, given = [], [outcome.reason for outcome in outcomes]
     if len(set(given)) > 1:
-        yield Violation("REF-1", "answers of the ranks", [reason] * len(given), given)
+        found.append(Violation("REF-1", "answers of the ranks", [reason] * len(given), given))
     if any(answer != reason for answer in given):
-        what = "refusal of the event (null: accepted), rank by rank"
-        yield Violation("REF-2", what, [reason] * len(given), given)
+        what = "refusal (null: accepted), rank by rank"
+        found.append(Violation("REF-2", what, [reason] * len(given), given))
+    return found
 
 
 def _check_columns(rank: int, outcome: Outcome, wanted: Outcome) -> None:
@@ -410,17 +469,41 @@ def _blamed_on_padding(event: Decode, found: Sequence[Violation]) -> Iterator[Vi
             return
 
 
-def _is_another_slice(output: Array, exact: Array, bound: Array, heads: int) -> bool:
-    """Whether a wrong slice of heads is right for another rank: the exchange mixed them up."""
-    slices = output.shape[1] // heads
-    for here in range(slices):
-        mine = slice(here * heads, (here + 1) * heads)
-        for there in range(slices):
-            theirs = slice(there * heads, (there + 1) * heads)
-            error = np.sqrt(((output[:, mine] - exact[:, theirs]) ** 2).sum(-1))
-            if here != there and (error <= bound[:, theirs]).all():
-                return True
-    return False
+@dataclass(frozen=True)
+class _WrongOutput:
+    """The attention of one token that is outside its bound: arrays by layer and query head."""
+
+    step: Step
+    place: int
+    output: Array
+    exact: Array
+    bound: Array
+    error: Array
+    where: NDArray[np.bool_]
+
+    @property
+    def seen(self) -> list[int]:
+        """Keys that the token sees on each cp_rank."""
+        owners = self.step.owners[: self.place + 1]
+        return [past + owners.count(rank) for rank, past in enumerate(self.step.past_len)]
+
+    def has_other_heads(self) -> bool:
+        """Whether the heads are all there, in another order: the exchange mixed them up."""
+        for layer, wrong in enumerate(self.where):
+            missing = np.flatnonzero(wrong)
+            for output in self.output[layer, wrong]:
+                error = np.sqrt(((output - self.exact[layer, missing]) ** 2).sum(-1))
+                found = np.flatnonzero(error <= self.bound[layer, missing])
+                if not len(found):
+                    return False
+                missing = np.delete(missing, found[0])
+        return True
+
+
+def _at_least(rows: Array, slots: int) -> Array:
+    """Cached rows, blank ones behind them where they are fewer than the tokens they should hold."""
+    blank = np.full((rows.shape[0], max(0, slots - rows.shape[1]), *rows.shape[2:]), np.nan)
+    return np.concatenate([rows, blank], axis=1)
 
 
 def _array(rank: int, name: str, rows: Any) -> Array:

@@ -56,6 +56,9 @@ class Pairing:
         stood_for, number = self.twins.get(page), self.numbers.get(twin)
         if stood_for is twin:
             return
+        if number is not None:
+            what = f"page that holds tokens of request {id}"
+            yield Violation("GROW-1", what, number, page, rank, id)
         if stood_for is not None and stood_for.holders > 0:
             what = (
                 f"request {id} {'writes into' if written else 'holds'} a page that is not its own"
@@ -65,9 +68,6 @@ class Pairing:
                 what = f"request {id} overwrites tokens in a page that is not its own"
                 yield Violation("OWN-1", what, number, page, rank, id)
             return
-        if number is not None:
-            what = f"page that holds tokens of request {id}"
-            yield Violation("GROW-1", what, number, page, rank, id)
         if stood_for is not None:
             self.numbers.pop(stood_for, None)
         self.twins[page], self.numbers[twin] = twin, page

@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance.protocol import PROFILES
+from helix_conformance.protocol import LADDER, PROFILES
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import event_text, trace_text
 from helix_conformance.violations import Violation
@@ -128,6 +128,7 @@ def worst_verdict(verdicts: Sequence[str]) -> str:
 def print_table(console: Console, rows: Sequence[Row]) -> None:
     """The table of a run."""
     table = Table("layout", "driver", "cp_size", "profiles", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
     for column in ("traces", "events", "events/s"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
@@ -138,13 +139,19 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
             row.layout,
             row.driver,
             " ".join(map(str, row.cp_sizes)),
-            " ".join(row.profiles),
+            " ".join(deepest(row.profiles)),
             f"{row.traces:,}",
             f"{row.events:,}",
             speed,
             f"[{colour[row.verdict]}]{row.verdict}[/]",
         )
     console.print(table)
+
+
+def deepest(profiles: Sequence[str]) -> list[str]:
+    """The deepest profile of the ladder, which includes those before it, and the features."""
+    ladder = [profile for profile in LADDER if profile in profiles]
+    return ladder[-1:] + [profile for profile in profiles if profile not in LADDER]
 
 
 def print_failure(console: Console, failure: Failure, path: Path, replay: str) -> None:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Final
 
 import hypothesis
 import msgspec
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from helix_conformance.coverage import Coverage
 from helix_conformance.drivers.base import Driver, EngineFailure
-from helix_conformance.judge import Judge
+from helix_conformance.judge import Judge, wrong_reasons
 from helix_conformance.protocol import LADDER, PROFILES, Watch
+from helix_conformance.reduction import reduced, with_room
 from helix_conformance.strategies import configs, traces
+from helix_conformance.trials import tried
 from helix_conformance.violations import GarbageError, Violation
 from helix_conformance.workloads import Request, schedule
 from helix_reference.model import Model
-from helix_spec.configs import Config
+from helix_spec.configs import Config, config_problem
 from helix_spec.events import FEATURES, Event, Reason, Release
+from helix_spec.invariants import NUMBERS
 from helix_spec.traces import Trace
 
 EVERYTHING = Watch()
 """All state is looked at after every event."""
+
+
+_INDEPENDENT: Final = "helix-independent"
+"""Hypothesis's own way to draw, as a backend: traces are then drawn one by one, and not, as
+otherwise, small ones first and then variations of those before."""
+AVAILABLE_PROVIDERS[_INDEPENDENT] = HypothesisProvider
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,9 +78,53 @@ def check_trace(
     tally: Tally | None = None,
     coverage: Coverage | None = None,
 ) -> Failure | None:
-    """Play one trace and judge every answer; the first event that is wrong ends it."""
+    """Play one trace and judge every answer; the first event that is wrong ends it.
+
+    A configuration with which no engine may start must be refused; its events are not played.
+    """
+    tally = tally or Tally()
+    failure = _judged(driver, trace, profiles, tally, watch, coverage)
+    return failure and _made_sure(driver, failure, profiles, tally)
+
+
+def _judged(
+    driver: Driver,
+    trace: Trace,
+    profiles: frozenset[str],
+    tally: Tally,
+    watch: Watch = EVERYTHING,
+    coverage: Coverage | None = None,
+) -> Failure | None:
+    if config_problem(trace.config) is not None:
+        return _check_bad_config(driver, trace.config, profiles, tally)
     judge = Judge(trace.config, profiles)
-    return _played(driver, judge, trace.events, watch, tally or Tally(), coverage)
+    return _played(driver, judge, trace.events, watch, tally, coverage)
+
+
+def _made_sure(driver: Driver, failure: Failure, profiles: frozenset[str], tally: Tally) -> Failure:
+    """The failure, its suspicions tried."""
+    if failure.engine_failure is not None:
+        return failure
+
+    def named_by(trace: Trace) -> set[str]:
+        again = _judged(driver, trace, profiles, tally)
+        return set() if again is None else _named(again)
+
+    violations = tried(failure.trace, failure.violations, named_by)
+    return msgspec.structs.replace(failure, violations=violations)
+
+
+def _check_bad_config(
+    driver: Driver, config: Config, profiles: frozenset[str], tally: Tally
+) -> Failure | None:
+    tally.traces += 1
+    trace = Trace(config=config, events=[])
+    try:
+        _, answers = next(iter(driver.play(config, profiles, [], EVERYTHING)))
+    except EngineFailure as error:
+        return Failure(trace=trace, event=None, engine_failure=str(error))
+    found = wrong_reasons(Reason.BAD_CONFIG, [answer.outcome for answer in answers])
+    return Failure(trace=trace, event=None, violations=found) if found else None
 
 
 def _played(
@@ -128,13 +183,13 @@ def random_traces(
     profiles: frozenset[str],
     *,
     examples: int,
-    seed: int,
+    seed: int | str,
     tally: Tally,
     progress: Callable[[], None] = lambda: None,
     coverage: Coverage | None = None,
 ) -> Failure | None:
-    """Play random traces; of those that fail, the smallest that Hypothesis finds."""
-    smallest: list[Failure] = []
+    """Play random traces until one fails; the failure with its trace made small."""
+    found: list[tuple[Trace, Failure]] = []
     began = time.perf_counter()
 
     @hypothesis.seed(seed)
@@ -143,29 +198,63 @@ def random_traces(
         database=None,
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        phases=[hypothesis.Phase.generate],
+        backend=_INDEPENDENT,
         report_multiple_bugs=False,
         print_blob=False,
     )
     @hypothesis.given(strategy)
     def every_answer_is_right(trace: Trace) -> None:
-        failure = check_trace(driver, trace, profiles, tally=tally, coverage=coverage)
+        failure = _judged(driver, trace, profiles, tally, coverage=coverage)
         progress()
         if failure is not None:
             if tally.needed is None:
                 tally.needed = Needed(tally.traces, time.perf_counter() - began)
-            smallest[:] = [failure]
+            found[:] = [(trace, failure)]
             raise _Failed if driver.survives_failure or failure.verdict == "fail" else _Stop
 
     try:
         every_answer_is_right()
-    except (_Failed, _Stop):
-        return smallest[0]
+    except _Stop:
+        return found[0][1]
+    except _Failed:
+        small = _made_small(driver, *found[0], profiles, tally)
+        return _made_sure(driver, small, profiles, tally)
     except hypothesis.errors.Flaky:
         note = "This failure did not repeat when the same trace was played again."
-        trace = msgspec.structs.replace(smallest[0].trace, note=note)
-        return msgspec.structs.replace(smallest[0], trace=trace)
+        failure = found[0][1]
+        trace = msgspec.structs.replace(failure.trace, note=note)
+        return msgspec.structs.replace(failure, trace=trace)
     return None
+
+
+def _made_small(
+    driver: Driver, whole: Trace, failure: Failure, profiles: frozenset[str], tally: Tally
+) -> Failure:
+    """The failure with the smallest trace that shows some of the same violations."""
+    smallest, alive = failure, True
+
+    def fails(trace: Trace, named: Collection[str]) -> Trace | None:
+        nonlocal smallest, alive
+        again = _judged(driver, trace, profiles, tally) if alive else None
+        if again is not None and again.verdict == "error":
+            alive = driver.survives_failure
+        if again is None or not _named(again).intersection(named):
+            return None
+        smallest = again
+        return again.trace
+
+    # What also fails where no pool runs dry is told without refusals, whatever else it breaks.
+    fails(with_room(whole), NUMBERS)
+    named = _named(smallest)
+    reduced(smallest.trace, lambda trace: fails(trace, named))
+    return smallest
+
+
+def _named(failure: Failure) -> set[str]:
+    """The invariants that a failure names."""
+    names = {violation.invariant for violation in failure.violations}
+    return names if failure.engine_failure is None else {"LIVE-1"}
 
 
 def layout_traces(
@@ -207,7 +296,11 @@ def workload(
     judge = Judge(config, profiles)
     watch = Watch(every=100, touched=False)
     # A driver that wants the whole trace first gets it from a model of its own.
-    planner = None if driver.streams else Model(config, judge.model.features)
+    planner = (
+        None
+        if driver.streams
+        else Model(config, judge.model.features, allocates=judge.model.allocates)
+    )
 
     def events() -> Iterator[Event]:
         schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)

@@ -7,14 +7,15 @@ pages and few events. Bounds are keyword-only; impossible ones raise.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, get_args
 
 import msgspec
 from hypothesis import strategies as st
 
 from helix_reference.model import Model
-from helix_spec.configs import Config, DType, ModelShape
+from helix_spec.configs import Config, DType, ModelShape, config_problem
 from helix_spec.events import (
     FEATURES,
     Accept,
@@ -40,7 +41,7 @@ from helix_spec.layouts import (
 )
 from helix_spec.traces import Trace
 
-BLOCK_SIZES: Final = (1, 2, 3, 4, 8)
+BLOCK_SIZES: Final = (1, 2, 3, 4, 8, 16)
 AMPLE: Final = 100
 """Pages of a pool that random traces rarely exhaust."""
 LAYOUT_NAMES: Final = (*NAMED_LAYOUTS, "custom")
@@ -103,7 +104,7 @@ def model_shapes(
     max_layers: int = 2,
 ) -> ModelShape:
     """Shapes whose heads divide over these ranks: MHA, GQA and MQA."""
-    kv_heads = tp_size * draw(st.integers(1, 2))
+    kv_heads = tp_size * draw(st.integers(1, 3))
     world = tp_size * cp_size
     # The fewest query heads that divide both by the KV heads and by the ranks, or twice that.
     least = next(q for q in range(kv_heads, kv_heads * world + 1, kv_heads) if q % world == 0)
@@ -130,7 +131,7 @@ def configs(
     max_pages: int = 12,
     contents: bool = True,
 ) -> Config:
-    """Legal configurations; pools are ample, or differ from rank to rank and are often too small.
+    """Legal configurations; pools are ample, or often too small, alike or one for each rank.
 
     Without `contents` nothing that only caches and outputs depend on is drawn.
     """
@@ -142,17 +143,21 @@ def configs(
     c = layout.cp_size
     tp_size = draw(st.sampled_from([p for p in tp_sizes if p * c <= world]))
     # Ample first: a trace that shrinks keeps small pools only where the failure needs them.
-    spare = draw(st.sampled_from([AMPLE, 0, 40]))
-    if spare == AMPLE:
-        pages = [AMPLE] * c
-    else:
-        counts = draw(st.lists(st.integers(1, max_pages), min_size=c, max_size=c))
-        pages = [spare + count for count in counts]
+    some = st.integers(1, max_pages)
+    match draw(st.sampled_from(["ample", "alike", "each its own", "more than small ids"])):
+        case "ample":
+            pages = [AMPLE] * c
+        case "alike":
+            pages = [draw(some)] * c
+        case "each its own":
+            pages = draw(st.lists(some, min_size=c, max_size=c))
+        case _:
+            pages = [40 + count for count in draw(st.lists(some, min_size=c, max_size=c))]
     shapes = model_shapes(cp_size=c, tp_size=tp_size)
     return Config(
         layout=format_layout(layout),
         pages=pages,
-        max_len=draw(st.sampled_from([200, 24])),
+        max_len=draw(st.sampled_from([200, 24, 2000])),
         model=draw(shapes)
         if contents
         else ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size),
@@ -173,13 +178,17 @@ class Intent(msgspec.Struct, frozen=True):
     size: int = 1
     """Prompt length of an admission."""
     picks: tuple[int, ...] = (0,)
-    """Which of the fitting requests: each modulo their number."""
+    """Which of the fitting requests: each modulo their number; all of them when empty."""
     query_lens: tuple[int, ...] = (1,)
     times: int = 1
+    far: bool = False
+    """Of an admission: whether its id is a large one."""
     pad: int = 0
     kept: int = 1
     event: str = "decode"
     """Of a wish for something wrong: the kind of event."""
+    uneven: bool = False
+    """Of a wish for something wrong: whether ids and query_lens differ in length."""
 
 
 _KINDS: Final[dict[str, str | None]] = {
@@ -194,13 +203,16 @@ _KINDS: Final[dict[str, str | None]] = {
     "sampled": "overlap",
 }
 """Kinds of wishes for an event that may well be accepted, with the feature that each needs."""
+_SHORT: Final = st.integers(1, 40)
+FAR: Final = 2**32
+"""Large ids begin here: kept in 32 bits they are the small ones."""
 
 
 def intents(
     *,
     features: Collection[str] = FEATURES,
     undeclared: Collection[str] = (),
-    prompt_lens: st.SearchStrategy[int] = st.integers(1, 40),
+    prompt_lens: st.SearchStrategy[int] = _SHORT,
 ) -> st.SearchStrategy[Intent]:
     """Wishes that an engine of these features can be asked to fulfil.
 
@@ -209,9 +221,10 @@ def intents(
     """
     kinds = [kind for kind, needs in _KINDS.items() if needs is None or needs in features]
     askable = {None, "overlap", *features, *undeclared}
-    lens = [1, 2, 9, 0, -1] if "speculative" in askable else [1, 0, -1]
+    lens = [1, 1, 1, 0, -1] + ([2, 9] if "speculative" in askable else [])
     one = st.tuples(st.integers(0, 7))
-    batch = st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple)
+    some = st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple)
+    batch = some | st.just(())
     groups: st.SearchStrategy[tuple[int, ...]] = st.just((1,))
     if "speculative" in features:
         groups = st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple)
@@ -223,24 +236,31 @@ def intents(
     if "padding" in features:
         steps["pad"] = st.sampled_from([0, 0, 1, 2, 3])
     wishes: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-        "admit": {"size": prompt_lens},
+        "admit": {
+            "size": prompt_lens,
+            "times": st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 9]),
+            "far": st.sampled_from([False, False, False, True]),
+        },
         "decode": steps,
         "skip": {"picks": batch, "query_lens": groups},
         "accept": {"picks": one, "kept": st.integers(1, 7)},
         "sampled": {"picks": batch},
         "wrong": {
-            "event": st.sampled_from([k for k, needs in _KINDS.items() if needs in askable]),
-            "picks": st.lists(st.integers(0, 7), max_size=3).map(tuple),
-            "query_lens": st.lists(st.sampled_from(lens), max_size=3).map(tuple),
+            "event": st.sampled_from(
+                ["decode", "decode", *(k for k, needs in _KINDS.items() if needs in askable)]
+            ),
+            "picks": st.lists(st.sampled_from([0, 1, 2, -1]), max_size=3).map(tuple),
+            "query_lens": st.tuples(st.sampled_from(lens)),
+            "uneven": st.sampled_from([False, False, False, True]),
             "size": st.sampled_from([1, 10**6, 0, -1]),
             "kept": st.sampled_from([1, 9, 0, -1]),
-            "pad": st.sampled_from([0, 1, -1] if "padding" in askable else [0, -1]),
+            "pad": st.sampled_from([0, 0, 1, -1] if "padding" in askable else [0, 0, 0, -1]),
         },
     }
 
     @st.composite
     def intent(draw: st.DrawFn) -> Intent:
-        kind = draw(st.sampled_from(["admit", "decode", "decode", *kinds, "wrong"]))
+        kind = draw(st.sampled_from(["admit", "decode", "decode", *kinds, "wrong", "wrong"]))
         fields = wishes.get(kind, {"picks": one})
         return Intent(kind, **{name: draw(strategy) for name, strategy in fields.items()})
 
@@ -248,27 +268,31 @@ def intents(
 
 
 def prompt_lengths(*, super_block: int, max_len: int) -> st.SearchStrategy[int]:
-    """Prompt lengths: any up to 40, and those around whole super-blocks and around max_len."""
-    round_numbers = [super_block, 2 * super_block, 3 * super_block, max_len]
+    """Prompt lengths: any up to 40, the shortest, and those around super-blocks and max_len."""
+    round_numbers = [1, super_block, 2 * super_block, 3 * super_block, max_len]
     near = {number + by for number in round_numbers for by in (-1, 0, 1)}
-    return st.integers(1, 40) | st.sampled_from(sorted(near - {0}))
+    return _SHORT | st.sampled_from(sorted(near - {0}))
 
 
 def realise(model: Model, intent: Intent) -> list[Event]:
     """The events that an intent means in this state of the model; none when it fits none."""
     requests = model.requests
-    fresh = next(id for id in range(len(requests) + 1) if id not in requests)
+    first = FAR if intent.far else 0
+    free = [id for id in range(first, first + len(requests) + intent.times) if id not in requests]
+    fresh = free[0]
     if intent.kind == "wrong":
         return [_careless(intent, list(requests), fresh)]
     if intent.kind == "admit":
-        return [Admit(fresh, intent.size)]
-    gone = intent.kind == "resume"
-    fitting = [id for id, request in requests.items() if request.preempted == gone]
+        return [Admit(id, intent.size) for id in free[: intent.times]]
+    gone = [id for id, request in requests.items() if request.preempted]
+    fitting = [id for id in requests if id not in gone]
+    if intent.kind == "resume" and gone:
+        return [Resume(gone[intent.picks[0] % len(gone)])]
     if intent.kind == "accept":
         fitting = [id for id in fitting if requests[id].open_group] or fitting
     if not fitting:
         return []
-    picked = list(dict.fromkeys(fitting[pick % len(fitting)] for pick in intent.picks))
+    picked = list(dict.fromkeys(fitting[pick % len(fitting)] for pick in intent.picks)) or fitting
     lens = [intent.query_lens[i % len(intent.query_lens)] for i in range(len(picked))]
     id = picked[0]
     match intent.kind:
@@ -283,7 +307,7 @@ def realise(model: Model, intent: Intent) -> list[Event]:
         case "preempt":
             return [Preempt(id)]
         case "resume":
-            return [Resume(id)]
+            return [Preempt(id), Resume(id)]
         case "sampled":
             return [Sampled(picked)]
         case _:
@@ -304,11 +328,16 @@ def _repeated(model: Model, decode: Decode, times: int) -> list[Event]:
 
 
 def _careless(intent: Intent, known: list[int], fresh: int) -> Event:
-    """An event whose ids and counts were not looked at: most of them must be refused."""
+    """An event whose ids and counts were not looked at: most of them must be refused.
+
+    The last of those it may name (pick -1) is not known.
+    """
     anyone = [*known, fresh]
     ids = [anyone[pick % len(anyone)] for pick in intent.picks]
     first, last = (ids[0], ids[-1]) if ids else (fresh, fresh)
-    lens = list(intent.query_lens)
+    lens = [intent.query_lens[0]] * len(ids)
+    if intent.uneven:
+        lens.append(1)
     match intent.event:
         case "admit":
             return Admit(first, intent.size)
@@ -340,6 +369,48 @@ def realised(config: Config, features: Collection[str], wishes: Sequence[Intent]
     return Trace(config=config, events=events)
 
 
+_SPOILED: Final[list[Callable[[Config], dict[str, Any]]]] = [
+    lambda config: {"pages": config.pages[:-1]},
+    lambda config: {"pages": [*config.pages, 1]},
+    lambda config: {"pages": [*config.pages[:-1], 0]},
+    lambda config: {"layout": _relaid(config, pages="lockstep")},
+    lambda config: {"layout": _relaid(config, prompt_interleave=2, owner_interleave=2)},
+    lambda config: {"layout": _relaid(config, prompt_interleave=1 + config.rules.tokens_per_block)},
+    lambda config: {"model": _reshaped(config, kv_heads=config.model.q_heads + 1)},
+    lambda config: {"model": _reshaped(config, q_heads=config.model.kv_heads)},
+    lambda config: {"model": _reshaped(config, q_heads=config.model.q_heads + 1)},
+    lambda config: {"model": _reshaped(config, q_heads=config.world_size, kv_heads=1)},
+    lambda config: {"model": _reshaped(config, head_dim=7)},
+    lambda config: {"model": _reshaped(config, rope_base=1.0)},
+    lambda config: {"model": _reshaped(config, rope_base=1e12)},
+]
+"""Changes that make most configurations illegal, whose ranks are the same."""
+
+
+def _relaid(config: Config, **changes: Any) -> str:
+    layout = config.rules
+    for part in ("prompt_interleave", "owner_interleave"):
+        if getattr(layout, part) is None:
+            changes.pop(part, None)
+    return format_layout(dataclasses.replace(layout, **changes))
+
+
+def _reshaped(config: Config, **changes: Any) -> ModelShape:
+    return msgspec.structs.replace(config.model, **changes)
+
+
+@st.composite
+def illegal_configs(draw: st.DrawFn, *, configs: st.SearchStrategy[Config]) -> Config:
+    """Configurations made from these that every engine must refuse to start with.
+
+    Their layout is an identifier, since without one there is no number of ranks to start.
+    """
+    config = draw(configs)
+    changed = [msgspec.structs.replace(config, **spoil(config)) for spoil in _SPOILED]
+    illegal = [candidate for candidate in changed if config_problem(candidate) is not None]
+    return draw(st.sampled_from(illegal))
+
+
 @st.composite
 def traces(
     draw: st.DrawFn,
@@ -351,8 +422,11 @@ def traces(
 ) -> Trace:
     """Traces over these configurations, with events that need these features or none.
 
-    Now and then an event needs one of the features that the engine does not declare.
+    Now and then an event needs one of the features that the engine does not declare; and one
+    trace in 10 is a configuration that must be refused, without events.
     """
+    if draw(st.sampled_from([False] * 9 + [True])):
+        return Trace(config=draw(illegal_configs(configs=configs)), events=[])
     config = draw(configs)
     super_block = config.rules.cp_size * config.rules.tokens_per_block
     prompt_lens = prompt_lengths(super_block=super_block, max_len=config.max_len)

@@ -25,12 +25,13 @@ class Liar(LedgerEngine):
 
 
 class Raiser(LedgerEngine):
-    """Rank 1 raises in a decode."""
+    """Rank 1 raises in an accepted decode."""
 
     def apply(self, event):
-        if self.rank == 1 and isinstance(event, Decode):
+        outcome = super().apply(event)
+        if self.rank == 1 and outcome.past_len:
             raise RuntimeError("the adapter lost its way")
-        return super().apply(event)
+        return outcome
 
 
 class Garbage(LedgerEngine):

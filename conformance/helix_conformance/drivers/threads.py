@@ -75,6 +75,9 @@ class ThreadDriver:
     streams = True
 
     def __init__(self, engine: type[Engine]) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # several ranks share few cores
         self.engine = engine
         self.profiles = engine.profiles
         self.threads = ThreadPoolExecutor(16)

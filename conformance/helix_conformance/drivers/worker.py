@@ -78,6 +78,8 @@ def _play(channel: Connection, engine_class: type[Engine], rank: int, play: Play
     try:
         engine = engine_class(rank)
         answers = [Answer(engine.start(play.config, frozenset(play.profiles)))]
+        if answers[0].outcome.reason is not None:
+            return Done(answers)  # it has not started: there is nothing more to ask
         for at, event in enumerate(play.events):
             send(channel, At(at))
             answers.append(Answer(engine.apply(event), play.watch.look(engine, at, event)))

@@ -1,0 +1,256 @@
+"""The suite against every mutant, at the cheapest tier on which it can show."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import msgspec
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from helix_conformance.drivers.base import Driver
+from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drivers.pool import PoolDriver
+from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.protocol import PROFILES, load_engine
+from helix_conformance.runs import Failure, Tally, profiles_to_check, random_traces
+from helix_conformance.strategies import configs, traces
+from helix_conformance.zoo.parts import MUTANTS, Mutant, Stored
+from helix_spec.events import FEATURES
+
+for _module in ("on_ledger", "on_model", "on_cache"):
+    importlib.import_module(f"helix_conformance.zoo.{_module}")
+
+ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
+TIERS: Final = {"one-process": ONE_PROCESS, "pool": ("pool",), "all": (*ONE_PROCESS, "pool")}
+"""What `zoo` may be asked for, and the tiers of mutants that this takes in."""
+
+
+class _Play(msgspec.Struct, frozen=True):
+    """How a tier is played."""
+
+    cp_sizes: tuple[int, ...]
+    world: int
+    mutant_traces: int
+    """After so many a mutant has survived."""
+    control_traces: int
+
+
+_PLAYS: Final = {
+    "bookkeeping": _Play((1, 2, 3, 4, 8), 8, 1000, 150),
+    "contents": _Play((1, 2, 3, 4), 8, 400, 15),
+    "threads": _Play((1, 2, 3, 4), 4, 400, 40),
+    "pool": _Play((1, 2, 3, 4), 4, 100, 10),
+}
+_POOL_DEADLINE_S: Final = 3.0
+
+CONTROLS: Final = (
+    ("gpu-ledger", "bookkeeping"),
+    ("reference", "bookkeeping"),
+    (f"{Stored.__module__}:{Stored.__name__}", "contents"),
+    ("gpu", "threads"),
+    ("gpu", "pool"),
+)
+"""Unmutated engines, with the tier on which they must stay green."""
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """What became of a mutant."""
+
+    name: str
+    source: str
+    killed: bool
+    """Whether the run failed and named an invariant of the mutant's row."""
+    by: list[str]
+    """The invariants that the run named."""
+    events: int
+    """Events of the minimal trace."""
+    examples: int
+    """Traces until the first that failed."""
+    seconds: float
+    """Seconds until then."""
+
+
+def hunt(mutant: Mutant, *, seed: int) -> Kill:
+    """The suite against one mutant."""
+    tally = Tally()
+    with _driver(mutant.engine, mutant.tier) as driver:
+        failure = _played(driver, mutant, _PLAYS[mutant.tier].mutant_traces, seed, tally)
+    by = _named(failure)
+    needed = tally.needed
+    return Kill(
+        name=mutant.name,
+        source=mutant.source,
+        killed=bool(set(by) & set(mutant.row)),
+        by=by,
+        events=0 if failure is None else len(failure.trace.events),
+        examples=tally.traces if needed is None else needed.traces,
+        seconds=round(tally.seconds if needed is None else needed.seconds, 3),
+    )
+
+
+def control(engine: str, tier: str, *, seed: int) -> list[str]:
+    """The same for an unmutated engine: the invariants that a run wrongly names."""
+    deep = PROFILES if tier != "bookkeeping" else [p for p in PROFILES if p not in _DEEP]
+    unmutated = Mutant(
+        name=engine, source="", engine=engine, row=(), tier=tier, profiles=tuple(deep),
+        tp_sizes=(1, 2),
+    )  # fmt: skip
+    with _driver(engine, tier) as driver:
+        return _named(_played(driver, unmutated, _PLAYS[tier].control_traces, seed, Tally()))
+
+
+_DEEP: Final = ("cache", "attention")
+
+
+def _played(
+    driver: Driver, mutant: Mutant, examples: int, seed: int, tally: Tally
+) -> Failure | None:
+    profiles = profiles_to_check(driver.profiles, mutant.profiles)
+    features = [feature for feature in FEATURES if feature in profiles]
+    play = _PLAYS[mutant.tier]
+    strategy = traces(
+        configs=configs(
+            names=mutant.layouts,
+            cp_sizes=play.cp_sizes,
+            tp_sizes=mutant.tp_sizes,
+            max_world=play.world,
+            features=features,
+            contents="cache" in profiles,
+        ),
+        features=features,
+        undeclared=set(FEATURES) - driver.profiles,
+    )
+    return random_traces(driver, strategy, profiles, examples=examples, seed=seed, tally=tally)
+
+
+def _named(failure: Failure | None) -> list[str]:
+    if failure is None:
+        return []
+    if failure.engine_failure is not None:
+        return ["LIVE-1"]
+    return list(dict.fromkeys(violation.invariant for violation in failure.violations))
+
+
+@contextmanager
+def _driver(engine: str, tier: str) -> Iterator[Driver]:
+    driver: Driver
+    if tier == "pool":
+        driver = PoolDriver(engine, deadline_s=_POOL_DEADLINE_S)
+    elif tier == "threads":
+        driver = ThreadDriver(load_engine(engine))
+    else:
+        driver = LocalDriver(load_engine(engine))
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+class Zoo(msgspec.Struct, frozen=True):
+    """A whole visit: the mutants, and what the controls were wrongly named for."""
+
+    mutants: list[Kill]
+    controls: dict[str, list[str]]
+
+    @property
+    def score(self) -> str:
+        """Mutants killed by name, of all."""
+        return f"{sum(kill.killed for kill in self.mutants)}/{len(self.mutants)}"
+
+    @property
+    def clean(self) -> bool:
+        """Whether every mutant was killed by name and no control was."""
+        return all(kill.killed for kill in self.mutants) and not any(self.controls.values())
+
+
+def visit(tier: str, seed: int, progress: Callable[[Sequence[Any]], Any] = iter) -> Zoo:
+    """Every mutant and control of a tier (`one-process`, `pool` or `all`)."""
+    tiers = TIERS[tier]
+    mutants = [mutant for mutant in MUTANTS if mutant.tier in tiers]
+    controls = {
+        f"{engine.rpartition(':')[2]} ({on})": control(engine, on, seed=seed)
+        for engine, on in CONTROLS
+        if on in tiers
+    }
+    return Zoo([hunt(mutant, seed=seed) for mutant in progress(mutants)], controls)
+
+
+def zoo(json_path: Path | None, tier: str, seed: int) -> int:
+    """Visit, print a table, write JSON if a path is given; 0 when all is as it should be."""
+    console = Console()
+    seen = visit(tier, seed, lambda mutants: track(mutants, "The zoo", console=console))
+    console.print(_table(seen))
+    examples, seconds = (
+        median([getattr(kill, name) for kill in seen.mutants]) for name in ("examples", "seconds")
+    )
+    small = sum(kill.events <= 6 for kill in seen.mutants)
+    console.print(
+        f"score {seen.score}; median {examples:g} examples, {seconds:.2f} s; "
+        f"{small} of {len(seen.mutants)} minimal traces have at most 6 events"
+    )
+    if json_path is not None:
+        whole = {"mutants": seen.mutants, "controls": seen.controls, "score": seen.score}
+        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(whole)))
+    return 0 if seen.clean else 1
+
+
+def _table(seen: Zoo) -> Table:
+    table = Table("mutant", "source", "killed by", "events", "examples", "seconds")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for name, wrongly in seen.controls.items():
+        verdict = f"[red]{', '.join(wrongly)}[/]" if wrongly else "[green]green, as it should be[/]"
+        table.add_row(name, "unmutated", verdict)
+    table.add_section()
+    for kill in seen.mutants:
+        by = ", ".join(kill.by) or "survived"
+        table.add_row(
+            kill.name,
+            kill.source,
+            by if kill.killed else f"[red]{by}[/]",
+            str(kill.events),
+            str(kill.examples),
+            f"{kill.seconds:.2f}",
+        )
+    return table
+
+
+def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
+    """The mutants under each of these seeds: a table of the worst, and the worst seed."""
+    console = Console()
+    mutants = [mutant for mutant in MUTANTS if mutant.tier in TIERS[tier]]
+    kills = {
+        seed: [hunt(mutant, seed=seed) for mutant in mutants]
+        for seed in track(seeds, "Seeds", console=console)
+    }
+    table = Table("mutant", "killed", "most examples", "most seconds", "most events")
+    for place, mutant in enumerate(mutants):
+        of_mutant = [found[place] for found in kills.values()]
+        killed = sum(kill.killed for kill in of_mutant)
+        table.add_row(
+            mutant.name,
+            f"{killed}/{len(of_mutant)}" if killed == len(of_mutant) else f"[red]{killed}[/]",
+            str(max(kill.examples for kill in of_mutant)),
+            f"{max(kill.seconds for kill in of_mutant):.2f}",
+            str(max(kill.events for kill in of_mutant)),
+        )
+    console.print(table)
+    worst = min(seeds, key=lambda seed: _strength(kills[seed]))
+    survived = [kill.name for kill in kills[worst] if not kill.killed]
+    examples = sum(kill.examples for kill in kills[worst])
+    console.print(
+        f"worst seed {worst}: {len(mutants) - len(survived)}/{len(mutants)} killed by name, "
+        f"{examples} examples in all{'; not: ' if survived else ''}{', '.join(survived)}"
+    )
+    return 0 if all(kill.killed for found in kills.values() for kill in found) else 1
+
+
+def _strength(found: Sequence[Kill]) -> tuple[int, int]:
+    return sum(kill.killed for kill in found), -sum(kill.examples for kill in found)
