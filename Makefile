@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test lint workloads bench clean
+.PHONY: conform test lint workloads zoo prove bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,12 @@ workloads: .venv/installed ## Production traces, replayed
 	$(REPLAY) $(WORKLOADS)/azure_code_2023.csv --driver local --layout balanced --cp 3
 	$(REPLAY) $(WORKLOADS)/mooncake_conversation.jsonl --driver pool --cp 4 --profile attention \
 	    --limit 200 --scale 64
+
+zoo: .venv/installed ## The suite against every wrong engine: each must be caught by name
+	$(BIN)/helix-conformance zoo
+
+prove: .venv/installed ## All theorems, for all sizes
+	$(BIN)/helix-conformance prove
 
 bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/python gpu_impl/benchmarks/ledger.py

@@ -14,10 +14,19 @@ from collections.abc import Sequence
 from helix_spec.layouts import Layout
 
 # Arithmetic over integers. c: cp_size, t: tokens_per_block, i: tokens dealt at a time.
+#
+# The lines `pre:` and `post:` are contracts (PEP 316; _ is the result). `helix-conformance prove`
+# has CrossHair confirm each for all integers, on these very functions. Divisions are chained
+# (x // i // c, never x // (i * c)): equal, and CrossHair confirms only the chained form.
 
 
 def chunk_owner(position: int, c: int, i: int) -> int:
-    """Rank of a token when chunks of i tokens are dealt to c ranks in turn."""
+    """Rank of a token when chunks of i tokens are dealt to c ranks in turn.
+
+    pre: position >= 0 and c > 0 and i > 0
+    post: 0 <= _ < c
+    post: (position // i - _) % c == 0
+    """
     return position // i % c
 
 
@@ -26,28 +35,54 @@ def chunk_local_len(length: int, rank: int, c: int, i: int) -> int:
 
     The full rounds give i tokens each; what is left of the last round is clamped to this
     rank's chunk.
+
+    pre: length >= 0 and 0 <= rank < c and i > 0
+    post: 0 <= _ <= length
+    post: _ + (chunk_owner(length, c, i) == rank) == chunk_local_len(length + 1, rank, c, i)
     """
     rounds = length // i // c
     return rounds * i + max(0, min(length - rounds * c * i - rank * i, i))
 
 
 def chunk_position(local_index: int, rank: int, c: int, i: int) -> int:
-    """Position of the rank's local_index-th token when chunks of i are dealt in turn."""
-    return (local_index // i * c + rank) * i + local_index % i
+    """Position of the rank's local_index-th token when chunks of i are dealt in turn.
+
+    pre: local_index >= 0 and 0 <= rank < c and i > 0
+    post: chunk_owner(_, c, i) == rank
+    post: chunk_local_len(_, rank, c, i) == local_index
+    """
+    return joined(joined(local_index // i, rank, c), local_index % i, i)
 
 
 def contiguous_blocks_before(blocks: int, rank: int, c: int) -> int:
-    """Blocks on the ranks before `rank` when the first blocks mod c ranks take one more."""
+    """Blocks on the ranks before `rank` when the first blocks mod c ranks take one more.
+
+    pre: blocks >= 0 and 0 <= rank <= c and c > 0
+    post: rank > 0 or _ == 0
+    post: rank < c or _ == blocks
+    """
     return rank * (blocks // c) + min(rank, blocks % c)
 
 
 def contiguous_start(length: int, rank: int, c: int, t: int) -> int:
-    """First position of `rank` in a contiguous split of `length` tokens (length if none)."""
+    """First position of `rank` in a contiguous split of `length` tokens (length if none).
+
+    pre: length >= 0 and 0 <= rank <= c and c > 0 and t > 0
+    post: 0 <= _ <= length
+    post: rank < c or _ == length
+    post: _ == length or _ % t == 0
+    """
     return min(length, contiguous_blocks_before(ceil_div(length, t), rank, c) * t)
 
 
 def contiguous_owner(position: int, length: int, c: int, t: int) -> int:
-    """Rank of a prompt position in a contiguous split of `length` tokens."""
+    """Rank of a prompt position in a contiguous split of `length` tokens.
+
+    pre: 0 <= position < length and c > 0 and t > 0
+    post: 0 <= _ < c
+    post: contiguous_start(length, _, c, t) <= position
+    post: position < contiguous_start(length, _ + 1, c, t)
+    """
     share, larger = divmod(ceil_div(length, t), c)
     block = position // t
     if block < larger * (share + 1):
@@ -55,8 +90,22 @@ def contiguous_owner(position: int, length: int, c: int, t: int) -> int:
     return larger + (block - larger * (share + 1)) // share
 
 
+def joined(high: int, low: int, base: int) -> int:
+    """The number whose last digit in this base is `low`, with `high` before it.
+
+    pre: high >= 0 and 0 <= low < base
+    post: _ // base == high
+    post: _ % base == low
+    """
+    return high * base + low
+
+
 def ceil_div(a: int, b: int) -> int:
-    """The quotient rounded up."""
+    """The quotient rounded up.
+
+    pre: b > 0
+    post: (_ - 1) * b < a <= _ * b
+    """
     return -(-a // b)
 
 
@@ -147,7 +196,12 @@ def position(layout: Layout, prompt_len: int, rank: int, index: int, shift: int 
 
 
 def page_and_offset(index: int, tokens_per_block: int) -> tuple[int, int]:
-    """Local page and offset in it of a local index."""
+    """Local page and offset in it of a local index.
+
+    pre: index >= 0 and tokens_per_block > 0
+    post: joined(_[0], _[1], tokens_per_block) == index
+    post: _[0] >= 0 and 0 <= _[1] < tokens_per_block
+    """
     return index // tokens_per_block, index % tokens_per_block
 
 

@@ -21,7 +21,11 @@ def test_every_invariant_has_its_sentence():
 @pytest.mark.parametrize(
     ("predicate", "right", "wrong"),
     [
-        (inv.own_1, ([[0, 2], [1]], 3), [([[0, 2], [1, 2]], 3), ([[0], [1]], 3), ([[0, 3], [1]], 3)]),
+        (
+            inv.own_1,
+            ([[0, 2], [1]], 3),
+            [([[0, 2], [1, 2]], 3), ([[0], [1]], 3), ([[0, 3], [1]], 3)],
+        ),
         (inv.own_2, ([False, True],), [([True, True],), ([False, False],)]),
         (
             inv.own_3,

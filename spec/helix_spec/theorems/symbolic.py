@@ -26,12 +26,13 @@ Everything here is deterministic: Z3 is bounded by its own resource count, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
-import z3
+import z3  # type: ignore[import-untyped]  # it has no stubs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +51,7 @@ BRANCH_ROUNDS: Final = 1
 MOST_PATHS: Final = 5_000
 
 
-class Abandoned(Exception):  # noqa: N818  # no error: the path is outside the assumptions
+class Abandoned(Exception):
     """What was assumed cannot hold on this path, so nothing is claimed about it."""
 
 
@@ -64,8 +65,10 @@ class Path:
     `replay` holds the answers given up to the branch where this path leaves an earlier one.
     """
 
-    def __init__(self, replay: list[bool]) -> None:
+    def __init__(self, replay: list[bool], native: bool = False) -> None:
         self.replay = replay
+        self.native = native
+        """Products and quotients are Z3's own: for the theorems that the rules here rest on."""
         self.answers: list[bool] = []
         self.others: list[list[bool]] = []
         """Where other paths branch off, as answers to replay."""
@@ -77,27 +80,29 @@ class Path:
         self.values: dict[str, Polynomial] = {}
         """Unknowns that were replaced."""
         self.divisions: dict[object, tuple[Polynomial, Polynomial]] = {}
+        self.free: dict[str, list[tuple[tuple[Any, ...], Whole]]] = {}
+        """Results of functions about which only their arguments are known."""
+        self.using = False
+        """A theorem is being used: what it assumes is to be shown here."""
         self.names = 0
-        self.questions = 0
 
     # Unknowns and polynomials.
 
     def fresh(self, hint: str) -> Polynomial:
+        """A new unknown."""
         self.names += 1
         return {(f"{hint}{self.names}",): 1}
 
     def normal(self, poly: Polynomial) -> Polynomial:
         """The polynomial without unknowns that were replaced."""
         while True:
-            for monomial, factor in poly.items():
-                name = next((name for name in monomial if name in self.values), None)
-                if name is not None:
-                    break
-            else:
+            old = next(((n, m) for m in poly for n in m if n in self.values), None)
+            if old is None:
                 return poly
+            name, monomial = old
             rest = list(monomial)
             rest.remove(name)
-            value = _times(self.values[name], {tuple(rest): factor})
+            value = _times(self.values[name], {tuple(rest): poly[monomial]})
             poly = _plus({m: k for m, k in poly.items() if m != monomial}, value)
 
     def replace(self, name: str, value: Polynomial) -> None:
@@ -109,10 +114,11 @@ class Path:
 
     def term(self, poly: Polynomial) -> Any:
         """The polynomial as a linear Z3 term over unknowns and products."""
+        if self.native:
+            return _native_term(poly)
         for monomial in poly:
             self._meet(monomial)
-        terms = [z3.IntVal(k) if m == () else k * _product(m) for m, k in poly.items()]
-        return z3.Sum(terms) if terms else z3.IntVal(0)
+        return _term(tuple(poly.items()))
 
     def _meet(self, product: Monomial) -> None:
         """Tells Z3 how a product that is new compares with what shares a factor with it."""
@@ -145,7 +151,6 @@ class Path:
         return self._ask(formula, CLAIM_ROUNDS)
 
     def _ask(self, formula: Any, rounds: int) -> str | None:
-        self.questions += 1
         learned: list[Any] = []
         said = "no answer within the rounds allowed"
         self.solver.push()
@@ -208,6 +213,10 @@ class Path:
         zb = self.term(b)
         if not self.proves(zb > 0, CLAIM_ROUNDS):
             raise ProofError(f"division by {_text(b)}, which is not known to be positive")
+        if self.native:
+            q, r = self.fresh("q"), self.fresh("r")
+            self.solver.add(self.term(q) == self.term(a) / zb, self.term(r) == self.term(a) % zb)
+            return q, r
         quotient, rest = _divide(a, b)
         zr = self.term(rest)
         if self.proves(z3.And(0 <= zr, zr < zb)):
@@ -221,6 +230,8 @@ class Path:
         key = (frozenset(rest.items()), frozenset(b.items()))
         if key not in self.divisions:
             q, r = self.fresh("q"), self.fresh("r")
+            if self.proves(zr <= 0):
+                q = _times(q, {(): -1})  # so that the new unknown itself is not negative
             self.divisions[key] = q, r
             value = _plus(_times(q, b), r)
             zq, zr_new = self.term(q), self.term(r)
@@ -232,7 +243,7 @@ class Path:
         return _plus(quotient, q), r
 
     def _replace_one_of(self, rest: Polynomial, b: Polynomial, value: Polynomial) -> None:
-        """rest == value: where an unknown occurs alone in rest, it is replaced by its value."""
+        """Rest == value: where an unknown occurs alone in rest, it is replaced by its value."""
         for monomial, factor in rest.items():
             if len(monomial) != 1 or factor not in (1, -1):
                 continue
@@ -276,8 +287,6 @@ def _divide(a: Polynomial, b: Polynomial) -> tuple[Polynomial, Polynomial]:
                 break
         else:
             return quotient, rest
-        if lead == () and k // b[lead] * b[lead] == k and k == 0:
-            return quotient, rest
         quotient, rest = _plus(quotient, step), _plus(rest, _times(step, b), -1)
 
 
@@ -288,10 +297,28 @@ def _take(names: list[str], name: str) -> bool:
     return False
 
 
+@cache
+def _term(poly: tuple[tuple[Monomial, int], ...]) -> Any:
+    terms = [z3.IntVal(k) if m == () else k * _product(m) for m, k in poly]
+    return z3.Sum(terms) if terms else z3.IntVal(0)
+
+
+def _native_term(poly: Polynomial) -> Any:
+    total = z3.IntVal(0)
+    for monomial, k in poly.items():
+        part = z3.IntVal(k)
+        for name in monomial:
+            part = part * z3.Int(name)
+        total = total + part
+    return total
+
+
+@cache
 def _product(monomial: Monomial) -> Any:
     return z3.Int("*".join(monomial))
 
 
+@cache
 def _order_facts(
     rest: Monomial, x: str, xk: Monomial, d: int, y: str | None = None, yk: Monomial = ()
 ) -> list[Any]:
@@ -361,6 +388,7 @@ class Whole:
 
     @property
     def poly(self) -> Polynomial:
+        """The number in terms of the unknowns that are left."""
         return _PATH.get().normal(self._poly)
 
     def __add__(self, other: Any) -> Whole:
@@ -385,19 +413,19 @@ class Whole:
         return Whole(quotient), Whole(rest)
 
     def __rdivmod__(self, other: Any) -> tuple[Whole, Whole]:
-        return divmod(Whole(_poly(other)), self)
+        return Whole(_poly(other)).__divmod__(self)
 
     def __floordiv__(self, other: Any) -> Whole:
-        return divmod(self, other)[0]
+        return self.__divmod__(other)[0]
 
     def __mod__(self, other: Any) -> Whole:
-        return divmod(self, other)[1]
+        return self.__divmod__(other)[1]
 
     def __rfloordiv__(self, other: Any) -> Whole:
-        return divmod(other, self)[0]
+        return self.__rdivmod__(other)[0]
 
     def __rmod__(self, other: Any) -> Whole:
-        return divmod(other, self)[1]
+        return self.__rdivmod__(other)[1]
 
     def __lt__(self, other: Any) -> Truth:
         return self._compare(other, lambda difference: difference < 0)
@@ -427,6 +455,58 @@ class Whole:
         return Truth(holds(_PATH.get().term(difference)))
 
 
+class Real:
+    """A real number that stands for all real numbers; Z3 decides their arithmetic by itself."""
+
+    __hash__ = None  # type: ignore[assignment]  # equality is a formula
+    __slots__ = ("term",)
+
+    def __init__(self, term: Any) -> None:
+        self.term = term
+
+    def __add__(self, other: Any) -> Real:
+        return Real(self.term + _real(other))
+
+    def __sub__(self, other: Any) -> Real:
+        return Real(self.term - _real(other))
+
+    def __rsub__(self, other: Any) -> Real:
+        return Real(_real(other) - self.term)
+
+    def __mul__(self, other: Any) -> Real:
+        return Real(self.term * _real(other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Any) -> Real:
+        divisor = _real(other)
+        if not _PATH.get().proves(divisor != 0, CLAIM_ROUNDS):
+            raise ProofError("division by a real number that may be 0")
+        return Real(self.term / divisor)
+
+    def __rtruediv__(self, other: Any) -> Real:
+        return Real(_real(other)) / self
+
+    def __lt__(self, other: Any) -> Truth:
+        return Truth(self.term < _real(other))
+
+    def __le__(self, other: Any) -> Truth:
+        return Truth(self.term <= _real(other))
+
+    def __gt__(self, other: Any) -> Truth:
+        return Truth(self.term > _real(other))
+
+    def __ge__(self, other: Any) -> Truth:
+        return Truth(self.term >= _real(other))
+
+    def __eq__(self, other: object) -> Truth:  # type: ignore[override]  # a formula, not a bool
+        return Truth(self.term == _real(other))
+
+
+def _real(value: Any) -> Any:
+    return value.term if isinstance(value, Real) else z3.RealVal(value)
+
+
 def _poly(value: Any) -> Polynomial:
     if isinstance(value, Whole):
         return value.poly
@@ -440,13 +520,45 @@ def _formula(value: object) -> Any:
     return value.formula if isinstance(value, Truth) else z3.BoolVal(bool(value))
 
 
+def proving() -> bool:
+    """Whether a claim is being proved: not run on plain integers, nor used for another proof."""
+    path = _PATH.get(None)
+    return path is not None and not path.using
+
+
 def assume(*conditions: object) -> None:
-    """What the claim takes for granted. Raises Abandoned where it cannot be."""
+    """What the claim takes for granted. Raises Abandoned where it cannot be.
+
+    Where the claim is used for another proof, these are what is to be shown.
+    """
+    path = _PATH.get(None)
     for condition in conditions:
-        if isinstance(condition, Truth):
-            _PATH.get().solver.add(condition.formula)
+        if path is not None and path.using:
+            if not path.proves(_formula(condition), CLAIM_ROUNDS):
+                raise ProofError("a theorem is used where what it assumes is not known")
+        elif path is not None and isinstance(condition, Truth):
+            path.solver.add(condition.formula)
         elif not condition:
             raise Abandoned
+
+
+def implies(condition: bool, consequence: bool) -> bool:
+    """Whether the consequence holds where the condition does."""
+    if isinstance(condition, Truth) or isinstance(consequence, Truth):
+        both: Any = Truth(z3.Implies(_formula(condition), _formula(consequence)))
+        return both
+    return not condition or consequence
+
+
+def use(claim: Callable[[], object]) -> None:
+    """Adds to what is known a claim that is proved elsewhere; what it assumes is shown here."""
+    path = _PATH.get()
+    path.using, before = True, path.using
+    try:
+        known = claim()
+    finally:
+        path.using = before
+    path.solver.add(_formula(known))
 
 
 def established(claim: object) -> str | None:
@@ -454,7 +566,28 @@ def established(claim: object) -> str | None:
     return _PATH.get().refutation(_formula(claim))
 
 
-def every_path(run: Callable[[], str | None]) -> tuple[int, str | None]:
+def free_function(name: str) -> Callable[..., Whole]:
+    """A function about which nothing is known but that alike arguments have alike results."""
+
+    def call(*arguments: Any) -> Whole:
+        path = _PATH.get()
+        seen = path.free.setdefault(name, [])
+        for earlier, result in seen:
+            if path.proves(z3.And(*map(_alike, earlier, arguments))):
+                return result
+        result = Whole(path.fresh(f"{name}_"))
+        seen.append((arguments, result))
+        return result
+
+    return call
+
+
+def _alike(a: Any, b: Any) -> Any:
+    same = a == b
+    return same.formula if isinstance(same, Truth) else z3.BoolVal(bool(same))
+
+
+def every_path(run: Callable[[], str | None], native: bool = False) -> tuple[int, str | None]:
     """Repeats the run for every path; gives their number and the first thing that it returned."""
     todo: list[list[bool]] = [[]]
     paths = 0
@@ -462,7 +595,7 @@ def every_path(run: Callable[[], str | None]) -> tuple[int, str | None]:
         paths += 1
         if paths > MOST_PATHS:
             raise ProofError(f"more than {MOST_PATHS} paths")
-        path = Path(todo.pop())
+        path = Path(todo.pop(), native)
         with _on(path):
             try:
                 found = run()
@@ -474,9 +607,9 @@ def every_path(run: Callable[[], str | None]) -> tuple[int, str | None]:
     return paths, None
 
 
-def unknowns(names: Iterable[str]) -> list[Whole]:
-    """An unknown of each name."""
-    return [Whole({(name,): 1}) for name in names]
+def unknown(name: str, real: bool = False) -> Whole | Real:
+    """The unknown of this name."""
+    return Real(z3.Real(name)) if real else Whole({(name,): 1})
 
 
 @contextmanager

@@ -1,0 +1,252 @@
+"""Confirms every theorem of the specification, each in a process of its own.
+
+The gate is the manifest (`helix_spec/theorems/manifest.txt`): exactly these theorems must be
+there, and each must be confirmed: its assumptions met by its witness, its proof found on all
+paths, and every wrong formula it is set against refuted. Nothing is read from an exit status.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import helix_spec
+
+CONFIRMED: Final = "confirmed"
+MOST_SECONDS: Final = 200
+"""For one theorem. The proofs end by their own resource budgets; this is for a hang."""
+
+
+class ProveError(Exception):
+    """Nothing could be proved or refuted: what the proofs need is not there."""
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """A wrong formula, and the smallest values that refute it (None: nothing did)."""
+
+    wrong: str
+    refuted_by: dict[str, int | str] | None
+
+
+class TheoremResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one theorem. `proves` are numbers of SPEC.md."""
+
+    id: str
+    proves: list[str] = []
+    statement: str = ""
+    method: Literal["z3", "crosshair"] = "z3"
+    verdict: str
+    seconds: float = 0.0
+    witness: dict[str, int] = {}
+    kills: list[Kill] = []
+
+
+class Catalog(msgspec.Struct, frozen=True):
+    """What there is to prove, as the specification lists it itself."""
+
+    manifest: list[str]
+    theorems: list[str]
+    contracts_without_theorem: list[str]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The JSON form of a run. A run of some theorems alone is `partial`, never `pass`."""
+
+    theorems: list[TheoremResult]
+    verdict: Literal["pass", "fail", "partial"]
+    problems: list[str]
+    seconds: float
+
+
+def prove(
+    json_path: Path | None = None,
+    *,
+    only: Sequence[str] = (),
+    jobs: int = 2,
+    spec_root: Path | None = None,
+    console: Console | None = None,
+) -> int:
+    """Confirm all theorems, or `only` some; the exit status is 0 when nothing is missing.
+
+    `spec_root` is the folder that holds the package `helix_spec` whose theorems are meant; the
+    one at hand when None. Raises ProveError when z3 or CrossHair is not installed, or an id of
+    `only` is none.
+    """
+    console = console or Console()
+    root = spec_root or Path(helix_spec.__file__).parents[1]
+    started = time.monotonic()
+    catalog = _catalog(root)
+    unknown = [identifier for identifier in only if identifier not in catalog.manifest]
+    if unknown:
+        raise ProveError(f"the manifest has no theorem {', '.join(unknown)}")
+    chosen = list(only) or catalog.manifest
+    results = _confirm_all(root, [i for i in chosen if i in catalog.theorems], jobs, console)
+    problems = gate(catalog, chosen, results)
+    verdict: Literal["pass", "fail", "partial"] = (
+        "fail" if problems else "partial" if only else "pass"
+    )
+    report = Report(results, verdict, problems, round(time.monotonic() - started, 1))
+    if json_path is not None:
+        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    _print(report, console)
+    return 1 if problems else 0
+
+
+def gate(catalog: Catalog, chosen: Sequence[str], results: Sequence[TheoremResult]) -> list[str]:
+    """What keeps the proof from being whole, one sentence each; nothing when it is."""
+    problems = [
+        f"{identifier}: is in the manifest, but there is no such theorem"
+        for identifier in catalog.manifest
+        if identifier not in catalog.theorems
+    ]
+    problems += [
+        f"{identifier}: is not in the manifest"
+        for identifier in catalog.theorems
+        if identifier not in catalog.manifest
+    ]
+    problems += [
+        f"{name}: has a contract that no theorem is about"
+        for name in catalog.contracts_without_theorem
+    ]
+    if len(set(catalog.manifest)) != len(catalog.manifest):
+        problems.append("the manifest names a theorem twice")
+    by_id = {result.id: result for result in results}
+    for identifier in chosen:
+        if identifier not in catalog.theorems:
+            continue
+        result = by_id.get(identifier)
+        if result is None:
+            problems.append(f"{identifier}: was not tried")
+        elif result.verdict != CONFIRMED:
+            problems.append(f"{identifier}: {result.verdict}")
+        else:
+            problems += _empty_proof(result)
+    return problems
+
+
+def _empty_proof(result: TheoremResult) -> list[str]:
+    survivors = [kill.wrong for kill in result.kills if kill.refuted_by is None]
+    if survivors:
+        return [f"{result.id}: survived by a wrong formula: {', '.join(survivors)}"]
+    if not result.kills:
+        return [f"{result.id}: no wrong formula is refuted by it"]
+    return []
+
+
+def _confirm_all(
+    root: Path, identifiers: Sequence[str], jobs: int, console: Console
+) -> list[TheoremResult]:
+    """The results in the order asked for; `jobs` processes at a time."""
+    found: dict[str, TheoremResult] = {}
+    columns = (TextColumn("proving"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    last = TextColumn("{task.fields[last]}")
+    with (
+        Progress(*columns, last, console=console, transient=True) as progress,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        task = progress.add_task("", total=len(identifiers), last="")
+        # CrossHair takes longest, so its contracts go first: none is left over at the end.
+        by_length = sorted(identifiers, key=lambda i: not i.startswith("contract-"))
+        running: list[Future[TheoremResult]] = [pool.submit(_confirm, root, i) for i in by_length]
+        for done in as_completed(running):
+            result = done.result()
+            found[result.id] = result
+            progress.update(task, advance=1, last=result.id)
+    return [found[identifier] for identifier in identifiers]
+
+
+def _confirm(root: Path, identifier: str) -> TheoremResult:
+    """One theorem, in a process of its own."""
+    started = time.monotonic()
+    try:
+        answer = _ask(root, identifier)
+        return msgspec.json.decode(answer.stdout, type=TheoremResult)
+    except subprocess.TimeoutExpired:
+        verdict = f"not confirmed: no answer in {MOST_SECONDS} seconds"
+    except msgspec.MsgspecError:
+        said = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
+        verdict = f"not confirmed: its process failed: {said[-1]}"
+    return TheoremResult(
+        id=identifier, verdict=verdict, seconds=round(time.monotonic() - started, 2)
+    )
+
+
+def _catalog(root: Path) -> Catalog:
+    answer = _ask(root)
+    try:
+        return msgspec.json.decode(answer.stdout, type=Catalog)
+    except msgspec.MsgspecError:
+        said = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
+        raise ProveError(
+            f"the theorems cannot be listed: {said[-1]}. Proofs need the packages of the extra "
+            "`prove` (z3-solver, crosshair-tool)."
+        ) from None
+
+
+def _ask(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "helix_spec.theorems", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=MOST_SECONDS,
+        env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+    )
+
+
+def _print(report: Report, console: Console) -> None:
+    table = Table(title="Theorems")
+    table.add_column("number", style="bold")
+    table.add_column("statement")
+    table.add_column("method")
+    table.add_column("verdict")
+    table.add_column("seconds", justify="right")
+    for result in report.theorems:
+        good = result.verdict == CONFIRMED and not _empty_proof(result)
+        table.add_row(
+            "\n".join(result.proves) or "-",
+            f"[dim]{escape(result.id)}[/dim]\n{escape(result.statement)}",
+            result.method,
+            f"[{'green' if good else 'red'}]{escape(result.verdict)}[/]",
+            f"{result.seconds:.2f}",
+        )
+    console.print(table)
+    console.print(_wrong_formulas(report.theorems))
+    for problem in report.problems:
+        console.print(f"[red]not proved[/red] {escape(problem)}", highlight=False)
+    confirmed = sum(result.verdict == CONFIRMED for result in report.theorems)
+    console.print(
+        f"{confirmed} of {len(report.theorems)} theorems confirmed in {report.seconds} s: "
+        f"[bold]{report.verdict}[/bold]",
+        highlight=False,
+    )
+
+
+def _wrong_formulas(results: Sequence[TheoremResult]) -> Table:
+    """Each wrong formula once, with the first theorem that refutes it and where."""
+    table = Table(title="Wrong formulas")
+    table.add_column("wrong formula")
+    table.add_column("refuted by")
+    table.add_column("at")
+    seen: set[str] = set()
+    for result in results:
+        for kill in result.kills:
+            if kill.refuted_by is None or kill.wrong in seen:
+                continue
+            seen.add(kill.wrong)
+            at = " ".join(f"{name}={value}" for name, value in kill.refuted_by.items())
+            table.add_row(escape(kill.wrong), result.id, escape(at))
+    return table

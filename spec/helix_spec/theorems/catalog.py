@@ -1,0 +1,70 @@
+"""All theorems, and the list of those that there must be."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.resources import files
+from types import ModuleType
+from typing import Final
+
+from helix_spec import placement
+from helix_spec.theorems import (
+    balance,
+    callers,
+    contracts,
+    engines,
+    euclid,
+    lengths,
+    merge,
+    mutations,
+    ownership,
+    pages,
+)
+from helix_spec.theorems.base import REGISTRY, Theorem, Wrong
+from helix_spec.theorems.contracts import contract_lines
+
+MODULES: Final = (euclid, ownership, lengths, balance, pages, merge, engines, contracts)
+"""In the order in which their theorems may use one another."""
+
+
+def manifest() -> list[str]:
+    """The ids of the theorems that must be confirmed, in the order in which they are shown."""
+    text = files("helix_spec.theorems").joinpath("manifest.txt").read_text()
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def theorems() -> dict[str, Theorem]:
+    """All theorems by id."""
+    assert MODULES  # importing them is what fills the registry
+    return REGISTRY
+
+
+def contracts_without_theorem() -> list[str]:
+    """Functions with a contract in their docstring that no theorem is about."""
+    stated = {one.contract_of for one in theorems().values()}
+    return [
+        name
+        for module in (placement, callers)
+        for name in _functions(module)
+        if contract_lines(getattr(module, name.rpartition(".")[2]), "post") and name not in stated
+    ]
+
+
+def closed_forms() -> list[str]:
+    """The public functions of `placement`, each of which some theorem must be about."""
+    return [name for name in _functions(placement) if not name.startswith("placement._")]
+
+
+def wrong_formulas() -> list[Wrong]:
+    """The wrong formulas that stand in for right ones, each of which some theorem must refute."""
+    modules = (mutations, merge, engines)
+    return [w for module in modules for w in vars(module).values() if isinstance(w, Wrong)]
+
+
+def _functions(module: ModuleType) -> list[str]:
+    below = module.__name__.removeprefix("helix_spec.")
+    return [
+        f"{below}.{name}"
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__
+    ]

@@ -1,0 +1,310 @@
+"""Contracts that CrossHair confirms: on the closed forms, and on callers of any placement.
+
+The contract of a function is in its docstring, as PEP 316 has it: `pre:` lines say for what
+arguments, `post:` lines what holds of the result `_`. CrossHair runs the function itself on
+symbolic integers, over all paths. Here each contract becomes a theorem, with a witness and wrong
+formulas like any other. Its verdict is read strictly: one line for each `post:`, all of them
+"Confirmed over all paths.", and nothing else; the exit status of CrossHair is 0 also for a
+contract that was never reached.
+
+Lengths of lists, layouts and whatever else is no integer are outside of what CrossHair decides
+here; the functions on layouts are proved by running them on symbolic integers (`symbolic`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import helix_spec
+from helix_spec.theorems import mutations as m
+from helix_spec.theorems.base import REGISTRY, Natural, Theorem, Wrong, assume
+
+SOLVER_BUDGET: Final = 40_000_000
+"""Z3 resource units for one question of CrossHair's; the contracts here need a tenth."""
+MOST_SECONDS: Final = 60
+"""CPU seconds for one contract. The resource budget ends first; this is for a hang."""
+
+CONFIRMED: Final = "Confirmed over all paths."
+
+
+def contract_lines(function: Callable[..., Any], kind: str) -> list[str]:
+    """The conditions of one kind (`pre` or `post`) in a docstring."""
+    return re.findall(rf"^\s*{kind}: (.+)$", inspect.getdoc(function) or "", re.MULTILINE)
+
+
+def contract(
+    name: str,
+    *,
+    proves: str,
+    statement: str,
+    witness: dict[str, int],
+    about: Sequence[str] = (),
+    kills: Sequence[Wrong] = (),
+) -> Theorem:
+    """The theorem that the contract of a function holds. `name` is below `helix_spec`."""
+    module_name, _, function_name = name.rpartition(".")
+    module = importlib.import_module(f"helix_spec.{module_name}")
+    function = getattr(module, function_name)
+    parameters = list(inspect.signature(function).parameters)
+
+    def claim(*arguments: int) -> bool:
+        known = dict(zip(parameters, arguments, strict=True))
+        for condition in contract_lines(function, "pre"):
+            assume(eval(condition, vars(module), known))
+        known["_"] = getattr(module, function_name)(*arguments)
+        return all(
+            eval(condition, vars(module), known) for condition in contract_lines(function, "post")
+        )
+
+    claim.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # read by inspect
+        [inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters]
+    )
+    claim.__annotations__ = dict.fromkeys(parameters, Natural)
+    made = Theorem(
+        f"contract-{function_name.replace('_', '-')}",
+        tuple(proves.split()),
+        statement,
+        claim,
+        witness,
+        about=tuple(about),
+        kills=tuple(kills),
+        contract_of=name,
+    )
+    REGISTRY[made.id] = made
+    return made
+
+
+def contract_problem(name: str) -> str | None:
+    """None when CrossHair confirms every postcondition of the function; else what it says."""
+    module_name, _, function_name = name.rpartition(".")
+    function = getattr(importlib.import_module(f"helix_spec.{module_name}"), function_name)
+    expected = len(contract_lines(function, "post"))
+    if expected == 0:
+        return f"{name} has no contract"
+    home = str(Path(helix_spec.__file__).parents[1])
+    command = [sys.executable, "-m", "crosshair", "check", "--report_all"]
+    command += ["--analysis_kind=PEP316", f"--per_condition_timeout={MOST_SECONDS}"]
+    command += [f"--per_path_timeout={MOST_SECONDS // 2}", f"helix_spec.{name}"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * MOST_SECONDS,
+        env=os.environ
+        | {
+            "PYTHONHASHSEED": "0",
+            "CROSSHAIR_SMT_RLIMIT": str(SOLVER_BUDGET),
+            "PYTHONPATH": os.pathsep.join([home, os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    return read_report(done.stdout, done.stderr, expected)
+
+
+def read_report(stdout: str, stderr: str, expected: int) -> str | None:
+    """None when a report of CrossHair confirms exactly so many postconditions."""
+    lines = [line for line in stdout.splitlines() if line.strip()]
+    messages = [re.sub(r"^\S+:\d+: (?:info|error|warning): ", "", line) for line in lines]
+    others = [message for message in messages if message != CONFIRMED]
+    if others:
+        return f"CrossHair: {others[0]}"
+    if len(messages) != expected:
+        said = stderr.strip().splitlines()
+        return f"CrossHair reached {len(messages)} of {expected} postconditions" + (
+            f": {said[-1]}" if said else ""
+        )
+    return None
+
+
+contract(
+    "placement.chunk_owner",
+    proves="OWN-2",
+    statement="chunk_owner gives a rank from 0 to C-1, the one that the chunk's number has mod C.",
+    witness={"position": 5, "c": 2, "i": 3},
+    about=["placement.chunk_owner"],
+    kills=[m.owner_without_wrapping, m.owner_by_token, m.owner_one_rank_on],
+)
+contract(
+    "placement.chunk_local_len",
+    proves="LEN-1",
+    statement="chunk_local_len is at most all tokens, and one more token makes it one larger on "
+    "its owner and on no other rank.",
+    witness={"length": 5, "rank": 1, "c": 2, "i": 3},
+    about=["placement.chunk_local_len"],
+    kills=[
+        m.no_clamp_from_above,
+        m.no_clamp_from_below,
+        m.at_most_where_below_is_meant,
+        m.equal_shares_rounded_up,
+        m.lengths_interleave_one,
+        m.length_in_32_bits.at(length=2**31, rank=0, c=1, i=1),
+    ],
+)
+contract(
+    "placement.chunk_position",
+    proves="GROW-1 POS-2",
+    statement="The position of a local index is on its rank, and its local index is that one.",
+    witness={"local_index": 4, "rank": 1, "c": 2, "i": 3},
+    about=["placement.chunk_position", "placement.joined"],
+    kills=[m.position_is_the_local_index, m.position_by_rounds_only],
+)
+contract(
+    "placement.contiguous_blocks_before",
+    proves="OWN-1 LEN-1",
+    statement="A contiguous split puts no block before rank 0 and all of them before rank C.",
+    witness={"blocks": 7, "rank": 2, "c": 4},
+    about=["placement.contiguous_blocks_before"],
+    kills=[m.no_rank_takes_one_more],
+)
+contract(
+    "placement.contiguous_start",
+    proves="OWN-1 LEN-1",
+    statement="First positions lie within the prompt and at block boundaries or its end; that "
+    "past the last rank is the end.",
+    witness={"length": 13, "rank": 1, "c": 4, "t": 2},
+    about=["placement.contiguous_start"],
+    kills=[m.padding_stripped_from_the_last_rank],
+)
+contract(
+    "placement.contiguous_owner",
+    proves="OWN-1",
+    statement="The owner of a prompt position is a rank whose part of the split holds it.",
+    witness={"position": 5, "length": 13, "c": 4, "t": 2},
+    about=["placement.contiguous_owner"],
+    kills=[m.contiguous_owner_by_equal_shares, m.larger_shares_last],
+)
+contract(
+    "placement.joined",
+    proves="",
+    statement="Joining a high part and a digit is undone by dividing by the base.",
+    witness={"high": 2, "low": 1, "base": 3},
+    about=["placement.joined"],
+)
+contract(
+    "placement.ceil_div",
+    proves="PAGE-1",
+    statement="ceil_div is the least number of parts of b that hold a.",
+    witness={"a": 7, "b": 3},
+    about=["placement.ceil_div"],
+    kills=[m.negated_division_truncated, m.rounded_up_always],
+)
+contract(
+    "placement.page_and_offset",
+    proves="GROW-1 PAGE-1",
+    statement="Page and offset are the two digits of a local index in base T.",
+    witness={"index": 7, "tokens_per_block": 3},
+    about=["placement.page_and_offset"],
+    kills=[m.pages_of_all_ranks, m.offset_without_wrapping],
+)
+
+
+def _asked_again(position: int, c: int, one: int, other: int) -> int:
+    """Each rank asks for itself, one of them a token later."""
+    from helix_spec.theorems.callers import any_owner
+
+    return (any_owner(position, c) == one) + (any_owner(position + 1, c) == other)
+
+
+def _tensor_parallel_fastest(position: int, c: int, tp_rank: int) -> int:
+    from helix_spec.theorems.callers import any_owner
+
+    return any_owner(position, c) * 2 + tp_rank
+
+
+def _not_wrapped(position: int, c: int, shift: int) -> int:
+    from helix_spec.theorems.callers import any_owner
+
+    return any_owner(position, c) + shift
+
+
+contract(
+    "theorems.callers.any_owner",
+    proves="OWN-2",
+    statement="There is a rule whose result is a rank: the contract that callers rely on is met.",
+    witness={"position": 5, "c": 3},
+    about=["theorems.callers.any_owner"],
+)
+contract(
+    "theorems.callers.any_page_and_offset",
+    proves="GROW-1",
+    statement="There is a split of local indices that can be joined again.",
+    witness={"index": 5, "t": 3},
+    about=["theorems.callers.any_page_and_offset"],
+)
+contract(
+    "theorems.callers.any_length",
+    proves="LEN-1",
+    statement="There is a local length that is at most the number of tokens.",
+    witness={"tokens": 5},
+    about=["theorems.callers.any_length"],
+)
+contract(
+    "theorems.callers.one_active_rank",
+    proves="OWN-2 OWN-3",
+    statement="With any rule whose result is a rank, asked once for a token, no two ranks are "
+    "active.",
+    witness={"position": 5, "c": 3, "one": 0, "other": 2},
+    kills=[
+        Wrong(
+            "each rank asks by its own counter",
+            _asked_again,
+            "theorems.callers.one_active_rank",
+            "TensorRT-LLM #17866 review",
+        )
+    ],
+)
+contract(
+    "theorems.callers.global_rank",
+    proves="MAP-1",
+    statement="With any such rule, tp_rank * C + owner is a global rank in the owner's tensor "
+    "parallel group.",
+    witness={"position": 5, "c": 3, "tp_rank": 2},
+    about=["theorems.callers.any_owner"],
+    kills=[
+        Wrong(
+            "tensor parallel rank varies fastest",
+            _tensor_parallel_fastest,
+            "theorems.callers.global_rank",
+            "TensorRT-LLM #10350",
+        )
+    ],
+)
+contract(
+    "theorems.callers.shifted_owner",
+    proves="OWN-2",
+    statement="With any such rule, a start shift gives a rank again.",
+    witness={"position": 5, "c": 3, "shift": 2},
+    about=["theorems.callers.shifted_owner"],
+    kills=[Wrong("shift without mod C", _not_wrapped, "theorems.callers.shifted_owner")],
+)
+contract(
+    "theorems.callers.slots_apart",
+    proves="GROW-1 PAGE-2",
+    statement="With any split of local indices into page and offset that can be joined again, "
+    "two indices have two places.",
+    witness={"one": 3, "other": 5, "t": 2},
+    kills=[
+        Wrong(
+            "offset alone",
+            lambda index, t: (0, index % t),
+            "theorems.callers.any_page_and_offset",
+        )
+    ],
+)
+contract(
+    "theorems.callers.pages_enough",
+    proves="PAGE-1",
+    statement="With any local lengths, ceil(length / T) pages hold them with less than one page "
+    "to spare.",
+    witness={"tokens": 5, "t": 2},
+    about=["theorems.callers.pages_enough"],
+    kills=[m.negated_division_truncated, m.rounded_up_always],
+)
