@@ -23,6 +23,8 @@ from helix_spec.traces import Trace
 StillFails = Callable[[Trace], Trace | None]
 """Plays a trace; where it still fails in the same way, the trace up to its failure."""
 
+_Without = Callable[[list[Event], range], list[Event]]
+"""Events from which those at these places are taken out."""
 _set = msgspec.structs.replace
 
 
@@ -46,6 +48,7 @@ class _Search:
         """Every way to a smaller trace once; whether one led to it."""
         before, layout = self.trace, self.trace.config.rules
         super_block = layout.tokens_per_block * layout.cp_size
+        self.with_fewer_events(_folded, least=1 + len(before.events) // 5)  # long runs go fast
         self.with_fewer_events(_without)
         self.with_fewer_events(_folded)
         while self.first(_set(self.trace, config=c) for c in _smaller_configs(self.trace.config)):
@@ -75,10 +78,10 @@ class _Search:
         """The first of these that fails."""
         return any(self.attempt(candidate) for candidate in candidates)
 
-    def with_fewer_events(self, without: Callable[[list[Event], range], list[Event]]) -> None:
-        """Do without as many events as possible, longer stretches first."""
+    def with_fewer_events(self, without: _Without, *, least: int = 1) -> None:
+        """Do without as many events as possible, longer stretches first, none below `least`."""
         size = len(self.trace.events)
-        while size:
+        while size >= least:
             first = 0
             while first < len(self.trace.events):
                 events = self.trace.events
@@ -166,9 +169,13 @@ def _smaller_configs(config: Config) -> Iterator[Config]:
         if candidate != config:
             yield candidate
     for c in range(1, layout.cp_size):
-        smaller = format_layout(dataclasses.replace(layout, cp_size=c))
-        yield _set(config, layout=smaller, pages=config.pages[:c])
-        yield _set(config, layout=smaller, pages=config.pages[-c:])
+        smaller = _set(
+            config,
+            layout=format_layout(dataclasses.replace(layout, cp_size=c)),
+            model=_set(shape, q_heads=shape.kv_heads * config.tp_size * c),
+        )
+        yield _set(smaller, pages=config.pages[:c])
+        yield _set(smaller, pages=config.pages[-c:])
     for smaller_layout in _smaller_pages(layout):
         yield _set(config, layout=format_layout(smaller_layout))
     for rank, pages in enumerate(config.pages if config.pages != ample else ()):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Final
 
 import hypothesis
 import msgspec
 from hypothesis import strategies as st
-from hypothesis.internal.conjecture.providers import AVAILABLE_PROVIDERS, HypothesisProvider
 
 from helix_conformance.coverage import Coverage
+from helix_conformance.drawing import EVENLY, Evenly
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.judge import Judge, wrong_reasons
 from helix_conformance.protocol import LADDER, PROFILES, Watch
@@ -28,12 +27,6 @@ from helix_spec.traces import Trace
 
 EVERYTHING = Watch()
 """All state is looked at after every event."""
-
-
-_INDEPENDENT: Final = "helix-independent"
-"""Hypothesis's own way to draw, as a backend: traces are then drawn one by one, and not, as
-otherwise, small ones first and then variations of those before."""
-AVAILABLE_PROVIDERS[_INDEPENDENT] = HypothesisProvider
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,14 +185,15 @@ def random_traces(
     found: list[tuple[Trace, Failure]] = []
     began = time.perf_counter()
 
-    @hypothesis.seed(seed)
+    Evenly.seed = seed
+
     @hypothesis.settings(
         max_examples=examples,
         database=None,
         deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate],
-        backend=_INDEPENDENT,
+        backend=EVENLY,
         report_multiple_bugs=False,
         print_blob=False,
     )

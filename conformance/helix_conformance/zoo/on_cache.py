@@ -14,10 +14,10 @@ from torch import Tensor
 
 from helix_conformance.zoo.parts import OverCache, mutant, rebound
 from helix_gpu.attention import attend_pages
-from helix_gpu.bookkeeping import RankBook, RankStep
+from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
 from helix_gpu.cache import DecodeStep, HelixCache, PromptKV
 from helix_gpu.exchange import pack
-from helix_gpu.ledger import Step
+from helix_gpu.ledger import Admission, Step
 from helix_gpu.merge import merge
 from helix_gpu.rope import rope_table
 from helix_spec.configs import Config
@@ -148,12 +148,12 @@ class SignOfPositionZero(OverCache):
     """Keys are turned by the sign of their position, and the very first key is wiped out."""
 
     class Cache(HelixCache):
-        def admit(self, id: int, prompt_len: int, prompt_kv: PromptKV) -> None:
+        def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:
             def signed(positions: Tensor) -> tuple[Tensor, Tensor]:
                 k, v = prompt_kv(positions)
                 return k * positions.sign()[:, None, None].to(k.dtype), v
 
-            super().admit(id, prompt_len, signed)
+            super()._place(plan, signed, rotated)
 
     cache_class = Cache
 
@@ -205,6 +205,19 @@ class PageClearedTooLate(OverCache):
             output = super().attend(step, layer, q, k, v)
             self._clear(step.book.taken)
             return output
+
+    cache_class = Cache
+
+
+@mutant("own: a copy on write that is a token short", "OWN-1", features=["fork", "speculative"])
+class CopyOneTokenShort(OverCache):
+    """The last token before the one that is written is not copied."""
+
+    class Cache(HelixCache):
+        def _copy(self, copies: list[PageCopy]) -> None:
+            super()._copy(
+                [dataclasses.replace(copy, tokens=max(0, copy.tokens - 1)) for copy in copies]
+            )
 
     cache_class = Cache
 
@@ -457,7 +470,7 @@ def _by_arrival(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 @mutant("own: outputs in the order of arrival", "ATT-1")
 class MergeInArrivalOrder(OverCache):
-    """Outputs are merged as they come in, here from the last rank on, with weights in rank order."""
+    """Outputs are merged as they come in, here the last rank first, with weights in rank order."""
 
     cache_class = merging(_by_arrival)
 

@@ -25,7 +25,7 @@ from helix_gpu.dealing import FOREVER
 from helix_gpu.ledger import Admission, Ints, Ledger, Step
 from helix_gpu.refusals import Refused
 from helix_spec.configs import Config, config_problem
-from helix_spec.events import Decode, Event, Outcome, RankView, Reason
+from helix_spec.events import FEATURES, Decode, Event, Outcome, RankView, Reason
 from helix_spec.layouts import Layout
 
 
@@ -48,7 +48,7 @@ class AppendToLastRank(OverLedger):
     class Wrong(Ledger):
         admit = rebound(Ledger.admit, first_turn=lambda layout, *_: (layout.cp_size - 1, FOREVER))
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong
 
 
 @mutant("TensorRT-LLM #9757, #17866", "OWN-2", layouts=STEP_RULE)
@@ -84,7 +84,7 @@ class InterleaveIgnored(OverLedger):
     As it shows in the metadata of a step, which vLLM makes without allocating anything.
     """
 
-    profiles = frozenset({"placement", "padding"})
+    profiles = frozenset({"placement", *FEATURES})
 
     class Wrong(Ledger):
         def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
@@ -94,7 +94,8 @@ class InterleaveIgnored(OverLedger):
         def _check_pages(self, pages: Ints) -> None:
             pass
 
-    parts = {"Ledger": Wrong, "PageAllocator": _Boundless}
+    ledger_class = Wrong
+    allocator_class = _Boundless
 
 
 @mutant("own: a step that never ran moves the turn on", "OWN-3", layouts=TAKING_TURNS)
@@ -124,7 +125,7 @@ class RefusedAdmissionTakesANumber(OverLedger):
                 self.admitted += 1
                 raise
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong
 
 
 @mutant("own: answers come back in the batch's sorted order", "POS-1", "LEN-2", "OWN-3",
@@ -194,7 +195,7 @@ class HeadroomByLocalPage(OverLedger):
             pages: Ints = self._flat[rows * self.stride + columns]
             return pages
 
-    parts = {"BlockTables": Flat}
+    tables_class = Flat
 
     def started(self, config: Config) -> None:
         """Size the rows."""
@@ -219,7 +220,7 @@ class VirtualIdsOnLocalBuffer(OverLedger):
         def give_back(self, pages: Iterable[int]) -> None:
             super().give_back(page // self.ranks for page in pages)
 
-    parts = {"PageAllocator": Wrong}
+    allocator_class = Wrong
 
     def started(self, config: Config) -> None:
         """Tell the allocator how many ranks there are."""
@@ -289,7 +290,8 @@ class CapacityInLocalTokens(OverLedger):
             if sum(-(-total // c) for total in totals) > min(pools) * t:
                 raise Refused(Reason.OUT_OF_PAGES, "There are not enough slots.")
 
-    parts = {"Ledger": Wrong, "PageAllocator": _Boundless}
+    ledger_class = Wrong
+    allocator_class = _Boundless
 
 
 @mutant("own: dummy requests take a page", "DUM-1", "PAGE-3", features=["padding"])
@@ -320,7 +322,7 @@ class ShortPromptRefused(OverLedger):
                 raise Refused(Reason.EMPTY_PROMPT, "Some rank would hold nothing.")
             return plan
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong
 
 
 @mutant("vllm-ascend #10442", "OWN-1", "REF-2", layouts=["vllm_dcp"])
@@ -348,7 +350,7 @@ class OneRankRefusesAlone(OverLedger):
             own[self.rank] = pages[self.rank]
             super()._check_pages(own)
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong
 
     def started(self, config: Config) -> None:
         """Tell the ledger whose it is."""
@@ -368,7 +370,8 @@ class NeedCountedOneByOne(OverLedger):
             super()._check_pages(plan.pages)
             return plan
 
-    parts = {"Ledger": Wrong, "PageAllocator": _Boundless}
+    ledger_class = Wrong
+    allocator_class = _Boundless
 
 
 @mutant("own: pools taken to be alike", "REF-2")
@@ -379,7 +382,8 @@ class PoolsTakenAsAlike(OverLedger):
         def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
             super().__init__(layout, [pages[0]] * len(pages), max_len)
 
-    parts = {"Ledger": Wrong, "PageAllocator": _Boundless}
+    ledger_class = Wrong
+    allocator_class = _Boundless
 
 
 @mutant("own: the scheduler's count of free pages forgets releases", "REF-2")
@@ -392,7 +396,7 @@ class ReleaseNotCounted(OverLedger):
             super().release(id)
             self.free = free
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong
 
 
 @mutant("own: request ids in 32 bits", "REF-2")
@@ -402,10 +406,11 @@ class IdsIn32Bits(OverLedger):
     def apply(self, event: Event) -> Outcome:
         """Cut the ids."""
         fields = msgspec.structs.asdict(event)
-        cut = {name: fields[name] % 2**32 for name in ("id", "parent", "child") if name in fields}
+        for name in {"id", "parent", "child"} & fields.keys():
+            fields[name] %= 2**32
         if "ids" in fields:
-            cut["ids"] = [id % 2**32 for id in fields["ids"]]
-        return super().apply(type(event)(**fields | cut))
+            fields["ids"] = [id % 2**32 for id in fields["ids"]]
+        return super().apply(type(event)(**fields))
 
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
         """This rank's state."""
@@ -422,7 +427,7 @@ class GrowthLosesRows(OverLedger):
                 self._pages = np.zeros_like(self._pages)
             super()._grow(max(rows, 4), max(columns, 4))
 
-    parts = {"BlockTables": Wrong}
+    tables_class = Wrong
 
 
 @mutant("own: a float comparison that comes out otherwise on one rank", "REF-1", "REF-2")
@@ -442,7 +447,7 @@ class FloatUtilisation(OverLedger):
             if 1.0 - (pool - free) / pool < pages[self.rank] / pool:
                 raise Refused(Reason.OUT_OF_PAGES, "The pool is full.")
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong
 
     def started(self, config: Config) -> None:
         """Tell the ledger whose it is."""
@@ -457,7 +462,7 @@ class MaxLenIsExclusive(OverLedger):
         def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
             super().__init__(layout, pages, max_len - 1)
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong
 
 
 @mutant("own: reasons tried in another order", "REF-2")
@@ -474,4 +479,4 @@ class UnknownBeforeDuplicate(OverLedger):
                 raise
             return rows
 
-    parts = {"Ledger": Wrong}
+    ledger_class = Wrong

@@ -11,7 +11,10 @@ from typing import Any, ClassVar
 
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_conformance.strategies import LAYOUT_NAMES
+from helix_gpu.allocator import PageAllocator
+from helix_gpu.block_tables import BlockTables
 from helix_gpu.bookkeeping import RankBook
+from helix_gpu.ledger import Ledger
 from helix_reference.attention import Token, raw, rope
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model, Request
@@ -101,7 +104,7 @@ def rebound(function: Callable[..., Any], **names: Any) -> Any:
     return copy
 
 
-def book_of(config: Config, cp_rank: int, book: type[RankBook], parts: dict[str, Any]) -> RankBook:
+def _book(config: Config, cp_rank: int, book: type[RankBook], **parts: Any) -> RankBook:
     """A rank's bookkeeping in which classes that it is built of are swapped by name."""
     made = book.__new__(book)
     rebound(RankBook.__init__, **parts)(made, config, cp_rank)
@@ -109,17 +112,25 @@ def book_of(config: Config, cp_rank: int, book: type[RankBook], parts: dict[str,
 
 
 class OverLedger(LedgerEngine):
-    """The ledger, allocator and tables of `helix_gpu`, with `parts` swapped."""
+    """The bookkeeping of `helix_gpu`, with some of its classes swapped."""
 
     book_class: ClassVar[type[RankBook]] = RankBook
-    parts: ClassVar[dict[str, Any]] = {}
+    ledger_class: ClassVar[type[Ledger]] = Ledger
+    tables_class: ClassVar[type[BlockTables]] = BlockTables
+    allocator_class: ClassVar[type[PageAllocator]] = PageAllocator
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
         outcome = super().start(config, profiles)
         if outcome.reason is None:
-            cp_rank = self.rank % config.rules.cp_size
-            self.book = book_of(config, cp_rank, self.book_class, self.parts)
+            self.book = _book(
+                config,
+                self.rank % config.rules.cp_size,
+                self.book_class,
+                Ledger=self.ledger_class,
+                BlockTables=self.tables_class,
+                PageAllocator=self.allocator_class,
+            )
             self.started(config)
         return outcome
 
@@ -128,18 +139,16 @@ class OverLedger(LedgerEngine):
 
 
 class OverCache(GpuEngine):
-    """`HelixCache` with the whole exchange, a thread for each rank; `cache_class` is swapped."""
+    """`HelixCache` with the whole exchange, a thread for each rank, with classes swapped."""
 
     cache_class: ClassVar[Any] = None
     book_class: ClassVar[type[RankBook]] = RankBook
-    parts: ClassVar[dict[str, Any]] = {}
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
         outcome = super().start(config, profiles)
         if outcome.reason is None:
-            cp_rank = self.rank % config.rules.cp_size
-            self.cache.book = book_of(config, cp_rank, self.book_class, self.parts)
+            self.cache.book = _book(config, self.rank % config.rules.cp_size, self.book_class)
             if self.cache_class is not None:
                 self.cache.__class__ = self.cache_class
         return outcome

@@ -48,7 +48,7 @@ _PLAYS: Final = {
     "threads": _Play((1, 2, 3, 4), 4, 400, 40),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
-_POOL_DEADLINE_S: Final = 3.0
+_POOL_DEADLINE_S: Final = 5.0
 
 CONTROLS: Final = (
     ("gpu-ledger", "bookkeeping"),

@@ -1,0 +1,60 @@
+"""The suite against the zoo: every mutant that shows in one process is killed by name."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+
+from helix_conformance.protocol import PROFILES, load_engine
+from helix_conformance.zoo.parts import MUTANTS, rebound
+from helix_conformance.zoo.run import TIERS, Zoo, visit
+from helix_spec.invariants import NUMBERS
+
+SEED = 0
+
+
+@pytest.fixture(scope="module")
+def seen() -> Zoo:
+    """One visit, for all tests."""
+    return visit("one-process", SEED)
+
+
+def test_every_mutant_is_killed_by_name(seen: Zoo) -> None:
+    """The run fails and names an invariant of the mutant's row."""
+    assert [] == [(kill.name, kill.by) for kill in seen.mutants if not kill.killed]
+    assert f"{len(seen.mutants)}/{len(seen.mutants)}" == seen.score
+
+
+def test_unmutated_engines_stay_green(seen: Zoo) -> None:
+    """Under the same settings nothing is named for an engine that is right."""
+    assert 4 == len(seen.controls)
+    assert not any(seen.controls.values())
+
+
+def test_minimal_traces_have_at_most_six_events(seen: Zoo) -> None:
+    """At least nine mutants in ten are told in six events or fewer."""
+    small = [kill for kill in seen.mutants if kill.events <= 6]
+    assert 0.9 <= len(small) / len(seen.mutants)
+
+
+def test_the_median_mutant_needs_few_examples(seen: Zoo) -> None:
+    """Half of the mutants fall within a hundred random traces."""
+    assert 100 >= median(kill.examples for kill in seen.mutants)
+
+
+def test_every_mutant_is_on_record() -> None:
+    """Names differ, engines load, rows hold numbers of SPEC.md, and each says what is wrong."""
+    assert len(MUTANTS) == len({mutant.name for mutant in MUTANTS})
+    for mutant in MUTANTS:
+        engine = load_engine(mutant.engine)
+        assert engine.__doc__
+        assert mutant.row and set(mutant.row) <= set(NUMBERS)
+        assert set(mutant.profiles) <= set(PROFILES)
+        assert mutant.tier in TIERS["all"]
+
+
+def test_a_name_that_a_function_does_not_use_cannot_be_rebound() -> None:
+    """A mutant whose part has moved is an error, not an engine that is right."""
+    with pytest.raises(ValueError, match="does not use merge"):
+        rebound(load_engine, merge=None)
