@@ -151,13 +151,15 @@ def exact_attention(
     lse = (top + np.log(total))[:, 0]
     output = (p[:, None, :] @ v)[:, 0]
 
-    rotation = np.abs(q)[:, None, :] * dk + q_doubt[:, None, :] * np.abs(k)
     largest = np.abs(scores).max(-1, keepdims=True)
-    score_error = U32 * (
-        scale * np.sqrt(dim) * _norm(products) + 2 * np.abs(scores) + largest
-    ) + scale * _norm(rotation)
-    squares = ((p * _norm(v - output[:, None, :]) * score_error) ** 2).sum(-1)
+    rounding = np.sqrt(dim) * scale * _norm(products) + np.sqrt(dim / 3) * np.abs(scores)
+    score_error = U32 * (rounding + 2 * np.abs(scores) + largest)
+    score_error += scale * _in_doubt(np.abs(q)[:, None, :] * dk, model.dtype)
+    apart = v - output[:, None, :]
+    squares = ((p * _norm(apart) * score_error) ** 2).sum(-1)
     squares += ((p * _norm(v) * U32) ** 2).sum(-1)
+    moved = (p[..., None] * scale * k).transpose(0, 2, 1) @ apart
+    squares += _in_doubt(q_doubt * _norm(moved), model.dtype) ** 2
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
     for rank in np.unique(ranks):
         mine = ranks == rank
@@ -185,6 +187,11 @@ def encode_array(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return {"dtype": x.dtype.str, "shape": list(x.shape), "data": x.tobytes()}
     raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
+
+
+def _in_doubt(effects: Array, dtype: DType) -> Array:
+    """What doubts about the entries of a vector do together: see the reference's `_in_doubt`."""
+    return _norm(effects) if dtype == "float32" else effects.sum(-1)
 
 
 def _norm(x: Array) -> Array:

@@ -155,20 +155,25 @@ def error_bound(
 
     def score_error(k: Rotated, score: float) -> float:
         products = _norm([a * b for a, b in zip(q.stored, k.stored, strict=True)])
-        rotation = _norm(
-            [
-                abs(a) * db + da * abs(b)
-                for a, da, b, db in zip(q.stored, q.doubt, k.stored, k.doubt, strict=True)
-            ]
-        )
-        float32 = U32 * (scale * math.sqrt(dim) * products + 2 * abs(score) + largest)
-        return float32 + scale * rotation
+        rounding = math.sqrt(dim) * scale * products + math.sqrt(dim / 3) * abs(score)
+        rotation = [abs(a) * db for a, db in zip(q.stored, k.doubt, strict=True)]
+        float32 = U32 * (rounding + 2 * abs(score) + largest)
+        return float32 + scale * _in_doubt(rotation, model.dtype)
 
     squares = []
-    for k, v, weight, score in zip(keys, values, p, scores, strict=True):
-        off = _norm([a - b for a, b in zip(v, whole.output, strict=True)])
-        squares.append((weight * off * score_error(k, score)) ** 2)
+    apart = [[a - b for a, b in zip(v, whole.output, strict=True)] for v in values]
+    for k, v, off, weight, score in zip(keys, values, apart, p, scores, strict=True):
+        squares.append((weight * _norm(off) * score_error(k, score)) ** 2)
         squares.append((weight * _norm(v) * U32) ** 2)
+    # A doubt about an entry of q moves all scores at once, so it is followed to the output.
+    turned = []
+    for d in range(dim):
+        pull = [weight * scale * k.stored[d] for weight, k in zip(p, keys, strict=True)]
+        movement = [
+            math.fsum(x * off[e] for x, off in zip(pull, apart, strict=True)) for e in range(dim)
+        ]
+        turned.append(q.doubt[d] * _norm(movement))
+    squares.append(_in_doubt(turned, model.dtype) ** 2)
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
     for rank in sorted(set(ranks)):
         mine = [j for j, holder in enumerate(ranks) if holder == rank]
@@ -181,6 +186,15 @@ def error_bound(
     mass = [math.fsum(w * abs(v[d]) for w, v in zip(p, values, strict=True)) for d in range(dim)]
     squares.append((U32 * (math.sqrt(len(keys)) + 2) * _norm(mass)) ** 2)
     return whole.output, math.sqrt(math.fsum(squares))
+
+
+def _in_doubt(effects: Sequence[float], dtype: DType) -> float:
+    """What doubts about the entries of one vector do together.
+
+    In float32 every entry is in doubt, each by little; in a 16-bit type hardly any is, by a
+    whole unit in the last place.
+    """
+    return _norm(effects) if dtype == "float32" else math.fsum(effects)
 
 
 def _norm(x: Sequence[float]) -> float:

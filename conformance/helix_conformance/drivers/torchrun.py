@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 
 from helix_conformance.drivers.base import EngineFailure, Played
 from helix_conformance.drivers.process import START_LIMIT_S, EngineProcess, collect
-from helix_conformance.drivers.stores import joined_store
+from helix_conformance.drivers.stores import joined_store, read, write
 from helix_conformance.drivers.wire import (
     Done,
     Failed,
@@ -29,7 +28,7 @@ from helix_spec.events import Event
 
 IDLE_LIMIT_S = 3600.0
 """How long a supervisor waits for the next trace: rank 0 may be thinking."""
-STOP = "stop"
+STOP = b"stop"
 
 
 def launched() -> bool:
@@ -65,7 +64,7 @@ class Supervisor:
         self._publish("start", self._started())
         while True:
             frame = self._read(f"trace-{self.played}", IDLE_LIMIT_S)
-            if frame == STOP.encode():
+            if frame == STOP:
                 self.child.kill()
                 return
             self._publish(f"answer-{self.played}", self._play(unpack_to_engine(frame)))
@@ -84,11 +83,10 @@ class Supervisor:
         return _result(self.child, self.deadline_s)
 
     def _publish(self, key: str, message: Ready | Done | Failed) -> None:
-        self.store.set(f"{key}-{self.rank}", pack(message))
+        write(self.store, f"{key}-{self.rank}", pack(message))
 
     def _read(self, key: str, limit_s: float) -> bytes:
-        self.store.wait([key], timedelta(seconds=limit_s))
-        return bytes(self.store.get(key))
+        return read(self.store, key, limit_s)
 
 
 class TorchrunDriver(Supervisor):
@@ -116,7 +114,7 @@ class TorchrunDriver(Supervisor):
     ) -> Iterator[Played]:
         """See `Driver.play`: the trace goes out whole, and one answer of each rank comes back."""
         play = Play(config, sorted(profiles), list(events), watch)
-        self.store.set(f"trace-{self.played}", pack(play))
+        write(self.store, f"trace-{self.played}", pack(play))
         key = f"answer-{self.played}"
         self.played += 1
         self._publish(key, self._play(play))
@@ -127,7 +125,7 @@ class TorchrunDriver(Supervisor):
 
     def close(self) -> None:
         """Let the other supervisors go, and end the engine."""
-        self.store.set(f"trace-{self.played}", STOP)
+        write(self.store, f"trace-{self.played}", STOP)
         self.child.kill()
 
     def _gather(self, key: str, ranks: Iterable[int], limit_s: float) -> list[Ready | Done]:
