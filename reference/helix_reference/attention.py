@@ -179,9 +179,9 @@ def error_bound(
         mine = [j for j, holder in enumerate(ranks) if holder == rank]
         part = attend(q.stored, [keys[j].stored for j in mine], [values[j] for j in mine], dim)
         weight = math.exp(part.lse - whole.lse)
-        off = _norm([a - b for a, b in zip(part.output, whole.output, strict=True)])
+        distance = _norm([a - b for a, b in zip(part.output, whole.output, strict=True)])
         squares.append((weight * _norm(part.output) * u_wire) ** 2)
-        squares.append((weight * (abs(part.lse) + 1) * 2 * U32 * off) ** 2)
+        squares.append((weight * (abs(part.lse) + 1) * 2 * U32 * distance) ** 2)
     squares.append((u_out * _norm(whole.output)) ** 2)
     mass = [math.fsum(w * abs(v[d]) for w, v in zip(p, values, strict=True)) for d in range(dim)]
     squares.append((U32 * (math.sqrt(len(keys)) + 2) * _norm(mass)) ** 2)
