@@ -11,6 +11,11 @@ from helix_gpu.kernels.common import power_of_2
 
 MAX_SPLITS: Final = 128
 """Joining more splits than this costs more than the idle multiprocessors did."""
+LEAST_KEYS: Final = 128
+"""One block: no split is meant to have fewer keys."""
+START_KEYS: Final = 320
+"""Keys that a program could have read in the time it takes to start and to end. Fitted to table 3
+of benchmarks/results/h200.txt: what a turn more costs there is the time of 2 to 3.3 blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,31 +40,40 @@ class DecodeSettings:
 def decode_settings(head_dim: int, dtype: torch.dtype) -> DecodeSettings:
     """Settings of `decode` for queries of `dtype`; K and V may be narrower.
 
-    Chosen by occupancy on sm_90 (three programs a multiprocessor at 128 dimensions, 64 KiB each
-    in flight, where 30 KiB cover the latency), not yet by timing: see benchmarks/README.md.
+    Chosen by table 3 of benchmarks/results/h200.txt, for 128 dimensions: within 0.4 percent of the
+    best of pages of 16, 64 and 128 each, with the splits that `splits_for` gives. It is one program
+    a multiprocessor, with 128 KiB of K and V on their way; more dimensions keep to those bytes.
     """
     if dtype == torch.float32:
         # No matrix unit multiplies float32 exactly: small blocks keep operands in registers.
         return DecodeSettings(block=16, warps=4, stages=2)
-    return DecodeSettings(block=32 if head_dim > 128 else 64, warps=4, stages=3)
+    return DecodeSettings(block=64 if head_dim > 128 else 128, warps=8, stages=3)
 
 
 def latent_settings(dtype: torch.dtype) -> DecodeSettings:
     """Settings of `decode_latent` for queries of `dtype`.
 
-    A program keeps [heads, 512] sums in registers, which bounds `heads`: 64 spill under Triton
-    3.9, though not under 3.6.
+    Chosen by the MLA table of benchmarks/results/h200.txt. A program keeps [heads, 512] sums in
+    registers, which bounds `heads`: 64, by far the fastest there, fit under the Triton 3.6 that was
+    measured, and spill some under 3.9.
     """
     if dtype == torch.float32:
         return DecodeSettings(block=16, warps=8, stages=1, heads=16)
-    return DecodeSettings(block=64, warps=8, stages=2, heads=32)
+    return DecodeSettings(block=64, warps=8, stages=2, heads=64)
 
 
 def splits_for(rows: int, kv_heads: int, longest: int, *, multiprocessors: int = 132) -> int:
-    """Splits that fill the device once with `rows` requests of up to `longest` local keys.
+    """Splits that take least time for `rows` requests of up to `longest` local keys.
 
-    It belongs to a captured graph, so it depends on the bucket and never on the lengths: those
-    are divided on the device.
+    Programs run in turns of one a multiprocessor, and each takes the time of its keys and of
+    START_KEYS more. `kv_heads` are the programs of a row and split: for a latent cache, one for
+    every 64 heads. It belongs to a captured graph, so it depends on the bucket and never on the
+    lengths: those are divided on the device.
     """
-    programs = 3 * multiprocessors // max(1, rows * kv_heads)
-    return max(1, min(programs, MAX_SPLITS, -(-longest // 64)))
+    most = min(MAX_SPLITS, max(1, -(-longest // LEAST_KEYS)))
+
+    def time(splits: int) -> float:
+        turns = -(-rows * kv_heads * splits // multiprocessors)
+        return turns * (longest / splits + START_KEYS)
+
+    return min(range(1, most + 1), key=time)

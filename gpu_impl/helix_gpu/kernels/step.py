@@ -53,7 +53,8 @@ class StepBuffers:
     ) -> StepBuffers:
         """Buffers for steps of `rows` rows with up to `longest` keys on a rank.
 
-        `value_dim` is head_dim, or the latent's 512. `splits` is chosen here unless given.
+        `value_dim` is head_dim, or the latent's 512. `splits` is chosen by `splits_for` unless
+        given, for which `kv_heads` alone is needed.
         """
         splits = splits or splits_for(rows, kv_heads, longest)
         heads = q_heads // ranks
