@@ -56,4 +56,4 @@ class Evenly(PrimitiveProvider):
         raise NotImplementedError("There are no bytes in traces.")
 
 
-AVAILABLE_PROVIDERS[EVENLY] = Evenly
+AVAILABLE_PROVIDERS[EVENLY] = f"{Evenly.__module__}.{Evenly.__qualname__}"

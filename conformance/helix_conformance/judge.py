@@ -42,13 +42,17 @@ from helix_spec.events import (
 class Judge:
     """Holds the reference beside the engines of one trace.
 
-    `profiles` are those to be checked; features among them are what the engines support.
+    `profiles` are those to be checked. `declared` are all that the engine declares, these when
+    None: what it supports does not depend on what is checked.
     """
 
-    def __init__(self, config: Config, profiles: frozenset[str]) -> None:
+    def __init__(
+        self, config: Config, profiles: frozenset[str], declared: frozenset[str] | None = None
+    ) -> None:
+        declared = profiles if declared is None else declared
         self.config = config
         self.profiles = profiles
-        self.model = Model(config, profiles & set(FEATURES), allocates="pages" in profiles)
+        self.model = Model(config, declared & set(FEATURES), allocates="pages" in declared)
         self.layout = self.model.layout
         self.cp = self.layout.cp_size
         self.world = config.world_size

@@ -53,7 +53,7 @@ class EngineMachine(RuleBasedStateMachine):
         """All ranks start with one configuration."""
         features = [feature for feature in FEATURES if feature in self.profiles]
         config: Config = data.draw(configs(cp_sizes=(1, 2, 3, 4), features=features))
-        self.judge = Judge(config, self.profiles)
+        self.judge = Judge(config, self.profiles, self.engine.profiles)
         self.told: list[Event] = []
         self.waiting: deque[Event] = deque()
         driver = LocalDriver(self.engine)

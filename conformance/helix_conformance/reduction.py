@@ -231,7 +231,9 @@ def _simpler_events(event: Event) -> Iterator[Event]:
 def _fewer(count: int, least: int = 1) -> list[int]:
     """Smaller counts to try, the smallest first: as in a bisection, down to one less."""
     closer = {count - (count >> by) for by in range(1, 14)}
-    return sorted({least, count - 1, *closer} & set(range(least, min(count, 10**4))))
+    # Neighbours too: some faults show at every second or third count alone.
+    tried = {least, least + 1, least + 2, count - 2, count - 1, *closer}
+    return sorted(tried & set(range(least, min(count, 10**4))))
 
 
 def _with_same_room(candidate: Trace, trace: Trace) -> Trace | None:

@@ -90,7 +90,7 @@ def _judged(
 ) -> Failure | None:
     if config_problem(trace.config) is not None:
         return _check_bad_config(driver, trace.config, profiles, tally)
-    judge = Judge(trace.config, profiles)
+    judge = Judge(trace.config, profiles, driver.profiles)
     return _played(driver, judge, trace.events, watch, tally, coverage)
 
 
@@ -287,7 +287,7 @@ def workload(
     released: Callable[[], None] = lambda: None,
 ) -> Failure | None:
     """Play a workload through the scheduler; state is looked at every 100 events."""
-    judge = Judge(config, profiles)
+    judge = Judge(config, profiles, driver.profiles)
     watch = Watch(every=100, touched=False)
     # A driver that wants the whole trace first gets it from a model of its own.
     planner = (

@@ -281,7 +281,8 @@ def realise(model: Model, intent: Intent) -> list[Event]:
     free = [id for id in range(first, first + len(requests) + intent.times) if id not in requests]
     fresh = free[0]
     if intent.kind == "wrong":
-        return [_careless(intent, list(requests), fresh)]
+        preempted_first = sorted(requests, key=lambda id: not requests[id].preempted)
+        return [_careless(intent, [*preempted_first, fresh])]
     if intent.kind == "admit":
         return [Admit(id, intent.size) for id in free[: intent.times]]
     gone = [id for id, request in requests.items() if request.preempted]
@@ -289,7 +290,9 @@ def realise(model: Model, intent: Intent) -> list[Event]:
     if intent.kind == "resume" and gone:
         return [Resume(gone[intent.picks[0] % len(gone)])]
     if intent.kind == "accept":
-        fitting = [id for id in fitting if requests[id].open_group] or fitting
+        fitting = [id for id in fitting if requests[id].open_group]
+    if intent.kind == "sampled":
+        fitting = [id for id in fitting if requests[id].outstanding]
     if not fitting:
         return []
     picked = list(dict.fromkeys(fitting[pick % len(fitting)] for pick in intent.picks)) or fitting
@@ -301,7 +304,8 @@ def realise(model: Model, intent: Intent) -> list[Event]:
         case "skip":
             return [Skip(picked, lens)]
         case "accept":
-            return [Accept(id, min(intent.kept, requests[id].open_group or 1))]
+            waiting: list[Event] = [Sampled([id])] * requests[id].outstanding
+            return [*waiting, Accept(id, 1 + (intent.kept - 1) % requests[id].open_group)]
         case "fork":
             return [Fork(id, fresh)]
         case "preempt":
@@ -316,25 +320,24 @@ def realise(model: Model, intent: Intent) -> list[Event]:
 
 def _repeated(model: Model, decode: Decode, times: int) -> list[Event]:
     """A decode again and again; with overlap the scheduler samples as late as it may."""
-    events: list[Event] = [decode]
-    behind = {id: model.requests[id].outstanding + 1 for id in decode.ids}
-    for _ in range(times - 1):
-        late = [id for id in decode.ids if model.config.overlap and behind[id] == 2]
+    events = list[Event]()
+    behind = {id: model.requests[id].outstanding for id in decode.ids}
+    for _ in range(times):
+        late = [id for id in decode.ids if behind[id] == 2]
         if late:
             events.append(Sampled(late))
-        behind = {id: count - (id in late) + 1 for id, count in behind.items()}
         events.append(decode)
+        behind = {id: count - (id in late) + model.config.overlap for id, count in behind.items()}
     return events
 
 
-def _careless(intent: Intent, known: list[int], fresh: int) -> Event:
+def _careless(intent: Intent, anyone: list[int]) -> Event:
     """An event whose ids and counts were not looked at: most of them must be refused.
 
     The last of those it may name (pick -1) is not known.
     """
-    anyone = [*known, fresh]
     ids = [anyone[pick % len(anyone)] for pick in intent.picks]
-    first, last = (ids[0], ids[-1]) if ids else (fresh, fresh)
+    first, last = (ids[0], ids[-1]) if ids else (anyone[-1], anyone[-1])
     lens = [intent.query_lens[0]] * len(ids)
     if intent.uneven:
         lens.append(1)
@@ -360,12 +363,16 @@ def _careless(intent: Intent, known: list[int], fresh: int) -> Event:
 
 
 def realised(config: Config, features: Collection[str], wishes: Sequence[Intent]) -> Trace:
-    """The trace that these wishes make of a configuration."""
+    """The trace that these wishes make of a configuration.
+
+    What is refused once is not tried again at once.
+    """
     model, events = Model(config, features), list[Event]()
     for wish in wishes:
         for event in realise(model, wish):
             events.append(event)
-            model.apply(event)
+            if model.apply(event) is not None:
+                break
     return Trace(config=config, events=events)
 
 

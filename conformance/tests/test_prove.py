@@ -25,7 +25,7 @@ def run(json_path: Path, **settings: object) -> tuple[int, str]:
     """The exit status and what was shown."""
     shown = io.StringIO()
     console = Console(file=shown, width=200)
-    status = prove(json_path, console=console, **settings)  # type: ignore[arg-type]
+    status = prove(json_path, console=console, **settings)
     return status, shown.getvalue()
 
 

@@ -322,8 +322,9 @@ def _emptied(output: float, lse: float) -> Attend:
 
 def _weighted_sum(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """The merge without care for partials of weight 0."""
-    lse = lses.logsumexp(0)
-    return ((lses - lse).exp()[..., None] * outputs.float()).sum(0), lse
+    weights = (lses - lses.amax(0)).exp()
+    shares = (weights / weights.sum(0))[..., None]
+    return (shares * outputs.float()).sum(0), lses.logsumexp(0)
 
 
 @mutant("TensorRT-LLM #15383, vLLM #46076, SGLang 0.5.23", "ATT-3")

@@ -382,14 +382,14 @@ class ResumeKeepsTheStep(OverModel):
     class Wrong(Model):
         def __init__(self, config: Config) -> None:
             super().__init__(config)
-            self.decoded: dict[int, int] = {}
+            self.resumed: list[tuple[Request, int]] = []
 
         def _resume(self, request: Request) -> None:
-            self.decoded[id(request)] = request.steps
+            self.resumed.append((request, request.steps))
             super()._resume(request)
 
         def owners(self, request: Request, query_len: int) -> list[int]:
-            before = self.decoded.get(id(request), 0)
+            before = max((steps for it, steps in self.resumed if it is request), default=0)
             request.prompt_len -= before
             owners = super().owners(request, query_len)
             request.prompt_len += before

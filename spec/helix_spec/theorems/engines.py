@@ -20,7 +20,9 @@ from helix_spec import placement
 from helix_spec.layouts import Layout
 from helix_spec.theorems import engines as here
 from helix_spec.theorems import mutations as m
-from helix_spec.theorems.base import Natural, Size, Wrong, assume, theorem
+from helix_spec.theorems.base import Natural, Size, Wrong, assume, lemma, theorem
+from helix_spec.theorems.lengths import chunk_count_step
+from helix_spec.theorems.ownership import owner_in_range
 from helix_spec.theorems.shapes import DEALING, EVERY_PROMPT, Pair
 
 # The formulas.
@@ -269,17 +271,40 @@ def tensorrt_position_rule(prompt: Size, step: Natural, c: Size, t: Size) -> boo
 
 
 @theorem(
+    "tensorrt-length-formula",
+    proves="LEN-1",
+    witness={"length": 9, "rank": 1, "c": 2, "t": 4},
+    about=["theorems.engines.tensorrt_local_len", "placement.chunk_local_len"],
+)
+def tensorrt_length_formula(length: Natural, rank: Natural, c: Size, t: Size) -> bool:
+    """Its length of a rank, by super-blocks of T*C, is the share of dealing blocks in turn."""
+    assume(rank < c)
+    ours = placement.chunk_local_len(length, rank, c, t)
+    return here.tensorrt_local_len(length, rank, t, c) == ours
+
+
+@theorem(
     "tensorrt-lengths",
     proves="LEN-1 LEN-2",
     witness={"prompt": 5, "total": 9, "rank": 1, "c": 2, "t": 4},
     about=["theorems.engines.tensorrt_local_len"],
-    kills=[m.step_where_position_is_meant],
+    kills=[m.step_where_position_is_meant, LAGGING],
+    free=[
+        *DEALING,
+        "theorems.engines.tensorrt_local_len",
+        "theorems.engines.tensorrt_position_owner",
+    ],
 )
 def tensorrt_lengths(prompt: Size, total: Size, rank: Natural, c: Size, t: Size) -> bool:
     """Its length of a rank is the local length of pr17866; past_seen_token_num, that length with
     the step's token less one where active, is the length before the step.
     """
     assume(prompt <= total, rank < c)
+    lemma(tensorrt_length_formula, total, rank, c, t)
+    lemma(tensorrt_length_formula, total + 1, rank, c, t)
+    lemma(tensorrt_position_rule, prompt, total - prompt, c, t)
+    lemma(owner_in_range, total, c, t)
+    lemma(chunk_count_step, total, rank, c, t)
     before = placement.local_len(_pr17866(c, t), prompt, total - prompt, rank)
     active = here.tensorrt_position_owner(prompt, total - prompt, t, c) == rank
     in_flight = here.tensorrt_local_len(total + 1, rank, t, c)

@@ -93,6 +93,7 @@ def chunk_count_grows(length: Natural, more: Natural, rank: Natural, c: Size, i:
     witness={"position": 5, "length": 13, "rank": 1, "c": 4, "t": 2},
     about=["placement.contiguous_owner"],
     kills=[m.larger_shares_last],
+    free=SPLITTING,
 )
 def contiguous_count(position: Natural, length: Size, rank: Natural, c: Size, t: Size) -> bool:
     """Of the first p prompt tokens of a contiguous split, a rank holds as many as lie between its
@@ -106,6 +107,13 @@ def contiguous_count(position: Natural, length: Size, rank: Natural, c: Size, t:
         return max(0, min(tokens, end) - start)
 
     owner = placement.contiguous_owner(position, length, c, t)
+    lemma(owner_of_a_contiguous_split, position, length, c, t)
+    lemma(contiguous_ends, length, rank, c, t)
+    lemma(contiguous_split_tiles, length, rank, c, t)
+    if owner < rank:
+        lemma(contiguous_starts_rise, length, owner + 1, rank, c, t)
+    elif owner > rank:
+        lemma(contiguous_starts_rise, length, rank + 1, owner, c, t)
     return (count(0) == 0) & (count(position + 1) == count(position) + (owner == rank))
 
 

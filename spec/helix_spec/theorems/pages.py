@@ -266,12 +266,15 @@ _UNSOUND = [
 )
 def lockstep_unsound(pair: Pair, c: Size, k: Size, i: Size) -> bool:
     """Under lockstep every other pair of rules leaves some rank with more tokens than its pages
-    hold, for every C >= 2 and every T: for every T >= 2 where the pair is contiguous with position
-    or interleave, for every I < T where a rule interleaves (with I = T it deals as the block rule
-    does).
+    hold, for every C >= 2: under last_rank and step for every T, for a contiguous prompt with
+    position or interleave for every T >= 2, and for the other pairs for every I < T. (With I = T
+    interleave deals as the block rule does, so those pairs are as sound as that one; with T = 1
+    so is the contiguous prompt. They are refused all the same.)
     """
-    assume(c >= 2, k >= 2)
     t = k * i
+    assume(c >= 2)
+    if pair.owner in ("position", "interleave"):
+        assume(t >= 2 if pair.prompt == "contiguous" else k >= 2)
     prompt, total, rank = _overfull(pair, c, k, i)
     return _overflows(pair.layout(c, t, i, i, "lockstep"), prompt, total, rank)
 
@@ -285,7 +288,8 @@ def _overfull(pair: Pair, c: int, k: int, i: int) -> tuple[int, int, int]:
         prompt = i if pair.prompt == "interleave" else t
         return prompt, prompt + t, 0
     if pair.prompt == "contiguous":
-        return c * t + 1, c * t + 1 + (c * i if pair.owner == "interleave" else 1), 0
+        by_token = pair.owner == "interleave" and bool(k >= 2)
+        return c * t + 1, c * t + 1 + (c * i if by_token else 1), 0
     if pair.prompt == "round_robin":
         return t, t * c, 0
     return 2 * i, 2 * t, 1
@@ -326,8 +330,8 @@ def lockstep_unsound_for_two_interleaves(c: Size, k: Size, i: Size, j: Size) -> 
 )
 def capacity_under_lockstep(slots: Natural, c: Size, t: Size) -> bool:
     """A pool of S slots a rank is floor(S/T) pages and holds floor(S/T)*T*C tokens of one request
-    under lockstep: that many need no more pages, one more needs one more. (S = 100, T = 32, C = 4:
-    384 tokens, not 400.)
+    under lockstep: that many need no more pages, one more needs one more. With S = 100, T = 32
+    and C = 4 it holds 384 tokens, not 400.
     """
     layout = Pair("round_robin", "position").layout(c, t, pages="lockstep")
     pages = slots // t

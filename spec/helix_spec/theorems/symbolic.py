@@ -572,12 +572,15 @@ def free_function(name: str) -> Callable[..., Whole]:
     def call(*arguments: Any) -> Whole:
         path = _PATH.get()
         seen = path.free.setdefault(name, [])
-        for earlier, result in seen:
-            if path.proves(z3.And(*map(_alike, earlier, arguments))):
+        alike = [z3.And(*map(_alike, earlier, arguments)) for earlier, _ in seen]
+        for same, (_, result) in zip(alike, seen, strict=True):
+            if path.proves(same):
                 return result
-        result = Whole(path.fresh(f"{name}_"))
-        seen.append((arguments, result))
-        return result
+        new = Whole(path.fresh(f"{name}_"))
+        for same, (_, result) in zip(alike, seen, strict=True):
+            path.solver.add(z3.Implies(same, _formula(new == result)))
+        seen.append((arguments, new))
+        return new
 
     return call
 
