@@ -1,12 +1,14 @@
 """The conformance suite: any engine's placement, pages, cache and attention against the spec.
 
 - `protocol`: what an engine is, its profiles, how one is named on the command line;
-- `strategies`: Hypothesis strategies for layouts, configurations and traces; `machine`: the
-  same as a state machine;
+- `strategies`: Hypothesis strategies for layouts, configurations and traces; `drawing`: how a run
+  draws from them; `machine`: the same as a state machine;
 - `numbers`: Q, K and V as arrays, the exact attention and its error bound;
 - `judge`: every answer of every rank against the reference, invariant by invariant;
 - `drivers`: where the ranks live (this process, a pool of workers, torchrun);
-- `runs`: random traces, stored traces and workloads through a driver;
+- `runs`: random traces, stored traces and workloads through a driver; `coverage`: where they
+  have been; `reduction`: a failing trace made small; `trials`: what is really to blame;
 - `workloads`: production request traces as events;
+- `zoo`: engines that are wrong on purpose, to measure the suite;
 - `report`, `cli`: what a user sees.
 """

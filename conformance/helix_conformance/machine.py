@@ -20,7 +20,7 @@ from helix_conformance.judge import Judge
 from helix_conformance.protocol import Engine, Watch
 from helix_conformance.report import failure_text
 from helix_conformance.runs import Failure, profiles_to_check
-from helix_conformance.strategies import Intent, configs, realise
+from helix_conformance.strategies import EVENTS, Intent, configs, realise
 from helix_spec.configs import Config
 from helix_spec.events import FEATURES, Event
 from helix_spec.traces import Trace
@@ -113,7 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
         """The scheduler learns what an outstanding decode sampled."""
         self._tell("sampled", wish)
 
-    @rule(**_WISHES)
+    @rule(**_WISHES, event=st.sampled_from(EVENTS))
     def wrong(self, **wish: Any) -> None:
         """An event that must be refused, or nearly so."""
         self._tell("wrong", wish)

@@ -163,7 +163,7 @@ def _played(
 
 
 class _Failed(Exception):
-    """Tells Hypothesis that an example failed, so that it looks for a smaller one."""
+    """Tells Hypothesis that an example failed."""
 
 
 class _Stop(KeyboardInterrupt):

@@ -203,6 +203,8 @@ _KINDS: Final[dict[str, str | None]] = {
     "sampled": "overlap",
 }
 """Kinds of wishes for an event that may well be accepted, with the feature that each needs."""
+EVENTS: Final = tuple(_KINDS)
+"""Kinds of events."""
 _SHORT: Final = st.integers(1, 40)
 FAR: Final = 2**32
 """Large ids begin here: kept in 32 bits they are the small ones."""

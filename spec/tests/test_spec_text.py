@@ -7,7 +7,9 @@ import msgspec
 import pytest
 
 from helix_spec.events import Event, Reason
+from helix_spec.invariants import NUMBERS, sentence
 from helix_spec.layouts import NAMED_LAYOUTS, LayoutError, parse_layout
+from helix_spec.theorems import catalog
 from helix_spec.values import Tensor, entry, token_state
 
 TEXT = files("helix_spec").joinpath("SPEC.md").read_text()
@@ -82,3 +84,13 @@ def test_the_values_of_example_11_8(tensor: Tensor) -> None:
     state = token_state(7, event=3, place=2, position=16, layer=1, tensor=tensor)
     heads = (", ".join(str(entry(state, head, dim)) for dim in range(4)) for head in range(2))
     assert f"| {tensor.upper()} | 0x{state:08x} | {' | '.join(heads)} |" in TEXT
+
+
+def test_what_holds_each_invariant_is_said():
+    """The text says of each invariant whether theorems prove it and whether traces check it."""
+    proved = {number for theorem in catalog.theorems().values() for number in theorem.proves}
+    for number in NUMBERS:
+        held = sentence(number).partition("held by: ")[2].partition(")")[0]
+        assert (number in proved) == held.startswith("proved"), number
+        assert (number == "EQ-1") == (held == "proved"), number
+        assert held in ("proved", "checked on traces", "proved and checked on traces"), number
