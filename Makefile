@@ -35,8 +35,10 @@ workloads: .venv/installed ## Production traces, replayed
 	$(REPLAY) $(WORKLOADS)/mooncake_conversation.jsonl --driver pool --cp 4 --profile attention \
 	    --limit 200 --scale 64
 
+# The one-process tier is part of `make test`; TIER=pool is the rest.
+TIER ?= all
 zoo: .venv/installed ## The suite against every wrong engine: each must be caught by name
-	$(BIN)/helix-conformance zoo
+	$(BIN)/helix-conformance zoo --tier $(TIER)
 
 prove: .venv/installed ## All theorems, for all sizes
 	$(BIN)/helix-conformance prove
