@@ -48,7 +48,9 @@ _PLAYS: Final = {
     "threads": _Play((1, 2, 3, 4), 4, 400, 40),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
-_POOL_DEADLINE_S: Final = 5.0
+_MUTANT_DEADLINE_S: Final = 5.0
+"""A mutant that hangs is waited for no longer; an unmutated engine may be on a busy machine."""
+_CONTROL_DEADLINE_S: Final = 60.0
 
 CONTROLS: Final = (
     ("gpu-ledger", "bookkeeping"),
@@ -80,7 +82,7 @@ class Kill(msgspec.Struct, frozen=True):
 def hunt(mutant: Mutant, *, seed: int) -> Kill:
     """The suite against one mutant."""
     tally = Tally()
-    with _driver(mutant.engine, mutant.tier) as driver:
+    with _driver(mutant.engine, mutant.tier, _MUTANT_DEADLINE_S) as driver:
         failure = _played(driver, mutant, _PLAYS[mutant.tier].mutant_traces, seed, tally)
     by = _named(failure)
     needed = tally.needed
@@ -102,7 +104,7 @@ def control(engine: str, tier: str, *, seed: int) -> list[str]:
         name=engine, source="", engine=engine, row=(), tier=tier, profiles=tuple(deep),
         tp_sizes=(1, 2),
     )  # fmt: skip
-    with _driver(engine, tier) as driver:
+    with _driver(engine, tier, _CONTROL_DEADLINE_S) as driver:
         return _named(_played(driver, unmutated, _PLAYS[tier].control_traces, seed, Tally()))
 
 
@@ -139,10 +141,10 @@ def _named(failure: Failure | None) -> list[str]:
 
 
 @contextmanager
-def _driver(engine: str, tier: str) -> Iterator[Driver]:
+def _driver(engine: str, tier: str, deadline_s: float) -> Iterator[Driver]:
     driver: Driver
     if tier == "pool":
-        driver = PoolDriver(engine, deadline_s=_POOL_DEADLINE_S)
+        driver = PoolDriver(engine, deadline_s=deadline_s)
     elif tier == "threads":
         driver = ThreadDriver(load_engine(engine))
     else:
