@@ -150,7 +150,7 @@ contract(
 )
 contract(
     "placement.chunk_position",
-    proves="GROW-1 POS-2",
+    proves="GROW-1",
     statement="The position of a local index is on its rank, and its local index is that one.",
     witness={"local_index": 4, "rank": 1, "c": 2, "i": 3},
     about=["placement.chunk_position", "placement.joined"],
@@ -287,7 +287,7 @@ contract(
 )
 contract(
     "theorems.callers.slots_apart",
-    proves="GROW-1 PAGE-2",
+    proves="GROW-1",
     statement="With any split of local indices into page and offset that can be joined again, "
     "two indices have two places.",
     witness={"one": 3, "other": 5, "t": 2},

@@ -1,4 +1,4 @@
-"""Local lengths: the closed forms count what they should (LEN-1 to LEN-3, POS-1, POS-2, GROW-1).
+"""Local lengths: the closed forms count what they should (LEN-1 to LEN-3, POS-1, GROW-1).
 
 Two inductions are done by hand. Z3 confirms their base and their step, for all sizes; that base
 and step together give the claim for every number of tokens, or of ranks, is the principle of
@@ -374,7 +374,7 @@ def shift_moves_lengths(
 
 @theorem(
     "chunk-position-of-index",
-    proves="GROW-1 POS-2",
+    proves="GROW-1",
     witness={"index": 5, "rank": 1, "length": 13, "c": 4, "i": 2},
     about=["placement.chunk_position", "placement.chunk_local_len", "placement.joined"],
     kills=[m.position_is_the_local_index, m.no_clamp_from_above],
@@ -398,7 +398,7 @@ def chunk_position_of_index(
 
 @theorem(
     "chunk-index-of-position",
-    proves="GROW-1 POS-2",
+    proves="GROW-1",
     witness={"position": 5, "c": 4, "i": 2},
     about=["placement.chunk_position", "placement.chunk_local_len"],
     kills=[m.owner_one_rank_on],
@@ -567,7 +567,7 @@ def decode_slots_dense(
 
 @theorem(
     "positions-rise-on-a-rank",
-    proves="POS-2 GROW-1",
+    proves="GROW-1",
     witness={"index": 5, "rank": 1, "c": 4, "i": 2},
     kills=[m.position_by_rounds_only],
 )

@@ -34,7 +34,7 @@ def page_and_offset(index: Natural, t: Size) -> bool:
 
 @theorem(
     "slots-differ",
-    proves="GROW-1 PAGE-2",
+    proves="GROW-1",
     witness={"one": 3, "other": 5, "page": 9, "other_page": 4, "t": 3},
     kills=[m.pages_of_all_ranks, m.slot_without_offset],
 )
@@ -126,7 +126,7 @@ def lazy_pages(
 
 @theorem(
     "lazy-page-taken",
-    proves="PAGE-1 PAGE-4",
+    proves="PAGE-1",
     witness={"length": 6, "t": 3},
     kills=[m.rounded_up_always],
 )
