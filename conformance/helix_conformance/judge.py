@@ -274,11 +274,12 @@ class Judge:
         present = [view for view in views if view is not None]
         if len(present) < len(views):
             return found
+        live = set(self._live())
+        preempted = sorted(self.model.requests.keys() - live)
         for rank, view in enumerate(present):
-            found += self._known(rank, view)
+            found += _known(rank, view, live, preempted)
         if found:
             return found
-        live = set(self._live())
         named = live.intersection(ids_of(event)) if event is not None else live
         seen = {id for view in present for id in view.local_len}
         whole = not seen <= named or named == live
@@ -296,21 +297,13 @@ class Judge:
     def _live(self) -> dict[int, Request]:
         return {id: r for id, r in self.model.requests.items() if not r.preempted}
 
-    def _known(self, rank: int, view: RankView) -> Iterator[Violation]:
-        """The rank knows the requests that were accepted, live and preempted."""
-        requests = self.model.requests
-        preempted = sorted(id for id, request in requests.items() if request.preempted)
-        strangers = [i for i in view.local_len if i not in requests or requests[i].preempted]
-        if strangers or view.preempted != preempted:
-            what = "preempted requests, and live ones that should not be"
-            yield Violation("REF-2", what, [preempted, []], [view.preempted, strangers], rank)
-
     def _lengths(self, views: Sequence[RankView], ids: set[int]) -> Iterator[Violation]:
         """LEN-1, BAL-1 and MAP-1 of these requests, in each group of cp_size ranks."""
         for id in sorted(ids):
             request = self.model.requests[id]
             expected = [len(positions) for positions in request.ranks]
-            yield from self._rank_order(expected, [view.local_len.get(id) for view in views])
+            if self.config.tp_size > 1:
+                yield from self._rank_order(expected, [view.local_len.get(id) for view in views])
             for first in range(0, self.world, self.cp):
                 observed = [view.local_len.get(id) for view in views[first : first + self.cp]]
                 if observed == expected:
@@ -446,6 +439,14 @@ def wrong_reasons(reason: Reason | None, outcomes: Sequence[Outcome]) -> list[Vi
         what = "refusal (null: accepted), rank by rank"
         found.append(Violation("REF-2", what, [reason] * len(given), given))
     return found
+
+
+def _known(rank: int, view: RankView, live: set[int], preempted: list[int]) -> Iterator[Violation]:
+    """REF-2: the rank knows the requests that were accepted, live and preempted."""
+    strangers = sorted(view.local_len.keys() - live)
+    if strangers or view.preempted != preempted:
+        what = "preempted requests, and live ones that should not be"
+        yield Violation("REF-2", what, [preempted, []], [view.preempted, strangers], rank)
 
 
 def _check_columns(rank: int, outcome: Outcome, wanted: Outcome) -> None:
