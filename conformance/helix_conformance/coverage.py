@@ -1,82 +1,124 @@
 """How often a run visited the situations in which engines go wrong.
 
 A `Coverage` is fed every event with the reference model after it. It judges nothing: it says
-whether a green run has been where it matters.
+whether a green run has been where it matters, and tells what it missed from what it could not
+have met. It looks at what an event touched and at nothing else, so that counting costs little
+beside judging.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import gcd
 from typing import Final
 
 from helix_reference.model import Model, Page, Request, Step
 from helix_spec.events import (
+    FEATURES,
     Accept,
     Admit,
     Decode,
     Event,
     Fork,
+    Preempt,
     Reason,
     Release,
     Resume,
     Skip,
     ids_of,
 )
+from helix_spec.layouts import NAMED_LAYOUTS
 
 HIGH_PAGE: Final = 16
 """A rank with more pages than this in use has page ids that small tests never see."""
 
-SITUATIONS: Final[dict[str, str | None]] = {
-    "prompt of whole super-blocks": None,
-    "prompt that is a multiple of nothing": None,
-    "id admitted again": None,
-    "empty rank": None,
-    "page boundary": None,
-    "ownership wrap": None,
-    "boundary inside a group": "speculative",
-    "rewind over a boundary": "speculative",
-    "padded batch": "padding",
-    "skip, then decode": None,
-    "two decodes outstanding": "overlap",
-    "fork, then divergence": "fork",
-    "copy on write": "fork",
-    "resumed": "preempt",
-    "released page used again": None,
-    "high page ids": None,
-    "one pool exhausted alone": None,
-    "refusal, then retry": None,
-    "max_len reached": None,
-    **{f"refused: {reason}": None for reason in Reason if reason != Reason.BAD_CONFIG},
-    f"refused: {Reason.PREEMPTED_REQUEST}": "preempt",
-    f"refused: {Reason.NOT_PREEMPTED}": "preempt",
-    f"refused: {Reason.NOTHING_OPEN}": "speculative",
+RANKS: Final = "a cp_size of 2 or more"
+TURNS: Final = "a layout whose ranks take turns"
+PAGES: Final = "profile pages"
+GROUPS: Final = "profile speculative or overlap"
+
+_REFUSED: Final[dict[Reason, str]] = {
+    reason: f"refused: {reason}" for reason in Reason if reason != Reason.BAD_CONFIG
 }
-"""What is looked for, with the feature without which it cannot happen."""
+
+SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
+    "prompt of whole super-blocks": (RANKS,),
+    "prompt that is a multiple of nothing": (RANKS,),
+    "id admitted again": (),
+    "empty rank": (RANKS,),
+    "page boundary": (),
+    "ownership wrap": (RANKS, TURNS),
+    "page boundary inside a group": ("profile speculative",),
+    "ownership boundary inside a group": (RANKS, TURNS, "profile speculative"),
+    "rewind over a boundary": ("profile speculative",),
+    "padded batch": ("profile padding",),
+    "skip, then decode": (),
+    "two decodes outstanding": ("profile overlap",),
+    "fork, then divergence": ("profile fork",),
+    "copy on write": ("profile fork",),
+    "resumed": ("profile preempt",),
+    "released page used again": (),
+    "high page ids": (),
+    "one pool exhausted alone": (RANKS, PAGES),
+    "refusal, then retry": (PAGES,),
+    "max_len reached": (),
+    **{name: () for name in _REFUSED.values()},
+    _REFUSED[Reason.PREEMPTED_REQUEST]: ("profile preempt",),
+    _REFUSED[Reason.NOT_PREEMPTED]: ("profile preempt",),
+    _REFUSED[Reason.NOTHING_OPEN]: (GROUPS,),
+    _REFUSED[Reason.OUT_OF_PAGES]: (PAGES,),
+}
+"""What is looked for, with all that it takes to happen."""
+
+ALL_NEEDS: Final = frozenset(need for needs in SITUATIONS.values() for need in needs)
+
+
+def at_hand(
+    profiles: Collection[str], *, layouts: Iterable[str], cp_sizes: Collection[int]
+) -> frozenset[str]:
+    """Which needs of SITUATIONS a run meets that may draw these layouts and cp_sizes."""
+    found = {f"profile {name}" for name in ("pages", *FEATURES) if name in profiles}
+    if {"speculative", "overlap"}.intersection(profiles):
+        found.add(GROUPS)
+    if max(cp_sizes) > 1:
+        found.add(RANKS)
+    if any(name == "custom" or NAMED_LAYOUTS[name].owner != "last_rank" for name in layouts):
+        found.add(TURNS)
+    return frozenset(found)
 
 
 class Coverage:
-    """Counts of situations, over the traces of one run of an engine with these features."""
+    """Counts of situations, over the traces of one run that has these needs at hand."""
 
-    def __init__(self, features: Collection[str]) -> None:
-        self.counts = Counter(
-            {name: 0 for name, needs in SITUATIONS.items() if needs is None or needs in features}
-        )
+    def __init__(self, needs: Collection[str] = ALL_NEEDS) -> None:
+        self.needs = needs
+        self.counts = dict.fromkeys(SITUATIONS, 0)
         self.trace: _Trace | None = None
 
     def saw(self, model: Model, event: Event, reason: Reason | None) -> None:
         """One event of a trace, and the model after it."""
         if self.trace is None or self.trace.model is not model:
             self.trace = _Trace(model)
-        for name in set(self.trace.saw(event, reason)) & self.counts.keys():
+        for name in self.trace.saw(event, reason):
             self.counts[name] += 1
 
     @property
     def missed(self) -> list[str]:
-        """The situations that never occurred."""
-        return [name for name, count in self.counts.items() if not count]
+        """The situations that could have occurred and never did."""
+        return [name for name, count in self.counts.items() if not count and not self._lacks(name)]
+
+    @property
+    def impossible(self) -> dict[str, str]:
+        """The situations that could not occur, with what it would have taken."""
+        return {
+            name: ", ".join(self._lacks(name))
+            for name, count in self.counts.items()
+            if not count and self._lacks(name)
+        }
+
+    def _lacks(self, name: str) -> list[str]:
+        return [need for need in SITUATIONS[name] if need not in self.needs]
 
 
 class _Trace:
@@ -84,106 +126,148 @@ class _Trace:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.cp, self.t = model.layout.cp_size, model.layout.tokens_per_block
         self.ever: set[int] = set()
         """Ids ever admitted."""
         self.skipped: set[int] = set()
-        self.forked: set[int] = set()
         self.refused: set[tuple[type[Event], int]] = set()
-        self.tables: dict[int, list[list[Page]]] = {}
-        self.used: list[set[int]] = [set() for _ in model.pools]
-        self.left: list[set[int]] = [set() for _ in model.pools]
-        """Per rank, pages in use and pages that were given back."""
+        """What was refused for want of pages, until it is accepted."""
+        self.shared: dict[int, Sequence[list[Page]]] = {}
+        """Tables of requests that were forked."""
+        self.grown: dict[int, list[int]] = {}
+        """Pages on each rank of requests whose last group was longer than one."""
+        self.free = [len(pool.free) for pool in model.pools]
+        self.untouched = list(self.free)
+        """Per rank, free pages now, and those never taken. Pools give out first what came back."""
 
-    def saw(self, event: Event, reason: Reason | None) -> Iterator[str]:
+    def saw(self, event: Event, reason: Reason | None) -> set[str]:
         """The situations that this event was in."""
         if reason is not None:
-            yield f"refused: {reason}"
-            if reason == Reason.OUT_OF_PAGES:
-                self.refused |= {(type(event), id) for id in ids_of(event)}
-                free = [len(pool.free) for pool in self.model.pools]
-                if min(free) == 0 < max(free):
-                    yield "one pool exhausted alone"
-            return
-        if any((type(event), id) in self.refused for id in ids_of(event)):
-            yield "refusal, then retry"
+            return set(self._refusal(event, reason))
+        found: set[str] = set()
+        if self.refused:
+            again = {(type(event), id) for id in ids_of(event)} & self.refused
+            if again:
+                self.refused -= again
+                found.add("refusal, then retry")
         match event:
-            case Admit(id, prompt_len):
-                yield from self._admitted(id, prompt_len)
             case Decode(ids, _, pad):
-                yield from self._decoded(ids, pad)
+                if pad:
+                    found.add("padded batch")
+                if self.skipped and not self.skipped.isdisjoint(ids):
+                    found.add("skip, then decode")
+                    self.skipped.difference_update(ids)
+                for step in self.model.last_steps:
+                    self._stepped(step, self.model.requests[step.id], found)
+            case Admit(id, prompt_len):
+                found.update(self._admitted(id, prompt_len))
             case Accept(id):
-                if self._tables(self.model.requests[id]) != self.tables[id]:
-                    yield "rewind over a boundary"
+                found.update(self._rewound(id))
             case Skip(ids):
-                self.skipped |= set(ids)
+                self.skipped.update(ids)
+                return found
             case Fork(parent, child):
-                self.forked |= {parent, child}
+                for id in (parent, child):
+                    self.shared[id] = self._tables(id)
+            case Release(id) | Preempt(id):
+                self.shared.pop(id, None)
+                self.grown.pop(id, None)
             case Resume():
-                yield "resumed"
-            case Release(id):
-                self.forked.discard(id)
+                found.add("resumed")
             case _:
-                pass
-        yield from self._pages()
+                return found
+        self._pages(found)
+        return found
+
+    def _refusal(self, event: Event, reason: Reason) -> Iterator[str]:
+        yield _REFUSED[reason]
+        if reason == Reason.OUT_OF_PAGES:
+            self.refused |= {(type(event), id) for id in ids_of(event)}
+            if min(self.free) == 0 < max(self.free):
+                yield "one pool exhausted alone"
 
     def _admitted(self, id: int, prompt_len: int) -> Iterator[str]:
-        layout = self.model.layout
-        c, t = layout.cp_size, layout.tokens_per_block
         if id in self.ever:
             yield "id admitted again"
         self.ever.add(id)
-        if c > 1 and t > 1 and prompt_len > 1:
-            if prompt_len % (c * t) == 0:
+        if self.cp > 1 and self.t > 1 and prompt_len > 1:
+            if prompt_len % (self.cp * self.t) == 0:
                 yield "prompt of whole super-blocks"
-            if gcd(prompt_len, c * t) == 1:
+            if gcd(prompt_len, self.cp * self.t) == 1:
                 yield "prompt that is a multiple of nothing"
 
-    def _decoded(self, ids: list[int], pad: int) -> Iterator[str]:
-        if pad:
-            yield "padded batch"
-        if self.skipped & set(ids):
-            yield "skip, then decode"
-            self.skipped -= set(ids)
-        if self.forked & set(ids):
-            yield "fork, then divergence"
-        for step in self.model.last_steps:
-            yield from self._stepped(step, self.model.requests[step.id])
-
-    def _stepped(self, step: Step, request: Request) -> Iterator[str]:
-        c, t = self.model.layout.cp_size, self.model.layout.tokens_per_block
-        if any(not positions for positions in request.ranks):
-            yield "empty rank"
-        if any(step.past_len[owner] and step.past_len[owner] % t == 0 for owner in step.owners):
-            yield "page boundary"
-        if len(set(step.owners)) > 1:
-            yield "boundary inside a group"
-        before = [rank for rank, held in enumerate(request.ranks) if step.first - 1 in held]
-        turns = (before if step.first > request.prompt_len else []) + step.owners
-        roles = [(owner - request.shift) % c for owner in turns]
-        if c > 1 and (c - 1, 0) in pairwise(roles):
-            yield "ownership wrap"
+    def _stepped(self, step: Step, request: Request, found: set[str]) -> None:
+        """A request's part in a decode. Most are of one token: that way is short."""
+        owners, past, t = step.owners, step.past_len, self.t
+        if len(owners) == 1:
+            held = past[owners[0]]
+            if held and held % t == 0:
+                found.add("page boundary")
+            if self.grown:
+                self.grown.pop(step.id, None)
+        else:
+            self._grouped(step, found)
+            self.grown[step.id] = [len(table) for table in request.tables]
+        if self.cp > 1:
+            if [] in request.ranks:
+                found.add("empty rank")
+            if (owners[0] - request.shift) % self.cp == 0 and self._last_was_last(step, request):
+                found.add("ownership wrap")
         if request.outstanding == 2:
-            yield "two decodes outstanding"
+            found.add("two decodes outstanding")
         if len(request.tokens) == self.model.config.max_len:
-            yield "max_len reached"
-        for old, new in zip(self.tables.get(step.id, []), request.tables, strict=False):
-            if old != new[: len(old)]:
-                yield "copy on write"
+            found.add("max_len reached")
+        if step.id in self.shared:
+            found.add("fork, then divergence")
+            tables = self._tables(step.id)
+            for old, new in zip(self.shared[step.id], tables, strict=True):
+                if old != new[: len(old)]:
+                    found.add("copy on write")
+            self.shared[step.id] = tables
 
-    def _pages(self) -> Iterator[str]:
-        """What the pools show, after any accepted event."""
-        requests = self.model.requests
-        self.tables = {id: self._tables(request) for id, request in requests.items()}
-        for rank, left in enumerate(self.left):
-            used = {page.number for tables in self.tables.values() for page in tables[rank]}
-            if len(used) > HIGH_PAGE:
-                yield "high page ids"
-            if used & left:
-                yield "released page used again"
-            left |= self.used[rank]
-            left -= used
-            self.used[rank] = used
+    def _grouped(self, step: Step, found: set[str]) -> None:
+        """A group of several tokens, and the boundaries inside it."""
+        held = list(step.past_len)
+        for place, owner in enumerate(step.owners):
+            if held[owner] and held[owner] % self.t == 0:
+                found.add("page boundary")
+                if place:
+                    found.add("page boundary inside a group")
+            held[owner] += 1
+        if len(set(step.owners)) > 1:
+            found.add("ownership boundary inside a group")
+            shift = self.model.requests[step.id].shift
+            roles = [(owner - shift) % self.cp for owner in step.owners]
+            if (self.cp - 1, 0) in pairwise(roles):
+                found.add("ownership wrap")
 
-    @staticmethod
-    def _tables(request: Request) -> list[list[Page]]:
-        return [list(table) for table in request.tables]
+    def _last_was_last(self, step: Step, request: Request) -> bool:
+        """Whether the token before this step was decoded, by the last rank of the turn."""
+        rank = (request.shift - 1) % self.cp
+        held = step.past_len[rank]
+        return (
+            step.first > request.prompt_len
+            and held > 0
+            and request.ranks[rank][held - 1] == step.first - 1
+        )
+
+    def _rewound(self, id: int) -> Iterator[str]:
+        if id in self.shared:
+            self.shared[id] = self._tables(id)
+        if id in self.grown and self.grown.pop(id) != [len(t) for t in self._tables(id)]:
+            yield "rewind over a boundary"
+
+    def _pages(self, found: set[str]) -> None:
+        """What the pools show after an event that may have moved pages."""
+        for rank, pool in enumerate(self.model.pools):
+            before, free = self.free[rank], len(pool.free)
+            if free < before:
+                if before > self.untouched[rank]:
+                    found.add("released page used again")
+                if pool.size - free > HIGH_PAGE:
+                    found.add("high page ids")
+                self.untouched[rank] = min(self.untouched[rank], free)
+            self.free[rank] = free
+
+    def _tables(self, id: int) -> Sequence[list[Page]]:
+        return [list(table) for table in self.model.requests[id].tables]

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from helix_conformance.coverage import SITUATIONS, Coverage
+from helix_conformance.coverage import ALL_NEEDS, SITUATIONS, Coverage, at_hand
 from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.runs import Tally, check_trace, profiles_to_check, random_traces
+from helix_conformance.runs import (
+    Tally,
+    check_trace,
+    layout_traces,
+    profiles_to_check,
+    random_traces,
+)
 from helix_conformance.strategies import configs, traces
 from helix_reference.engine import ReferenceEngine
+from helix_reference.model import Model
 from helix_spec.configs import Config
-from helix_spec.events import FEATURES, Admit, Decode, Fork, Preempt, Release, Resume, Skip
+from helix_spec.events import (
+    FEATURES,
+    Accept,
+    Admit,
+    Decode,
+    Fork,
+    Outcome,
+    Preempt,
+    Release,
+    Resume,
+    Skip,
+)
 from helix_spec.traces import Trace
 
 PROFILES = profiles_to_check(ReferenceEngine.profiles, ["pages", *FEATURES])
@@ -17,15 +35,29 @@ PROFILES = profiles_to_check(ReferenceEngine.profiles, ["pages", *FEATURES])
 def visited(events, *, layout="pr9757/1:C=2,T=2", pages=9, overlap=False) -> set[str]:
     """The situations that one trace visits."""
     config = Config(layout=layout, pages=[pages, pages], max_len=8, overlap=overlap)
-    coverage = Coverage(FEATURES)
+    coverage = Coverage()
     trace = Trace(config=config, events=events)
     assert None is check_trace(LocalDriver(ReferenceEngine), trace, PROFILES, coverage=coverage)
     return {name for name, count in coverage.counts.items() if count}
 
 
+def lesser(declared: frozenset[str]) -> type[ReferenceEngine]:
+    """The reference, declaring these profiles alone."""
+
+    class Lesser(ReferenceEngine):
+        profiles = declared
+
+        def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+            outcome = super().start(config, profiles)
+            self.model = Model(config, declared & set(FEATURES), allocates="pages" in declared)
+            return outcome
+
+    return Lesser
+
+
 def test_random_traces_visit_every_situation() -> None:
     """Three hundred traces of all layouts have been everywhere that matters."""
-    coverage, driver = Coverage(FEATURES), LocalDriver(ReferenceEngine)
+    coverage, driver = Coverage(), LocalDriver(ReferenceEngine)
     strategy = traces(configs=configs(contents=False))
     failure = random_traces(
         driver, strategy, PROFILES, examples=300, seed=1, tally=Tally(), coverage=coverage
@@ -34,11 +66,37 @@ def test_random_traces_visit_every_situation() -> None:
 
 
 def test_a_run_that_misses_a_situation_says_so() -> None:
-    """Nothing is visited by nothing; what needs a feature is not missed without it."""
-    assert set(SITUATIONS) == set(Coverage(FEATURES).missed)
-    missed = Coverage([]).missed
-    assert {"empty rank", "refused: out_of_pages"} <= set(missed)
-    assert not {"copy on write", "padded batch", "resumed"} & set(missed)
+    """Nothing is visited by nothing; what a run cannot meet is not missed, and told apart."""
+    assert (list(SITUATIONS), {}) == (Coverage().missed, Coverage().impossible)
+    bare = Coverage(at_hand(["placement"], layouts=["before_9757"], cp_sizes=[4]))
+    assert {"empty rank", "page boundary", "refused: bad_count"} <= set(bare.missed)
+    assert "profile fork" == bare.impossible["copy on write"]
+    assert "a layout whose ranks take turns" == bare.impossible["ownership wrap"]
+    assert "profile pages" == bare.impossible["refused: out_of_pages"]
+    one = Coverage(at_hand(PROFILES, layouts=["pr9757"], cp_sizes=[1]))
+    assert "a cp_size of 2 or more" == one.impossible["empty rank"]
+    assert not set(bare.missed) & set(bare.impossible)
+    assert ALL_NEEDS == at_hand(PROFILES, layouts=["custom"], cp_sizes=[2])
+
+
+def test_what_is_said_to_be_impossible_does_not_occur() -> None:
+    """Runs of fewer profiles, layouts and ranks visit nothing that they are said to lack."""
+    for name, cp_sizes, profiles in (
+        ("before_9757", [1, 2, 4], ["pages"]),
+        ("pr9757", [1], ["pages", *FEATURES]),
+        ("vllm_dcp", [1, 2, 3], ["placement", "padding", "overlap"]),
+    ):
+        checked = frozenset(profiles)
+        driver = LocalDriver(lesser(checked))
+        needs = at_hand(checked, layouts=[name], cp_sizes=cp_sizes)
+        coverage = Coverage(needs)
+        strategy = layout_traces(driver, name, checked, cp_sizes=cp_sizes)
+        assert None is random_traces(
+            driver, strategy, checked, examples=60, seed=2, tally=Tally(), coverage=coverage
+        )
+        lacking = [s for s, takes in SITUATIONS.items() if not needs.issuperset(takes)]
+        assert lacking
+        assert [] == [situation for situation in lacking if coverage.counts[situation]]
 
 
 def test_each_situation_is_known_when_it_occurs() -> None:
@@ -49,8 +107,14 @@ def test_each_situation_is_known_when_it_occurs() -> None:
     assert "page boundary" not in visited([Admit(0, 1), Decode([0], [1])])
     assert "ownership wrap" in visited([Admit(0, 1), *[Decode([0], [1])] * 5])
     assert "ownership wrap" not in visited([Admit(0, 1), *[Decode([0], [1])] * 4])
-    assert "boundary inside a group" in visited([Admit(0, 1), Decode([0], [3])])
-    assert "boundary inside a group" not in visited([Admit(0, 1), Decode([0], [2])])
+    owners, pages = "ownership boundary inside a group", "page boundary inside a group"
+    assert owners in visited([Admit(0, 1), Decode([0], [3])])
+    assert owners not in visited([Admit(0, 1), Decode([0], [2])])
+    assert pages in visited([Admit(0, 1), Decode([0], [2])])
+    assert pages not in visited([Admit(0, 2), Decode([0], [2])])
+    rewound = "rewind over a boundary"
+    assert rewound in visited([Admit(0, 1), Decode([0], [3]), Accept(0, 1)])
+    assert rewound not in visited([Admit(0, 1), Decode([0], [3]), Accept(0, 3)])
     assert "skip, then decode" in visited([Admit(0, 1), Skip([0], [1]), Decode([0], [1])])
     assert "copy on write" in visited([Admit(0, 1), Fork(0, 1), Decode([0], [1])])
     assert "copy on write" not in visited([Admit(0, 2), Fork(0, 1), Decode([0], [1])])
