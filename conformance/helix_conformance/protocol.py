@@ -59,12 +59,14 @@ class EngineSpecError(ValueError):
 BUILT_IN: Final = {
     "reference": "helix_reference.engine:ReferenceEngine",
     "gpu": "helix_conformance.engines.gpu:GpuEngine",
+    "gpu-all-gather": "helix_conformance.engines.gpu:AllGatherEngine",
+    "gpu-reduce-scatter": "helix_conformance.engines.gpu:ReduceScatterEngine",
     "gpu-ledger": "helix_conformance.engines.gpu:LedgerEngine",
 }
 
 
 def load_engine(spec: str) -> type[Engine]:
-    """The engine class that `reference`, `gpu`, `gpu-ledger` or `module:Class` names.
+    """The engine class that a name of `BUILT_IN` or `module:Class` stands for.
 
     Raises EngineSpecError when there is none, or when it does not look like an engine.
     """

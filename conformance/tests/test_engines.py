@@ -69,6 +69,27 @@ def test_whole_implementation_on_gloo(gpu_pool, layout):
     assert None is random_traces(gpu_pool, strategy, profiles, examples=12, seed=3, tally=tally)
 
 
+@pytest.fixture
+def pool_of(gpu_pool, monkeypatch):
+    """The pool's workers with another engine, which uses the groups that they have."""
+
+    def engine(name):
+        monkeypatch.setattr(gpu_pool, "engine", name)
+        return gpu_pool
+
+    return engine
+
+
+@pytest.mark.parametrize("engine", ["gpu-all-gather", "gpu-reduce-scatter"])
+def test_every_exchange_on_gloo(pool_of, engine):
+    """However partials travel, four real ranks attend exactly, at cp 4 and at tp 2 x cp 2."""
+    driver, tally = pool_of(engine), Tally()
+    profiles = profiles_to_check(driver.profiles, [])
+    for layout in ("pr9757", "balanced"):
+        strategy = layout_traces(driver, layout, profiles, cp_sizes=(2, 4), tp_sizes=(1, 2))
+        assert None is random_traces(driver, strategy, profiles, examples=8, seed=9, tally=tally)
+
+
 @pytest.mark.parametrize("layout", ["pr9757", "vllm_dcp", "custom"])
 def test_prompts_computed_here_on_gloo(gpu_pool, layout):
     """With admission `prefill` the cache is the same, chunk by chunk, also after `resume`."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from helix_gpu.attention import attend_pages
 from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
-from helix_gpu.exchange import Exchange, all_to_all, pack, unpack
+from helix_gpu.exchange import Exchange, MakeExchange, all_to_all, pack, unpack
 from helix_gpu.ledger import Admission, Ints, Step
 from helix_gpu.merge import merge
+from helix_gpu.mesh import check_mesh, slice_of
 from helix_gpu.refusals import check_config
 from helix_gpu.rope import rope_table, rotate
 from helix_spec.configs import Config
@@ -45,10 +48,11 @@ class DecodeStep:
 class HelixCache:
     """The KV cache of global rank `rank` (= tp_rank * cp_size + cp_rank), all layers.
 
-    `group` holds the ranks of this tp_rank, in the order of their cp_rank; None when cp_size is
-    1. Every rank makes the same calls. Heads are counted per rank: `kv_heads` and `q_heads` of
-    its tensor-parallel shard before the exchange; after it the rank holds slice `rank` of all
-    query heads, of q_heads / (tp_size * cp_size) heads (MAP-1).
+    `HelixCache.on` takes rank, group and device from a mesh. Without one, `group` holds the ranks
+    of this tp_rank, in the order of their cp_rank; None when cp_size is 1. Every rank makes the
+    same calls. Heads are counted per rank: `kv_heads` and `q_heads` of its tensor-parallel shard
+    before the exchange; after it the rank holds slice `rank` of all query heads, of
+    q_heads / (tp_size * cp_size) heads (MAP-1).
 
     Raises Refused(bad_config), and ValueError for a rank or group that does not fit. Methods
     that change something raise Refused before they do, the same on all ranks, and ValueError
@@ -57,6 +61,20 @@ class HelixCache:
     The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often
     aborts a process that still refers to a gloo group when it exits.
     """
+
+    @classmethod
+    def on(cls, config: Config, mesh: DeviceMesh, make_exchange: MakeExchange = all_to_all) -> Self:
+        """The share of this process on a mesh of axes ("tp", "cp"), as `helix_mesh` makes it.
+
+        `make_exchange` is one of `helix_gpu.exchange`. Raises Refused(bad_config), and ValueError
+        for a mesh that does not fit, before anything else happens; every rank calls it.
+        """
+        check_config(config)
+        check_mesh(config, mesh)
+        exchange = None
+        if config.rules.cp_size > 1:
+            exchange = make_exchange(mesh.get_group("cp"), config.model)
+        return cls(config, rank=slice_of(mesh), device=mesh.device_type, exchange=exchange)
 
     def __init__(
         self,
@@ -91,7 +109,7 @@ class HelixCache:
             device=self.device,
         )
         """[layers, pages, 2, tokens_per_block, kv_heads, head_dim]: rotated K, then V."""
-        self._exchange = exchange or _group_exchange(group, cp_size, self.book.cp_rank)
+        self._exchange = exchange or _group_exchange(config, group, self.book.cp_rank)
 
     @property
     def request_ids(self) -> list[int]:
@@ -329,8 +347,9 @@ class HelixCache:
             )
 
 
-def _group_exchange(group: dist.ProcessGroup | None, cp_size: int, cp_rank: int) -> Exchange:
+def _group_exchange(config: Config, group: dist.ProcessGroup | None, cp_rank: int) -> Exchange:
     """The group's all-to-all, once it is seen to be the group of this cp_rank."""
+    cp_size = config.rules.cp_size
     if cp_size == 1:
         return lambda send: send
     if group is None or (group.size(), group.rank()) != (cp_size, cp_rank):
@@ -339,4 +358,4 @@ def _group_exchange(group: dist.ProcessGroup | None, cp_size: int, cp_rank: int)
             f"group gives {held}; cp_size {cp_size} needs a group of that size in which this "
             f"rank is {cp_rank}."
         )
-    return all_to_all(group)
+    return all_to_all(group, config.model)

@@ -11,11 +11,25 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
     `outputs` [C, ..., head_dim] of any type; `lses` float32 [C, ...], their natural log-sum-exp.
     Returns the merged output and log-sum-exp, both float32. A partial without keys (-inf) counts
-    for nothing, whatever its output holds; all of them without keys give (0, -inf).
+    for nothing, whatever its output holds; all of them without keys give (0, -inf). Ranks are
+    added in order, so every run rounds alike.
+    """
+    weights, lse = shares(lses)
+    merged = torch.zeros_like(outputs[0], dtype=torch.float32)
+    for output, share in zip(outputs, weights, strict=True):
+        merged = merged + weighted(output, share)
+    return merged, lse
 
-    With M = max lse_r and w_r = exp(lse_r - M): output = sum of (w_r / sum w) output_r, lse = M
-    + ln(sum w). Ranks are added in order, so every run rounds alike. The comparisons with zero
-    are written so that a NaN log-sum-exp, which no partial may have, stays visible.
+
+def shares(lses: Tensor) -> tuple[Tensor, Tensor]:
+    """What each partial's output counts for, and the log-sum-exp over all keys.
+
+    `lses` float32 [C, ...], natural; so are the shares, which sum to 1, or are all 0 where no
+    partial has a key. The log-sum-exp is [...], -inf there.
+
+    With M = max lse_r and w_r = exp(lse_r - M): share_r = w_r / sum w, lse = M + ln(sum w). The
+    comparisons with zero are written so that a NaN log-sum-exp, which no partial may have, stays
+    visible.
     """
     top = lses.amax(0)
     top = top.where(top != -torch.inf, 0)
@@ -23,9 +37,13 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.zeros_like(top)
     for weight in weights:
         total = total + weight
-    divisor = total.where(total != 0, 1)
-    merged = torch.zeros_like(outputs[0], dtype=torch.float32)
-    for output, weight in zip(outputs, weights, strict=True):
-        share = (weight / divisor)[..., None]
-        merged = merged + (share * output.float()).where(share != 0, 0)
-    return merged, top + total.log()
+    return weights / total.where(total != 0, 1), top + total.log()
+
+
+def weighted(output: Tensor, share: Tensor) -> Tensor:
+    """An output [..., head_dim] times its share [...], float32; 0 where the share is 0.
+
+    An output without keys may be NaN, and NaN * 0 is NaN.
+    """
+    share = share[..., None]
+    return (share * output.float()).where(share != 0, 0)

@@ -18,7 +18,8 @@ from helix_spec.events import Event
 class PoolDriver:
     """Worker processes 0 .. size-1; a trace of fewer ranks uses the first of them.
 
-    After an EngineFailure all workers are ended, and started anew for the next trace.
+    After an EngineFailure all workers are ended, and started anew for the next trace. `engine`
+    may change between traces to one that makes the same groups and declares the same profiles.
     """
 
     name = "pool"
@@ -46,7 +47,7 @@ class PoolDriver:
         if not self.workers:
             self._start()
         ranks = self.workers[: config.world_size]
-        play = Play(config, sorted(profiles), list(events), watch)
+        play = Play(config, sorted(profiles), list(events), watch, self.engine)
         try:
             for worker in ranks:
                 worker.play(play)

@@ -22,6 +22,8 @@ class Play(msgspec.Struct, frozen=True, tag="play"):
     profiles: list[str]
     events: list[Event]
     watch: Watch
+    engine: str | None = None
+    """Another engine than the process was started with, which can do with its groups."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

@@ -51,7 +51,9 @@ def main(setup: Setup) -> None:
             frame = channel.recv_bytes()
         except EOFError:
             os._exit(0)  # without the process group's farewell: peers may be gone already
-        send(channel, _play(channel, engine_class, setup.rank, unpack_to_engine(frame)))
+        play = unpack_to_engine(frame)
+        playing = load_engine(play.engine) if play.engine else engine_class
+        send(channel, _play(channel, playing, setup.rank, play))
 
 
 def _join_group(setup: Setup) -> None:

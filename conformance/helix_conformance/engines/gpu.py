@@ -10,7 +10,7 @@ import numpy as np
 
 from helix_conformance.numbers import Tokens, entries, queries
 from helix_gpu.bookkeeping import RankBook, RankStep
-from helix_gpu.refusals import Refused
+from helix_gpu.refusals import Refused, check_config
 from helix_spec.configs import Config
 from helix_spec.events import (
     FEATURES,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from helix_gpu.cache import DecodeStep, PromptKV
-    from helix_gpu.exchange import Exchange
+    from helix_gpu.exchange import Exchange, MakeExchange
 
 CHUNK: Final = 5
 """Prompt tokens that are computed at a time, with `admission` prefill: across pages and turns."""
@@ -113,18 +113,24 @@ class GpuEngine:
                 for first in range(0, world_size - cp_size + 1, cp_size)
             ]
 
+    @staticmethod
+    def make_exchange() -> MakeExchange:
+        """How partials travel in the group."""
+        from helix_gpu.exchange import all_to_all
+
+        return all_to_all
+
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
         from helix_gpu.cache import HelixCache
 
-        cp_size = config.rules.cp_size
-        group = None
-        if cp_size > 1 and self.exchange is None:
-            group = self.cp_groups[cp_size][self.rank // cp_size]
         try:
-            self.cache = HelixCache(
-                config, rank=self.rank, group=group, device=_device(), exchange=self.exchange
-            )
+            check_config(config)
+            cp_size, exchange = config.rules.cp_size, self.exchange
+            if cp_size > 1 and exchange is None:
+                group = self.cp_groups[cp_size][self.rank // cp_size]
+                exchange = self.make_exchange()(group, config.model)
+            self.cache = HelixCache(config, rank=self.rank, device=_device(), exchange=exchange)
         except Refused as refused:
             return Outcome(refused.reason)
         self.config = config
@@ -263,6 +269,33 @@ class GpuEngine:
         """Cached rows of these pages: (layers, K and V, slots, kv_heads, dim)."""
         pages = self.cache.pool[:, table]  # (layers, pages, 2, T, heads, dim)
         return _numbers(pages.transpose(1, 2).flatten(2, 3))
+
+
+class AllGatherEngine(GpuEngine):
+    """Partials travel by all-gather."""
+
+    @staticmethod
+    def make_exchange() -> MakeExchange:
+        """How partials travel in the group."""
+        from helix_gpu.exchange import all_gather
+
+        return all_gather
+
+
+class ReduceScatterEngine(GpuEngine):
+    """Log-sum-exps travel by all-gather, weighted outputs by reduce-scatter, in float32 always."""
+
+    @staticmethod
+    def make_exchange() -> MakeExchange:
+        """How partials travel in the group."""
+        from helix_gpu.exchange import reduce_scatter
+
+        return reduce_scatter
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        model = msgspec.structs.replace(config.model, partial_dtype="float32")
+        return super().start(msgspec.structs.replace(config, model=model), profiles)
 
 
 def _outcome(step: RankStep) -> Outcome:

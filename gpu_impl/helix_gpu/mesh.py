@@ -1,0 +1,69 @@
+"""Ranks as a DeviceMesh: TP x CP for attention, and the same ranks seen anew by the FFN."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from helix_gpu.refusals import check_config
+from helix_spec.configs import Config
+
+AXES: Final = ("tp", "cp")
+"""cp varies fastest: ranks that exchange partial attentions are neighbours (MAP-1)."""
+FFN_AXES: Final = ("ep", "tp")
+
+
+def helix_mesh(config: Config, device_type: str = "cpu") -> DeviceMesh:
+    """All ranks as tp_size x cp_size, axes ("tp", "cp"); every rank calls it.
+
+    torch.distributed is initialised, `device_type` is "cpu" or "cuda". Raises Refused(bad_config)
+    for a configuration that no engine may start with, say more tp ranks than KV heads, and
+    ValueError for another number of processes; both before any group is made.
+    """
+    check_config(config)
+    if dist.get_world_size() != config.world_size:
+        raise ValueError(
+            f"{dist.get_world_size()} processes run; tp_size {config.tp_size} x cp_size "
+            f"{config.rules.cp_size} needs {config.world_size}."
+        )
+    sizes = (config.tp_size, config.rules.cp_size)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+
+
+def check_mesh(config: Config, mesh: DeviceMesh) -> None:
+    """Raise ValueError unless the mesh has the axes ("tp", "cp") in the configuration's sizes.
+
+    It may be a part of a larger one, as `mesh["tp", "cp"]` of pipeline stages.
+    """
+    sizes = (config.tp_size, config.rules.cp_size)
+    if mesh.mesh_dim_names != AXES or tuple(mesh.shape) != sizes:
+        raise ValueError(
+            f"The mesh has axes {mesh.mesh_dim_names} of sizes {tuple(mesh.shape)}; this "
+            f"configuration needs {AXES} of sizes {sizes}."
+        )
+
+
+def slice_of(mesh: DeviceMesh) -> int:
+    """tp_rank * cp_size + cp_rank: the slice of the output projection's heads held here (MAP-1)."""
+    return mesh.get_local_rank("tp") * mesh["cp"].size() + mesh.get_local_rank("cp")
+
+
+def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh, in the order of their slices; every rank calls it."""
+    return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+
+
+def repurposed(mesh: DeviceMesh, ep_size: int = 1) -> DeviceMesh:
+    """The ranks of an attention mesh as the FFN uses them: experts x tensor parallel.
+
+    Helix gives the N = tp * cp ranks of the attention to the FFN as EP x TPF = N, without moving
+    anything (arXiv 2507.07120, section 2.2): axes ("ep", "tp"), tp the faster one. A dense FFN has
+    ep_size 1. Every rank calls it. Raises ValueError if ep_size does not divide the ranks.
+    """
+    ranks = mesh.size()
+    if ep_size < 1 or ranks % ep_size:
+        raise ValueError(f"ep_size is {ep_size}; it must divide the {ranks} ranks of the mesh.")
+    grid = mesh.mesh.reshape(ep_size, ranks // ep_size)
+    return DeviceMesh(mesh.device_type, grid, mesh_dim_names=FFN_AXES)
