@@ -8,6 +8,7 @@
 - `drivers`: where the ranks live (this process, a pool of workers, torchrun);
 - `runs`: random traces, stored traces and workloads through a driver; `coverage`: where they
   have been; `reduction`: a failing trace made small; `trials`: what is really to blame;
+- `known`: the ledger of what an engine is known to answer wrongly;
 - `workloads`: production request traces as events;
 - `zoo`: engines that are wrong on purpose, to measure the suite;
 - `report`, `cli`: what a user sees.

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helix_conformance import runs
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.known import Known, LedgerError
 from helix_conformance.protocol import PROFILES, EngineSpecError, load_engine
 from helix_conformance.report import (
     Stream,
@@ -183,6 +184,13 @@ _json = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for failing traces.",
 )
+@click.option(
+    "--known",
+    "known_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The engine's ledger of known differences (TOML): they are named and do not fail the "
+    "run; one that no longer shows does.",
+)
 def run(**options: Any) -> None:
     """Play random traces, or a workload, and judge every answer.
 
@@ -190,6 +198,7 @@ def run(**options: Any) -> None:
     has a line for each layout and driver. After a failure come the smallest failing trace, each
     violated invariant with its sentence from SPEC.md, what was expected and what was observed.
     """
+    known = _ledger(options)
     if options["driver_name"] == "torchrun":
         _under_torchrun(
             options["engine"], options["ranks"], options["backend"], options["deadline"]
@@ -200,7 +209,7 @@ def run(**options: Any) -> None:
     play = _play_workload if options["workload"] else _play_random
     failures = []
     for engine, driver_name in _tiers(options["engine"], options["driver_name"], options["asked"]):
-        failures += play(stream, engine, driver_name, options)
+        failures += play(stream, engine, driver_name, options, known)
     console = Console()
     print_table(console, stream.rows)
     for row, failure in failures:
@@ -208,7 +217,9 @@ def run(**options: Any) -> None:
         stream.failure(row, failure, path)
         replay = f"helix-conformance replay {path} --engine {row.engine} --driver {row.driver}"
         print_failure(console, failure, path, replay)
-    _leave(stream.summary(engine=options["engine"], seed=options["seed"]))
+    for line in known.sentences():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _leave(stream.summary(known, engine=options["engine"], seed=options["seed"]))
 
 
 @main.command()
@@ -368,8 +379,20 @@ def _driver_of(engine: str, driver_name: str, options: dict[str, Any]) -> Iterat
         driver.close()
 
 
+def _ledger(options: dict[str, Any]) -> Known:
+    """The known differences of the engine; none without --known."""
+    if options["known_path"] is None:
+        return Known()
+    if options["workload"] is not None:
+        raise BadInput("--known is for random traces; a workload is judged without a ledger.")
+    try:
+        return Known.read(options["known_path"])
+    except LedgerError as error:
+        raise BadInput(str(error)) from error
+
+
 def _play_random(
-    stream: Stream, engine: str, driver_name: str, options: dict[str, Any]
+    stream: Stream, engine: str, driver_name: str, options: dict[str, Any], known: Known
 ) -> list[tuple[Any, Failure]]:
     """Random traces of each layout asked for; the failures with their rows."""
     failures = []
@@ -387,23 +410,22 @@ def _play_random(
         for done, name in enumerate(names):
             progress.update(bar, description=f"{name} ({driver_name})", completed=done * examples)
             tally = Tally()
-            strategy = runs.layout_traces(
+            checked, failure = runs.layout_run(
                 driver,
                 name,
-                profiles,
+                options["asked"],
                 cp_sizes=cp_sizes,
                 tp_sizes=(1, 2) if driver.largest_world and not options["cp_sizes"] else (1,),
-            )
-            failure = runs.random_traces(
-                driver,
-                strategy,
-                profiles,
                 examples=examples,
-                seed=f"{options['seed']} {name}",  # other traces for each layout
+                seed=options["seed"],
                 tally=tally,
+                known=known,
                 progress=lambda: progress.advance(bar),
             )
-            row = make_row(name, engine, driver_name, cp_sizes, profiles, tally, failure)
+            if not checked:
+                continue
+            here = known.of_layout(name)
+            row = make_row(name, engine, driver_name, cp_sizes, checked, tally, failure, here)
             stream.row(row)
             if failure is not None:
                 failures.append((row, failure))
@@ -414,7 +436,7 @@ def _play_random(
 
 
 def _play_workload(
-    stream: Stream, engine: str, driver_name: str, options: dict[str, Any]
+    stream: Stream, engine: str, driver_name: str, options: dict[str, Any], known: Known
 ) -> list[tuple[Any, Failure]]:
     """A workload on each layout and cp_size asked for; the failures with their rows."""
     try:

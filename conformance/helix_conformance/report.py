@@ -14,6 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from helix_conformance.known import Difference, Known
 from helix_conformance.protocol import LADDER, PROFILES
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import event_text, trace_text
@@ -34,6 +35,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="row"
     events: int
     seconds: float
     verdict: str
+    known: list[str] = []
+    """Known differences of the engine that showed here, or were not run."""
 
 
 class Stream:
@@ -75,9 +78,12 @@ class Stream:
             }
         )
 
-    def summary(self, **more: Any) -> str:
-        """The last line; returns the verdict."""
+    def summary(self, known: Known | None = None, **more: Any) -> str:
+        """The last line; returns the verdict: a ledger that is no longer true fails a run."""
+        known = known or Known()
         verdict = worst_verdict([row.verdict for row in self.rows])
+        if verdict == "pass" and not known.holds:
+            verdict = "fail"
         checked = {profile for row in self.rows for profile in row.profiles}
         events, seconds = sum(r.events for r in self.rows), sum(r.seconds for r in self.rows)
         self.write(
@@ -90,6 +96,7 @@ class Stream:
                 "traces": sum(row.traces for row in self.rows),
                 "events": events,
                 "events_per_s": round(events / seconds, 1) if seconds else None,
+                "known_differences": known.summary(),
                 **more,
             }
         )
@@ -104,6 +111,7 @@ def make_row(
     profiles: frozenset[str],
     tally: Tally,
     failure: Failure | None,
+    known: Sequence[Difference] = (),
 ) -> Row:
     """The row of a finished layout."""
     return Row(
@@ -116,6 +124,7 @@ def make_row(
         events=tally.events,
         seconds=round(tally.seconds, 3),
         verdict="pass" if failure is None else failure.verdict,
+        known=[difference.subject for difference in known],
     )
 
 
@@ -143,9 +152,13 @@ def print_table(console: Console, rows: Sequence[Row]) -> None:
             f"{row.traces:,}",
             f"{row.events:,}",
             speed,
-            f"[{colour[row.verdict]}]{row.verdict}[/]",
+            f"[{colour[row.verdict]}]{row.verdict}[/]" + _but(row.known),
         )
     console.print(table)
+
+
+def _but(known: Sequence[str]) -> str:
+    return f", [yellow]{len(known)} known[/]" if known else ""
 
 
 def deepest(profiles: Sequence[str]) -> list[str]:

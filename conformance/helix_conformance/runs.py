@@ -13,6 +13,7 @@ from helix_conformance.coverage import Coverage
 from helix_conformance.drawing import EVENLY, Evenly
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.judge import Judge, wrong_reasons
+from helix_conformance.known import Known, parted
 from helix_conformance.protocol import LADDER, PROFILES, Watch
 from helix_conformance.reduction import reduced, with_room
 from helix_conformance.strategies import configs, traces
@@ -58,6 +59,8 @@ class Tally(msgspec.Struct):
     traces: int = 0
     events: int = 0
     seconds: float = 0.0
+    cut: int = 0
+    """Traces that ended early, at a known difference or before what must not be run."""
     needed: Needed | None = None
     """What it took to find the first failure; all after that was spent on a smaller one."""
 
@@ -70,14 +73,16 @@ def check_trace(
     watch: Watch = EVERYTHING,
     tally: Tally | None = None,
     coverage: Coverage | None = None,
+    known: Known | None = None,
 ) -> Failure | None:
     """Play one trace and judge every answer; the first event that is wrong ends it.
 
     A configuration with which no engine may start must be refused; its events are not played.
+    What the engine's ledger of known differences covers is not wrong.
     """
-    tally = tally or Tally()
-    failure = _judged(driver, trace, profiles, tally, watch, coverage)
-    return failure and _made_sure(driver, failure, profiles, tally)
+    tally, known = tally or Tally(), known or Known()
+    failure = _judged(driver, trace, profiles, tally, known, watch, coverage)
+    return failure and _made_sure(driver, failure, profiles, tally, known)
 
 
 def _judged(
@@ -85,30 +90,37 @@ def _judged(
     trace: Trace,
     profiles: frozenset[str],
     tally: Tally,
+    known: Known,
     watch: Watch = EVERYTHING,
     coverage: Coverage | None = None,
 ) -> Failure | None:
+    allowed = known.runnable(trace, driver.profiles)
+    tally.cut += allowed != trace
+    if allowed is None:
+        return None
     if config_problem(trace.config) is not None:
-        return _check_bad_config(driver, trace.config, profiles, tally)
+        return _check_bad_config(driver, trace.config, profiles, tally, known)
     judge = Judge(trace.config, profiles, driver.profiles)
-    return _played(driver, judge, trace.events, watch, tally, coverage)
+    return _played(driver, judge, allowed.events, watch, tally, known, coverage)
 
 
-def _made_sure(driver: Driver, failure: Failure, profiles: frozenset[str], tally: Tally) -> Failure:
+def _made_sure(
+    driver: Driver, failure: Failure, profiles: frozenset[str], tally: Tally, known: Known
+) -> Failure:
     """The failure, its suspicions tried."""
     if failure.engine_failure is not None:
         return failure
 
     def named_by(trace: Trace) -> set[str]:
-        again = _judged(driver, trace, profiles, tally)
-        return set() if again is None else _named(again)
+        again = _judged(driver, trace, profiles, tally, known)
+        return set() if again is None else numbers_of(again)
 
     violations = tried(failure.trace, failure.violations, named_by)
     return msgspec.structs.replace(failure, violations=violations)
 
 
 def _check_bad_config(
-    driver: Driver, config: Config, profiles: frozenset[str], tally: Tally
+    driver: Driver, config: Config, profiles: frozenset[str], tally: Tally, known: Known
 ) -> Failure | None:
     tally.traces += 1
     trace = Trace(config=config, events=[])
@@ -116,7 +128,8 @@ def _check_bad_config(
         _, answers = next(iter(driver.play(config, profiles, [], EVERYTHING)))
     except EngineFailure as error:
         return Failure(trace=trace, event=None, engine_failure=str(error))
-    found = wrong_reasons(Reason.BAD_CONFIG, [answer.outcome for answer in answers])
+    outcomes = [answer.outcome for answer in answers]
+    found = known.unknown(config.layout, wrong_reasons(Reason.BAD_CONFIG, outcomes))
     return Failure(trace=trace, event=None, violations=found) if found else None
 
 
@@ -126,9 +139,10 @@ def _played(
     events: Iterable[Event],
     watch: Watch,
     tally: Tally,
+    known: Known,
     coverage: Coverage | None = None,
 ) -> Failure | None:
-    """Judge events as they are played; None when all answers were right."""
+    """Judge events as they are played; None when all answers were right, or wrong as is known."""
     config, seen, began = judge.config, list[Event](), time.perf_counter()
 
     def failure(event: int | None, violations: list[Violation]) -> Failure:
@@ -143,8 +157,12 @@ def _played(
                     coverage.saw(judge.model, event, judge.reason)
             else:
                 violations = judge.finished(answers) if seen else judge.started(answers)
-            if violations:
-                return failure(None if event is None else len(seen) - 1, violations)
+            unknown = known.unknown(config.layout, violations)
+            if unknown:
+                return failure(None if event is None else len(seen) - 1, unknown)
+            if parted(violations):
+                tally.cut += 1
+                return None
         return None
     except EngineFailure as error:
         lived = list(events) if isinstance(events, list) else seen
@@ -180,8 +198,10 @@ def random_traces(
     tally: Tally,
     progress: Callable[[], None] = lambda: None,
     coverage: Coverage | None = None,
+    known: Known | None = None,
 ) -> Failure | None:
     """Play random traces until one fails; the failure with its trace made small."""
+    known = known or Known()
     found: list[tuple[Trace, Failure]] = []
     began = time.perf_counter()
 
@@ -199,7 +219,7 @@ def random_traces(
     )
     @hypothesis.given(strategy)
     def every_answer_is_right(trace: Trace) -> None:
-        failure = _judged(driver, trace, profiles, tally, coverage=coverage)
+        failure = _judged(driver, trace, profiles, tally, known, coverage=coverage)
         progress()
         if failure is not None:
             if tally.needed is None:
@@ -212,8 +232,8 @@ def random_traces(
     except _Stop:
         return found[0][1]
     except _Failed:
-        small = _made_small(driver, *found[0], profiles, tally)
-        return _made_sure(driver, small, profiles, tally)
+        small = _made_small(driver, *found[0], profiles, tally, known)
+        return _made_sure(driver, small, profiles, tally, known)
     except hypothesis.errors.Flaky:
         note = "This failure did not repeat when the same trace was played again."
         failure = found[0][1]
@@ -223,29 +243,34 @@ def random_traces(
 
 
 def _made_small(
-    driver: Driver, whole: Trace, failure: Failure, profiles: frozenset[str], tally: Tally
+    driver: Driver,
+    whole: Trace,
+    failure: Failure,
+    profiles: frozenset[str],
+    tally: Tally,
+    known: Known,
 ) -> Failure:
     """The failure with the smallest trace that shows some of the same violations."""
     smallest, alive = failure, True
 
     def fails(trace: Trace, named: Collection[str]) -> Trace | None:
         nonlocal smallest, alive
-        again = _judged(driver, trace, profiles, tally) if alive else None
+        again = _judged(driver, trace, profiles, tally, known) if alive else None
         if again is not None and again.verdict == "error":
             alive = driver.survives_failure
-        if again is None or not _named(again).intersection(named):
+        if again is None or not numbers_of(again).intersection(named):
             return None
         smallest = again
         return again.trace
 
     # What also fails where no pool runs dry is told without refusals, whatever else it breaks.
     fails(with_room(whole), NUMBERS)
-    named = _named(smallest)
+    named = numbers_of(smallest)
     reduced(smallest.trace, lambda trace: fails(trace, named))
     return smallest
 
 
-def _named(failure: Failure) -> set[str]:
+def numbers_of(failure: Failure) -> set[str]:
     """The invariants that a failure names."""
     names = {violation.invariant for violation in failure.violations}
     return names if failure.engine_failure is None else {"LIVE-1"}
@@ -273,6 +298,56 @@ def layout_traces(
         features=features,
         undeclared=set(FEATURES) - driver.profiles,
     )
+
+
+def layout_run(
+    driver: Driver,
+    name: str,
+    asked: Collection[str],
+    *,
+    cp_sizes: Sequence[int],
+    tp_sizes: Sequence[int] = (1,),
+    examples: int,
+    seed: int | str,
+    tally: Tally,
+    known: Known,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[frozenset[str], Failure | None]:
+    """Random traces of one layout: the profiles that were checked, and the failure.
+
+    Profiles that the ledger says are answered wrongly are left out, and then checked apart: each
+    must still fail.
+    """
+
+    def played(profiles: frozenset[str], tally: Tally) -> Failure | None:
+        strategy = layout_traces(driver, name, profiles, cp_sizes=cp_sizes, tp_sizes=tp_sizes)
+        return random_traces(
+            driver,
+            strategy,
+            profiles,
+            examples=examples,
+            seed=f"{seed} {name}",  # other traces for each layout
+            tally=tally,
+            progress=progress,
+            known=known,
+        )
+
+    if not known.runs(name):
+        return frozenset(), None
+    wanted = profiles_to_check(driver.profiles, asked)
+    profiles = wanted - known.left_out(name)
+    failure = played(profiles, tally) if profiles else None
+    if failure is not None:
+        return profiles, failure
+    known.played(name, profiles, void=0 < tally.traces and tally.events <= tally.cut)
+    for difference in known.suspended(name):
+        if difference.profile in wanted:
+            alone = profiles_to_check(driver.profiles, {*profiles, difference.profile})
+            wrong = played(alone, Tally())
+            if wrong is not None and wrong.verdict == "error":
+                return alone, wrong
+            known.confirmed(difference, failed=wrong is not None)
+    return profiles, None
 
 
 def workload(
@@ -311,7 +386,7 @@ def workload(
             except StopIteration:
                 return
 
-    return _played(driver, judge, events(), watch, tally)
+    return _played(driver, judge, events(), watch, tally, Known())
 
 
 def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> frozenset[str]:

@@ -39,6 +39,15 @@ def sentence(number: str) -> str:
     return " ".join(match[0].replace("**", "").split())
 
 
+@cache
+def profiles_of(number: str) -> tuple[str, ...]:
+    """The profiles that check an invariant, as its paragraph names them; `every` and `none` too."""
+    named = re.search(r"\(profile ([^;)]*);", sentence(number))
+    if named is None:
+        raise KeyError(f"The paragraph of {number} in SPEC.md names no profile.")
+    return tuple(named[1].split(", "))
+
+
 def own_1(positions: Sequence[Sequence[int]], total: int) -> bool:
     """Every global position 0 .. total-1 is on exactly one rank; positions[r] lists rank r's."""
     held = Counter(position for mine in positions for position in mine)

@@ -72,3 +72,10 @@ def test_spread_bounds_are_those_of_the_text():
     vllm = named_layout("vllm_dcp", cp_size=4, tokens_per_block=8, interleave=2)
     assert 2 == inv.spread_bound(vllm)
     assert 0 == inv.spread_bound(named_layout("pr9757", cp_size=1, tokens_per_block=2))
+
+
+def test_every_invariant_names_the_profiles_that_check_it() -> None:
+    """In SPEC.md's own words, in the order of the profiles."""
+    assert ("placement", "cache") == inv.profiles_of("OWN-1")
+    assert ("every",) == inv.profiles_of("LIVE-1")
+    assert all(inv.profiles_of(number) for number in inv.NUMBERS)
