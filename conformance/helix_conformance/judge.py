@@ -63,8 +63,6 @@ class Judge:
         """Per rank and request, cached rows that were found right, to look at what changed only."""
         self.reason: Reason | None = None
         """Why the last event is refused, None when it is not."""
-        self.claims: dict[int, list[int]] = {}
-        """Per request, how many of its decoded tokens each cp_rank claimed (BAL-2)."""
         self.admitted: deque[tuple[int, Request]] = deque(maxlen=4 * self.cp)
         """The latest admissions, in order (BAL-3)."""
 
@@ -101,9 +99,6 @@ class Judge:
             return
         if isinstance(event, Admit):
             self.admitted.append((event.id, self.model.requests[event.id]))
-        if not isinstance(event, Decode):
-            for id in ids_of(event):
-                self.claims.pop(id, None)
         if isinstance(event, Release):
             self.oracle.forget(event.id)
             for rank in range(self.world):
@@ -121,7 +116,7 @@ class Judge:
             yield from self._columns(rank, outcome, wanted)
         if any(o.active != expected[rank % self.cp].active for rank, o in enumerate(outcomes)):
             yield from self._owners(outcomes, expected)
-        yield from self._balance(outcomes[: self.cp])
+            yield from self._balance(outcomes[: self.cp])
         yield from self._slots(outcomes)
 
     def _columns(self, rank: int, outcome: Outcome, wanted: Outcome) -> Iterator[Violation]:
@@ -159,13 +154,11 @@ class Judge:
         yield from self._rank_order([o.active for o in expected], [o.active for o in outcomes])
 
     def _balance(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        """BAL-2 of each request of the batch, by what the ranks claimed."""
+        """BAL-2 of each request of the batch, by what the ranks claim; right until now."""
         token = 0
         for step in self.model.last_steps:
             request = self.model.requests[step.id]
-            claims = self.claims.get(step.id)
-            if claims is None:
-                claims = self.claims[step.id] = _decoded_before(request, step)
+            claims = _decoded_before(request, step)
             for _ in step.owners:
                 for rank, outcome in enumerate(outcomes):
                     claims[rank] += outcome.active[token]
@@ -173,7 +166,7 @@ class Judge:
             roles = [claims[(rank + request.shift) % self.cp] for rank in range(self.cp)]
             if not invariants.bal_2(self.layout, roles):
                 what = f"decoded tokens of request {step.id} on each rank"
-                yield Violation("BAL-2", what, "a spread of one chunk at most", list(claims))
+                yield Violation("BAL-2", what, "a spread of one chunk at most", claims)
 
     def _slots(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
         """Each new token is written once, at its local index, in a page of its request."""
@@ -182,20 +175,26 @@ class Judge:
             held = list(step.past_len)
             for place, owner in enumerate(step.owners):
                 index, held[owner] = held[owner], held[owner] + 1
-                where = f"the token at position {step.first + place} of request {step.id}"
                 for first in range(0, self.world, self.cp):
                     slots = [o.slots[token] for o in outcomes[first : first + self.cp]]
-                    if sum(slot >= 0 for slot in slots) != 1:
-                        what = f"slots in which the ranks wrote {where}"
-                        yield Violation("OWN-1", what, "one slot", slots, None, step.id)
-                    for cp_rank, slot in enumerate(slots):
-                        rank = first + cp_rank
-                        if slot >= 0 and cp_rank != owner and self._holds_a_token(rank, slot):
-                            what = f"slot in which {where} was written"
-                            yield Violation("OWN-1", what, "free", slot, rank, step.id)
+                    if [rank for rank, slot in enumerate(slots) if slot >= 0] != [owner]:
+                        where = f"the token at position {step.first + place} of request {step.id}"
+                        yield from self._written_elsewhere(where, first, owner, slots, step.id)
                     if slots[owner] >= 0:
                         yield from self._slot(first + owner, step.id, index, slots[owner])
                 token += 1
+
+    def _written_elsewhere(
+        self, where: str, first: int, owner: int, slots: list[int], id: int
+    ) -> Iterator[Violation]:
+        """A token that is not written on its owner alone, in the cp_size ranks from `first` on."""
+        if sum(slot >= 0 for slot in slots) != 1:
+            what = f"slots in which the ranks wrote {where}"
+            yield Violation("OWN-1", what, "one slot", slots, None, id)
+        for rank, slot in enumerate(slots, first):
+            if slot >= 0 and rank != first + owner and self._holds_a_token(rank, slot):
+                what = f"slot in which {where} was written"
+                yield Violation("OWN-1", what, "free", slot, rank, id)
 
     def _slot(self, rank: int, id: int, index: int, slot: int) -> Iterator[Violation]:
         """The slot of a token on the rank that owns it."""
@@ -344,13 +343,15 @@ class Judge:
 
     def _pages(self, rank: int, view: RankView, whole: bool) -> Iterator[Violation]:
         """PAGE-1, PAGE-2, PAGE-3 and GROW-1 on one rank."""
-        cp_rank = rank % self.cp
+        cp_rank, pairing = rank % self.cp, self.pairings[rank]
         for id in view.local_len:
             table, twins = view.block_tables.get(id, []), self.model.requests[id].tables[cp_rank]
+            if pairing.stays(id, table, twins):
+                continue
             if len(table) != len(twins):
                 what = f"pages of request {id}"
                 yield Violation("PAGE-1", what, len(twins), len(table), rank, id)
-            yield from self.pairings[rank].table(rank, id, table, twins)
+            yield from pairing.table(rank, id, table, twins)
         free, pool = len(self.model.pools[cp_rank].free), self.config.pages[cp_rank]
         if view.free_pages != free:
             yield Violation("PAGE-3", "free pages", free, view.free_pages, rank)

@@ -26,11 +26,12 @@ class Pairing:
         self.tables: dict[int, tuple[list[int], list[Page]]] = {}
         """What was last seen of each request, to look again only at what changed."""
 
+    def stays(self, id: int, table: list[int], twins: list[Page]) -> bool:
+        """Whether a request's block table is what it was, and stands for the same pages."""
+        return self.tables.get(id) == (table, twins)
+
     def table(self, rank: int, id: int, table: list[int], twins: list[Page]) -> Iterator[Violation]:
-        """One request's block table."""
-        seen = self.tables.get(id)
-        if seen is not None and seen[0] == table and seen[1] == twins:
-            return
+        """One request's block table, when it does not stay."""
         for page, twin in zip(table, twins, strict=False):
             yield from self.pair(rank, id, page, twin)
         extra = table[len(twins) :]

@@ -20,14 +20,19 @@ class BlockTables:
     def __init__(self) -> None:
         self._pages: Ints = np.zeros((0, 0), dtype=np.int64)
 
+    def begin(self, row: int, pages: Sequence[int]) -> None:
+        """Let a request's row begin with these pages."""
+        self._grow(row + 1, len(pages))
+        self._pages[row, : len(pages)] = pages
+
     def write(self, rows: Ints, columns: Ints, pages: Sequence[int]) -> None:
-        """Put `pages[i]` at local page `columns[i]` of row `rows[i]`."""
-        self._grow(int(rows.max(initial=-1)) + 1, int(columns.max(initial=-1)) + 1)
+        """Put `pages[i]` at local page `columns[i]` of row `rows[i]`, which has begun."""
+        self._grow(0, int(columns.max(initial=-1)) + 1)
         self._pages[rows, columns] = pages
 
     def read(self, rows: Ints, width: int) -> Ints:
-        """[n, width] the first `width` pages of these rows; stale past a row's last page."""
-        self._grow(int(rows.max(initial=-1)) + 1, width)
+        """[n, width] the first `width` pages of rows that have begun; stale past their last."""
+        self._grow(0, width)
         return self._pages[rows, :width]
 
     def copy(self, source: int, row: int) -> None:

@@ -89,24 +89,25 @@ class RankBook:
         """Pages of this rank's pool that no request holds."""
         return self._allocator.free
 
+    def is_live(self, id: int) -> bool:
+        """Whether a request of this id is live."""
+        return self.ledger.is_live(id)
+
     def local_len(self, id: int) -> int:
         """Tokens of a live request on this rank. Raises Refused."""
-        return self.local_lens([id])[0]
-
-    def local_lens(self, ids: Sequence[int]) -> list[int]:
-        """Tokens of live requests on this rank. Raises Refused."""
-        lengths: list[int] = self.ledger.local_lens(ids)[:, self.cp_rank].tolist()
-        return lengths
+        return self.holdings([id])[0][0]
 
     def block_table(self, id: int) -> list[int]:
         """Physical pages of a live request on this rank, in local order. Raises Refused."""
-        return self.block_tables([id])[0]
+        return self.holdings([id])[1][0]
 
-    def block_tables(self, ids: Sequence[int]) -> list[list[int]]:
-        """Physical pages of live requests on this rank, in local order. Raises Refused."""
-        held: list[int] = self.ledger.held(ids)[:, self.cp_rank].tolist()
-        tables = self.tables.read(self.ledger.rows(ids), max(held, default=0)).tolist()
-        return [table[:pages] for table, pages in zip(tables, held, strict=True)]
+    def holdings(self, ids: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+        """Tokens of live requests on this rank, and their block tables. Raises Refused."""
+        rows = self.ledger.rows(ids)
+        lengths, pages = self.ledger.on_rank(self.cp_rank, rows)
+        held: list[int] = pages.tolist()
+        tables: list[list[int]] = self.tables.read(rows, max(held, default=0)).tolist()
+        return lengths.tolist(), [table[:n] for table, n in zip(tables, held, strict=True)]
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Deal a new request's prompt. Raises Refused; changes nothing."""
@@ -123,7 +124,7 @@ class RankBook:
         """
         taken = self._allocator.take(int(plan.pages[self.cp_rank]))
         row = self.ledger.admit(plan)
-        self.tables.write(np.full(len(taken), row), np.arange(len(taken)), taken)
+        self.tables.begin(row, taken)
         return taken
 
     def admit(self, id: int, prompt_len: int) -> list[int]:

@@ -137,10 +137,14 @@ class Ledger:
         """Live requests, in the order in which they were placed."""
         return list(self._row_of)
 
+    def is_live(self, id: int) -> bool:
+        """Whether a request of this id is live."""
+        return id in self._row_of
+
     def rows(self, ids: Sequence[int]) -> Ints:
         """[n] where the ledger keeps live requests. Raises Refused(unknown or preempted)."""
         try:
-            return np.array([self._row_of[id] for id in ids], dtype=np.int64)
+            return np.array(list(map(self._row_of.__getitem__, ids)), dtype=np.int64)
         except KeyError as error:
             raise self._not_live(error.args[0]) from None
 
@@ -153,6 +157,12 @@ class Ledger:
         """[n, cp_size] pages of live requests on each rank, shared ones included."""
         state = self._rows[self.rows(ids)]
         return self._pages_for(state["total"], state["local_len"])
+
+    def on_rank(self, rank: int, rows: Ints) -> tuple[Ints, Ints]:
+        """[n] tokens and [n] pages of the requests in these rows on one rank."""
+        local_len = self._rows["local_len"][rows, rank]
+        pages = self._pages_for(self._rows["total"][rows], local_len[:, None])
+        return local_len, pages[:, 0]
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Deal a new request's prompt. Raises Refused; changes nothing."""
@@ -197,16 +207,16 @@ class Ledger:
         `pad` dummy requests fill the batch and have no entries in the step.
         """
         rows = self._batch_rows(ids, query_lens, pad)
-        lens = np.array(query_lens, dtype=np.int64)
-        self._check_room(ids, rows, lens)
-        requests, firsts, positions, owners, past_lens = self._deal(rows, lens)
+        lens, tokens = np.array(query_lens, dtype=np.int64), sum(query_lens)
+        self._check_room(ids, rows, lens, tokens)
+        requests, firsts, positions, owners, past_lens = self._deal(rows, lens, tokens)
         c, t = self.layout.cp_size, self.layout.tokens_per_block
         if self.layout.pages == "lockstep":
             number, offset = np.divmod(positions, t * c)
             opening = (offset == 0).nonzero()[0]
             pages = np.full(c, len(opening))
         else:
-            number, offset = np.divmod(past_lens[np.arange(len(owners)), owners], t)
+            number, offset = np.divmod(past_lens[np.arange(tokens), owners], t)
             opening = (offset == 0).nonzero()[0]
             pages = np.bincount(owners[opening], minlength=c)
         shared = self._shared_writes(rows, requests, owners) if self._open_pages.holders else []
@@ -378,7 +388,7 @@ class Ledger:
         _check_distinct(ids)
         return self.rows(ids)
 
-    def _check_room(self, ids: Sequence[int], rows: Ints, query_lens: Ints) -> None:
+    def _check_room(self, ids: Sequence[int], rows: Ints, query_lens: Ints, tokens: int) -> None:
         """Refuse groups that pass max_len, and those that no pages could hold, before dealing."""
         totals = self._rows["total"][rows] + query_lens
         if totals.max() > self.max_len:
@@ -387,7 +397,6 @@ class Ledger:
                 f"Request {ids[int(totals.argmax())]} would reach {totals.max()} tokens; max_len "
                 f"is {self.max_len}.",
             )
-        tokens = int(query_lens.sum())
         if tokens > len(rows):
             c, t = self.layout.cp_size, self.layout.tokens_per_block
             if tokens > (int(self.free.sum()) + len(rows) * c) * t:
@@ -396,7 +405,9 @@ class Ledger:
                     f"{tokens} new tokens are more than free and open pages could hold.",
                 )
 
-    def _deal(self, rows: Ints, query_lens: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    def _deal(
+        self, rows: Ints, query_lens: Ints, tokens: int
+    ) -> tuple[Ints, Ints, Ints, Ints, Ints]:
         """Deal a batch's new tokens: the fields of Step from `requests` to `past_lens`."""
         state = self._rows
         places = np.arange(len(rows))
@@ -405,7 +416,6 @@ class Ledger:
             state["owner"][rows],
             state["local_len"][rows],
         )
-        tokens = int(query_lens.sum())
         if tokens == len(rows):
             return places, places, total, owner, local_len
         requests = places.repeat(query_lens)
@@ -438,10 +448,10 @@ class Ledger:
         ]
 
     def _pages_for(self, total: Ints, local_len: Ints) -> Ints:
-        """[..., cp_size] pages under the policy, of totals [...] and lengths [..., cp_size]."""
+        """[..., ranks] pages under the policy, of totals [...] and lengths [..., ranks]."""
         c, t = self.layout.cp_size, self.layout.tokens_per_block
         if self.layout.pages == "lockstep":
-            return np.repeat(-(-total[..., None] // (t * c)), c, -1)
+            return np.repeat(-(-total[..., None] // (t * c)), local_len.shape[-1], -1)
         return -(-local_len // t)
 
     def _full_pages(self, total: Ints, local_len: Ints) -> Ints:

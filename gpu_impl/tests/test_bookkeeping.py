@@ -179,7 +179,7 @@ def test_the_ledger_knows_what_the_allocator_holds(name: str) -> None:
         rank = book.cp_rank
 
         def agrees(book: RankBook = book, rank: int = rank) -> None:
-            tables = book.block_tables(book.request_ids)
+            _, tables = book.holdings(book.request_ids)
             used = {page for table in tables for page in table}
             assert 50 == book.free_pages + len(used)
             assert book.free_pages == book.ledger.free[rank]

@@ -189,8 +189,6 @@ class Model:
         place = 0
         for id, query_len in zip(ids, query_lens, strict=True):
             request = self.requests[id]
-            for growth in self.growth(request, query_len):
-                self._grow(request, growth)
             step = Step(
                 id,
                 len(request.tokens),
@@ -198,24 +196,33 @@ class Model:
                 [len(positions) for positions in request.ranks],
             )
             for owner in step.owners:
-                request.ranks[owner].append(len(request.tokens))
-                request.tokens.append((self.events_seen, place))
+                self._append(request, (self.events_seen, place), owner)
                 place += 1
-            for owner in step.owners:
-                request.high_water[owner] = max(
-                    request.high_water[owner], len(request.ranks[owner])
-                )
             request.open_group = query_len
             request.outstanding += self.config.overlap
             self.last_steps.append(step)
 
-    def _grow(self, request: Request, growth: Growth) -> None:
-        """Copy the page about to be written if others hold it too, then add the fresh pages."""
-        pool, table = self.pools[growth.rank], request.tables[growth.rank]
-        if growth.open_page is not None and growth.open_page.holders > 1:
-            pool.give_back(growth.open_page)
+    def _append(self, request: Request, token: Identity, owner: int) -> None:
+        """Place one more token on the rank that owns it, in a page that nobody else holds."""
+        position, t = len(request.tokens), self.layout.tokens_per_block
+        if self.layout.pages == "lockstep":
+            for rank in range(self.layout.cp_size):
+                self._make_room(request, rank, position % (t * self.layout.cp_size))
+        else:
+            self._make_room(request, owner, len(request.ranks[owner]) % t)
+        request.tokens.append(token)
+        request.ranks[owner].append(position)
+        held = len(request.ranks[owner])
+        request.high_water[owner] = max(request.high_water[owner], held)
+
+    def _make_room(self, request: Request, rank: int, filled: int) -> None:
+        """A page where the last one is full, a copy of the last one where others hold it too."""
+        pool, table = self.pools[rank], request.tables[rank]
+        if filled == 0:
+            table.append(pool.take())
+        elif table[-1].holders > 1:
+            pool.give_back(table[-1])
             table[-1] = pool.take()
-        table += [pool.take() for _ in range(growth.fresh)]
 
     def _accept(self, request: Request, kept: int) -> None:
         total = len(request.tokens) - request.open_group + kept
@@ -261,7 +268,7 @@ class Model:
             for page in table:
                 pool.give_back(page)
 
-    # What the next tokens of a request need; `refusals` counts with it, `_decode` acts on it.
+    # What the next tokens of a request need; `refusals` counts with it.
 
     def owners(self, request: Request, query_len: int) -> list[int]:
         """cp_rank of each of the next tokens."""
@@ -278,14 +285,13 @@ class Model:
             block = t * self.layout.cp_size
             total = len(request.tokens)
             return [
-                _growth(rank, table, total, total + query_len, block)
+                _growth(rank, table, total, query_len, block)
                 for rank, table in enumerate(request.tables)
             ]
         owners = self.owners(request, query_len)
         return [
-            _growth(rank, request.tables[rank], held, held + owners.count(rank), t)
+            _growth(rank, request.tables[rank], len(request.ranks[rank]), owners.count(rank), t)
             for rank in set(owners)
-            for held in [len(request.ranks[rank])]
         ]
 
     def pages_held(self, request: Request) -> list[int]:
@@ -337,10 +343,10 @@ class Model:
         )
 
 
-def _growth(rank: int, table: list[Page], held: int, then: int, block: int) -> Growth:
-    """Growth from `held` to `then` tokens, where a page opens every `block` tokens."""
+def _growth(rank: int, table: list[Page], held: int, more: int, block: int) -> Growth:
+    """Growth of a rank with `held` tokens by `more`, where a page opens every `block` tokens."""
     open_page = table[-1] if held % block else None
-    return Growth(rank, _blocks(then, block) - _blocks(held, block), open_page)
+    return Growth(rank, _blocks(held + more, block) - _blocks(held, block), open_page)
 
 
 def _blocks(tokens: int, block: int) -> int:

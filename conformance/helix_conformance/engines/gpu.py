@@ -310,11 +310,11 @@ def _outcome(step: RankStep) -> Outcome:
 
 
 def _view(book: RankBook, ids: Sequence[int] | None) -> RankView:
-    live = book.request_ids
-    asked = live if ids is None else sorted(set(live).intersection(ids))
+    asked = book.request_ids if ids is None else [id for id in ids if book.is_live(id)]
+    lengths, tables = book.holdings(asked)
     return RankView(
-        dict(zip(asked, book.local_lens(asked), strict=True)),
-        dict(zip(asked, book.block_tables(asked), strict=True)),
+        dict(zip(asked, lengths, strict=True)),
+        dict(zip(asked, tables, strict=True)),
         preempted=book.preempted_ids,
         free_pages=book.free_pages,
     )

@@ -282,6 +282,7 @@ class DummyWritesLivePages(OverCache):
             step = super()._start(plan)
             n, zeros = len(step.book.rows), step.own.new_zeros(plan.pad)
             rows = np.arange(n, n + plan.pad)
+            self.book.tables.begin(n + plan.pad, [])  # a row for each of the largest batch
             pages = self.book.tables.read(rows, 1)[:, 0]
             return dataclasses.replace(
                 step,

@@ -184,6 +184,9 @@ class HeadroomByLocalPage(OverLedger):
         def __init__(self) -> None:
             self._flat: Ints = np.zeros(10_000, dtype=np.int64)
 
+        def begin(self, row: int, pages: Sequence[int]) -> None:
+            self._flat[row * self.stride :][: len(pages)] = pages
+
         def write(self, rows: Ints, columns: Ints, pages: Sequence[int]) -> None:
             self._flat[rows * self.stride + columns] = pages
 

@@ -9,7 +9,7 @@ import msgspec
 
 from helix_conformance.zoo.parts import LOCKSTEP, NAMED_LAZY, OverModel, Stored, mutant
 from helix_reference.dealing import deal_prompt
-from helix_reference.model import Growth, Model, Page, Request
+from helix_reference.model import Growth, Identity, Model, Page, Request
 from helix_spec.configs import Config
 from helix_spec.events import Decode, Event, Outcome, RankView, Reason, Sampled, Skip
 from helix_spec.layouts import Layout
@@ -253,11 +253,10 @@ class InactiveTakesPage(OverModel):
     """When the owner takes a page, so does every other rank, under `lazy`."""
 
     class Wrong(Model):
-        def growth(self, request: Request, query_len: int) -> list[Growth]:
-            right = super().growth(request, query_len)
-            fresh = max(growth.fresh for growth in right)
-            others = set(range(self.layout.cp_size)) - {growth.rank for growth in right}
-            return right + [Growth(rank, fresh, None) for rank in others]
+        def _make_room(self, request: Request, rank: int, filled: int) -> None:
+            super()._make_room(request, rank, filled)
+            for other in set(range(self.layout.cp_size)) - {rank} if filled == 0 else set():
+                request.tables[other].append(self.pools[other].take())
 
     model_class = Wrong
 
@@ -282,9 +281,9 @@ class NoCopyOnWrite(Stored):
     """A forked request writes into the page that it shares."""
 
     class Wrong(Model):
-        def _grow(self, request: Request, growth: Growth) -> None:
-            pool, table = self.pools[growth.rank], request.tables[growth.rank]
-            table += [pool.take() for _ in range(growth.fresh)]
+        def _make_room(self, request: Request, rank: int, filled: int) -> None:
+            if filled == 0:
+                super()._make_room(request, rank, filled)
 
     model_class = Wrong
 
@@ -319,12 +318,15 @@ class LockstepCopiesOnWriterOnly(OverModel):
     """A shared super-block is copied where a token is written, not on every rank."""
 
     class Wrong(Model):
-        def growth(self, request: Request, query_len: int) -> list[Growth]:
-            owners = self.owners(request, query_len)
-            return [
-                growth if growth.rank in owners else Growth(growth.rank, growth.fresh, None)
-                for growth in super().growth(request, query_len)
-            ]
+        writer = 0
+
+        def _append(self, request: Request, token: Identity, owner: int) -> None:
+            self.writer = owner
+            super()._append(request, token, owner)
+
+        def _make_room(self, request: Request, rank: int, filled: int) -> None:
+            if filled == 0 or rank == self.writer:
+                super()._make_room(request, rank, filled)
 
     model_class = Wrong
 
@@ -334,18 +336,11 @@ class CopiesNotCounted(OverModel):
     """A batch is accepted for the fresh pages it needs; for its copies there may be none left."""
 
     class Wrong(Model):
-        counting = True
-
         def growth(self, request: Request, query_len: int) -> list[Growth]:
-            right = super().growth(request, query_len)
-            if not self.counting:
-                return right
-            return [Growth(growth.rank, growth.fresh, None) for growth in right]
-
-        def _decode(self, ids: list[int], query_lens: list[int]) -> None:
-            self.counting = False
-            super()._decode(ids, query_lens)
-            self.counting = True
+            return [
+                Growth(growth.rank, growth.fresh, None)
+                for growth in super().growth(request, query_len)
+            ]
 
     model_class = Wrong
 
@@ -361,12 +356,12 @@ class LastHolderCopiesToo(OverModel):
             super()._fork(parent, child)
             self.ever = self.ever.union(*parent.tables)
 
-        def _grow(self, request: Request, growth: Growth) -> None:
-            page, pool = growth.open_page, self.pools[growth.rank]
-            if page is not None and page in self.ever and page.holders == 1 and pool.free:
-                request.tables[growth.rank][-1] = pool.take()
-                pool.give_back(page)
-            super()._grow(request, growth)
+        def _make_room(self, request: Request, rank: int, filled: int) -> None:
+            pool, table = self.pools[rank], request.tables[rank]
+            if filled and table[-1] in self.ever and table[-1].holders == 1 and pool.free:
+                left, table[-1] = table[-1], pool.take()
+                pool.give_back(left)
+            super()._make_room(request, rank, filled)
 
     model_class = Wrong
 
