@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from helix_conformance import runs
 from helix_conformance.drivers.base import Driver, EngineFailure
-from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.known import Known, LedgerError
-from helix_conformance.protocol import PROFILES, EngineSpecError, load_engine
+from helix_conformance.protocol import PROFILES, EngineSpecError
 from helix_conformance.report import (
     Stream,
     make_row,
@@ -82,7 +82,7 @@ _engine = click.option(
 _driver = click.option(
     "--driver",
     "driver_name",
-    type=click.Choice(["local", "pool", "torchrun"]),
+    type=click.Choice(DRIVERS),
     help="Where the ranks live: in this process, in worker processes over gloo, or under "
     "torchrun, which is launched when it is not there. Default: what the engine needs; for gpu "
     "its bookkeeping in this process, and all of it in a pool.",
@@ -337,12 +337,9 @@ def _tiers(engine: str, driver_name: str | None, asked: Sequence[str]) -> list[t
     """Which engine runs on which driver: the whole of one, or for `gpu` each where it can."""
     if engine != "gpu":
         try:
-            needs_processes = load_engine(engine).needs_processes
+            return [(engine, driver_name or default_driver(engine))]
         except EngineSpecError as error:
             raise BadInput(str(error)) from error
-        if needs_processes and driver_name == "local":
-            raise BadInput(f"Engine {engine} needs a process for each rank; use --driver pool.")
-        return [(engine, driver_name or ("pool" if needs_processes else "local"))]
     bookkeeping, whole = ("gpu-ledger", "local"), ("gpu", driver_name or "pool")
     if driver_name == "local":
         return [bookkeeping]
@@ -356,20 +353,16 @@ def _tiers(engine: str, driver_name: str | None, asked: Sequence[str]) -> list[t
 
 @contextmanager
 def _driver_of(engine: str, driver_name: str, options: dict[str, Any]) -> Iterator[Driver]:
-    driver: Driver
     try:
-        if driver_name == "local":
-            driver = LocalDriver(load_engine(engine))
-        elif driver_name == "pool":
-            from helix_conformance.drivers.pool import PoolDriver
-
-            driver = PoolDriver(engine, options["ranks"], deadline_s=options["deadline"])
-        else:
-            from helix_conformance.drivers.torchrun import TorchrunDriver
-
-            driver = TorchrunDriver(
-                engine, backend=options["backend"], deadline_s=options["deadline"]
-            )
+        driver = open_driver(
+            engine,
+            driver_name,
+            ranks=options["ranks"],
+            backend=options["backend"],
+            deadline_s=options["deadline"],
+        )
+    except EngineSpecError as error:
+        raise BadInput(str(error)) from error
     except EngineFailure as failure:
         click.echo(f"The engine did not start. {failure}", err=True)
         _leave("error")

@@ -112,7 +112,7 @@ class Judge:
         expected = [self.model.outcome(rank, None) for rank in range(self.cp)]
         for rank, outcome in enumerate(outcomes):
             wanted = expected[rank % self.cp]
-            _check_columns(rank, outcome, wanted)
+            _check_columns(rank, outcome, wanted, self.profiles)
             yield from self._columns(rank, outcome, wanted)
         if any(o.active != expected[rank % self.cp].active for rank, o in enumerate(outcomes)):
             yield from self._owners(outcomes, expected)
@@ -450,9 +450,10 @@ def _known(rank: int, view: RankView, live: set[int], preempted: list[int]) -> I
         yield Violation("REF-2", what, [preempted, []], [view.preempted, strangers], rank)
 
 
-def _check_columns(rank: int, outcome: Outcome, wanted: Outcome) -> None:
+def _check_columns(rank: int, outcome: Outcome, wanted: Outcome, profiles: frozenset[str]) -> None:
     """Raises GarbageError when a decode's columns have other lengths than its batch."""
-    for name in ("past_len", "position_ids", "active", "slots"):
+    columns = ("position_ids", "active", "slots")
+    for name in ("past_len", *columns) if "lengths" in profiles else columns:
         size, right = len(getattr(outcome, name)), len(getattr(wanted, name))
         if size != right:
             raise GarbageError(rank, f"its {name} has {size} entries, not {right}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
 
 from helix_spec.configs import Config
-from helix_spec.events import FEATURES, Event, Outcome, RankView, ids_of
+from helix_spec.events import FEATURES, Event, Outcome, RankView
 
 LADDER: Final = ("placement", "lengths", "pages", "cache", "attention")
 """Profiles of rising depth: an engine that declares one declares those before it."""
@@ -27,7 +28,10 @@ class Engine(Protocol):
     profiles: ClassVar[frozenset[str]]
     """The profiles it declares; others are reported as not checked."""
     needs_processes: ClassVar[bool]
-    """Whether each rank needs a process of its own, with torch.distributed initialised."""
+    """Whether each rank needs a process of its own, with torch.distributed initialised.
+
+    A third attribute may be there: `settings`, a dictionary of texts that reports show.
+    """
 
     def __init__(self, rank: int) -> None: ...
 
@@ -65,31 +69,86 @@ BUILT_IN: Final = {
 }
 
 
-def load_engine(spec: str) -> type[Engine]:
-    """The engine class that a name of `BUILT_IN` or `module:Class` stands for.
+ENTRY_POINTS: Final = "helix_conformance.engines"
+"""Group of entry points by which an installed package names its engine for `--engine NAME`."""
+COMMAND: Final = "stdio:"
+"""What an engine that is a command begins with; PROTOCOL.md says what it has to speak."""
 
+
+def load_engine(spec: str) -> type[Engine]:
+    """The engine class that a name or `module:Class` stands for.
+
+    A name is one of `BUILT_IN`, or an entry point of the group `helix_conformance.engines`.
     Raises EngineSpecError when there is none, or when it does not look like an engine.
     """
-    module_name, _, class_name = BUILT_IN.get(spec, spec).partition(":")
-    if not class_name:
-        raise EngineSpecError(
-            f"{spec!r} names no engine; give {', '.join(BUILT_IN)} or module:Class."
-        )
+    if spec.startswith(COMMAND):
+        raise EngineSpecError(f"{spec!r} is a command; it runs under the stdio driver.")
     try:
-        found: Any = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise EngineSpecError(f"Engine {spec!r} cannot be loaded: {error}.") from error
-    for name in ("profiles", "start", "apply", "observe"):
+        found = _found(spec)
+    except EngineSpecError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever its module does when it is imported
+        what = f"{type(error).__name__}: {error}"
+        raise EngineSpecError(f"Engine {spec!r} cannot be loaded: {what}.") from error
+    for name in ("profiles", "needs_processes", "start", "apply", "observe"):
         if not hasattr(found, name):
             raise EngineSpecError(f"Engine {spec!r} has no {name!r}; see the Engine protocol.")
-    unknown = sorted(set(found.profiles) - set(PROFILES))
-    if unknown:
-        raise EngineSpecError(
-            f"Engine {spec!r} declares unknown profiles {', '.join(unknown)}; "
-            f"the profiles are {', '.join(PROFILES)}."
-        )
+    if found.needs_processes and not hasattr(found, "join"):
+        raise EngineSpecError(f"Engine {spec!r} needs processes and has no 'join'.")
+    problem = declaration_problem(found.profiles)
+    if problem is not None:
+        raise EngineSpecError(f"Engine {spec!r} {problem}")
     engine: type[Engine] = found
     return engine
+
+
+def _found(spec: str) -> Any:
+    """What a name or `module:Class` leads to."""
+    module_name, _, class_name = BUILT_IN.get(spec, spec).partition(":")
+    if class_name:
+        return getattr(importlib.import_module(module_name), class_name)
+    installed = {point.value: point for point in entry_points(group=ENTRY_POINTS, name=spec)}
+    if len(installed) > 1:
+        raise EngineSpecError(
+            f"{spec!r} names several engines, {' and '.join(sorted(installed))}; give one of them."
+        )
+    for point in installed.values():
+        return point.load()
+    raise EngineSpecError(
+        f"{spec!r} names no engine; give {', '.join(engine_names())}, module:Class or "
+        "stdio:COMMAND."
+    )
+
+
+def engine_names() -> list[str]:
+    """The names that stand for an engine: built in, and of installed packages."""
+    return [*BUILT_IN, *sorted(entry_points(group=ENTRY_POINTS).names - BUILT_IN.keys())]
+
+
+def engine_settings(engine: type[Engine]) -> dict[str, str]:
+    """What an engine says about how it is set up, in its optional attribute `settings`."""
+    return {str(name): str(value) for name, value in getattr(engine, "settings", {}).items()}
+
+
+def declaration_problem(profiles: Any) -> str | None:
+    """What is wrong with the profiles that an engine declares; None when nothing is."""
+    try:
+        declared = set(profiles)
+    except TypeError:
+        return f"declares {profiles!r}, which is no set of profiles."
+    if not declared:
+        return f"declares no profile; the profiles are {', '.join(PROFILES)}."
+    unknown = sorted(map(str, declared - set(PROFILES)))
+    if unknown:
+        return (
+            f"declares unknown profiles {', '.join(unknown)}; the profiles are "
+            f"{', '.join(PROFILES)}."
+        )
+    steps = [profile for profile in LADDER if profile in declared]
+    missing = [p for p in LADDER[: LADDER.index(steps[-1])] if p not in steps] if steps else []
+    if missing:
+        return f"declares {steps[-1]} without {', '.join(missing)}, which it includes."
+    return None
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -108,8 +167,10 @@ class Watch(msgspec.Struct, frozen=True):
     every: int = 1
     touched: bool = True
 
-    def look(self, engine: Engine, index: int, event: Event) -> RankView | None:
-        """What is observed after the event with this index."""
-        if (index + 1) % self.every == 0:
-            return engine.observe()
-        return engine.observe(ids_of(event)) if self.touched else None
+    def whole(self, index: int) -> bool:
+        """Whether everything is looked at after the event with this index."""
+        return (index + 1) % self.every == 0
+
+    def looks(self, index: int) -> bool:
+        """Whether anything is looked at after the event with this index."""
+        return self.touched or self.whole(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import hypothesis
 import msgspec
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from helix_conformance.coverage import Coverage
 from helix_conformance.drawing import EVENLY, Evenly
+from helix_conformance.drivers.asking import ill_typed
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.judge import Judge, wrong_reasons
 from helix_conformance.known import Known, parted
-from helix_conformance.protocol import LADDER, PROFILES, Watch
+from helix_conformance.protocol import LADDER, PROFILES, Answer, Watch
 from helix_conformance.reduction import reduced, with_room
 from helix_conformance.strategies import configs, traces
 from helix_conformance.trials import tried
@@ -144,19 +146,29 @@ def _played(
 ) -> Failure | None:
     """Judge events as they are played; None when all answers were right, or wrong as is known."""
     config, seen, began = judge.config, list[Event](), time.perf_counter()
+    drawn = list[Event]()
+    """Events that the driver has asked for: the one that an engine does not survive is not seen."""
 
     def failure(event: int | None, violations: list[Violation]) -> Failure:
         return Failure(trace=Trace(config=config, events=seen), event=event, violations=violations)
 
+    def drawing() -> Iterator[Event]:
+        for event in events:
+            drawn.append(event)
+            yield event
+
     try:
-        for event, answers in driver.play(config, judge.profiles, events, watch):
-            if event is not None:
-                seen.append(event)
-                violations = judge.event(event, answers)
-                if coverage is not None:
-                    coverage.saw(judge.model, event, judge.reason)
-            else:
-                violations = judge.finished(answers) if seen else judge.started(answers)
+        for event, answers in driver.play(config, judge.profiles, drawing(), watch):
+            with _typed(answers):
+                if event is not None:
+                    seen.append(event)
+                    violations = judge.event(event, answers)
+                    if coverage is not None:
+                        coverage.saw(judge.model, event, judge.reason)
+                else:
+                    violations = judge.finished(answers) if seen else judge.started(answers)
+                if violations:
+                    _check_types(answers)
             unknown = known.unknown(config.layout, violations)
             if unknown:
                 return failure(None if event is None else len(seen) - 1, unknown)
@@ -165,19 +177,37 @@ def _played(
                 return None
         return None
     except EngineFailure as error:
-        lived = list(events) if isinstance(events, list) else seen
-        if error.event is not None:
-            lived = lived[: error.event + 1]
+        lived = drawn if error.event is None else drawn[: error.event + 1]
         return Failure(
             trace=Trace(config=config, events=lived), event=error.event, engine_failure=str(error)
         )
     except GarbageError as garbage:
-        died = EngineFailure(garbage.rank, len(seen) - 1, f"answered garbage: {garbage}")
+        at = len(seen) - 1 if seen else None
+        died = EngineFailure(garbage.rank, at, f"answered garbage: {garbage}")
         return msgspec.structs.replace(failure(died.event, []), engine_failure=str(died))
     finally:
         tally.traces += 1
         tally.events += len(seen)
         tally.seconds += time.perf_counter() - began
+
+
+@contextmanager
+def _typed(answers: Sequence[Answer]) -> Iterator[None]:
+    """While answers are judged: what fails because of their types is the engine's fault."""
+    try:
+        yield
+    except GarbageError:
+        raise
+    except Exception:
+        _check_types(answers)
+        raise
+
+
+def _check_types(answers: Sequence[Answer]) -> None:
+    """Raises GarbageError when an answer holds values of types that it must not hold."""
+    found = ill_typed(answers)
+    if found is not None:
+        raise GarbageError(*found)
 
 
 class _Failed(Exception):

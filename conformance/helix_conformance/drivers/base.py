@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from helix_conformance.protocol import Answer, Watch
@@ -41,6 +41,10 @@ class Driver(Protocol):
     @property
     def profiles(self) -> frozenset[str]:
         """What the engine declares."""
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """What the engine says about how it is set up, for reports."""
 
     @property
     def largest_world(self) -> int | None:

@@ -1,64 +1,106 @@
-"""All ranks in this process: for engines whose ranks need none of their own."""
+"""All ranks in this process: for engines whose ranks need none of their own.
+
+An engine that raises, exits or hangs in Python is named and the run goes on or ends in order. One
+that crashes the process takes the run with it: `stdio` and `pool` hold any engine at arm's length.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+from helix_conformance.drivers.asking import apply, finish, start, words
 from helix_conformance.drivers.base import EngineFailure, Played
-from helix_conformance.protocol import Answer, Engine, Watch
+from helix_conformance.protocol import Answer, Engine, Watch, engine_settings
 from helix_spec.configs import Config
-from helix_spec.events import Event, Outcome
+from helix_spec.events import Event
+
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
 
 
 class LocalDriver:
-    """Plays each event on one rank after the other."""
+    """Plays each event on one rank after the other.
+
+    `deadline_s` is how long one call may take; without it there is no limit.
+    """
 
     name = "local"
     largest_world: int | None = None
-    survives_failure = True
     streams = True
 
-    def __init__(self, engine: type[Engine]) -> None:
+    def __init__(self, engine: type[Engine], *, deadline_s: float | None = None) -> None:
         self.engine = engine
-        self.profiles = engine.profiles
+        self.profiles = frozenset(engine.profiles)
+        self.settings = engine_settings(engine)
+        self.deadline_s = deadline_s
+        self.survives_failure = True
+        self.asked_at: float | None = None
+        """When the call that an engine is in began."""
 
     def play(
         self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
     ) -> Iterator[Played]:
         """See `Driver.play`."""
-        ranks = [self.engine(rank) for rank in range(config.world_size)]
-        yield None, [_started(rank, engine, config, profiles) for rank, engine in enumerate(ranks)]
-        for index, event in enumerate(events):
-            yield (
-                event,
-                [_answer(rank, engine, index, event, watch) for rank, engine in enumerate(ranks)],
-            )
-        yield None, [_state(rank, engine) for rank, engine in enumerate(ranks)]
+        with self._alarm():
+            ranks = self._each(range(config.world_size), None, self.engine)
+            yield None, self._each(ranks, None, lambda engine: start(engine, config, profiles))
+            for index, event in enumerate(events):
+
+                def step(engine: Engine, index: int = index, event: Event = event) -> Answer:
+                    return apply(engine, index, event, watch)
+
+                yield event, self._each(ranks, index, step)
+            yield None, self._each(ranks, None, finish)
 
     def close(self) -> None:
         """Nothing to end."""
 
+    def _each(
+        self, ranks: Sequence[Asked], index: int | None, ask: Callable[[Asked], Told]
+    ) -> list[Told]:
+        """Ask one rank after the other. Raises EngineFailure."""
+        told = []
+        try:
+            for engine in ranks:
+                self.asked_at = time.monotonic()
+                told.append(ask(engine))
+        except _HungError:
+            self.survives_failure = False  # to try again and again would take for ever
+            what = f"hung: it has not answered for {self.deadline_s:g} seconds"
+            raise EngineFailure(len(told), index, what) from None
+        except (Exception, SystemExit) as error:
+            raise EngineFailure(len(told), index, words(error)) from error
+        finally:
+            self.asked_at = None
+        return told
 
-def _started(rank: int, engine: Engine, config: Config, profiles: frozenset[str]) -> Answer:
-    try:
-        return Answer(engine.start(config, profiles))
-    except Exception as error:
-        raise _failure(rank, None, error) from error
+    @contextmanager
+    def _alarm(self) -> Iterator[None]:
+        """Look at the clock now and then, where no one else uses this process's alarm."""
+        free = threading.current_thread() is threading.main_thread() and (
+            signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+        )
+        if self.deadline_s is None or not free:
+            yield
+            return
+        signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, self.deadline_s / 4, self.deadline_s / 4)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def _look(self, *_: Any) -> None:
+        since, limit = self.asked_at, self.deadline_s
+        if since is not None and limit is not None and time.monotonic() - since > limit:
+            raise _HungError
 
 
-def _answer(rank: int, engine: Engine, index: int, event: Event, watch: Watch) -> Answer:
-    try:
-        return Answer(engine.apply(event), watch.look(engine, index, event))
-    except Exception as error:
-        raise _failure(rank, index, error) from error
-
-
-def _state(rank: int, engine: Engine) -> Answer:
-    try:
-        return Answer(Outcome(), engine.observe())
-    except Exception as error:
-        raise _failure(rank, None, error) from error
-
-
-def _failure(rank: int, index: int | None, error: Exception) -> EngineFailure:
-    return EngineFailure(rank, index, f"raised {type(error).__name__}: {error}")
+class _HungError(BaseException):
+    """Raised inside an engine's call that takes too long; no engine catches it by accident."""

@@ -33,6 +33,7 @@ class PoolDriver:
         self.starts = 0
         self.workers: list[EngineProcess] = []
         self.profiles: frozenset[str] = frozenset()
+        self.settings: dict[str, str] = {}
         self._start()
 
     @property
@@ -93,3 +94,4 @@ class PoolDriver:
         self.profiles = frozenset(
             profile for answer in ready if isinstance(answer, Ready) for profile in answer.profiles
         )
+        self.settings = ready[0].settings if isinstance(ready[0], Ready) else {}

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Condition
 from typing import TYPE_CHECKING, Any
 
+from helix_conformance.drivers.asking import apply, finish, start, words
 from helix_conformance.drivers.base import EngineFailure, Played
-from helix_conformance.protocol import Answer, Engine, Watch
+from helix_conformance.protocol import Answer, Engine, Watch, engine_settings
 from helix_spec.configs import Config
-from helix_spec.events import Event, Outcome
+from helix_spec.events import Event
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +80,8 @@ class ThreadDriver:
 
         torch.set_num_threads(1)  # several ranks share few cores
         self.engine = engine
-        self.profiles = engine.profiles
+        self.profiles = frozenset(engine.profiles)
+        self.settings = engine_settings(engine)
         self.threads = ThreadPoolExecutor(16)
 
     def play(
@@ -89,15 +91,20 @@ class ThreadDriver:
         cp, world = config.rules.cp_size, config.world_size
         groups = [range(first, first + cp) for first in range(0, world, cp)]
         tables = [table for group in groups for table in [_Table(group)] * cp]
-        ranks: list[Any] = [self.engine(rank) for rank in range(world)]
+        ranks = list[Any]()
+        for rank in range(world):
+            try:
+                ranks.append(self.engine(rank))
+            except (Exception, SystemExit) as error:
+                raise EngineFailure(rank, None, words(error)) from error
         for rank, engine in enumerate(ranks):
             engine.exchange = lambda send, rank=rank: tables[rank].exchange(rank, send)
 
         def all_ranks(index: int | None, answer: Callable[[Engine], Answer]) -> list[Answer]:
-            def one(rank: int) -> Answer | Exception:
+            def one(rank: int) -> Answer | BaseException:
                 try:
                     return answer(ranks[rank])
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     return error
                 finally:
                     tables[rank].leave(rank)
@@ -106,29 +113,28 @@ class ThreadDriver:
                 table.begin()
             return _sound(index, list(self.threads.map(one, range(world))))
 
-        yield None, all_ranks(None, lambda engine: Answer(engine.start(config, profiles)))
+        yield None, all_ranks(None, lambda engine: start(engine, config, profiles))
         for index, event in enumerate(events):
 
             def step(engine: Engine, index: int = index, event: Event = event) -> Answer:
-                return Answer(engine.apply(event), watch.look(engine, index, event))
+                return apply(engine, index, event, watch)
 
             yield event, all_ranks(index, step)
-        yield None, all_ranks(None, lambda engine: Answer(Outcome(), engine.observe()))
+        yield None, all_ranks(None, finish)
 
     def close(self) -> None:
         """End the threads."""
         self.threads.shutdown()
 
 
-def _sound(index: int | None, answers: Sequence[Answer | Exception]) -> list[Answer]:
+def _sound(index: int | None, answers: Sequence[Answer | BaseException]) -> list[Answer]:
     """The answers, when every rank gave one. Raises EngineFailure, naming the rank to blame."""
     waiting = set[int]()
     for rank, answer in enumerate(answers):
         if isinstance(answer, _LeftAloneError):
             waiting.add(rank)
-        elif isinstance(answer, Exception):
-            what = f"raised {type(answer).__name__}: {answer}"
-            raise EngineFailure(rank, index, what) from answer
+        elif isinstance(answer, BaseException):
+            raise EngineFailure(rank, index, words(answer)) from answer
     for answer in answers:
         if isinstance(answer, _LeftAloneError):
             names = ", ".join(map(str, sorted(waiting)))

@@ -103,6 +103,7 @@ class TorchrunDriver(Supervisor):
         self.profiles = frozenset(
             profile for answer in ready if isinstance(answer, Ready) for profile in answer.profiles
         )
+        self.settings = ready[0].settings if isinstance(ready[0], Ready) else {}
 
     @property
     def largest_world(self) -> int | None:

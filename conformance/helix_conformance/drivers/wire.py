@@ -30,6 +30,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """From the engine's process, once: it is up; this is what the engine declares."""
 
     profiles: list[str]
+    settings: dict[str, str] = {}
 
 
 class At(msgspec.Struct, frozen=True, tag="at"):

@@ -16,9 +16,18 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from helix_conformance.drivers.wire import At, Done, Failed, Play, Ready, send, unpack_to_engine
-from helix_conformance.protocol import Answer, Engine, load_engine
-from helix_spec.events import Outcome
+from helix_conformance.drivers.asking import apply, finish, start, words
+from helix_conformance.drivers.wire import (
+    At,
+    Done,
+    Failed,
+    Play,
+    Ready,
+    pack,
+    send,
+    unpack_to_engine,
+)
+from helix_conformance.protocol import Engine, engine_settings, load_engine
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -45,7 +54,7 @@ def main(setup: Setup) -> None:
     if engine_class.needs_processes:
         _join_group(setup)
         engine_class.join(setup.world)
-    send(channel, Ready(sorted(engine_class.profiles)))
+    send(channel, Ready(sorted(engine_class.profiles), engine_settings(engine_class)))
     while True:
         try:
             frame = channel.recv_bytes()
@@ -53,7 +62,7 @@ def main(setup: Setup) -> None:
             os._exit(0)  # without the process group's farewell: peers may be gone already
         play = unpack_to_engine(frame)
         playing = load_engine(play.engine) if play.engine else engine_class
-        send(channel, _play(channel, playing, setup.rank, play))
+        channel.send_bytes(_packed(_play(channel, playing, setup.rank, play)))
 
 
 def _join_group(setup: Setup) -> None:
@@ -79,17 +88,33 @@ def _play(channel: Connection, engine_class: type[Engine], rank: int, play: Play
     at: int | None = None
     try:
         engine = engine_class(rank)
-        answers = [Answer(engine.start(play.config, frozenset(play.profiles)))]
+        answers = [start(engine, play.config, frozenset(play.profiles))]
         if answers[0].outcome.reason is not None:
             return Done(answers)  # it has not started: there is nothing more to ask
         for at, event in enumerate(play.events):
             send(channel, At(at))
-            answers.append(Answer(engine.apply(event), play.watch.look(engine, at, event)))
+            answers.append(apply(engine, at, event, play.watch))
         at = None
-        answers.append(Answer(Outcome(), engine.observe()))
+        answers.append(finish(engine))
         return Done(answers)
     except Exception as error:
-        return Failed(at, f"raised {type(error).__name__}: {error}")
+        return Failed(at, words(error))
+
+
+def _packed(reply: Done | Failed) -> bytes:
+    """The frame of a reply; of values that cannot be sent, whose they are."""
+    try:
+        return pack(reply)
+    except (TypeError, ValueError, OverflowError) as error:
+        what = str(error)
+    assert isinstance(reply, Done)  # a failure is text
+    for index, answer in enumerate(reply.answers):
+        try:
+            pack(Done([answer]))
+        except (TypeError, ValueError, OverflowError):
+            at = index - 1 if 0 < index < len(reply.answers) - 1 else None  # start and end
+            return pack(Failed(at, f"answered garbage: {what}"))
+    return pack(Failed(None, f"answered garbage: {what}"))
 
 
 if __name__ == "__main__":
