@@ -11,6 +11,10 @@
 - `known`: the ledger of what an engine is known to answer wrongly;
 - `workloads`: production request traces as events;
 - `zoo`: engines that are wrong on purpose, to measure the suite;
-- `plugin`, `suite`: the same as tests of pytest, in an engine's own repository;
-- `report`, `cli`: what a user sees.
+- `report`, `show`, `cli`: what a user sees; `reports`: pages and files made of a run's stream.
 """
+
+from typing import Final
+
+__version__: Final = "0.1.0"
+"""The suite's version, as in pyproject.toml: code that runs from a path has no metadata."""

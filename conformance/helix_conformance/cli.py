@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from helix_conformance import runs
+from helix_conformance.coverage import Coverage, at_hand
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.known import Known, LedgerError
@@ -24,10 +25,13 @@ from helix_conformance.protocol import PROFILES, EngineSpecError
 from helix_conformance.report import (
     Stream,
     make_row,
+    print_coverage,
     print_failure,
     print_table,
+    restrictions,
     save_failure,
 )
+from helix_conformance.reports.stream import Row
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import trace_text
 from helix_conformance.strategies import LAYOUT_NAMES
@@ -66,8 +70,6 @@ def main() -> None:
           a failing trace once more
       helix-conformance show helix-failures/pr9757-local.json
           where the tokens of a trace belong, rank by rank and page by page
-      helix-conformance plan --model deepseek-r1 --ranks 32 --context 10000000
-          what sharding would cost and gain, on paper
 
     Exit status: 0 all answers were right; 1 a difference was found; 2 bad usage, configuration
     or input file; 3 an engine died, hung or answered garbage. Under a torchrun of your own only
@@ -205,23 +207,24 @@ def run(**options: Any) -> None:
         _under_torchrun(
             options["engine"], options["ranks"], options["backend"], options["deadline"]
         )
+    tiers = _tiers(options["engine"], options["driver_name"], options["asked"])
+    fewest = min(_default_examples(driver_name) for _, driver_name in tiers)
     stream = Stream(options["json_path"])
-    shown = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-    stream.settings(command="run", **shown)
+    stream.settings("run", restrictions=restrictions(options, fewest, len(LAYOUT_NAMES)), **options)
     play = _play_workload if options["workload"] else _play_random
     failures = []
-    for engine, driver_name in _tiers(options["engine"], options["driver_name"], options["asked"]):
+    for engine, driver_name in tiers:
         failures += play(stream, engine, driver_name, options, known)
     console = Console()
     print_table(console, stream.rows)
-    for row, failure in failures:
-        path = save_failure(options["folder"], row, failure)
-        stream.failure(row, failure, path)
+    names = [" ".join(tier) for tier in tiers]
+    print_coverage(console, names, stream.coverage, red=bool(failures))
+    for row, failure, path in failures:
         replay = f"helix-conformance replay {path} --engine {row.engine} --driver {row.driver}"
         print_failure(console, failure, path, replay)
     for line in known.sentences():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    _leave(stream.summary(known, engine=options["engine"], seed=options["seed"]))
+    _leave(stream.summary(options["engine"], known, options["seed"]))
 
 
 @main.command()
@@ -241,16 +244,26 @@ def replay(**options: Any) -> None:
             options["engine"], options["ranks"], options["backend"], options["deadline"]
         )
     stream, console = Stream(options["json_path"]), Console()
-    stream.settings(command="replay", trace=str(options["trace_path"]))
+    alone = ["One stored trace was played; a whole run plays random traces of every layout."]
+    stream.settings("replay", restrictions=alone, **options)
     failed: list[Failure] = []
     for engine, driver_name in _tiers(options["engine"], options["driver_name"], options["asked"]):
         tally = Tally()
         with _driver_of(engine, driver_name, options) as driver:
             _check_world(driver, trace.config.world_size)
             profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+            declared = driver.profiles
             failure = runs.check_trace(driver, trace, profiles, tally=tally)
-        cp_sizes = [trace.config.rules.cp_size]
-        row = make_row(trace.config.layout, engine, driver_name, cp_sizes, profiles, tally, failure)
+        row = make_row(
+            trace.config.layout,
+            engine,
+            driver_name,
+            [trace.config.rules.cp_size],
+            profiles,
+            declared,
+            tally,
+            failure,
+        )
         stream.row(row)
         if failure is not None:
             failed.append(failure)
@@ -259,7 +272,7 @@ def replay(**options: Any) -> None:
     for failure in failed:
         again = f"helix-conformance replay {options['trace_path']} --engine {options['engine']}"
         print_failure(console, failure, options["trace_path"], again)
-    _leave(stream.summary(engine=options["engine"]))
+    _leave(stream.summary(options["engine"]))
 
 
 @main.command()
@@ -328,41 +341,6 @@ def prove(only: tuple[str, ...], jobs: int, json_path: Path | None) -> None:
         raise BadInput(f"The proofs cannot run: {error}.") from error
 
 
-@main.command()
-@click.option("--model", default="llama-405b", show_default=True, metavar="NAME|FILE.json",
-              help="llama-405b, deepseek-r1, or a file with the fields of ModelCard.")  # fmt: skip
-@click.option("--hardware", default="gb200", show_default=True, metavar="NAME|FILE.json",
-              help="h200, gb200, or a file with the fields of Hardware.")  # fmt: skip
-@click.option("--ranks", default=32, show_default=True, type=click.IntRange(1, 1024),
-              help="GPUs in all; every legal tp x cp split of them is shown.")  # fmt: skip
-@click.option("--context", default=1_000_000, show_default=True, type=click.IntRange(1, 2**40),
-              help="Tokens of each request, decoded ones included.")  # fmt: skip
-@click.option("--decoded", default=0, show_default=True, type=click.IntRange(0),
-              help="How many of them were decoded: the owner rule places these.")  # fmt: skip
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1, 10**6),
-              help="Requests decoded together.")  # fmt: skip
-@click.option("--layout", "name", default="pr9757", show_default=True,
-              type=click.Choice(LAYOUT_NAMES))  # fmt: skip
-@click.option("--tokens-per-block", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--weight-bytes", default=1.0, show_default=True, help="Bytes of one weight.")
-@click.option("--kv-bytes", default=1.0, show_default=True, help="Bytes of one cached number.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
-              help="Write the plans as one JSON object.")  # fmt: skip
-def plan(**options: Any) -> None:
-    """Bytes, pages and step time of a sharded cache, on paper.
-
-    For every tp x cp split of the ranks: what the fullest rank stores and reads, the time of one
-    decode step term by term, and the largest batch and context before memory runs out. The times
-    are the roofline of appendix A of the Helix paper; measured constants can be given as a file.
-    """
-    from helix_conformance import planning
-
-    try:
-        planning.show(Console(), options)
-    except planning.PlanError as error:
-        raise BadInput(str(error)) from error
-
-
 def _trace(path: Path) -> Any:
     try:
         return load_trace(path)
@@ -421,13 +399,28 @@ def _ledger(options: dict[str, Any]) -> Known:
         raise BadInput(str(error)) from error
 
 
+_Red = tuple[Row, Failure, Path]
+"""A failing row, what is wrong there, and where its trace is stored."""
+
+
+def _red(stream: Stream, row: Row, failure: Failure, folder: Path) -> _Red:
+    """Store and write down a failure as soon as it is known."""
+    path = save_failure(folder, row, failure)
+    stream.failure(row, failure, path)
+    return row, failure, path
+
+
+def _default_examples(driver_name: str) -> int:
+    return 400 if driver_name == "local" else 40
+
+
 def _play_random(
     stream: Stream, engine: str, driver_name: str, options: dict[str, Any], known: Known
-) -> list[tuple[Any, Failure]]:
-    """Random traces of each layout asked for; the failures with their rows."""
+) -> list[_Red]:
+    """Random traces of each layout asked for; the failures with their rows and files."""
     failures = []
     names = options["layouts"] or LAYOUT_NAMES
-    examples = options["examples"] or (400 if driver_name == "local" else 40)
+    examples = options["examples"] or _default_examples(driver_name)
     with _driver_of(engine, driver_name, options) as driver, _progress() as progress:
         cp_sizes = _cp_sizes(driver, options["cp_sizes"])
         profiles = runs.profiles_to_check(driver.profiles, options["asked"])
@@ -436,6 +429,7 @@ def _play_random(
                 f"Engine {engine} declares none of the profiles asked for; "
                 f"it declares {', '.join(sorted(driver.profiles))}."
             )
+        coverage = Coverage(at_hand(driver.profiles, layouts=names, cp_sizes=cp_sizes))
         bar = progress.add_task("", total=examples * len(names))
         for done, name in enumerate(names):
             progress.update(bar, description=f"{name} ({driver_name})", completed=done * examples)
@@ -451,24 +445,36 @@ def _play_random(
                 tally=tally,
                 known=known,
                 progress=lambda: progress.advance(bar),
+                coverage=coverage,
             )
             if not checked:
                 continue
             here = known.of_layout(name)
-            row = make_row(name, engine, driver_name, cp_sizes, checked, tally, failure, here)
+            row = make_row(
+                name,
+                engine,
+                driver_name,
+                cp_sizes,
+                checked,
+                driver.profiles,
+                tally,
+                failure,
+                here,
+            )
             stream.row(row)
             if failure is not None:
-                failures.append((row, failure))
+                failures.append(_red(stream, row, failure, options["folder"]))
                 if failure.verdict == "error" and not driver.survives_failure:
                     break
         progress.update(bar, completed=examples * len(names))
+    stream.covered(engine, driver_name, coverage)
     return failures
 
 
 def _play_workload(
     stream: Stream, engine: str, driver_name: str, options: dict[str, Any], known: Known
-) -> list[tuple[Any, Failure]]:
-    """A workload on each layout and cp_size asked for; the failures with their rows."""
+) -> list[_Red]:
+    """A workload on each layout and cp_size asked for; the failures with their rows and files."""
     try:
         requests = read_workload(options["workload"])[: options["limit"]]
     except WorkloadError as error:
@@ -484,6 +490,14 @@ def _play_workload(
     gc.set_threshold(1_000_000)
     with _driver_of(engine, driver_name, options) as driver, _progress() as progress:
         profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+        coverage = Coverage(
+            at_hand(
+                driver.profiles,
+                layouts=[config.layout.partition("/")[0] for config in configs],
+                cp_sizes=[config.rules.cp_size for config in configs],
+                random=False,
+            )
+        )
         for config in configs:
             _check_world(driver, config.world_size)
             bar = progress.add_task(config.layout, total=len(requests))
@@ -498,16 +512,26 @@ def _play_workload(
                     max_steps=options["max_steps"],
                     tally=tally,
                     released=lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
+                    coverage=coverage,
                 )
             except WorkloadError as error:
                 raise BadInput(str(error)) from error
-            cp_sizes = [config.rules.cp_size]
-            row = make_row(config.layout, engine, driver_name, cp_sizes, profiles, tally, failure)
+            row = make_row(
+                config.layout,
+                engine,
+                driver_name,
+                [config.rules.cp_size],
+                profiles,
+                driver.profiles,
+                tally,
+                failure,
+            )
             stream.row(row)
             if failure is not None:
-                failures.append((row, failure))
+                failures.append(_red(stream, row, failure, options["folder"]))
                 if not driver.survives_failure:
                     break
+    stream.covered(engine, driver_name, coverage)
     return failures
 
 

@@ -37,6 +37,7 @@ RANKS: Final = "a cp_size of 2 or more"
 TURNS: Final = "a layout whose ranks take turns"
 PAGES: Final = "profile pages"
 GROUPS: Final = "profile speculative or overlap"
+RANDOM: Final = "random traces"
 
 _REFUSED: Final[dict[Reason, str]] = {
     reason: f"refused: {reason}" for reason in Reason if reason != Reason.BAD_CONFIG
@@ -53,7 +54,7 @@ SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
     "ownership boundary inside a group": (RANKS, TURNS, "profile speculative"),
     "rewind over a boundary": ("profile speculative",),
     "padded batch": ("profile padding",),
-    "skip, then decode": (),
+    "skip, then decode": (RANDOM,),
     "two decodes outstanding": ("profile overlap",),
     "fork, then divergence": ("profile fork",),
     "copy on write": ("profile fork",),
@@ -62,11 +63,11 @@ SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
     "high page ids": (),
     "one pool exhausted alone": (RANKS, PAGES),
     "refusal, then retry": (PAGES,),
-    "max_len reached": (),
-    **{name: () for name in _REFUSED.values()},
-    _REFUSED[Reason.PREEMPTED_REQUEST]: ("profile preempt",),
-    _REFUSED[Reason.NOT_PREEMPTED]: ("profile preempt",),
-    _REFUSED[Reason.NOTHING_OPEN]: (GROUPS,),
+    "max_len reached": (RANDOM,),
+    **{name: (RANDOM,) for name in _REFUSED.values()},
+    _REFUSED[Reason.PREEMPTED_REQUEST]: (RANDOM, "profile preempt"),
+    _REFUSED[Reason.NOT_PREEMPTED]: (RANDOM, "profile preempt"),
+    _REFUSED[Reason.NOTHING_OPEN]: (RANDOM, GROUPS),
     _REFUSED[Reason.OUT_OF_PAGES]: (PAGES,),
 }
 """What is looked for, with all that it takes to happen."""
@@ -75,10 +76,20 @@ ALL_NEEDS: Final = frozenset(need for needs in SITUATIONS.values() for need in n
 
 
 def at_hand(
-    profiles: Collection[str], *, layouts: Iterable[str], cp_sizes: Collection[int]
+    profiles: Collection[str],
+    *,
+    layouts: Iterable[str],
+    cp_sizes: Collection[int],
+    random: bool = True,
 ) -> frozenset[str]:
-    """Which needs of SITUATIONS a run meets that may draw these layouts and cp_sizes."""
-    found = {f"profile {name}" for name in ("pages", *FEATURES) if name in profiles}
+    """Which needs of SITUATIONS a run meets that may draw these layouts and cp_sizes.
+
+    A workload is not random: all it does is to admit, decode and release.
+    """
+    if not random:
+        profiles = {"pages"}.intersection(profiles)
+    found = {RANDOM} if random else set()
+    found |= {f"profile {name}" for name in ("pages", *FEATURES) if name in profiles}
     if {"speculative", "overlap"}.intersection(profiles):
         found.add(GROUPS)
     if max(cp_sizes) > 1:

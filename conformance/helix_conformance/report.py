@@ -6,7 +6,8 @@ Everything that is shown is in the stream first; the table and the texts are vie
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,19 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from helix_conformance import __version__
+from helix_conformance.coverage import SITUATIONS, Coverage
 from helix_conformance.known import Difference, Known
 from helix_conformance.protocol import LADDER, PROFILES
+from helix_conformance.reports.stream import (
+    CoverageLine,
+    FailureLine,
+    Line,
+    Row,
+    Settings,
+    Summary,
+    Verdict,
+)
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import event_text, trace_text
 from helix_conformance.violations import Violation
@@ -23,41 +35,37 @@ from helix_spec.invariants import sentence
 from helix_spec.traces import dump_trace
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="row"):
-    """One line of the table: one layout, or one workload, through one driver."""
-
-    layout: str
-    engine: str
-    driver: str
-    cp_sizes: list[int]
-    profiles: list[str]
-    traces: int
-    events: int
-    seconds: float
-    verdict: str
-    known: list[str] = []
-    """Known differences of the engine that showed here, or were not run."""
-
-
 class Stream:
-    """The JSON lines of a run; without a path they go nowhere."""
+    """Writes the JSON lines of a run; without a path they go nowhere."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: list[Row] = []
+        self.coverage: list[Coverage] = []
         if path is not None:
             path.write_bytes(b"")
 
-    def write(self, message: Any) -> None:
+    def write(self, line: Line) -> None:
         """One line, on disk at once: a run that is cut off leaves what it knew."""
         if self.path is not None:
-            with self.path.open("ab") as file:
-                file.write(msgspec.json.encode(message) + b"\n")
+            append_line(self.path, line)
 
-    def settings(self, **settings: Any) -> None:
+    def settings(
+        self, command: str, engine: str, restrictions: Sequence[str] = (), **options: Any
+    ) -> None:
         """The first line: everything that was set, and the machine."""
-        machine = {"python": platform.python_version(), "machine": platform.machine()}
-        self.write({"kind": "settings", **settings, **machine})
+        self.write(
+            Settings(
+                command=command,
+                engine=engine,
+                suite_version=__version__,
+                started=datetime.now(UTC).isoformat(timespec="seconds"),
+                python=platform.python_version(),
+                machine=platform.machine(),
+                options={k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+                restrictions=list(restrictions),
+            )
+        )
 
     def row(self, row: Row) -> None:
         """A layout is done."""
@@ -67,18 +75,31 @@ class Stream:
     def failure(self, row: Row, failure: Failure, path: Path) -> None:
         """A layout is red."""
         self.write(
-            {
-                "kind": "failure",
-                "layout": row.layout,
-                "driver": row.driver,
-                "event": failure.event,
-                "engine_failure": failure.engine_failure,
-                "violations": failure.violations,
-                "trace_file": str(path),
-            }
+            FailureLine(
+                layout=row.layout,
+                engine=row.engine,
+                driver=row.driver,
+                event=failure.event,
+                violations=failure.violations,
+                engine_failure=failure.engine_failure,
+                trace=failure.trace,
+                trace_file=str(path),
+                declared=row.declared,
+                answers=failure.answers,
+            )
         )
 
-    def summary(self, known: Known | None = None, **more: Any) -> str:
+    def covered(self, engine: str, driver: str, coverage: Coverage) -> None:
+        """All traces of one driver were played."""
+        self.coverage.append(coverage)
+        counts, missed, impossible = coverage.counts, coverage.missed, coverage.impossible
+        self.write(
+            CoverageLine(
+                engine=engine, driver=driver, counts=counts, missed=missed, impossible=impossible
+            )
+        )
+
+    def summary(self, engine: str, known: Known | None = None, seed: int | None = None) -> Verdict:
         """The last line; returns the verdict: a ledger that is no longer true fails a run."""
         known = known or Known()
         verdict = worst_verdict([row.verdict for row in self.rows])
@@ -87,20 +108,27 @@ class Stream:
         checked = {profile for row in self.rows for profile in row.profiles}
         events, seconds = sum(r.events for r in self.rows), sum(r.seconds for r in self.rows)
         self.write(
-            {
-                "kind": "summary",
-                "verdict": verdict,
-                "layouts": list(dict.fromkeys(row.layout for row in self.rows)),
-                "profiles_checked": [p for p in PROFILES if p in checked],
-                "profiles_not_checked": [p for p in PROFILES if p not in checked],
-                "traces": sum(row.traces for row in self.rows),
-                "events": events,
-                "events_per_s": round(events / seconds, 1) if seconds else None,
-                "known_differences": known.summary(),
-                **more,
-            }
+            Summary(
+                engine=engine,
+                verdict=verdict,
+                layouts=list(dict.fromkeys(row.layout for row in self.rows)),
+                profiles_checked=[p for p in PROFILES if p in checked],
+                profiles_not_checked=[p for p in PROFILES if p not in checked],
+                traces=sum(row.traces for row in self.rows),
+                events=events,
+                events_per_s=round(events / seconds, 1) if seconds else None,
+                known_differences=known.summary(),
+                missed=missed_by_all(self.coverage),
+                seed=seed,
+            )
         )
         return verdict
+
+
+def append_line(path: Path, line: Line) -> None:
+    """One line at the end of a stream."""
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(line) + b"\n")
 
 
 def make_row(
@@ -109,6 +137,7 @@ def make_row(
     driver: str,
     cp_sizes: Sequence[int],
     profiles: frozenset[str],
+    declared: frozenset[str],
     tally: Tally,
     failure: Failure | None,
     known: Sequence[Difference] = (),
@@ -120,6 +149,8 @@ def make_row(
         driver=driver,
         cp_sizes=sorted(set(cp_sizes)),
         profiles=[profile for profile in PROFILES if profile in profiles],
+        declared=[profile for profile in PROFILES if profile in declared],
+        identifiers=sorted(tally.layouts),
         traces=tally.traces,
         events=tally.events,
         seconds=round(tally.seconds, 3),
@@ -128,9 +159,38 @@ def make_row(
     )
 
 
-def worst_verdict(verdicts: Sequence[str]) -> str:
+def missed_by_all(coverage: Sequence[Coverage]) -> list[str]:
+    """Situations that no driver's traces visited, though some could have."""
+    visited = {name for one in coverage for name, count in one.counts.items() if count}
+    return list(dict.fromkeys(m for one in coverage for m in one.missed if m not in visited))
+
+
+def restrictions(options: Mapping[str, Any], default_examples: int, whole: int) -> list[str]:
+    """Why a run with these options is not a whole one, a sentence each.
+
+    `whole` is the number of layouts there are to play.
+    """
+    found = []
+    layouts, cp_sizes, asked = options["layouts"], options["cp_sizes"], options["asked"]
+    if options["workload"]:
+        found.append("A workload was replayed; no random traces were played.")
+    elif layouts and len(set(layouts)) < whole:
+        found.append(f"Only layout {', '.join(layouts)} was played, of {whole}.")
+    if cp_sizes:
+        found.append(f"Only cp_size {', '.join(map(str, cp_sizes))} was played.")
+    if asked:
+        found.append(f"Only profile {', '.join(asked)} and those it builds on were asked for.")
+    if options["examples"] and options["examples"] < default_examples:
+        found.append(
+            f"Only {options['examples']} random traces were played of each layout; "
+            f"a whole run plays {default_examples}."
+        )
+    return found
+
+
+def worst_verdict(verdicts: Sequence[Verdict]) -> Verdict:
     """`error` before `fail` before `pass`; a run of nothing is an error."""
-    ranked = ("error", "fail", "pass")
+    ranked: tuple[Verdict, ...] = ("error", "fail", "pass")
     return min(verdicts, key=ranked.index, default="error")
 
 
@@ -165,6 +225,47 @@ def deepest(profiles: Sequence[str]) -> list[str]:
     """The deepest profile of the ladder, which includes those before it, and the features."""
     ladder = [profile for profile in LADDER if profile in profiles]
     return ladder[-1:] + [profile for profile in profiles if profile not in LADDER]
+
+
+def print_coverage(
+    console: Console, drivers: Sequence[str], coverage: Sequence[Coverage], *, red: bool
+) -> None:
+    """How often each situation was visited, a column for each driver; then what was missed."""
+    table = Table("situation", *drivers, box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in SITUATIONS:
+        table.add_row(name, *(_count(one, name) for one in coverage))
+    console.print()
+    if red:
+        console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
+        return
+    console.print(table)
+    for driver, one in zip(drivers, coverage, strict=True):
+        for line in coverage_text(driver, one):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _count(coverage: Coverage, name: str) -> str:
+    if name in coverage.impossible:
+        return "[dim]impossible[/]"
+    count = coverage.counts[name]
+    return f"{count:,}" if count else "[yellow]missed[/]"
+
+
+def coverage_text(driver: str, coverage: Coverage) -> Iterator[str]:
+    """What the traces of a driver missed, and what they could not have met, a line each."""
+    if coverage.missed:
+        names = [
+            f"{name} ({', '.join(SITUATIONS[name])})" if SITUATIONS[name] else name
+            for name in coverage.missed
+        ]
+        yield f"Missed by the traces of {driver}: {'; '.join(names)}."
+    lacking: dict[str, list[str]] = {}
+    for name, need in coverage.impossible.items():
+        lacking.setdefault(need, []).append(name)
+    for need, names in lacking.items():
+        yield f"Impossible there without {need}: {'; '.join(names)}."
 
 
 def print_failure(console: Console, failure: Failure, path: Path, replay: str) -> None:

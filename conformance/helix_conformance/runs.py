@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import hypothesis
 import msgspec
@@ -39,11 +40,13 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     event: int | None
     """Index of the event that was answered wrongly; None at start or at the end."""
     violations: list[Violation] = []
+    answers: list[Answer] = []
+    """What each rank answered to that event, outputs and cached rows left out."""
     engine_failure: str | None = None
     """How an engine died, hung or answered garbage; then nothing else is known (LIVE-1)."""
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Literal["fail", "error"]:
         """`fail` for a difference, `error` for an engine that failed."""
         return "fail" if self.engine_failure is None else "error"
 
@@ -61,6 +64,8 @@ class Tally(msgspec.Struct):
     traces: int = 0
     events: int = 0
     seconds: float = 0.0
+    layouts: set[str] = set()
+    """Identifiers of the layouts that were played."""
     cut: int = 0
     """Traces that ended early, at a known difference or before what must not be run."""
     needed: Needed | None = None
@@ -132,7 +137,8 @@ def _check_bad_config(
         return Failure(trace=trace, event=None, engine_failure=str(error))
     outcomes = [answer.outcome for answer in answers]
     found = known.unknown(config.layout, wrong_reasons(Reason.BAD_CONFIG, outcomes))
-    return Failure(trace=trace, event=None, violations=found) if found else None
+    told = [_told(answer) for answer in answers]
+    return Failure(trace=trace, event=None, violations=found, answers=told) if found else None
 
 
 def _played(
@@ -149,8 +155,15 @@ def _played(
     drawn = list[Event]()
     """Events that the driver has asked for: the one that an engine does not survive is not seen."""
 
-    def failure(event: int | None, violations: list[Violation]) -> Failure:
-        return Failure(trace=Trace(config=config, events=seen), event=event, violations=violations)
+    def failure(
+        event: int | None, violations: list[Violation], answers: Sequence[Answer] = ()
+    ) -> Failure:
+        return Failure(
+            trace=Trace(config=config, events=seen),
+            event=event,
+            violations=violations,
+            answers=[_told(answer) for answer in answers],
+        )
 
     def drawing() -> Iterator[Event]:
         for event in events:
@@ -171,7 +184,7 @@ def _played(
                     _check_types(answers)
             unknown = known.unknown(config.layout, violations)
             if unknown:
-                return failure(None if event is None else len(seen) - 1, unknown)
+                return failure(None if event is None else len(seen) - 1, unknown, answers)
             if parted(violations):
                 tally.cut += 1
                 return None
@@ -188,6 +201,7 @@ def _played(
     finally:
         tally.traces += 1
         tally.events += len(seen)
+        tally.layouts.add(config.layout)
         tally.seconds += time.perf_counter() - began
 
 
@@ -208,6 +222,13 @@ def _check_types(answers: Sequence[Answer]) -> None:
     found = ill_typed(answers)
     if found is not None:
         raise GarbageError(*found)
+
+
+def _told(answer: Answer) -> Answer:
+    """An answer without its arrays: what can be shown."""
+    outcome = msgspec.structs.replace(answer.outcome, output=None)
+    view = answer.view and msgspec.structs.replace(answer.view, keys={}, values={})
+    return Answer(outcome, view)
 
 
 class _Failed(Exception):
@@ -342,6 +363,7 @@ def layout_run(
     tally: Tally,
     known: Known,
     progress: Callable[[], None] = lambda: None,
+    coverage: Coverage | None = None,
 ) -> tuple[frozenset[str], Failure | None]:
     """Random traces of one layout: the profiles that were checked, and the failure.
 
@@ -349,7 +371,9 @@ def layout_run(
     must still fail.
     """
 
-    def played(profiles: frozenset[str], tally: Tally) -> Failure | None:
+    def played(
+        profiles: frozenset[str], tally: Tally, coverage: Coverage | None = None
+    ) -> Failure | None:
         strategy = layout_traces(driver, name, profiles, cp_sizes=cp_sizes, tp_sizes=tp_sizes)
         return random_traces(
             driver,
@@ -360,13 +384,14 @@ def layout_run(
             tally=tally,
             progress=progress,
             known=known,
+            coverage=coverage,
         )
 
     if not known.runs(name):
         return frozenset(), None
     wanted = profiles_to_check(driver.profiles, asked)
     profiles = wanted - known.left_out(name)
-    failure = played(profiles, tally) if profiles else None
+    failure = played(profiles, tally, coverage) if profiles else None
     if failure is not None:
         return profiles, failure
     known.played(name, profiles, void=0 < tally.traces and tally.events <= tally.cut)
@@ -390,6 +415,7 @@ def workload(
     max_steps: int,
     tally: Tally,
     released: Callable[[], None] = lambda: None,
+    coverage: Coverage | None = None,
 ) -> Failure | None:
     """Play a workload through the scheduler; state is looked at every 100 events."""
     judge = Judge(config, profiles, driver.profiles)
@@ -416,7 +442,7 @@ def workload(
             except StopIteration:
                 return
 
-    return _played(driver, judge, events(), watch, tally, Known())
+    return _played(driver, judge, events(), watch, tally, Known(), coverage)
 
 
 def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> frozenset[str]:

@@ -124,18 +124,18 @@ def _skip_space(text: str, at: int) -> int:
 
 def trace_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a trace, generated from the types."""
-    schema: dict[str, Any] = _cleaned(msgspec.json.schema(Trace))
+    schema: dict[str, Any] = unindented(msgspec.json.schema(Trace))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _cleaned(node: Any) -> Any:
+def unindented(node: Any) -> Any:
     """The schema with its descriptions unindented, as Python 3.13 does by itself."""
     if isinstance(node, dict):
         return {
-            key: cleandoc(value) if key == "description" else _cleaned(value)
+            key: cleandoc(value) if key == "description" else unindented(value)
             for key, value in node.items()
         }
-    return [_cleaned(item) for item in node] if isinstance(node, list) else node
+    return [unindented(item) for item in node] if isinstance(node, list) else node
 
 
 def published_schema() -> dict[str, Any]:

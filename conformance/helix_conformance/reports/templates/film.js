@@ -1,0 +1,41 @@
+"use strict";
+// Every box says from which stop on, and up to which, it is there: a slider picks the stop.
+for (const film of document.querySelectorAll(".film")) {
+  const slider = film.querySelector("input[type=range]");
+  const now = film.querySelector(".now");
+  const lines = [...film.querySelectorAll(".events button")];
+  const boxes = [...film.querySelectorAll("[data-since]")].map((element) => ({
+    element,
+    since: Number(element.dataset.since),
+    until: Number(element.dataset.until),
+  }));
+  const show = (wanted) => {
+    const stop = Math.max(0, Math.min(Number(slider.max), wanted));
+    slider.value = stop;
+    for (const box of boxes) {
+      box.element.toggleAttribute("hidden", stop < box.since || stop >= box.until);
+    }
+    lines.forEach((line, index) => {
+      if (index === stop) line.setAttribute("aria-current", "step");
+      else line.removeAttribute("aria-current");
+    });
+    const words = lines[stop].innerText.replace(/\s+/g, " ").trim();
+    now.textContent = stop === 0 ? lines[stop].querySelector(".text").textContent : "event " + words;
+    slider.setAttribute("aria-valuetext", now.textContent);
+    const list = lines[stop].closest(".events");
+    const top = lines[stop].offsetTop;
+    if (top < list.scrollTop || top + lines[stop].offsetHeight > list.scrollTop + list.clientHeight) {
+      list.scrollTop = top - list.clientHeight / 2;
+    }
+  };
+  slider.addEventListener("input", () => show(Number(slider.value)));
+  for (const button of film.querySelectorAll("[data-to]")) {
+    button.addEventListener("click", () => show(Number(button.dataset.to)));
+  }
+  for (const button of film.querySelectorAll("[data-step]")) {
+    button.addEventListener("click", () => show(Number(slider.value) + Number(button.dataset.step)));
+  }
+  // A film inside a closed failure has no layout yet: it is shown anew when that is opened.
+  film.closest("details")?.addEventListener("toggle", () => show(Number(slider.value)));
+  show(Number(film.dataset.first));
+}
