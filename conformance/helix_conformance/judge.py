@@ -244,7 +244,7 @@ class Judge:
 
     def _slice(self, rank: int, output: Any, tokens: int) -> Array:
         shape = self.config.model
-        wanted = (shape.layers, tokens, shape.q_heads // self.world, shape.head_dim)
+        wanted = (shape.layers, tokens, shape.q_heads // self.world, shape.value_dim)
         array = _array(rank, "output", output)
         if array.shape != wanted:
             raise GarbageError(rank, f"its output has shape {array.shape}, not {wanted}")
@@ -387,7 +387,7 @@ class Judge:
         request, cp_rank = self.model.requests[id], rank % self.cp
         table, positions = request.tables[cp_rank], request.ranks[cp_rank]
         held, heads = len(positions), self._kv_heads(rank)
-        exact_k, error, exact_v = self.oracle.cached(id, positions, heads)
+        least_k, most_k, exact_v = self.oracle.cached(id, positions, heads)
         lost = (values[:, :held] != exact_v).any(axis=(0, 2, 3))
         if lost.any():
             index = int(lost.argmax())
@@ -397,11 +397,12 @@ class Judge:
             page = table[index // self.layout.tokens_per_block]
             if batch and id not in batch and page.holders > 1:
                 yield Violation("PAGE-2", what + ", in a shared page", want, row, rank, id)
-        turned = ~(np.abs(keys[:, :held] - exact_k) <= error).all(axis=(0, 2, 3)) & ~lost
+        rounded = (least_k <= keys[:, :held]) & (keys[:, :held] <= most_k)
+        turned = ~rounded.all(axis=(0, 2, 3)) & ~lost
         if turned.any():
             index = int(turned.argmax())
             what = f"K of request {id} at local index {index}, position {positions[index]}"
-            row, want = keys[0, index, 0].tolist(), exact_k[0, index, 0].tolist()
+            row, want = keys[0, index, 0].tolist(), least_k[0, index, 0].tolist()
             yield Violation("POS-2", what, want, row, rank, id)
         never = slice(request.high_water[cp_rank], None)
         if self.config.poison and not (
@@ -415,11 +416,12 @@ class Judge:
         if rows is None:
             raise GarbageError(rank, f"its view lacks the {name} of a live request")
         shape = self.config.model
-        heads = shape.kv_heads // self.config.tp_size
+        heads = len(self.config.kv_heads_of(rank // self.cp))
+        dim = shape.key_dim if name == "keys" else shape.value_dim
         array = _array(rank, name, rows)
         if array.size == 0:
-            return np.zeros((shape.layers, 0, heads, shape.head_dim))
-        rest = (shape.layers, heads, shape.head_dim)
+            return np.zeros((shape.layers, 0, heads, dim))
+        rest = (shape.layers, heads, dim)
         if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != rest:
             raise GarbageError(
                 rank, f"its {name} have shape {array.shape}; layers, heads and dim are {rest}"
@@ -427,8 +429,8 @@ class Judge:
         return array
 
     def _kv_heads(self, rank: int) -> slice:
-        heads = self.config.model.kv_heads // self.config.tp_size
-        return slice(rank // self.cp * heads, (rank // self.cp + 1) * heads)
+        heads = self.config.kv_heads_of(rank // self.cp)
+        return slice(heads.start, heads.stop)
 
 
 def wrong_reasons(reason: Reason | None, outcomes: Sequence[Outcome]) -> list[Violation]:

@@ -1,7 +1,7 @@
 """Q, K and V as arrays, exact attention and its error bound, in numpy and float64.
 
 The same definitions as `helix_spec.values` and `helix_reference.attention`, for whole arrays at
-a time; tests hold the two together. Axes: n tokens, heads, dim (D); S keys.
+a time; tests hold the two together. Axes: n tokens, heads, dim; S keys.
 """
 
 from __future__ import annotations
@@ -14,17 +14,27 @@ import numpy as np
 import numpy.typing as npt
 
 from helix_reference.attention import U32, UNIT_ROUNDOFF
-from helix_spec.configs import DType, ModelShape
+from helix_spec.configs import CacheDType, ModelShape
 from helix_spec.values import LEVELS, TENSOR_CODE, Tensor
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_PRECISION: dict[DType, int] = {"float32": 24, "float16": 11, "bfloat16": 8}
-_LEAST_EXPONENT: dict[DType, int] = {"float32": -125, "float16": -13, "bfloat16": -125}
+_PRECISION: dict[CacheDType, int] = {
+    "float32": 24,
+    "float16": 11,
+    "bfloat16": 8,
+    "float8_e4m3fn": 4,
+}
+_LEAST_EXPONENT: dict[CacheDType, int] = {
+    "float32": -125,
+    "float16": -13,
+    "bfloat16": -125,
+    "float8_e4m3fn": -5,
+}
 
 
-def round_to(x: Array, dtype: DType) -> Array:
+def round_to(x: Array, dtype: CacheDType) -> Array:
     """Each entry rounded to the type, ties to even, subnormals included."""
     exponent = np.maximum(np.frexp(x)[1], _LEAST_EXPONENT[dtype])
     step = np.ldexp(1.0, exponent - _PRECISION[dtype])
@@ -75,7 +85,7 @@ def entries(
 
 def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
     """Q before RoPE, all zero where a head is a probe: shape (layers, n, heads, dim)."""
-    q = entries(seed, tokens, model.layers, "q", heads, model.head_dim)
+    q = entries(seed, tokens, model.layers, "q", heads, model.key_dim)
     group = model.q_heads // model.kv_heads
     columns = np.array(heads)
     if group > 1:
@@ -86,43 +96,77 @@ def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) 
     return q
 
 
+def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+    """V before it is cached: shape (layers, n, heads, value_dim).
+
+    With a latent cache it is the latent part of K.
+    """
+    tensor: Tensor = "v" if model.latent is None else "k"
+    return entries(seed, tokens, model.layers, tensor, heads, model.value_dim)
+
+
 @dataclass(frozen=True)
 class Rotated:
-    """Rows after RoPE: `exact` float64, `stored` rounded to the type, `doubt` between roundings.
+    """Rows after RoPE: `exact` float64, `stored` as they are kept.
 
-    `slack` is what float32 arithmetic may be off by before the rounding.
+    Honest roundings lie between `least` and `most`, which are kept in the same types.
     """
 
     exact: Array
     stored: Array
-    doubt: Array
-    slack: Array
+    least: Array
+    most: Array
+
+    @property
+    def doubt(self) -> Array:
+        """Per entry, how far apart two honest roundings may lie."""
+        return self.most - self.least
 
 
-def rope(x: Array, positions: Ints, base: float, dtype: DType) -> Rotated:
-    """RoPE of rows (layers, n, heads, dim) at global positions (n)."""
-    half = x.shape[-1] // 2
-    inverse = base ** (-2.0 * np.arange(half) / x.shape[-1])
+def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
+    """RoPE of rows (layers, n, heads, dim) at global positions (n), kept in these types in turn.
+
+    The first `still` entries of a row are not turned.
+    """
+    turned = x[..., still:]
+    half = turned.shape[-1] // 2
+    inverse = base ** (-2.0 * np.arange(half) / turned.shape[-1])
     angle = positions[:, None, None] * inverse
     cosine, sine = round_to(np.cos(angle), "float32"), round_to(np.sin(angle), "float32")
-    a, b = x[..., :half], x[..., half:]
-    exact = np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
-    slack = 3 * U32 * np.tile(np.abs(a) + np.abs(b), 2)
-    doubt = round_to(exact + slack, dtype) - round_to(exact - slack, dtype)
-    return Rotated(exact, round_to(exact, dtype), doubt, slack)
+    a, b = turned[..., :half], turned[..., half:]
+    exact = np.concatenate([x[..., :still], a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+    slack = np.zeros_like(x)
+    slack[..., still:] = 3 * U32 * np.tile(np.abs(a) + np.abs(b), 2)
+
+    def kept(row: Array) -> Array:
+        for dtype in dtypes:
+            row = round_to(row, dtype)
+        return row
+
+    return Rotated(exact, kept(exact), kept(exact - slack), kept(exact + slack))
 
 
-def cached_key_error(rotated: Rotated, dtype: DType) -> Array:
-    """How far a cached K entry may lie from its float64 value (POS-2)."""
-    least_step = np.ldexp(1.0, _LEAST_EXPONENT[dtype] - _PRECISION[dtype])
-    rounding = np.maximum(UNIT_ROUNDOFF[dtype] * np.abs(rotated.exact), least_step / 2)
-    error: Array = rounding + rotated.slack
-    return error
+def rotated_queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
+    """Q as it meets the keys: shape (layers, n, heads, key_dim)."""
+    q, still = queries(model, seed, tokens, heads), model.key_dim - model.rope_dim
+    return rope(q, tokens.positions, model.rope_base, model.dtype, still=still)
+
+
+def cached_keys(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
+    """K as it is cached: shape (layers, n, heads, key_dim)."""
+    k = entries(seed, tokens, model.layers, "k", heads, model.key_dim)
+    types, still = (model.dtype, model.cached_dtype), model.key_dim - model.rope_dim
+    return rope(k, tokens.positions, model.rope_base, *types, still=still)
+
+
+def cached_values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+    """V as it is cached: shape (layers, n, heads, value_dim)."""
+    return round_to(values(model, seed, tokens, heads), model.cached_dtype)
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of S tokens in one layer: arrays (S, kv_heads, dim)."""
+    """Keys and values of S tokens in one layer: arrays (S, kv_heads, key_dim or value_dim)."""
 
     stored: Array
     doubt: Array
@@ -132,16 +176,16 @@ class KeysValues:
 def exact_attention(
     model: ModelShape, q: Array, q_doubt: Array, kv: KeysValues, ranks: Ints
 ) -> tuple[Array, Array]:
-    """Attention of one token over S keys: output (q_heads, dim) and bound E (q_heads) (ATT-4).
+    """Attention of one token over S keys: output (q_heads, value_dim), bound E (q_heads) (ATT-4).
 
-    q and q_doubt have shape (q_heads, dim); `ranks[j]` is the cp_rank that holds key j. The
+    q and q_doubt have shape (q_heads, key_dim); `ranks[j]` is the cp_rank that holds key j. The
     terms are those of `helix_reference.attention.error_bound`.
     """
-    dim, group = model.head_dim, model.q_heads // model.kv_heads
-    scale = 1 / np.sqrt(dim)
+    width, scale = model.key_dim, model.scale
+    group = model.q_heads // model.kv_heads
     k, dk, v = (
         np.repeat(x.transpose(1, 0, 2), group, axis=0) for x in (kv.stored, kv.doubt, kv.values)
-    )  # (q_heads, S, dim)
+    )  # (q_heads, S, key_dim or value_dim)
     products = q[:, None, :] * k
     scores = scale * products.sum(-1)
     top = scores.max(-1, keepdims=True)
@@ -152,12 +196,12 @@ def exact_attention(
     output = (p[:, None, :] @ v)[:, 0]
 
     largest = np.abs(scores).max(-1, keepdims=True)
-    rounding = np.sqrt(dim) * scale * _norm(products) + np.sqrt(dim / 3) * np.abs(scores)
+    rounding = np.sqrt(width) * scale * _norm(products) + np.sqrt(width / 3) * np.abs(scores)
     score_error = U32 * (rounding + 2 * np.abs(scores) + largest)
-    score_error += scale * _in_doubt(np.abs(q)[:, None, :] * dk, model.dtype)
+    score_error += scale * _in_doubt(np.abs(q)[:, None, :] * dk, model.cached_dtype)
     apart = v - output[:, None, :]
     squares = ((p * _norm(apart) * score_error) ** 2).sum(-1)
-    squares += ((p * _norm(v) * U32) ** 2).sum(-1)
+    squares += ((p * _norm(v) * UNIT_ROUNDOFF[model.product_dtype]) ** 2).sum(-1)
     moved = (p[..., None] * scale * k).transpose(0, 2, 1) @ apart
     squares += _in_doubt(q_doubt * _norm(moved), model.dtype) ** 2
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
@@ -189,7 +233,7 @@ def encode_array(x: Any) -> Any:
     raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
 
 
-def _in_doubt(effects: Array, dtype: DType) -> Array:
+def _in_doubt(effects: Array, dtype: CacheDType) -> Array:
     """What doubts about the entries of a vector do together: see the reference's `_in_doubt`."""
     return _norm(effects) if dtype == "float32" else effects.sum(-1)
 

@@ -7,11 +7,10 @@ import numpy as np
 from helix_conformance.numbers import (
     Array,
     KeysValues,
-    cached_key_error,
-    entries,
+    cached_keys,
+    cached_values,
     exact_attention,
-    queries,
-    rope,
+    rotated_queries,
     tokens_of,
 )
 from helix_reference.model import Identity, Model, Step
@@ -19,17 +18,14 @@ from helix_spec.configs import Config
 
 
 class Exact:
-    """K and V of a request's tokens: exact, stored, and how far a cached K may lie off."""
+    """K and V of a request's tokens as they are cached."""
 
     def __init__(self, config: Config, tokens: list[Identity]) -> None:
         shape = config.model
         self.tokens = tokens
-        columns = tokens_of(tokens, 0)
-        heads = range(shape.kv_heads)
-        k = entries(config.seed, columns, shape.layers, "k", heads, shape.head_dim)
-        self.keys = rope(k, columns.positions, shape.rope_base, shape.dtype)
-        self.key_error = cached_key_error(self.keys, shape.dtype)
-        self.values = entries(config.seed, columns, shape.layers, "v", heads, shape.head_dim)
+        columns, heads = tokens_of(tokens, 0), range(shape.kv_heads)
+        self.keys = cached_keys(shape, config.seed, columns, heads)
+        self.values = cached_values(shape, config.seed, columns, heads)
 
 
 class Oracle:
@@ -53,28 +49,23 @@ class Oracle:
         self.kept.pop(id, None)
 
     def cached(self, id: int, positions: list[int], heads: slice) -> tuple[Array, Array, Array]:
-        """K, how far a cached K may lie off, and V at these positions: (layers, n, heads, dim)."""
+        """The least and the most a cached K may be, and V: (layers, n, heads, dim) each."""
         exact = self.of(id)
         return (
-            exact.keys.exact[:, positions, heads],
-            exact.key_error[:, positions, heads],
+            exact.keys.least[:, positions, heads],
+            exact.keys.most[:, positions, heads],
             exact.values[:, positions, heads],
         )
 
     def attention(self, step: Step, place: int) -> tuple[Array, Array]:
-        """Exact output (layers, q_heads, dim) and bound E (layers, q_heads) of one new token."""
+        """Exact output (layers, q_heads, value_dim) of one new token, bound E (layers, q_heads)."""
         shape, position = self.config.model, step.first + place
         request, exact = self.model.requests[step.id], self.of(step.id)
         ranks = np.empty(len(request.tokens), dtype=np.int64)
         for rank, positions in enumerate(request.ranks):
             ranks[positions] = rank
         token = tokens_of([request.tokens[position]], position)
-        q = rope(
-            queries(shape, self.config.seed, token, range(shape.q_heads)),
-            token.positions,
-            shape.rope_base,
-            shape.dtype,
-        )
+        q = rotated_queries(shape, self.config.seed, token, range(shape.q_heads))
         seen = slice(0, position + 1)
         layers = [
             exact_attention(

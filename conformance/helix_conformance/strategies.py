@@ -15,7 +15,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from helix_reference.model import Model
-from helix_spec.configs import Config, DType, ModelShape, config_problem
+from helix_spec.configs import Config, DType, LatentShape, ModelShape, config_problem
 from helix_spec.events import (
     FEATURES,
     Accept,
@@ -101,21 +101,27 @@ def model_shapes(
     tp_size: int = 1,
     dtypes: Sequence[DType] = get_args(DType),
     head_dims: Sequence[int] = (16, 32, 64),
+    latents: Sequence[LatentShape] = (LatentShape(latent_dim=32, rope_dim=16),),
     max_layers: int = 2,
 ) -> ModelShape:
-    """Shapes whose heads divide over these ranks: MHA, GQA and MQA."""
-    kv_heads = tp_size * draw(st.integers(1, 3))
+    """Shapes whose heads divide over these ranks: MHA, GQA, MQA and MLA, caches of 8 bits too."""
+    latent = draw(st.sampled_from([None, None, None, *latents]))
+    kv_heads = tp_size * draw(st.integers(1, 3)) if latent is None else 1
     world = tp_size * cp_size
     # The fewest query heads that divide both by the KV heads and by the ranks, or twice that.
     least = next(q for q in range(kv_heads, kv_heads * world + 1, kv_heads) if q % world == 0)
     dtype = draw(st.sampled_from(list(dtypes)))
+    wider = st.sampled_from(list(dict.fromkeys(("float32", dtype))))
     return ModelShape(
         layers=draw(st.integers(1, max_layers)),
         q_heads=least * draw(st.integers(1, 2)),
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from(list(head_dims))),
+        latent=latent,
         dtype=dtype,
-        partial_dtype=draw(st.sampled_from(list(dict.fromkeys(("float32", dtype))))),
+        cache_dtype=draw(st.sampled_from([None, None, "float8_e4m3fn"])),
+        product_dtype=draw(wider),
+        partial_dtype=draw(wider),
     )
 
 
@@ -390,6 +396,8 @@ _SPOILED: Final[list[Callable[[Config], dict[str, Any]]]] = [
     lambda config: {"model": _reshaped(config, q_heads=config.model.q_heads + 1)},
     lambda config: {"model": _reshaped(config, q_heads=config.world_size, kv_heads=1)},
     lambda config: {"model": _reshaped(config, head_dim=7)},
+    lambda config: {"model": _reshaped(config, kv_heads=1, latent=LatentShape(rope_dim=7))},
+    lambda config: {"model": _reshaped(config, kv_heads=2, latent=LatentShape())},
     lambda config: {"model": _reshaped(config, rope_base=1.0)},
     lambda config: {"model": _reshaped(config, rope_base=1e12)},
 ]

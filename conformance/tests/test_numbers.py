@@ -17,18 +17,23 @@ from helix_gpu.merge import merge
 from helix_gpu.rope import rope_table, rotate
 from helix_reference import attention
 from helix_spec import values
-from helix_spec.configs import ModelShape
+from helix_spec.configs import LatentShape, ModelShape
 
 DTYPES = ("float32", "float16", "bfloat16")
+CACHED = (None, "float8_e4m3fn")
+LATENT = LatentShape(latent_dim=32, rope_dim=16)
 
 
 @settings(max_examples=200, deadline=None)
-@given(x=st.floats(-1e4, 1e4), dtype=st.sampled_from(DTYPES))
+@given(
+    x=st.floats(-1e4, 1e4) | st.floats(-500, 500) | st.floats(-0.05, 0.05),
+    dtype=st.sampled_from((*DTYPES, "float8_e4m3fn")),
+)
 def test_rounding_is_torchs(x, dtype):
     """Rounding to a type gives what torch's conversion gives, where float32 lies not between."""
     x = float(np.float32(x))
-    expected = torch.tensor(x).to(getattr(torch, dtype)).item()
-    if math.isinf(expected):
+    expected = torch.tensor(x).to(getattr(torch, dtype)).float().item()
+    if not abs(expected) < torch.finfo(getattr(torch, dtype)).max:
         return
     assert expected == attention.round_to(x, dtype)
     assert expected == numbers.round_to(np.array(x), dtype)
@@ -66,11 +71,22 @@ def test_entries_are_those_of_the_specification(seed, identities, first, tensor,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (2, 2), (3, 1)])
-def test_exact_attention_is_the_references(dtype, q_heads, kv_heads):
+@pytest.mark.parametrize("cached", CACHED)
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "latent"),
+    [(4, 2, None), (2, 2, None), (3, 1, None), (3, 1, LatentShape(latent_dim=6, rope_dim=4))],
+)
+def test_exact_attention_is_the_references(dtype, cached, q_heads, kv_heads, latent):
     """Output and bound of the arrays agree with the reference's, to float64's rounding."""
     shape = ModelShape(
-        q_heads=q_heads, kv_heads=kv_heads, head_dim=8, dtype=dtype, partial_dtype=dtype
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=8,
+        latent=latent,
+        dtype=dtype,
+        cache_dtype=cached,
+        product_dtype=dtype,
+        partial_dtype=dtype,
     )
     identities = [(3, place) for place in range(9)] + [(7, 1)]
     ranks = [0, 0, 1, 1, 1, 1, 1, 3, 3, 0]
@@ -82,7 +98,7 @@ def test_exact_attention_is_the_references(dtype, q_heads, kv_heads):
             shape,
             attention.query(shape, 5, tokens[-1], 0, head),
             [attention.key(shape, 5, token, 0, kv_head) for token in tokens],
-            [attention.raw(5, token, 0, "v", kv_head, 8) for token in tokens],
+            [attention.value(shape, 5, token, 0, kv_head) for token in tokens],
             ranks,
         )
         np.testing.assert_allclose(outputs[head], expected, atol=1e-13)
@@ -92,22 +108,46 @@ def test_exact_attention_is_the_references(dtype, q_heads, kv_heads):
 def _exact(shape, identities, ranks, seed=5):
     tokens = numbers.tokens_of(identities, 0)
     last = numbers.tokens_of(identities[-1:], len(identities) - 1)
-    q = numbers.rope(
-        numbers.queries(shape, seed, last, range(shape.q_heads)),
-        last.positions,
-        shape.rope_base,
-        shape.dtype,
-    )
-    kv_heads = range(shape.kv_heads)
-    k = numbers.rope(
-        numbers.entries(seed, tokens, 1, "k", kv_heads, shape.head_dim),
-        tokens.positions,
-        shape.rope_base,
-        shape.dtype,
-    )
-    v = numbers.entries(seed, tokens, 1, "v", kv_heads, shape.head_dim)
+    q = numbers.rotated_queries(shape, seed, last, range(shape.q_heads))
+    k = numbers.cached_keys(shape, seed, tokens, range(shape.kv_heads))
+    v = numbers.cached_values(shape, seed, tokens, range(shape.kv_heads))
     kv = numbers.KeysValues(k.stored[0], k.doubt[0], v[0])
     return numbers.exact_attention(shape, q.stored[0, 0], q.doubt[0, 0], kv, ranks)
+
+
+@pytest.mark.parametrize("latent", [None, LATENT])
+@pytest.mark.parametrize("cached", CACHED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cached_keys_have_no_room_but_for_rounding(dtype, cached, latent):
+    """An honest K lies between its two roundings; one unit further, or turned elsewhere, does not.
+
+    In a narrow type the two roundings are nearly always one number.
+    """
+    kv_heads = 1 if latent else 2
+    shape = ModelShape(q_heads=4, kv_heads=kv_heads, latent=latent, dtype=dtype, cache_dtype=cached)
+    tokens = numbers.tokens_of([(0, place) for place in range(2000)], 5000)
+    k = numbers.cached_keys(shape, 3, tokens, range(kv_heads))
+    rows = torch.from_numpy(numbers.entries(3, tokens, 1, "k", range(kv_heads), shape.key_dim))
+    positions = torch.from_numpy(tokens.positions)
+    kept = getattr(torch, cached or dtype)
+
+    def turned(by):
+        table = rope_table(positions + by, shape.rope_dim, shape.rope_base)
+        return rotate(rows.to(getattr(torch, dtype)), *table).to(kept)
+
+    honest = turned(0)
+    found = honest.double().numpy()
+    assert ((k.least <= found) & (found <= k.most)).all()
+    unit = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[kept.itemsize]
+    beyond = (honest.view(unit) + 1).view(kept).double().numpy()
+    sure = k.least == k.most
+    assert not ((k.least <= beyond) & (beyond <= k.most))[sure & (found != 0)].any()
+    if kept != torch.float32:
+        assert sure.mean() > 0.99
+    else:
+        assert sure[..., : shape.key_dim - shape.rope_dim].all()
+    elsewhere = turned(1).double().numpy()
+    assert not ((k.least <= elsewhere) & (elsewhere <= k.most)).all(axis=-1).any()
 
 
 class Sharded:
@@ -116,8 +156,16 @@ class Sharded:
     `errors(...)` says, per query head, how many bounds E the output is off after a mistake.
     """
 
-    def __init__(self, dtype, keys, seed):
-        self.shape = ModelShape(q_heads=8, kv_heads=2, head_dim=64, dtype=dtype)
+    def __init__(self, dtype, keys, seed, *, cached=None, latent=None):
+        kv_heads = 1 if latent else 2
+        self.shape = ModelShape(
+            q_heads=8,
+            kv_heads=kv_heads,
+            head_dim=64,
+            latent=latent,
+            dtype=dtype,
+            cache_dtype=cached,
+        )
         self.seed = seed
         shares = np.array([0.55, 0.3, 0.15]) * keys
         lengths = [*np.maximum(1, shares.astype(int)), 0]
@@ -130,21 +178,25 @@ class Sharded:
         shape, torch_type = self.shape, getattr(torch, self.shape.dtype)
         tokens = numbers.tokens_of(self.identities, 0)
         last = numbers.tokens_of(self.identities[-1:], len(self.identities) - 1)
+        heads, cached = range(shape.kv_heads), getattr(torch, shape.cached_dtype)
         q = self._tensor(numbers.queries(shape, self.seed, last, range(8)))[0]
-        k = self._tensor(numbers.entries(self.seed, tokens, 1, "k", range(2), 64))[0]
-        v = self._tensor(numbers.entries(self.seed, tokens, 1, "v", range(2), 64))[0]
+        k = self._tensor(numbers.entries(self.seed, tokens, 1, "k", heads, shape.key_dim))[0]
+        v = self._tensor(numbers.values(shape, self.seed, tokens, heads))[0]
         positions = torch.from_numpy(tokens.positions)
-        cos, sin = rope_table(positions, 64, shape.rope_base)
+        cos, sin = rope_table(positions, shape.rope_dim, shape.rope_base)
         k, q = rotate(k, cos, sin), rotate(q, cos[-1:], sin[-1:])
+        parts = torch.stack([k] if shape.latent else [k, v]).to(cached)
         outputs, lses = [], []
         for rank in range(4):
             mine = np.flatnonzero(self.ranks == rank)
             mine = mine[mine != missing]
-            page = torch.stack([k[mine], v[mine]])[None]
+            page = parts[:, mine][None]
             if not len(mine):
-                page = torch.full((1, 2, 1, 2, 64), torch.nan, dtype=torch_type)
+                page = torch.full_like(parts[:, :1], torch.nan)[None]
             table, length = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([len(mine)])
-            output, logsum = attend_pages(q, page, table, length)
+            output, logsum = attend_pages(
+                q, page, table, length, scale=shape.scale, value_dim=shape.value_dim
+            )
             outputs.append(output)
             lses.append(lse(logsum))
         merged, _ = merge(torch.stack(outputs), torch.stack(lses))
@@ -161,6 +213,16 @@ def test_honest_runs_are_within_the_bound(dtype, keys):
     """A correct run passes in every element type, short and long, an empty rank among them."""
     worst = max(Sharded(dtype, keys, seed).errors().max() for seed in range(4))
     assert 1 >= worst
+
+
+@pytest.mark.parametrize("latent", [None, LATENT])
+@pytest.mark.parametrize("cached", CACHED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [3, 333])
+def test_honest_runs_of_latent_and_8_bit_caches(dtype, keys, cached, latent):
+    """The same over caches of 8 bits and of latents: their rounding is in the reference."""
+    runs = (Sharded(dtype, keys, seed, cached=cached, latent=latent) for seed in range(4))
+    assert 1 >= max(run.errors().max() for run in runs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""Attention of new tokens over this rank's pages."""
+"""Attention of new tokens over this rank's pages, on the CPU."""
 
 from __future__ import annotations
 
@@ -7,61 +7,83 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from helix_gpu.merge import merge
+
 TOKENS_AT_ONCE: Final = 512
 """Slots of each token gathered at a time. It bounds the scratch memory, and does not depend
 on the batch, so that dummy requests leave the order of summation alone."""
 
+VECTOR: Final = 16
+"""Torch's operation takes so many scores at a time; of the odd ones at the end it is less exact,
+so there must be none (2.13, AVX-512: 6 units of roundoff in the output)."""
+
 
 def attend_pages(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor
+    q: Tensor,
+    pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Partial attention of each new token over the first `lengths[i]` slots of its request.
 
-    `q` [n, q_heads, head_dim]; `pages` [pages, 2, tokens_per_block, kv_heads, head_dim], K then
-    V, of q's type; `tables` int64 [n, width] page numbers, any existing page where there is none
-    to see; `lengths` int64 [n]. Scores are scaled by 1 / sqrt(head_dim).
+    `q` [n, q_heads, key_dim]; `pages` [pages, parts, tokens_per_block, kv_heads, key_dim] of any
+    float type, K in the first part; the values are the first `value_dim` elements (all of them by
+    default) of the last part, which with a latent cache is the same. `tables` int64 [n, width]
+    page numbers, any existing page where there is none to see; `lengths` int64 [n]. Scores are
+    scaled by `scale`, 1 / sqrt(key_dim) by default. All on the CPU.
 
-    Returns the output [n, q_heads, head_dim] and its natural log-sum-exp [n, q_heads], both
-    float32; a token without keys gives (0, -inf). Everything is float32 whatever the type;
-    on CUDA that needs torch's default, matrix products without TF32.
+    Returns the output [n, q_heads, value_dim] and its natural log-sum-exp [n, q_heads], both
+    float32; a token without keys gives (0, -inf). Everything is float32 whatever the type.
     """
-    _, _, t, kv_heads, head_dim = pages.shape
+    t, kv_heads, key_dim = pages.shape[2:]
+    scale, value_dim = scale or key_dim**-0.5, value_dim or key_dim
     # A group of query heads shares a KV head: it becomes the rows of one matrix product.
-    query = q.float().reshape(len(q), kv_heads, -1, head_dim)
-    top = query.new_full((*query.shape[:3], 1), -torch.inf)
-    total = torch.zeros_like(top)
-    output = torch.zeros_like(query)
-
+    query = q.float().reshape(len(q), kv_heads, -1, key_dim)
+    output = query.new_zeros((*query.shape[:3], value_dim))
+    lse = query.new_full(query.shape[:3], -torch.inf)
     pages_at_once = max(1, TOKENS_AT_ONCE // t)
     for first in range(0, tables.shape[1], pages_at_once):
-        table = tables[:, first : first + pages_at_once]
-        slots = first * t + torch.arange(table.shape[1] * t, device=q.device)
-        seen = (slots < lengths[:, None])[:, None, None]
-        # Unseen slots may hold NaN, which a zero weight would not silence.
-        keys, values = (
-            pages[table, part]
-            .flatten(1, 2)
-            .transpose(1, 2)
-            .to(torch.float32, memory_format=torch.contiguous_format)
-            .masked_fill_(~seen.mT, 0)
-            for part in (0, 1)
+        # Torch's operation ends the process when it is given no keys: such rows are left out.
+        rows = (lengths > first * t).nonzero()[:, 0]
+        if not len(rows):
+            break
+        table = tables[rows, first : first + pages_at_once]
+        seen = (lengths[rows] - first * t).clamp(max=table.shape[1] * t)
+        keys, values, hidden = _gathered(pages, table, seen)
+        piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[rows], keys, values, attn_mask=hidden, scale=scale
         )
-        scores = (query @ keys.mT).mul_(head_dim**-0.5).masked_fill_(~seen, -torch.inf)
-
-        # Online softmax: what was summed so far fades as the largest score rises.
-        new_top = top.maximum(scores.amax(-1, keepdim=True))
-        base = _finite(new_top)
-        weights = (scores - base).exp()
-        fade = (top - base).exp()
-        total = total * fade + weights.sum(-1, keepdim=True)
-        output = output * fade + weights @ values
-        top = new_top
-
-    output = output / total.where(total > 0, 1)
-    lse = _finite(top) + total.log()
+        if first:
+            earlier = output[rows], lse[rows]
+            piece, piece_lse = merge(
+                torch.stack((earlier[0], piece[..., :value_dim])),
+                torch.stack((earlier[1], piece_lse)),
+            )
+        output[rows], lse[rows] = piece[..., :value_dim], piece_lse
     return output.flatten(1, 2), lse.flatten(1)
 
 
-def _finite(top: Tensor) -> Tensor:
-    """The largest score, or 0 where there is none: -inf - -inf would be NaN."""
-    return top.where(top != -torch.inf, 0)
+def _gathered(pages: Tensor, table: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """K and V of the first `seen[i]` slots of these pages: float32 [n, kv_heads, slots, dim].
+
+    What lies behind them is 0, for it may be NaN, and gets -inf from the mask [n, 1, 1, slots];
+    there is none where every row is full.
+    """
+    n, (t, kv_heads, dim) = len(table), pages.shape[2:]
+    numbers, there = table.flatten(), table.shape[1] * t
+    slots = -(-there // VECTOR) * VECTOR
+    hidden = torch.arange(slots) >= seen[:, None]
+    full = not hidden.any()
+    parts = []
+    for part in pages.unbind(1):
+        found = part.index_select(0, numbers).view(n, there, kv_heads, dim)
+        rows = found.new_empty((n, slots, kv_heads, dim), dtype=torch.float32)
+        rows[:, :there] = found
+        if not full:
+            rows[hidden] = 0
+        parts.append(rows.transpose(1, 2))
+    mask = None if full else torch.zeros(n, slots).masked_fill_(hidden, -torch.inf)[:, None, None]
+    return parts[0], parts[-1], mask

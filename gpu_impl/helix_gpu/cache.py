@@ -22,8 +22,11 @@ from helix_gpu.refusals import check_config
 from helix_gpu.rope import rope_table, rotate
 from helix_spec.configs import Config
 
-PromptKV = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From int64 positions [n] to K (not yet rotated) and V, each [layers, n, kv_heads, head_dim]."""
+PromptKV = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""From int64 positions [n] to K (not yet rotated) and V, each [layers, n, kv_heads, head_dim].
+
+With a latent cache K is the latent and the part to rotate, [layers, n, 1, latent_dim + rope_dim],
+and V is None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,15 @@ class HelixCache:
     same calls. Heads are counted per rank: `kv_heads` and `q_heads` of its tensor-parallel shard
     before the exchange; after it the rank holds slice `rank` of all query heads, of
     q_heads / (tp_size * cp_size) heads (MAP-1).
+
+    With a latent cache (MLA, `config.model.latent`) every rank caches the one latent: K is its
+    latent and rotated parts side by side, V is None, Q is absorbed (multiplied by the up-projection
+    of K) with its part to rotate behind, and outputs are over the latent. For `head_dim` read
+    latent_dim + rope_dim, in outputs latent_dim.
+
+    With `cache_dtype` K and V are rounded to it as they are stored, without a scale: what lies
+    beyond its largest number, 448, must be divided by a scale before, and Q or the output
+    multiplied by it.
 
     Raises Refused(bad_config), and ValueError for a rank or group that does not fit. Methods
     that change something raise Refused before they do, the same on all ranks, and ValueError
@@ -96,19 +108,22 @@ class HelixCache:
         self.book = RankBook(config, rank % cp_size)
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, model.dtype)
-        self.kv_heads = model.kv_heads // config.tp_size
+        self.kv_heads = 1 if model.latent else model.kv_heads // config.tp_size
         self.q_heads = model.q_heads // config.tp_size
         self.pool = torch.empty(
             model.layers,
             config.pages[self.book.cp_rank],
-            2,
+            1 if model.latent else 2,
             config.rules.tokens_per_block,
             self.kv_heads,
-            model.head_dim,
-            dtype=self.dtype,
+            model.key_dim,
+            dtype=getattr(torch, model.cached_dtype),
             device=self.device,
         )
-        """[layers, pages, 2, tokens_per_block, kv_heads, head_dim]: rotated K, then V."""
+        """[layers, pages, 2, tokens_per_block, kv_heads, head_dim]: rotated K, then V.
+
+        With a latent cache [layers, pages, 1, tokens_per_block, 1, latent_dim + rope_dim].
+        """
         self._exchange = exchange or _group_exchange(config, group, self.book.cp_rank)
 
     @property
@@ -155,11 +170,11 @@ class HelixCache:
         self._place(self.book.plan_resume(id), prompt_kv, rotated)
 
     @torch.no_grad()
-    def read(self, id: int, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+    def read(self, id: int, first: int, tokens: int) -> tuple[Tensor, Tensor | None]:
         """K (rotated) and V of a live request's local indices [first, first + tokens).
 
-        Each [layers, tokens, kv_heads, head_dim]. Raises Refused, and IndexError for tokens that
-        are not on this rank.
+        Each [layers, tokens, kv_heads, head_dim] of the model's type; V is None where a latent
+        is cached. Raises Refused, and IndexError for tokens that are not on this rank.
         """
         table, held = self.book.block_table(id), self.book.local_len(id)
         if not 0 <= first <= first + tokens <= held:
@@ -168,7 +183,8 @@ class HelixCache:
                 f"this rank holds {held} of its tokens."
             )
         pages, offsets = self._slots(table, np.arange(first, first + tokens))
-        return self.pool[:, pages, 0, offsets], self.pool[:, pages, 1, offsets]
+        k, *v = (part[:, pages, offsets].to(self.dtype) for part in self.pool.unbind(2))
+        return k, v[0] if v else None
 
     def prefill(self, id: int, prompt_len: int, chunk: int) -> Iterator[DecodeStep]:
         """Take a prompt whose KV is computed here: a step for each `chunk` of its tokens.
@@ -194,7 +210,9 @@ class HelixCache:
         return self._start(self.book.plan_step(ids, query_lens, pad))
 
     @torch.no_grad()
-    def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
+    ) -> Tensor:
         """One layer of a step begun: append K and V where owned, attend, exchange, merge.
 
         `q` [m + pad, q_heads, head_dim], `k` and `v` [m + pad, kv_heads, head_dim] of the model's
@@ -203,18 +221,22 @@ class HelixCache:
         those before it and itself, of its own group too.
         """
         model, cp_size = self.config.model, self.book.layout.cp_size
-        rows = len(step.lengths)
-        self._check("q", q, (rows, self.q_heads, model.head_dim))
-        self._check("k", k, (rows, self.kv_heads, model.head_dim))
-        self._check("v", v, (rows, self.kv_heads, model.head_dim))
-        pool = self.pool[layer]
-        pool[step.own_pages, 0, step.own_offsets] = rotate(k, step.cos, step.sin)[step.own]
-        pool[step.own_pages, 1, step.own_offsets] = v[step.own]
-        output, lse = attend_pages(rotate(q, step.cos, step.sin), pool, step.tables, step.lengths)
+        rows, pool = len(step.lengths), self.pool[layer]
+        self._check("Q", q, (rows, self.q_heads, model.key_dim))
+        self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
+        pool[step.own_pages, 0, step.own_offsets] = self._cached(
+            rotate(k, step.cos, step.sin)[step.own]
+        )
+        if v is not None:
+            pool[step.own_pages, 1, step.own_offsets] = self._cached(v[step.own])
+        output, lse = attend_pages(
+            rotate(q, step.cos, step.sin), pool, step.tables, step.lengths,
+            scale=model.scale, value_dim=model.value_dim,
+        )  # fmt: skip
         if cp_size > 1:
             wire = getattr(torch, model.partial_dtype)
             received = self._exchange(pack(output, lse, cp_size, wire))
-            partials = unpack(received, rows, self.q_heads // cp_size, model.head_dim, wire)
+            partials = unpack(received, rows, self.q_heads // cp_size, model.value_dim, wire)
             output, _ = merge(*partials)
         return output[: len(step.book.rows)].to(self.dtype)
 
@@ -224,7 +246,7 @@ class HelixCache:
         ids: Sequence[int],
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None = None,
         pad: int = 0,
         query_lens: Sequence[int] | None = None,
     ) -> Tensor:
@@ -235,12 +257,11 @@ class HelixCache:
         """
         plan = self.book.plan_step(ids, query_lens, pad)
         model, rows = self.config.model, len(plan.positions) + pad
-        self._check("q", q, (model.layers, rows, self.q_heads, model.head_dim))
-        self._check("k", k, (model.layers, rows, self.kv_heads, model.head_dim))
-        self._check("v", v, (model.layers, rows, self.kv_heads, model.head_dim))
-        step = self._start(plan)
-        layers = range(model.layers)
-        return torch.stack([self.attend(step, i, q[i], k[i], v[i]) for i in layers])
+        self._check("Q", q, (model.layers, rows, self.q_heads, model.key_dim))
+        self._check_kv(k, v, (model.layers, rows, self.kv_heads, model.key_dim))
+        step, layers = self._start(plan), range(model.layers)
+        values = [None if v is None else v[i] for i in layers]
+        return torch.stack([self.attend(step, i, q[i], k[i], values[i]) for i in layers])
 
     def skip(self, ids: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
         """Prepare a step that never runs: raises Refused as the decode would, changes nothing."""
@@ -275,16 +296,16 @@ class HelixCache:
         positions = torch.from_numpy(hand.positions()).to(self.device)
         k, v = prompt_kv(positions)
         model = self.config.model
-        shape = (model.layers, hand.tokens, self.kv_heads, model.head_dim)
-        self._check("The prompt's K", k, shape)
-        self._check("The prompt's V", v, shape)
+        shape = (model.layers, hand.tokens, self.kv_heads, model.key_dim)
+        self._check_kv(k, v, shape, "The prompt's ")
         if not rotated:
-            k = rotate(k, *rope_table(positions, model.head_dim, model.rope_base))
+            k = rotate(k, *rope_table(positions, model.rope_dim, model.rope_base))
         table = self.book.place(plan)
         self._clear(table)
         pages, offsets = self._slots(table, np.arange(hand.tokens))
-        self.pool[:, pages, 0, offsets] = k
-        self.pool[:, pages, 1, offsets] = v
+        self.pool[:, pages, 0, offsets] = self._cached(k)
+        if v is not None:
+            self.pool[:, pages, 1, offsets] = self._cached(v)
 
     def _chunks(self, plan: Admission, chunk: int) -> Iterator[DecodeStep]:
         if chunk < 1:
@@ -302,7 +323,7 @@ class HelixCache:
         pad = book.pad
         model, t = self.config.model, self.book.layout.tokens_per_block
         positions = self._put(np.pad(book.position_ids, (0, pad)))
-        cos, sin = rope_table(positions, model.head_dim, model.rope_base)
+        cos, sin = rope_table(positions, model.rope_dim, model.rope_base)
         width = -(-int(book.visible.max()) // t)
         own = book.active.nonzero()[0]
         return DecodeStep(
@@ -339,6 +360,19 @@ class HelixCache:
 
     def _put(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+    def _cached(self, rows: Tensor) -> Tensor:
+        """K or V in the type in which it is cached."""
+        return rows.to(self.pool.dtype)
+
+    def _check_kv(self, k: Tensor, v: Tensor | None, shape: tuple[int, ...], of: str = "") -> None:
+        """K and V have this shape; with a latent cache there is no V."""
+        self._check(f"{of}K", k, shape)
+        if (v is None) != (self.config.model.latent is not None):
+            given = "missing" if v is None else "given"
+            raise ValueError(f"{of}V is {given}; there is none exactly where a latent is cached.")
+        if v is not None:
+            self._check(f"{of}V", v, shape)
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:

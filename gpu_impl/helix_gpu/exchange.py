@@ -71,8 +71,8 @@ def reduce_scatter(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
         )
 
     def exchange(send: Tensor) -> Tensor:
-        items = send.shape[1] // (4 * model.head_dim + 4)
-        outputs, lses = unpack(send, items, 1, model.head_dim, torch.float32)
+        items = send.shape[1] // (4 * model.value_dim + 4)
+        outputs, lses = unpack(send, items, 1, model.value_dim, torch.float32)
         all_shares, merged_lses = shares(_gathered(lses.contiguous(), group))
         contribution = weighted(outputs, all_shares[group.rank()])
         merged = torch.empty_like(outputs[0])

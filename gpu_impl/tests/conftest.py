@@ -118,7 +118,9 @@ def _exact(
     o = (p[..., None] * v).sum(0)
 
     ds = u32 * (
-        scale * q.shape[-1] ** 0.5 * products.norm(dim=-1) + 2 * scores.abs() + scores.abs().amax(0)
+        scale * q.shape[-1] ** 0.5 * products.norm(dim=-1)
+        + ((q.shape[-1] / 3) ** 0.5 + 2) * scores.abs()
+        + scores.abs().amax(0)
     )
     squares = ((p * (v - o).norm(dim=-1) * ds) ** 2).sum(0)
     squares += ((p * v.norm(dim=-1) * u32) ** 2).sum(0)

@@ -42,7 +42,7 @@ def exact(
 ) -> tuple[Doubles, Doubles, Doubles]:
     """Float64 attention of one query [heads, dim] over k, v [tokens, kv_heads, dim].
 
-    Output, natural log-sum-exp and, per head, DESIGN's bound (ATT-4) for a float32 output
+    Output, natural log-sum-exp and, per head, the bound E of SPEC.md (ATT-4) for a float32 output
     whose weights met the values in type `product`.
     """
     group = q.shape[0] // k.shape[1]
@@ -57,7 +57,8 @@ def exact(
     o = (p[..., None] * values).sum(0)
     norm, u32 = np.linalg.norm, UNIT[torch.float32]
     spread = scale * q.shape[-1] ** 0.5 * norm(products, axis=-1)
-    ds = u32 * (spread + 2 * abs(scores) + abs(scores).max(0))
+    drift = (q.shape[-1] / 3) ** 0.5
+    ds = u32 * (spread + (drift + 2) * abs(scores) + abs(scores).max(0))
     squares = ((p * norm(values - o, axis=-1) * ds) ** 2).sum(0)
     squares += ((p * norm(values, axis=-1) * UNIT[product]) ** 2).sum(0)
     squares += (u32 * norm(o, axis=-1)) ** 2

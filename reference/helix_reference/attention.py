@@ -1,7 +1,7 @@
 """Exact attention in float64, and when two outputs are equal (SPEC.md sections 8 and 9).
 
 Vectors are lists of floats; Python floats are float64, and sums use `math.fsum`, which rounds
-once. Lengths: D is head_dim, S the number of keys.
+once. Lengths: W and D are those of a key and of a value, S is the number of keys.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helix_spec.configs import DType, ModelShape
+from helix_spec.configs import CacheDType, ModelShape
 from helix_spec.values import Tensor, entry, is_probe, token_state
 
 Vector = list[float]
 
-UNIT_ROUNDOFF: dict[DType, float] = {
+UNIT_ROUNDOFF: dict[CacheDType, float] = {
     "float32": 2.0**-24,
     "float16": 2.0**-11,
     "bfloat16": 2.0**-8,
+    "float8_e4m3fn": 2.0**-4,
 }
 """Largest relative error of one rounding to nearest."""
 U32 = UNIT_ROUNDOFF["float32"]
 
-_SMALLEST_NORMAL_EXPONENT: dict[DType, int] = {"float32": -125, "float16": -13, "bfloat16": -125}
+_SMALLEST_NORMAL_EXPONENT: dict[CacheDType, int] = {
+    "float32": -125,
+    "float16": -13,
+    "bfloat16": -125,
+    "float8_e4m3fn": -5,
+}
 """Exponent e of the smallest normal number, written m * 2**e with 0.5 <= m < 1."""
 
 
-def round_to(x: float, dtype: DType) -> float:
-    """The nearest number of this type, ties to even (subnormals included)."""
+def round_to(x: float, dtype: CacheDType) -> float:
+    """The nearest number of this type, ties to even (subnormals included; none is too large)."""
     precision = -int(math.log2(UNIT_ROUNDOFF[dtype]))
     exponent = max(math.frexp(x)[1], _SMALLEST_NORMAL_EXPONENT[dtype])
     step = math.ldexp(1.0, exponent - precision)
@@ -37,7 +43,7 @@ def round_to(x: float, dtype: DType) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """A vector after RoPE: `exact` in float64, `stored` once rounded to the model's type."""
+    """A vector after RoPE: `exact` in float64, `stored` as it is kept."""
 
     exact: Vector
     stored: Vector
@@ -45,16 +51,20 @@ class Rotated:
     """Per entry, how far apart two honest roundings may lie; 0 where all agree."""
 
 
-def rope(x: Sequence[float], position: int, base: float, dtype: DType) -> Rotated:
-    """RoPE of one head's vector at a global position (POS-2).
+def rope(
+    x: Sequence[float], position: int, base: float, *dtypes: CacheDType, still: int = 0
+) -> Rotated:
+    """RoPE of one head's vector at a global position (POS-2), kept in these types in turn.
 
-    Entry d turns with entry d + D/2 by the angle position * base**(-2d/D). Cosine and sine are
-    rounded to float32; float32 arithmetic may then be off by 3 units of roundoff of |a| + |b|.
+    The first `still` entries are not turned. Of the D others, entry d turns with entry d + D/2 by
+    the angle position * base**(-2d/D). Cosine and sine are rounded to float32; float32 arithmetic
+    may then be off by 3 units of roundoff of |a| + |b|.
     """
-    half = len(x) // 2
-    exact, slack = [0.0] * len(x), [0.0] * len(x)
-    for d in range(half):
-        angle = position * base ** (-2 * d / len(x))
+    turned = len(x) - still
+    half = turned // 2
+    exact, slack = list(x), [0.0] * len(x)
+    for d in range(still, still + half):
+        angle = position * base ** (-2 * (d - still) / turned)
         cosine = round_to(math.cos(angle), "float32")
         sine = round_to(math.sin(angle), "float32")
         a, b = x[d], x[d + half]
@@ -62,10 +72,17 @@ def rope(x: Sequence[float], position: int, base: float, dtype: DType) -> Rotate
         exact[d + half] = b * cosine + a * sine
         slack[d] = slack[d + half] = 3 * U32 * (abs(a) + abs(b))
     doubt = [
-        round_to(value + s, dtype) - round_to(value - s, dtype)
+        _kept(value + s, dtypes) - _kept(value - s, dtypes)
         for value, s in zip(exact, slack, strict=True)
     ]
-    return Rotated(exact, [round_to(value, dtype) for value in exact], doubt)
+    return Rotated(exact, [_kept(value, dtypes) for value in exact], doubt)
+
+
+def _kept(x: float, dtypes: Sequence[CacheDType]) -> float:
+    """Rounded to each type in turn."""
+    for dtype in dtypes:
+        x = round_to(x, dtype)
+    return x
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +103,28 @@ def raw(seed: int, token: Token, layer: int, tensor: Tensor, head: int, dim: int
 def query(model: ModelShape, seed: int, token: Token, layer: int, q_head: int) -> Rotated:
     """One query head after RoPE; all zero where it is a probe."""
     group = model.q_heads // model.kv_heads
-    x = raw(seed, token, layer, "q", q_head, model.head_dim)
+    x = raw(seed, token, layer, "q", q_head, model.key_dim)
     if is_probe(q_head, group, token.position):
-        x = [0.0] * model.head_dim
-    return rope(x, token.position, model.rope_base, model.dtype)
+        x = [0.0] * model.key_dim
+    still = model.key_dim - model.rope_dim
+    return rope(x, token.position, model.rope_base, model.dtype, still=still)
 
 
-def key(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) -> Rotated:
-    """One cached key."""
-    x = raw(seed, token, layer, "k", kv_head, model.head_dim)
-    return rope(x, token.position, model.rope_base, model.dtype)
+def key(
+    model: ModelShape, seed: int, token: Token, layer: int, kv_head: int, at: int | None = None
+) -> Rotated:
+    """One cached key, turned to its own position or to `at`."""
+    x = raw(seed, token, layer, "k", kv_head, model.key_dim)
+    position = token.position if at is None else at
+    still = model.key_dim - model.rope_dim
+    return rope(x, position, model.rope_base, model.dtype, model.cached_dtype, still=still)
+
+
+def value(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) -> Vector:
+    """One cached value; with a latent cache, the latent part of the key."""
+    tensor: Tensor = "v" if model.latent is None else "k"
+    x = raw(seed, token, layer, tensor, kv_head, model.value_dim)
+    return [round_to(entry, model.cached_dtype) for entry in x]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +135,14 @@ class Partial:
     lse: float
 
 
-def attend(q: Vector, keys: list[Vector], values: list[Vector], dim: int) -> Partial:
-    """Softmax attention of one query over these keys; without keys (0, -inf) (ATT-3)."""
+def attend(q: Vector, keys: list[Vector], values: list[Vector], dim: int, scale: float) -> Partial:
+    """Softmax attention of one query over these keys; `dim` is that of a value.
+
+    Without keys it is (0, -inf) (ATT-3).
+    """
     if not keys:
         return Partial([0.0] * dim, -math.inf)
-    scores = [math.fsum(a * b for a, b in zip(q, k, strict=True)) / math.sqrt(dim) for k in keys]
+    scores = [scale * math.fsum(a * b for a, b in zip(q, k, strict=True)) for k in keys]
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     total = math.fsum(weights)
@@ -144,9 +176,8 @@ def error_bound(
 
     `ranks[j]` is the cp_rank that holds key j. SPEC.md section 9 derives each term.
     """
-    dim = len(q.exact)
-    scale = 1 / math.sqrt(dim)
-    whole = attend(q.stored, [k.stored for k in keys], values, dim)
+    width, dim, scale = model.key_dim, model.value_dim, model.scale
+    whole = attend(q.stored, [k.stored for k in keys], values, dim, scale)
     scores = [
         scale * math.fsum(a * b for a, b in zip(q.stored, k.stored, strict=True)) for k in keys
     ]
@@ -155,19 +186,20 @@ def error_bound(
 
     def score_error(k: Rotated, score: float) -> float:
         products = _norm([a * b for a, b in zip(q.stored, k.stored, strict=True)])
-        rounding = math.sqrt(dim) * scale * products + math.sqrt(dim / 3) * abs(score)
+        rounding = math.sqrt(width) * scale * products + math.sqrt(width / 3) * abs(score)
         rotation = [abs(a) * db for a, db in zip(q.stored, k.doubt, strict=True)]
         float32 = U32 * (rounding + 2 * abs(score) + largest)
-        return float32 + scale * _in_doubt(rotation, model.dtype)
+        return float32 + scale * _in_doubt(rotation, model.cached_dtype)
 
+    u_product = UNIT_ROUNDOFF[model.product_dtype]
     squares = []
     apart = [[a - b for a, b in zip(v, whole.output, strict=True)] for v in values]
     for k, v, off, weight, score in zip(keys, values, apart, p, scores, strict=True):
         squares.append((weight * _norm(off) * score_error(k, score)) ** 2)
-        squares.append((weight * _norm(v) * U32) ** 2)
+        squares.append((weight * _norm(v) * u_product) ** 2)
     # A doubt about an entry of q moves all scores at once, so it is followed to the output.
     turned = []
-    for d in range(dim):
+    for d in range(width):
         pull = [weight * scale * k.stored[d] for weight, k in zip(p, keys, strict=True)]
         movement = [
             math.fsum(x * off[e] for x, off in zip(pull, apart, strict=True)) for e in range(dim)
@@ -177,7 +209,8 @@ def error_bound(
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
     for rank in sorted(set(ranks)):
         mine = [j for j, holder in enumerate(ranks) if holder == rank]
-        part = attend(q.stored, [keys[j].stored for j in mine], [values[j] for j in mine], dim)
+        held = [keys[j].stored for j in mine]
+        part = attend(q.stored, held, [values[j] for j in mine], dim, scale)
         weight = math.exp(part.lse - whole.lse)
         distance = _norm([a - b for a, b in zip(part.output, whole.output, strict=True)])
         squares.append((weight * _norm(part.output) * u_wire) ** 2)
@@ -188,10 +221,10 @@ def error_bound(
     return whole.output, math.sqrt(math.fsum(squares))
 
 
-def _in_doubt(effects: Sequence[float], dtype: DType) -> float:
-    """What doubts about the entries of one vector do together.
+def _in_doubt(effects: Sequence[float], dtype: CacheDType) -> float:
+    """What doubts about the entries of one vector of this type do together.
 
-    In float32 every entry is in doubt, each by little; in a 16-bit type hardly any is, by a
+    In float32 every entry is in doubt, each by little; in a narrower type hardly any is, by a
     whole unit in the last place.
     """
     return _norm(effects) if dtype == "float32" else math.fsum(effects)

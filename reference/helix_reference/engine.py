@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from helix_reference.attention import Token, Vector, attend, key, query, raw
+from helix_reference.attention import Token, Vector, attend, key, query, value
 from helix_reference.model import Model, Request, Step
 from helix_spec.configs import Config, config_problem
 from helix_spec.events import FEATURES, Event, Outcome, RankView, Reason
@@ -94,29 +94,29 @@ class ReferenceEngine:
         return attend(
             query(shape, seed, seen[-1], layer, head).stored,
             [key(shape, seed, token, layer, kv_head).stored for token in seen],
-            [raw(seed, token, layer, "v", kv_head, shape.head_dim) for token in seen],
-            shape.head_dim,
+            [value(shape, seed, token, layer, kv_head) for token in seen],
+            shape.value_dim,
+            shape.scale,
         ).output
 
     def _cached(self, request: Request) -> tuple[Rows, Rows]:
         """Keys and values of this rank's slots for a request; unwritten slots hold NaN."""
         shape, seed = self.config.model, self.config.seed
-        per_rank = shape.kv_heads // self.config.tp_size
-        heads = range(self.tp_rank * per_rank, (self.tp_rank + 1) * per_rank)
+        heads = self.config.kv_heads_of(self.tp_rank)
         tokens = self._tokens(request)
         held = [tokens[position] for position in request.ranks[self.cp_rank]]
         slots = len(request.tables[self.cp_rank]) * self.model.layout.tokens_per_block
-        blank = [[float("nan")] * shape.head_dim for _ in heads]
-        unwritten = [blank] * (slots - len(held))
+        unwritten = slots - len(held)
+        no_keys = [[[float("nan")] * shape.key_dim for _ in heads]] * unwritten
+        no_values = [[[float("nan")] * shape.value_dim for _ in heads]] * unwritten
         keys, values = [], []
         for layer in range(shape.layers):
             keys.append(
                 [[key(shape, seed, t, layer, head).stored for head in heads] for t in held]
-                + unwritten
+                + no_keys
             )
             values.append(
-                [[raw(seed, t, layer, "v", head, shape.head_dim) for head in heads] for t in held]
-                + unwritten
+                [[value(shape, seed, t, layer, head) for head in heads] for t in held] + no_values
             )
         return keys, values
 

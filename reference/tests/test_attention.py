@@ -29,11 +29,11 @@ def test_merge_of_any_split_is_the_whole(ranks, order, seed):
     """Partials of any split, in any order, empty ones among them, merge into the whole."""
     keys, values = keys_and_values(len(ranks), seed)
     q = query(SHAPE, seed, Token(0, 0, len(ranks)), 0, 1).stored
-    whole = attend(q, keys, values, 4)
+    whole = attend(q, keys, values, 4, 0.5)
     partials = []
     for rank in order:
         mine = [j for j, holder in enumerate(ranks) if holder == rank]
-        partials.append(attend(q, [keys[j] for j in mine], [values[j] for j in mine], 4))
+        partials.append(attend(q, [keys[j] for j in mine], [values[j] for j in mine], 4, 0.5))
     merged = merge(partials)
     assert whole.output == pytest.approx(merged.output, abs=1e-12)
     assert whole.lse == pytest.approx(merged.lse, abs=1e-12)
@@ -41,15 +41,15 @@ def test_merge_of_any_split_is_the_whole(ranks, order, seed):
 
 def test_no_keys_is_the_identity():
     """Without keys the partial is (0, -inf); merging such partials alone gives it again."""
-    assert EMPTY == attend([1.0] * 4, [], [], 4)
+    assert EMPTY == attend([1.0] * 4, [], [], 4, 0.5)
     assert EMPTY == merge([EMPTY, EMPTY])
-    one = attend([1.0] * 4, *keys_and_values(1), 4)
+    one = attend([1.0] * 4, *keys_and_values(1), 4, 0.5)
     assert one == merge([EMPTY, one])
 
 
 def test_an_empty_rank_may_hold_nan():
     """What lies in the memory of a rank without keys counts for nothing (ATT-3)."""
-    one = attend([1.0] * 4, *keys_and_values(3), 4)
+    one = attend([1.0] * 4, *keys_and_values(3), 4, 0.5)
     assert one == merge([Partial([math.nan] * 4, -math.inf), one])
 
 
@@ -59,4 +59,4 @@ def test_probe_weighs_all_keys_alike():
     probe = query(SHAPE, 0, Token(0, 5, 5), 0, 0)
     assert [0.0] * 4 == probe.stored
     mean = [sum(v[d] for v in values) / 5 for d in range(4)]
-    assert mean == pytest.approx(attend(probe.stored, keys, values, 4).output)
+    assert mean == pytest.approx(attend(probe.stored, keys, values, 4, 0.5).output)

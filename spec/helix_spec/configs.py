@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -9,6 +10,7 @@ import msgspec
 from helix_spec.layouts import Layout, LayoutError, layout_problem, parse_layout
 
 DType = Literal["float32", "float16", "bfloat16"]
+CacheDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 Admission = Literal["transfer", "prefill"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
@@ -16,18 +18,61 @@ LARGEST_MAX_LEN: Final = 2**31 - 1
 """Positions fit a signed 32-bit integer, as in every engine's kernels."""
 
 
+class LatentShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What multi-head latent attention (MLA) caches of a token: one row, read by all heads.
+
+    The row is its key; its first `latent_dim` elements are also its value, the `rope_dim` after
+    them are what RoPE turns. DeepSeek: kv_lora_rank 512 and qk_rope_head_dim 64.
+    """
+
+    latent_dim: Count = 512
+    rope_dim: Count = 64
+
+
 class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The attention of one model: head counts, head_dim in elements, element types."""
+    """The attention of one model: head counts, dimensions in elements, element types."""
 
     layers: Count = 1
     q_heads: Count = 4
     kv_heads: Count = 2
     head_dim: Count = 16
+    """Elements of a head of Q, K and V; with `latent`, of Q and K before absorption."""
+    latent: LatentShape | None = None
+    """Of a model with MLA, whose queries come absorbed."""
     dtype: DType = "float32"
-    """Type of Q, of the cached K and V, and of the output."""
+    """Type of Q, of K and V before they are cached, and of the output."""
+    cache_dtype: Literal["float8_e4m3fn"] | None = None
+    """Type of the cached K and V where it is not `dtype`; there is no scale."""
+    product_dtype: DType = "float32"
+    """Type in which probabilities meet V."""
     partial_dtype: DType = "float32"
     """Type in which partial outputs travel between ranks; log-sum-exp is always float32."""
     rope_base: float = 10000.0
+
+    @property
+    def cached_dtype(self) -> CacheDType:
+        """Type of the cached K and V."""
+        return self.cache_dtype or self.dtype
+
+    @property
+    def key_dim(self) -> int:
+        """Elements of a query head as it meets the keys, and of a cached key."""
+        return self.latent.latent_dim + self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Elements of a value, and of a head's output."""
+        return self.latent.latent_dim if self.latent else self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """How many of the last elements of a query head and a key RoPE turns."""
+        return self.latent.rope_dim if self.latent else self.head_dim
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by: 1 / sqrt(head_dim)."""
+        return 1.0 / math.sqrt(self.head_dim)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -59,6 +104,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         """Number of ranks: tp_size * cp_size (MAP-1)."""
         return self.tp_size * self.rules.cp_size
 
+    def kv_heads_of(self, tp_rank: int) -> range:
+        """The KV heads that ranks of this tp_rank cache; a latent is cached by every one."""
+        if self.model.latent is not None:
+            return range(1)
+        heads = self.model.kv_heads // self.tp_size
+        return range(tp_rank * heads, (tp_rank + 1) * heads)
+
 
 def config_problem(config: Config) -> str | None:
     """Why no engine may start with this configuration, as a sentence; None when it may.
@@ -84,25 +136,36 @@ def config_problem(config: Config) -> str | None:
 
 
 def _heads_problem(model: ModelShape, tp_size: int, cp_size: int) -> str | None:
+    if model.latent is not None and model.kv_heads != 1:
+        return (
+            f"The model has {model.kv_heads} KV heads and a latent cache; all heads read the one "
+            "latent, so kv_heads must be 1."
+        )
     if model.q_heads % model.kv_heads != 0:
         return (
             f"{model.q_heads} query heads do not divide into {model.kv_heads} KV heads; "
             "the KV heads must divide the query heads."
         )
-    if tp_size > model.kv_heads:
+    if model.latent is None and tp_size > model.kv_heads:
         return (
             f"tp_size {tp_size} is above the {model.kv_heads} KV heads; a KV head cannot be "
             "split, so tp_size may be at most their number."
         )
-    if model.kv_heads % tp_size != 0:
+    if model.latent is None and model.kv_heads % tp_size != 0:
         return f"tp_size {tp_size} does not divide the {model.kv_heads} KV heads."
     if model.q_heads % (tp_size * cp_size) != 0:
         return (
             f"{model.q_heads} query heads do not divide by tp_size * cp_size = "
             f"{tp_size} * {cp_size}; after the exchange each rank holds an equal slice of them."
         )
-    if model.head_dim % 2 != 0:
-        return f"head_dim is {model.head_dim}; RoPE rotates pairs, so it must be even."
+    if model.value_dim % 2 != 0 and model.latent is not None:
+        return (
+            f"latent_dim is {model.value_dim}; it must be even, so that what travels in 16 bits "
+            "fills whole words."
+        )
+    if model.rope_dim % 2 != 0:
+        name = "head_dim" if model.latent is None else "rope_dim"
+        return f"{name} is {model.rope_dim}; RoPE rotates pairs, so it must be even."
     if not 1.0 < model.rope_base < 1e12:
         return f"rope_base is {model.rope_base}; it must lie between 1 and 1e12."
     return None

@@ -162,7 +162,7 @@ class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys on this rank that the new token's query sees; None from an engine without them."""
     output: Any = None
     """With the `attention` profile: an array of shape (layers, new tokens, heads of this rank's
-    slice, head_dim), the merged attention output."""
+    slice, value_dim), the merged attention output."""
 
 
 class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -178,6 +178,6 @@ class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Pages of this rank's pool that no request holds (profile `pages`)."""
     keys: dict[int, Any] = {}
     """With the `cache` profile: cached K of each request, an array of shape (layers, slots,
-    kv_heads of this tp rank, head_dim) that covers the request's pages in local order."""
+    kv_heads of this tp rank, key_dim) that covers the request's pages in local order."""
     values: dict[int, Any] = {}
-    """Cached V, as `keys`."""
+    """Cached V, as `keys`, of value_dim; of a latent cache, the first elements of the keys."""

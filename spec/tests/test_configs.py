@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from helix_spec.configs import Config, ModelShape, config_problem
+from helix_spec.configs import Config, LatentShape, ModelShape, config_problem
 
 GOOD = Config(layout="pr9757/1:C=2,T=4", pages=[3, 5], max_len=64, tp_size=2)
 
@@ -12,6 +12,22 @@ def test_a_good_configuration_has_no_problem() -> None:
     """A legal layout, a pool for each cp_rank and heads that divide may start."""
     assert None is config_problem(GOOD)
     assert 4 == GOOD.world_size
+
+
+def test_a_latent_is_cached_by_every_tensor_parallel_rank() -> None:
+    """MLA: one latent that is not split, queries as wide as its rows, the scale of head_dim."""
+    model = ModelShape(q_heads=8, kv_heads=1, head_dim=191, latent=LatentShape())
+    config = msgspec.structs.replace(GOOD, model=model, tp_size=4)
+    assert None is config_problem(config)
+    assert [range(1)] * 4 == [config.kv_heads_of(tp_rank) for tp_rank in range(4)]
+    assert (576, 512, 64) == (model.key_dim, model.value_dim, model.rope_dim)
+    assert model.scale == 191**-0.5
+
+
+def test_kv_heads_are_dealt_in_order() -> None:
+    """Without a latent each tensor-parallel rank caches its own consecutive heads."""
+    config = msgspec.structs.replace(GOOD, model=ModelShape(q_heads=8, kv_heads=4))
+    assert [range(2), range(2, 4)] == [config.kv_heads_of(tp_rank) for tp_rank in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,19 @@ def test_a_good_configuration_has_no_problem() -> None:
         (
             {"model": ModelShape(head_dim=15)},
             "head_dim is 15; RoPE rotates pairs, so it must be even.",
+        ),
+        (
+            {"model": ModelShape(latent=LatentShape())},
+            "The model has 2 KV heads and a latent cache; all heads read the one latent, so "
+            "kv_heads must be 1.",
+        ),
+        (
+            {"model": ModelShape(kv_heads=1, latent=LatentShape(rope_dim=7))},
+            "rope_dim is 7; RoPE rotates pairs, so it must be even.",
+        ),
+        (
+            {"model": ModelShape(kv_heads=1, latent=LatentShape(latent_dim=15))},
+            "latent_dim is 15; it must be even, so that what travels in 16 bits fills whole words.",
         ),
         (
             {"model": ModelShape(rope_base=1.0)},

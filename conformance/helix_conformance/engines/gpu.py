@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 import numpy as np
 
-from helix_conformance.numbers import Tokens, entries, queries
+from helix_conformance.numbers import Tokens, entries, queries, values
 from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.refusals import Refused, check_config
 from helix_spec.configs import Config
@@ -139,8 +139,8 @@ class GpuEngine:
         self.tokens: dict[int, list[Identity]] = {}
         """Identities by position; those that a rewind has cut off stay until decoded again."""
         tp_rank, shape = self.rank // cp_size, config.model
-        kv_heads, q_heads = shape.kv_heads // config.tp_size, shape.q_heads // config.tp_size
-        self.kv_heads = range(tp_rank * kv_heads, (tp_rank + 1) * kv_heads)
+        q_heads = shape.q_heads // config.tp_size
+        self.kv_heads = config.kv_heads_of(tp_rank)
         self.q_heads = range(tp_rank * q_heads, (tp_rank + 1) * q_heads)
         return Outcome()
 
@@ -179,10 +179,11 @@ class GpuEngine:
         if "cache" not in self.profiles_checked:
             return view
         rows = {id: self._rows(table) for id, table in view.block_tables.items()}
+        value_dim = self.config.model.value_dim  # a latent row is key and value
         return msgspec.structs.replace(
             view,
-            keys={id: kv[:, 0] for id, kv in rows.items()},
-            values={id: kv[:, 1] for id, kv in rows.items()},
+            keys={id: parts[:, 0] for id, parts in rows.items()},
+            values={id: parts[:, -1, ..., :value_dim] for id, parts in rows.items()},
         )
 
     def _admit(self, id: int, prompt_len: int) -> None:
@@ -207,9 +208,8 @@ class GpuEngine:
     def _prompt_kv(self, identity: Callable[[int], Identity]) -> PromptKV:
         """K and V of a prompt, given the identity of the token at each position."""
 
-        def prompt_kv(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            share = self._share(positions.cpu().numpy(), identity)
-            return self._entries("k", share), self._entries("v", share)
+        def prompt_kv(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return self._kv(self._share(positions.cpu().numpy(), identity))
 
         return prompt_kv
 
@@ -236,10 +236,11 @@ class GpuEngine:
 
         shape, pad = self.config.model, step.book.pad
         q = self._padded(self._tensor(queries(shape, self.config.seed, tokens, self.q_heads)), pad)
-        k = self._padded(self._entries("k", tokens), pad)
-        v = self._padded(self._entries("v", tokens), pad)
+        k, v = self._kv(tokens)
+        k = self._padded(k, pad)
+        values = [None] * shape.layers if v is None else list(self._padded(v, pad))
         return torch.stack(
-            [self.cache.attend(step, i, q[i], k[i], v[i]) for i in range(shape.layers)]
+            [self.cache.attend(step, i, q[i], k[i], values[i]) for i in range(shape.layers)]
         )
 
     def _remember(self, ids: list[int], query_lens: list[int], positions: np.ndarray) -> None:
@@ -250,10 +251,13 @@ class GpuEngine:
             self.tokens[id][positions[place] :] = [(self.events - 1, i) for i in group]
             place += query_len
 
-    def _entries(self, tensor: Any, tokens: Tokens) -> torch.Tensor:
-        shape = self.config.model
-        heads, dim = self.kv_heads, shape.head_dim
-        return self._tensor(entries(self.config.seed, tokens, shape.layers, tensor, heads, dim))
+    def _kv(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """K, not rotated, and V of this rank's heads; a latent row has no V of its own."""
+        shape, seed = self.config.model, self.config.seed
+        k = entries(seed, tokens, shape.layers, "k", self.kv_heads, shape.key_dim)
+        if shape.latent is not None:
+            return self._tensor(k), None
+        return self._tensor(k), self._tensor(values(shape, seed, tokens, self.kv_heads))
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         import torch
@@ -266,8 +270,8 @@ class GpuEngine:
         return rows if pad == 0 else _cat(rows, rows.new_full(shape, float("nan")))
 
     def _rows(self, table: list[int]) -> np.ndarray:
-        """Cached rows of these pages: (layers, K and V, slots, kv_heads, dim)."""
-        pages = self.cache.pool[:, table]  # (layers, pages, 2, T, heads, dim)
+        """Cached rows of these pages: (layers, parts, slots, kv_heads, dim)."""
+        pages = self.cache.pool[:, table]  # (layers, pages, parts, T, heads, dim)
         return _numbers(pages.transpose(1, 2).flatten(2, 3))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from helix_gpu.rope import rope_table
 from helix_spec.configs import Config
 from helix_spec.events import Outcome
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
 def attending(function: Attend) -> type[HelixCache]:
@@ -69,12 +70,12 @@ class InactiveSeesNewToken(OverCache):
 
 
 def _without_first_key(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor
+    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
 ) -> tuple[Tensor, Tensor]:
     blank = pages.clone()
     first = tables[lengths > 1][:, :1].flatten()
-    blank[first, 0, 0], blank[first, 1, 0] = 0, 0
-    return attend_pages(q, blank, tables, lengths)
+    blank[first, :, 0] = 0
+    return attend_pages(q, blank, tables, lengths, **shape)
 
 
 @mutant("own: a key that is counted and not read", "ATT-1")
@@ -84,8 +85,10 @@ class FirstKeyReadAsZero(OverCache):
     cache_class = attending(_without_first_key)
 
 
-def _one_chunk(q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    return attend_pages(q, pages, tables, lengths.clamp(max=24))
+def _one_chunk(
+    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
+) -> tuple[Tensor, Tensor]:
+    return attend_pages(q, pages, tables, lengths.clamp(max=24), **shape)
 
 
 @mutant("own: attention stops after its first chunk", "ATT-1")
@@ -106,7 +109,7 @@ class RopeByLocalIndex(OverCache):
         def _start(self, plan: Step) -> DecodeStep:
             step, model = super()._start(plan), self.config.model
             local = self._put(np.pad(step.book.past_len, (0, plan.pad)))
-            cos, sin = rope_table(local, model.head_dim, model.rope_base)
+            cos, sin = rope_table(local, model.rope_dim, model.rope_base)
             return dataclasses.replace(step, cos=cos, sin=sin)
 
     cache_class = Cache
@@ -127,8 +130,8 @@ class InactiveSkipsQuery(OverCache):
     cache_class = Cache
 
 
-def _half_angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    powers = torch.tensor([base ** (-2 * d / head_dim) for d in range(head_dim // 2)])
+def _half_angles(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+    powers = torch.tensor([base ** (-2 * d / dim) for d in range(dim // 2)])
     angles = (positions[:, None, None] * powers).half().double()
     return angles.cos().float(), angles.sin().float()
 
@@ -149,7 +152,7 @@ class SignOfPositionZero(OverCache):
 
     class Cache(HelixCache):
         def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:
-            def signed(positions: Tensor) -> tuple[Tensor, Tensor]:
+            def signed(positions: Tensor) -> tuple[Tensor, Tensor | None]:
                 k, v = prompt_kv(positions)
                 return k * positions.sign()[:, None, None].to(k.dtype), v
 
@@ -187,7 +190,9 @@ class LastLayerNotAppended(OverCache):
     """New tokens are appended in all layers but the last of several."""
 
     class Cache(HelixCache):
-        def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(
+            self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
+        ) -> Tensor:
             if layer and layer == self.config.model.layers - 1:
                 none = step.own[:0]
                 step = dataclasses.replace(step, own=none, own_pages=none, own_offsets=none)
@@ -201,7 +206,9 @@ class PageClearedTooLate(OverCache):
     """Clearing a page that was just taken overtakes the write of the token that opened it."""
 
     class Cache(HelixCache):
-        def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(
+            self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
+        ) -> Tensor:
             output = super().attend(step, layer, q, k, v)
             self._clear(step.book.taken)
             return output
@@ -297,8 +304,10 @@ class DummyWritesLivePages(OverCache):
 # Partials
 
 
-def _base_two(q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    output, lse = attend_pages(q, pages, tables, lengths)
+def _base_two(
+    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
+) -> tuple[Tensor, Tensor]:
+    output, lse = attend_pages(q, pages, tables, lengths, **shape)
     return output, lse * torch.tensor(2.0).log().reciprocal()
 
 
@@ -312,8 +321,10 @@ class LseBaseMixed(OverCache):
 def _emptied(output: float, lse: float) -> Attend:
     """Attention that gives a request without keys these."""
 
-    def attend(q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        outputs, lses = attend_pages(q, pages, tables, lengths)
+    def attend(
+        q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
+    ) -> tuple[Tensor, Tensor]:
+        outputs, lses = attend_pages(q, pages, tables, lengths, **shape)
         empty = lengths == 0
         outputs[empty], lses[empty] = output, lse
         return outputs, lses
@@ -357,12 +368,12 @@ class EmptyPlusInf(OverCache):
 
 
 def _by_local_query(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor
+    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
 ) -> tuple[Tensor, Tensor]:
     heads, kv_heads = q.shape[1], pages.shape[3]
     group = max(1, heads // kv_heads // 2)
     kv_of = (torch.arange(heads) // group).clamp(max=kv_heads - 1)
-    return attend_pages(q, pages[:, :, :, kv_of], tables, lengths)
+    return attend_pages(q, pages[:, :, :, kv_of], tables, lengths, **shape)
 
 
 @mutant("SGLang #34161", "ATT-1")
@@ -376,9 +387,9 @@ class KvHeadByLocalQuery(OverCache):
 
 
 def _in_bfloat16(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor
+    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
 ) -> tuple[Tensor, Tensor]:
-    return attend_pages(q, pages.bfloat16(), tables, lengths)
+    return attend_pages(q, pages.bfloat16(), tables, lengths, **shape)
 
 
 @mutant("own: attention reads a copy of the cache in less precision", "ATT-4")
@@ -451,11 +462,11 @@ class MergeMean(OverCache):
 
 
 def _largest_only(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor
+    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
 ) -> tuple[Tensor, Tensor]:
-    output, _ = attend_pages(q, pages, tables, lengths)
+    output, _ = attend_pages(q, pages, tables, lengths, **shape)
     sharp = 2.0**12
-    _, lse = attend_pages(q.float() * sharp, pages.float(), tables, lengths)
+    _, lse = attend_pages(q.float() * sharp, pages.float(), tables, lengths, **shape)
     return output, lse / sharp  # tends to the largest score
 
 
@@ -482,7 +493,9 @@ class MergeOfOneRank(OverCache):
     """With one rank nothing is merged, and row 0 is handed out for the whole batch."""
 
     class Cache(HelixCache):
-        def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(
+            self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
+        ) -> Tensor:
             output = super().attend(step, layer, q, k, v)
             return output if self.book.layout.cp_size > 1 else output[:1].expand_as(output)
 
@@ -505,10 +518,12 @@ class RankOrderTpFastest(OverCache):
 
 
 class _SkipsWhenEmpty(HelixCache):
-    def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(
+        self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
+    ) -> Tensor:
         if self.book.layout.cp_size > 1 and not step.lengths.any():
             n, heads = len(step.book.rows), self.q_heads // self.book.layout.cp_size
-            return q.new_zeros(n, heads, self.config.model.head_dim)
+            return q.new_zeros(n, heads, self.config.model.value_dim)
         return super().attend(step, layer, q, k, v)
 
 

@@ -15,7 +15,7 @@ from helix_gpu.allocator import PageAllocator
 from helix_gpu.block_tables import BlockTables
 from helix_gpu.bookkeeping import RankBook
 from helix_gpu.ledger import Ledger
-from helix_reference.attention import Token, raw, rope
+from helix_reference.attention import Token, key, value
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model, Request
 from helix_spec.configs import Config, ModelShape
@@ -224,8 +224,7 @@ class Stored(OverModel):
         if "cache" not in self.checked:
             return view
         shape, t = self.config.model, self.model.layout.tokens_per_block
-        per_rank = shape.kv_heads // self.config.tp_size
-        heads = tuple(range(self.tp_rank * per_rank, (self.tp_rank + 1) * per_rank))
+        heads = tuple(self.config.kv_heads_of(self.tp_rank))
         cached: dict[str, dict[int, Any]] = {"keys": {}, "values": {}}
         for id, table in view.block_tables.items():
             rows = [self.slots.get(page * t + offset) for page in table for offset in range(t)]
@@ -280,11 +279,10 @@ def _numbers(
 ) -> tuple[Numbers, Numbers]:
     """K and V of one slot, NaN where nothing was written."""
     if row is None:
-        blank = [[float("nan")] * shape.head_dim for _ in heads]
-        return blank, blank
-    k = [raw(seed, row.token, layer, "k", head, shape.head_dim) for head in heads]
-    v = [raw(seed, row.token, layer, "v", head, shape.head_dim) for head in heads]
-    rotated = [rope(x, row.rotated_at, shape.rope_base, shape.dtype).stored for x in k]
+        nothing = [[float("nan")] * shape.key_dim for _ in heads]
+        return nothing, [row[: shape.value_dim] for row in nothing]
+    v = [value(shape, seed, row.token, layer, head) for head in heads]
+    rotated = [key(shape, seed, row.token, layer, head, row.rotated_at).stored for head in heads]
     return rotated, v
 
 
