@@ -44,6 +44,9 @@ prove: .venv/installed ## All theorems, for all sizes
 	$(BIN)/helix-conformance prove
 
 bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python conformance/benchmarks/balance.py --workload $(WORKLOADS)/mooncake_conversation.jsonl \
+	    --workload $(WORKLOADS)/azure_code_2023.csv
 	$(BIN)/python gpu_impl/benchmarks/ledger.py
 	$(BIN)/python conformance/benchmarks/events.py
 
