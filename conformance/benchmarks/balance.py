@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from helix_conformance.planning import HARDWARE, MODELS, Load, plan
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance.planning import HARDWARE, MODELS, Load, plan
 from helix_conformance.workloads import Request, read_workload
 from helix_gpu.ledger import Ledger
 from helix_gpu.refusals import Refused
@@ -63,7 +63,7 @@ def skew(name: str, fractions: Sequence[float]) -> list[float]:
 
 
 def decode_tokens_until_full(name: str, spare_pages: int) -> int:
-    """Tokens that one request decodes until a rank refuses, with these pages beside its prompt's."""
+    """Tokens that one request decodes until a rank refuses, with these pages beside its own."""
     ledger = Ledger(layout_of(name), [PROMPT // (C * T) + spare_pages] * C, 10**9)
     ledger.admit(ledger.plan_admit(0, PROMPT))
     decoded = 0
