@@ -70,6 +70,8 @@ def main() -> None:
           a failing trace once more
       helix-conformance show helix-failures/pr9757-local.json
           where the tokens of a trace belong, rank by rank and page by page
+      helix-conformance plan --model deepseek-r1 --ranks 32 --context 10000000
+          what sharding would cost and gain, on paper
 
     Exit status: 0 all answers were right; 1 a difference was found; 2 bad usage, configuration
     or input file; 3 an engine died, hung or answered garbage. Under a torchrun of your own only
@@ -339,6 +341,41 @@ def prove(only: tuple[str, ...], jobs: int, json_path: Path | None) -> None:
         sys.exit(proofs.prove(json_path, only=only, jobs=jobs))
     except proofs.ProveError as error:
         raise BadInput(f"The proofs cannot run: {error}.") from error
+
+
+@main.command()
+@click.option("--model", default="llama-405b", show_default=True, metavar="NAME|FILE.json",
+              help="llama-405b, deepseek-r1, or a file with the fields of ModelCard.")  # fmt: skip
+@click.option("--hardware", default="gb200", show_default=True, metavar="NAME|FILE.json",
+              help="h200, gb200, or a file with the fields of Hardware.")  # fmt: skip
+@click.option("--ranks", default=32, show_default=True, type=click.IntRange(1, 1024),
+              help="GPUs in all; every legal tp x cp split of them is shown.")  # fmt: skip
+@click.option("--context", default=1_000_000, show_default=True, type=click.IntRange(1, 2**40),
+              help="Tokens of each request, decoded ones included.")  # fmt: skip
+@click.option("--decoded", default=0, show_default=True, type=click.IntRange(0),
+              help="How many of them were decoded: the owner rule places these.")  # fmt: skip
+@click.option("--batch", default=8, show_default=True, type=click.IntRange(1, 10**6),
+              help="Requests decoded together.")  # fmt: skip
+@click.option("--layout", "name", default="pr9757", show_default=True,
+              type=click.Choice(LAYOUT_NAMES))  # fmt: skip
+@click.option("--tokens-per-block", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--weight-bytes", default=1.0, show_default=True, help="Bytes of one weight.")
+@click.option("--kv-bytes", default=1.0, show_default=True, help="Bytes of one cached number.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write the plans as one JSON object.")  # fmt: skip
+def plan(**options: Any) -> None:
+    """Bytes, pages and step time of a sharded cache, on paper.
+
+    For every tp x cp split of the ranks: what the fullest rank stores and reads, the time of one
+    decode step term by term, and the largest batch and context before memory runs out. The times
+    are the roofline of appendix A of the Helix paper; measured constants can be given as a file.
+    """
+    from helix_conformance import planning
+
+    try:
+        planning.show(Console(), options)
+    except planning.PlanError as error:
+        raise BadInput(str(error)) from error
 
 
 def _trace(path: Path) -> Any:

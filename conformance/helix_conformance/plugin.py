@@ -1,0 +1,169 @@
+"""pytest plugin: one test per layout, profile and invariant of SPEC.md, for an engine of yours.
+
+`pytest --helix-engine=my_engine.adapter:Engine`, or in a conftest.py
+
+    def pytest_configure(config):
+        config.option.helix_engine = "my_engine.adapter:Engine"
+        config.option.helix_layouts = ["pr9757"]
+
+adds tests such as `helix-conformance::pr9757::placement::OWN-2`. The random traces of a layout are
+played once, before its first test. Where they break an invariant they are played on without it,
+so each broken invariant has a smallest trace of its own and the others are judged all the same.
+What was not checked is skipped, with the reason; it never passes.
+
+Without an engine the plugin does nothing: every import that costs time waits for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from helix_conformance.suite import Suite
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options, which `helix-conformance run` has under the same names."""
+    group = parser.getgroup("helix", "conformance of an engine's sharded decode KV cache")
+    add = group.addoption
+    add("--helix-engine", metavar="ENGINE", help="module:Class of an engine: adds its tests.")
+    for name, what, kind in (
+        ("layout", "check this layout (default: all)", str),
+        ("cp", "draw from this cp_size", int),
+        ("profile", "check this profile and those it builds on (default: all declared)", str),
+    ):
+        add(
+            *(f"--helix-{name}",), dest=f"helix_{name}s", action="append", type=kind,
+            metavar=name.upper(), help=f"Helix: {what}; repeat for several.",
+        )  # fmt: skip
+    add("--helix-examples", type=int, metavar="N", help="Helix: random traces for each layout.")
+    add("--helix-seed", type=int, default=0, metavar="N", help="Helix: seed of the traces.")
+    add("--helix-driver", metavar="DRIVER", help="Helix: where the ranks live.")
+    add("--helix-ranks", type=int, default=4, metavar="N", help="Helix: processes of a pool.")
+    add("--helix-deadline", type=float, default=30.0, metavar="S", help="Helix: silence allowed.")
+    add("--helix-known", type=Path, metavar="FILE", help="Helix: ledger of known differences.")
+    add(
+        "--helix-traces", type=Path, default=Path("helix-failures"), metavar="FOLDER",
+        help="Helix: folder for failing traces.",
+    )  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)  # a conftest.py may name the engine in its own hook
+def pytest_configure(config: pytest.Config) -> None:
+    """With an engine, check what was asked and add its tests."""
+    if config.option.helix_engine is not None:
+        from helix_conformance.suite import Suite, SuiteError
+
+        try:
+            suite = Suite(config.option)
+        except SuiteError as error:
+            raise pytest.UsageError(str(error)) from error
+        config.pluginmanager.register(_Tests(suite))
+
+
+class _Tests:
+    """The hooks of a session that has an engine."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+
+    def pytest_report_header(self) -> list[str]:
+        """The engine and every setting."""
+        return list(self.suite.header())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Put the tests of the engine behind those of the repository."""
+        report = yield
+        if isinstance(collector, pytest.Session) and report.result is not None:
+            name = "helix-conformance"
+            group: Any = _Group.from_parent(collector, name=name, nodeid=name, suite=self.suite)
+            report.result.append(group)
+        return report
+
+    def pytest_unconfigure(self) -> None:
+        """End the ranks."""
+        self.suite.close()
+
+
+class _Group(pytest.Collector):
+    """All tests of an engine: by layout, profile and invariant, and the entries of its ledger."""
+
+    def __init__(self, *, suite: Suite, **more: Any) -> None:
+        super().__init__(**more)
+        self.suite = suite
+
+    def collect(self) -> Iterator[pytest.Item]:
+        """Each test under its names, such as `pr9757::placement::OWN-2`."""
+        for layout in self.suite.layouts:
+            for profile, names in self.suite.tests:
+                for name in names:
+                    where = (layout, profile, name)
+                    yield _Test.from_parent(
+                        self, name="::".join(where), suite=self.suite, where=where
+                    )
+        for index, entry in enumerate(self.suite.known.differences):
+            name = f"known difference {index + 1}: {entry.subject}"
+            yield _Entry.from_parent(self, name=name, suite=self.suite, index=index)
+
+
+class _Item(pytest.Item):
+    """A test whose failure is a text."""
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        """What a report calls it."""
+        return self.path, None, self.nodeid
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """The failure's own text; an error of the suite as ever."""
+        from helix_conformance.suite import Violated
+
+        if isinstance(excinfo.value, Violated):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+
+class _Test(_Item):
+    """Whether one invariant held on one layout, as one profile sees it."""
+
+    def __init__(self, *, suite: Suite, where: tuple[str, str, str], **more: Any) -> None:
+        super().__init__(**more)
+        self.suite = suite
+        self.where = where
+        names = ("helix_layout", "helix_profile", "helix_invariant")
+        self.user_properties += zip(names, where, strict=True)
+
+    def runtest(self) -> None:
+        """Red where it was violated, skipped where it was not checked."""
+        from helix_conformance.suite import NotChecked, Tolerated
+
+        try:
+            self.suite.demand(*self.where)
+        except NotChecked as why:
+            pytest.skip(str(why))
+        except Tolerated as why:
+            pytest.xfail(str(why))
+
+
+class _Entry(_Item):
+    """Whether an entry of the ledger of known differences is still true."""
+
+    def __init__(self, *, suite: Suite, index: int, **more: Any) -> None:
+        super().__init__(**more)
+        self.suite = suite
+        self.index = index
+
+    def runtest(self) -> None:
+        """Red where it should have shown and has not."""
+        from helix_conformance.suite import NotChecked
+
+        try:
+            self.suite.demand_entry(self.index)
+        except NotChecked as why:
+            pytest.skip(str(why))

@@ -1,0 +1,289 @@
+"""What the pytest plugin asks: did an invariant hold on a layout, as a profile sees it?"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from helix_conformance.drivers.base import Driver, EngineFailure
+from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.known import Difference, Known, LedgerError
+from helix_conformance.protocol import PROFILES, EngineSpecError
+from helix_conformance.report import failure_text
+from helix_conformance.runs import Failure, Tally, layout_run, numbers_of, profiles_to_check
+from helix_conformance.strategies import LAYOUT_NAMES
+from helix_spec.events import FEATURES, features_of
+from helix_spec.invariants import NUMBERS, profiles_of
+from helix_spec.traces import Trace, dump_trace
+
+LAUNCHERS: Final = ("torchrun", "mpi")
+"""Drivers that need processes launched around the whole command, which pytest's are not."""
+TRACES: Final = "traces"
+"""Name of the test that no smallest failing trace has an event of a feature."""
+EVERY: Final = "every"
+"""Stands in SPEC.md for any profile that is declared."""
+_SHOWN_BY_NO_TRACE: Final = {("attention", "ATT-2")}
+"""What no answer to a trace can break: it takes a repetition."""
+
+
+class SuiteError(ValueError):
+    """What was asked for cannot be checked; the message says why."""
+
+
+class Violated(Exception):
+    """The invariant was violated; the text is the whole report."""
+
+
+class NotChecked(Exception):
+    """It cannot be said whether the invariant held; the text says why."""
+
+
+class Tolerated(Exception):
+    """The invariant was violated as the engine's ledger says."""
+
+
+@dataclass
+class _Verdicts:
+    """What became of one layout."""
+
+    checked: frozenset[str]
+    known: Known
+    """The ledger, with what of it this layout has shown."""
+    tally: Tally
+    failures: dict[str, Failure] = field(default_factory=dict)
+    """By invariant, the failure with the smallest trace."""
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why what did not fail was not judged to the end; None when it was."""
+        if "LIVE-1" in self.failures:
+            return f"the engine failed (LIVE-1): {self.failures['LIVE-1'].engine_failure}"
+        parted = [number for number in ("REF-1", "REF-2") if number in self.failures]
+        if not parted:
+            return None
+        return (
+            f"{self.tally.cut} of {self.tally.traces} traces ended at a wrong refusal "
+            f"({', '.join(parted)})"
+        )
+
+
+class Suite:
+    """The verdicts on one engine; each layout is played when its first verdict is asked for.
+
+    `options` are the plugin's. Raises SuiteError.
+    """
+
+    def __init__(self, options: Namespace) -> None:
+        self.options = options
+        self.engine: str = options.helix_engine
+        self.layouts: Sequence[str] = options.helix_layouts or LAYOUT_NAMES
+        self.asked: Sequence[str] = options.helix_profiles or ()
+        for what, given, allowed in (
+            ("layout", self.layouts, LAYOUT_NAMES),
+            ("profile", self.asked, PROFILES),
+        ):
+            for name in given:
+                if name not in allowed:
+                    raise SuiteError(f"--helix-{what}: {name!r} is none of {', '.join(allowed)}.")
+        try:
+            self.known = Known.read(options.helix_known) if options.helix_known else Known()
+        except LedgerError as error:
+            raise SuiteError(f"--helix-known: {error}") from error
+        driver = options.helix_driver
+        inside = [name for name in DRIVERS if name not in LAUNCHERS]
+        if driver is not None and driver not in inside:
+            raise SuiteError(f"--helix-driver: {driver!r} is none of {', '.join(inside)}.")
+        try:
+            default_driver(self.engine)
+        except EngineSpecError as error:
+            raise SuiteError(f"--helix-engine: {error}") from error
+        self._driver: Driver | None = None
+        self._verdicts: dict[str, _Verdicts] = {}
+
+    @property
+    def driver(self) -> Driver:
+        """The ranks, started when first needed. Raises EngineFailure."""
+        if self._driver is None:
+            self._driver = open_driver(
+                self.engine,
+                self.options.helix_driver,
+                ranks=self.options.helix_ranks,
+                deadline_s=self.options.helix_deadline,
+            )
+        return self._driver
+
+    def close(self) -> None:
+        """End the ranks."""
+        if self._driver is not None:
+            self._driver.close()
+            self._driver = None
+
+    @property
+    def tests(self) -> list[tuple[str, list[str]]]:
+        """By profile, the names of its tests: its invariants, and for a feature its traces."""
+        by_profile = [
+            (profile, [number for number in NUMBERS if profile in profiles_of(number)])
+            for profile in (*PROFILES, EVERY)
+        ]
+        return [
+            (profile, [*names, TRACES] if profile in FEATURES else names)
+            for profile, names in by_profile
+        ]
+
+    @property
+    def examples(self) -> int:
+        """Random traces for each layout."""
+        given: int | None = self.options.helix_examples
+        return given or (400 if self.driver.name == "local" else 40)
+
+    @property
+    def cp_sizes(self) -> list[int]:
+        """The cp_sizes to draw from."""
+        if self.options.helix_cps:
+            return sorted(set(self.options.helix_cps))
+        world = self.driver.largest_world
+        return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+
+    def header(self) -> Iterator[str]:
+        """The engine and every setting that was read."""
+        declared = self.driver.profiles
+        checked = profiles_to_check(declared, self.asked)
+        yield f"helix: engine {self.engine}, driver {self.driver.name}"
+        for name, value in self.driver.settings.items():
+            yield f"helix: engine's {name} {value}"
+        yield f"helix: layouts {' '.join(self.layouts)}"
+        yield f"helix: profiles checked {' '.join(p for p in PROFILES if p in checked)}"
+        yield f"helix: profiles not checked {' '.join(p for p in PROFILES if p not in checked)}"
+        yield (
+            f"helix: cp_size {' '.join(map(str, dict.fromkeys(self.cp_sizes)))}, "
+            f"{self.examples} random traces for each layout, seed {self.options.helix_seed}, "
+            f"deadline {self.options.helix_deadline:g} s"
+        )
+        if self.options.helix_known:
+            count = len(self.known.differences)
+            yield f"helix: known differences {self.options.helix_known}, entries {count}"
+
+    # Verdicts
+
+    def demand(self, layout: str, profile: str, name: str) -> None:
+        """Return when the test passes. Raises Violated, NotChecked or Tolerated."""
+        self._demand_checked(layout, profile, name)
+        verdicts = self._verdicts_of(layout)
+        failure = verdicts.failures.get(name)
+        if name == TRACES:
+            failure = next((f for f in verdicts.failures.values() if _has(f.trace, profile)), None)
+        if failure is not None:
+            raise Violated(self._report(layout, name, failure))
+        if verdicts.ended_early is not None and name != "LIVE-1":
+            raise NotChecked(f"not judged to the end: {verdicts.ended_early}")
+        if layout in verdicts.known.void:
+            raise NotChecked("every trace ended at a known difference")
+        for difference in verdicts.known.of_layout(layout):
+            reasoned = difference.reason is not None and name in ("REF-1", "REF-2")
+            if difference.kind == "answers_wrongly" and (difference.invariant == name or reasoned):
+                raise Tolerated(_known(difference))
+
+    def demand_entry(self, index: int) -> None:
+        """Return when an entry of the ledger is true. Raises Violated or NotChecked."""
+        difference = self.known.differences[index]
+        if difference.kind == "must_not_run":
+            raise NotChecked(_known(difference))
+        ledgers = [
+            self._verdicts_of(layout).known for layout in self.layouts if self.known.runs(layout)
+        ]
+        if any(index in ledger.met for ledger in ledgers):
+            return
+        if not any(index in ledger.tried for ledger in ledgers):
+            raise NotChecked("no layout and profile that was judged to the end could show it")
+        raise Violated(
+            f"The known difference of {difference.subject} no longer shows: no trace of this "
+            f"session broke it; take its entry ({difference.link}) out of the ledger."
+        )
+
+    def _demand_checked(self, layout: str, profile: str, name: str) -> None:
+        if (profile, name) in _SHOWN_BY_NO_TRACE:
+            raise NotChecked("not checked: no answer to a trace can show it")
+        for difference in self.known.differences:
+            if difference.covers(layout) and difference.subject == f"layout {layout}":
+                raise NotChecked(_known(difference))
+        if profile == EVERY:
+            return
+        declared = self.driver.profiles
+        if profile not in declared:
+            raise NotChecked(f"not checked: the engine does not declare profile {profile}")
+        if profile not in profiles_to_check(declared, self.asked):
+            raise NotChecked(f"not checked: profile {profile} was not asked for")
+        if profile not in self.known.left_out(layout):
+            return
+        for difference in self.known.suspended(layout):
+            if difference.profile == profile:
+                index = self.known.differences.index(difference)
+                if index in self._verdicts_of(layout).known.met:
+                    raise Tolerated(_known(difference))
+        raise NotChecked(f"not checked: the ledger of known differences leaves out {profile}")
+
+    def _verdicts_of(self, layout: str) -> _Verdicts:
+        if layout not in self._verdicts:
+            self._verdicts[layout] = self._played(layout)
+        return self._verdicts[layout]
+
+    def _played(self, layout: str) -> _Verdicts:
+        """Play a layout on and on, without the invariants that it has broken, until it is green."""
+        failures: dict[str, Failure] = {}
+        while True:
+            known, tally = Known(self.known.differences), Tally()
+            known.found = set(failures)
+            try:
+                checked, failure = layout_run(
+                    self.driver,
+                    layout,
+                    self.asked,
+                    cp_sizes=self.cp_sizes,
+                    examples=self.examples,
+                    seed=self.options.helix_seed,
+                    tally=tally,
+                    known=known,
+                )
+            except EngineFailure as died:
+                raise Violated(f"The engine did not start. {died}") from died
+            if failure is None:
+                return _Verdicts(checked, known, tally, failures)
+            failures |= {n: failure for n in numbers_of(failure) if n not in failures}
+            if failure.verdict == "error":
+                if not self.driver.survives_failure:
+                    self.close()
+                return _Verdicts(checked, known, tally, failures)
+
+    def _report(self, layout: str, name: str, failure: Failure) -> str:
+        """The failure as a text, this invariant's part of it, and where its trace was left."""
+        others = sorted(numbers_of(failure) - {name}, key=NUMBERS.index)
+        if name in NUMBERS and failure.engine_failure is None:
+            mine = [v for v in failure.violations if v.invariant == name]
+            failure = msgspec.structs.replace(failure, violations=mine)
+        lines = list(failure_text(failure))
+        if name in NUMBERS and others:
+            lines.append(f"The same trace also breaks {', '.join(others)}.")
+        folder = self.options.helix_traces
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{layout}-{name}.json"
+        path.write_bytes(dump_trace(failure.trace))
+        lines.append(f"The trace is in {path}; replay it with:")
+        lines.append(
+            f"  helix-conformance replay {path} --engine {self.engine} --driver {self.driver.name}"
+        )
+        return "\n".join(lines)
+
+
+def _has(trace: Trace, feature: str) -> bool:
+    """Whether a trace has something of this feature."""
+    if feature == "overlap":
+        return trace.config.overlap
+    return any(feature in features_of(event) for event in trace.events)
+
+
+def _known(difference: Difference) -> str:
+    return f"known: {difference.does} ({difference.link})"
