@@ -65,6 +65,7 @@ BUILT_IN: Final = {
     "gpu": "helix_conformance.engines.gpu:GpuEngine",
     "gpu-all-gather": "helix_conformance.engines.gpu:AllGatherEngine",
     "gpu-reduce-scatter": "helix_conformance.engines.gpu:ReduceScatterEngine",
+    "gpu-push": "helix_conformance.engines.gpu:PushEngine",
     "gpu-ledger": "helix_conformance.engines.gpu:LedgerEngine",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -21,13 +22,14 @@ from helix_gpu.exchange import (
     unpack,
 )
 from helix_gpu.merge import merge
+from helix_gpu.push import push
 from helix_spec.configs import DType, ModelShape
 
 OnRanks = Callable[[int, Callable[[int], Any]], list[Any]]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 INF = torch.inf
-EXCHANGES: list[MakeExchange] = [all_to_all, all_gather, reduce_scatter]
-IN_ORDER: list[MakeExchange] = [all_to_all, all_gather]
+EXCHANGES: list[MakeExchange] = [all_to_all, all_gather, reduce_scatter, push]
+IN_ORDER: list[MakeExchange] = [all_to_all, all_gather, push]
 """Those whose merge adds the ranks in their order, so that all of them round alike."""
 
 
@@ -186,6 +188,38 @@ def test_a_reduce_scatter_refuses_to_add_in_less(on_ranks: OnRanks) -> None:
     """Partials that should travel in bfloat16 are refused before anything travels."""
     with pytest.raises(ValueError, match="partial_dtype is bfloat16; the sums of a reduce-scatter"):
         everywhere(on_ranks, reduce_scatter, Partials.random(2, "bfloat16"))
+
+
+def test_a_message_longer_than_promised(on_ranks: OnRanks) -> None:
+    """A push refuses it before anything is written, and still works afterwards."""
+    partials = Partials.random(2, "float32")
+    bytes_each = 3 * 2 * (16 * 4 + 4)
+
+    def body(rank: int) -> tuple[Tensor, Tensor]:
+        exchange = push(dist.group.WORLD, partials.model, message_bytes=bytes_each)
+        with pytest.raises(ValueError, match=r"has 417 bytes; this push was made for .* 416"):
+            exchange(torch.zeros(2, 417, dtype=torch.uint8))
+        return partials.merged(rank, exchange)
+
+    assert partials.right(on_ranks(2, body))
+
+
+def test_a_push_names_the_peer_that_is_silent(
+    on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has waited long enough says for whom, and for which message."""
+    monkeypatch.setattr("helix_gpu.push.PATIENCE", timedelta(seconds=0.2))
+
+    def body(rank: int) -> str:
+        exchange = push(dist.group.WORLD, ModelShape())
+        if rank == 1:
+            return ""
+        with pytest.raises(TimeoutError) as silent:
+            exchange(torch.zeros(2, 16, dtype=torch.uint8))
+        return str(silent.value)
+
+    sentence = "Rank 1 of the group has sent 0 messages in 0.2 seconds; message 1 is waited for."
+    assert [sentence, ""] == on_ranks(2, body)
 
 
 # Wrong exchanges: the tests above would see each of them

@@ -1,4 +1,4 @@
-"""The Triton kernels in the interpreter: every test of kernel_cases.py, in one process.
+"""The Triton kernels in the interpreter: every test of *_cases.py, in one process.
 
 Triton decides on import, for the whole process, whether kernels are interpreted. A process of
 their own keeps that from the other tests, some of which compile the same kernels.
@@ -19,9 +19,9 @@ import pytest
 )
 def test_kernels_in_the_interpreter() -> None:
     """All of them pass. `TRITON_INTERPRET=1 pytest gpu_impl/tests/kernel_cases.py` tells more."""
-    cases = Path(__file__).with_name("kernel_cases.py")
+    cases = sorted(Path(__file__).parent.glob("*_cases.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases],
         capture_output=True,
         text=True,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

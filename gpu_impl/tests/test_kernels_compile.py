@@ -25,6 +25,7 @@ from helix_gpu.kernels.append import append_kernel
 from helix_gpu.kernels.decode import decode_kernel
 from helix_gpu.kernels.merge import merge_kernel
 from helix_gpu.kernels.mla import mla_kernel
+from helix_gpu.kernels.push import BLOCK, PARTS, put_kernel, take_kernel
 from helix_gpu.kernels.reduce_pack import reduce_pack_kernel
 from helix_gpu.kernels.settings import decode_settings, latent_settings
 
@@ -159,3 +160,34 @@ def test_merge(tmp_path: Path) -> None:
         warps=1,
     )  # fmt: skip
     check_resources(kernel, tmp_path)
+
+
+PUSH = {"SLOTS": 2, "PARTS": PARTS, "BLOCK": BLOCK}
+
+
+def test_put(tmp_path: Path) -> None:
+    """Stores to the peer are 16 bytes wide, and the signal releases them to the whole system."""
+    kernel = compiled(
+        put_kernel,
+        {"send": "*i32", "windows": "*i64", "epoch": "*i64"},
+        PUSH,
+        warps=4, odd=("rank", "slots_at"),
+    )  # fmt: skip
+    assert "STG.E.128" in check_resources(kernel, tmp_path)
+    stores, _, signal = kernel.asm["ptx"].rpartition("bar.sync")
+    assert "st.global.v4" in stores and "st.global" not in signal
+    assert re.search(r"(red|atom)\.global\.sys\.release\.add", signal)
+
+
+def test_take(tmp_path: Path) -> None:
+    """The wait acquires from the whole system before the first load of a message."""
+    kernel = compiled(
+        take_kernel,
+        {"received": "*i32", "arrivals": "*i64", "slots": "*i32", "epoch": "*i64"},
+        PUSH,
+        warps=4,
+    )
+    check_resources(kernel, tmp_path)
+    waits, _, copies = kernel.asm["ptx"].rpartition("bar.sync")
+    assert "acquire" in waits and "acquire" not in copies
+    assert "ld.global.cg.v4" in copies

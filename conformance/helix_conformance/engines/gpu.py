@@ -302,6 +302,17 @@ class ReduceScatterEngine(GpuEngine):
         return super().start(msgspec.structs.replace(config, model=model), profiles)
 
 
+class PushEngine(GpuEngine):
+    """Each rank writes its partials into its peers' memory."""
+
+    @staticmethod
+    def make_exchange() -> MakeExchange:
+        """How partials travel in the group."""
+        from helix_gpu.push import push
+
+        return push
+
+
 def _outcome(step: RankStep) -> Outcome:
     return Outcome(
         None,

@@ -1,0 +1,211 @@
+"""An exchange without collectives: each rank writes its messages into its peers' memory.
+
+Every rank has a *window* that all ranks of the group can write: SLOTS slots of one message from
+each rank, and a count of arrivals from each. On CUDA it is torch's symmetric memory, which peers
+reach over NVLink, and two Triton kernels do the work; multicast is not used. On a CPU it is a
+shared file, and this module does what the kernels do: a simulation, for tests.
+
+Why no message is overwritten before it is read, with two slots. Epochs count exchanges. A rank's
+put of epoch n + 2 goes where its put of epoch n went. It begins after the rank's own epoch n + 1
+has ended, so after an arrival of epoch n + 1 from every peer. A peer signals n + 1 only after its
+own epoch n has ended, and that ends with the last take of epoch n. With one slot the put of n + 1
+would follow only the peer's put of n, not its take. `phases` says all of this in data: the CPU runs
+it, and a test explores every interleaving of it, and of versions that are wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from helix_gpu.exchange import Exchange
+from helix_spec.configs import ModelShape
+
+SLOTS: Final = 2
+ALIGNMENT: Final = 16
+"""Bytes: messages begin at multiples of it, so that the widest stores can be used."""
+PATIENCE: Final = timedelta(seconds=60)
+"""How long a CPU rank waits for a message before it gives its peer up."""
+
+
+class Put(NamedTuple):
+    """Write this rank's message to `peer` into `slot` of the peer's window."""
+
+    peer: int
+    slot: int
+
+
+class Signal(NamedTuple):
+    """Count one more arrival from this rank at `peer`, once what was put is visible there."""
+
+    peer: int
+
+
+class Await(NamedTuple):
+    """Wait until `arrivals` messages from `peer` have arrived here."""
+
+    peer: int
+    arrivals: int
+
+
+class Take(NamedTuple):
+    """Copy the message from `peer` out of `slot` of this rank's window."""
+
+    peer: int
+    slot: int
+
+
+Action = Put | Signal | Await | Take
+
+
+def phases(ranks: int, epoch: int) -> list[list[list[Action]]]:
+    """What every rank does in exchange `epoch`, counted from 0: phases of threads of actions.
+
+    A phase begins when the one before has ended on this rank; its threads run in any order.
+    """
+    slot = epoch % SLOTS
+    puts: list[list[Action]] = [[Put(peer, slot), Signal(peer)] for peer in range(ranks)]
+    takes: list[list[Action]] = [
+        [Await(peer, epoch + 1), Take(peer, slot)] for peer in range(ranks)
+    ]
+    return [puts, takes]
+
+
+def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2**20) -> Exchange:
+    """The exchange by one-sided writes; every rank of the group calls it.
+
+    `message_bytes` bounds what a rank sends to one other in an exchange: rows * heads / C *
+    (head_dim * element size + 4). Memory is taken for SLOTS * C of them. The ranks are on one
+    host. Raises ValueError for a longer message, before any is written.
+    """
+    capacity = -(-message_bytes // ALIGNMENT) * ALIGNMENT
+    if "nccl" in dist.get_backend(group):
+        return _DevicePush(group, capacity)
+    return _HostPush(group, capacity)
+
+
+class _HostPush:
+    """The protocol in plain copies between processes or threads that share a file."""
+
+    def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
+        self.rank, self.ranks, self.capacity = group.rank(), group.size(), capacity
+        self.epoch = 0
+        windows = _shared_windows(group, _window_bytes(self.ranks, capacity))
+        self.slots = [_slots(window, self.ranks, capacity) for window in windows]
+        self.arrivals = [_arrivals(window, self.ranks) for window in windows]
+
+    def __call__(self, send: Tensor) -> Tensor:
+        length = _checked_length(send, self.capacity)
+        received = torch.empty_like(send)
+        for phase in phases(self.ranks, self.epoch):
+            for thread in phase:
+                for action in thread:
+                    match action:
+                        case Put(peer, slot):
+                            self.slots[peer][slot, self.rank, :length] = send[peer]
+                        case Signal(peer):
+                            self.arrivals[peer][self.rank] += 1
+                        case Await(peer, arrivals):
+                            self._wait(peer, arrivals)
+                        case Take(peer, slot):
+                            received[peer] = self.slots[self.rank][slot, peer, :length]
+        self.epoch += 1
+        return received
+
+    def _wait(self, peer: int, arrivals: int) -> None:
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        while self.arrivals[self.rank][peer] < arrivals:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"Rank {peer} of the group has sent {int(self.arrivals[self.rank][peer])} "
+                    f"messages in {PATIENCE.total_seconds():g} seconds; message {arrivals} is "
+                    "waited for."
+                )
+            time.sleep(0)
+
+
+class _DevicePush:
+    """The protocol in two kernels over symmetric memory, and a count of epochs on the device.
+
+    Nothing of it changes on the host, so a CUDA graph may replay it. It waits on the device for
+    its peers: no two that wait for each other may share a GPU.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        self.rank, self.ranks, self.capacity = group.rank(), group.size(), capacity
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        # Read at the rendezvous. Where multicast cannot be set up, that fails or hangs.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        size = _window_bytes(self.ranks, capacity)
+        self.window = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
+        self.handle = symmetric_memory.rendezvous(self.window, group)
+        self.window.zero_()
+        peers = [self.handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self.ranks)]
+        self.windows = torch.tensor([peer.data_ptr() for peer in peers], device=self.device)
+        self.epoch = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # No rank may write before all windows are 0.
+        torch.cuda.synchronize(self.device)
+        dist.barrier(group)
+
+    def __call__(self, send: Tensor) -> Tensor:
+        from helix_gpu.kernels.push import put, take
+
+        _checked_length(send, self.capacity)
+        received = torch.empty_like(send)
+        put(send, self.windows, self.epoch, self.rank, self.capacity)
+        take(received, self.window, self.epoch, self.capacity)
+        self.epoch += 1
+        return received
+
+
+def _window_bytes(ranks: int, capacity: int) -> int:
+    """Arrivals, padded, then the slots."""
+    return _arrivals_bytes(ranks) + SLOTS * ranks * capacity
+
+
+def _arrivals_bytes(ranks: int) -> int:
+    return -(-8 * ranks // ALIGNMENT) * ALIGNMENT
+
+
+def _arrivals(window: Tensor, ranks: int) -> Tensor:
+    """int64 [ranks]: messages arrived from each rank, since the window was made."""
+    return window[: 8 * ranks].view(torch.int64)
+
+
+def _slots(window: Tensor, ranks: int, capacity: int) -> Tensor:
+    """uint8 [SLOTS, ranks, capacity]: messages from each rank."""
+    return window[_arrivals_bytes(ranks) :].view(SLOTS, ranks, capacity)
+
+
+def _checked_length(send: Tensor, capacity: int) -> int:
+    length = send.shape[1]
+    if length > capacity:
+        raise ValueError(
+            f"A message has {length} bytes; this push was made for message_bytes {capacity}."
+        )
+    return length
+
+
+def _shared_windows(group: dist.ProcessGroup, size: int) -> Sequence[Tensor]:
+    """Every rank's window, all zero, as memory that all ranks of the group share."""
+    memory = Path("/dev/shm")
+    with tempfile.NamedTemporaryFile(dir=memory if memory.is_dir() else None) as mine:
+        mine.truncate(size)
+        names: list[str] = [""] * group.size()
+        dist.all_gather_object(names, mine.name, group=group)
+        windows = [
+            torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names
+        ]
+        dist.barrier(group)  # the file's name goes when everyone has mapped it
+    return windows
