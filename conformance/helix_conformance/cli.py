@@ -66,6 +66,8 @@ def main() -> None:
           this project's implementation: every layout, in one process and on 4 gloo workers
       helix-conformance run --engine my_package.adapter:Engine --layout pr9757 --cp 4
           an engine of yours, one layout
+      helix-conformance run --engine stdio:./my_engine
+          an engine of any language: a command that speaks PROTOCOL.md
       helix-conformance replay helix-failures/pr9757-local.json --engine reference
           a failing trace once more
       helix-conformance show helix-failures/pr9757-local.json
@@ -83,15 +85,17 @@ _engine = click.option(
     "--engine",
     default="gpu",
     show_default=True,
-    help="reference, gpu, or module:Class of an engine of yours.",
+    help="An engine of this project (reference, gpu), the name that an installed package gives its "
+    "own, module:Class, or stdio:COMMAND for one of any language.",
 )
 _driver = click.option(
     "--driver",
     "driver_name",
     type=click.Choice(DRIVERS),
-    help="Where the ranks live: in this process, in worker processes over gloo, or under "
-    "torchrun, which is launched when it is not there. Default: what the engine needs; for gpu "
-    "its bookkeeping in this process, and all of it in a pool.",
+    help="Where the ranks live: in this process (local), each a child that speaks JSON lines "
+    "(stdio), in worker processes over gloo (pool), or under torchrun, which is launched when it "
+    "is not there. Default: what the engine needs; for gpu its bookkeeping in this process, and "
+    "all of it in a pool.",
 )
 _profile = click.option(
     "--profile",
@@ -376,6 +380,19 @@ def plan(**options: Any) -> None:
         planning.show(Console(), options)
     except planning.PlanError as error:
         raise BadInput(str(error)) from error
+
+
+@main.command()
+@click.option("--engine", required=True, help="A name, or module:Class; it needs no processes.")
+def serve(engine: str) -> None:
+    """Be one rank of a Python engine on stdin and stdout, in the words of PROTOCOL.md.
+
+    For an engine that lives in another environment, container or machine than the suite:
+    --engine "stdio:ssh host helix-conformance serve --engine my_package.adapter:Engine".
+    """
+    from helix_conformance.drivers.serve import main as be_a_rank
+
+    be_a_rank(engine)
 
 
 def _trace(path: Path) -> Any:

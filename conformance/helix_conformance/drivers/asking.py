@@ -19,6 +19,10 @@ class AnswerError(Exception):
     """An answer that is none, or none to what was asked."""
 
 
+class ReportedError(Exception):
+    """A failure that an adapter in another process reports; its text says what it did."""
+
+
 def start(engine: Engine, config: Config, profiles: frozenset[str]) -> Answer:
     """The answer to the start. Raises AnswerError, and whatever the engine raises."""
     return Answer(_outcome(engine.start(config, profiles)))
@@ -42,6 +46,8 @@ def words(error: BaseException) -> str:
     """What an engine did, for a sentence that begins with its rank."""
     if isinstance(error, AnswerError):
         return f"answered garbage: {error}"
+    if isinstance(error, ReportedError):
+        return str(error)
     if isinstance(error, SystemExit):
         return f"exited with status {error.code}"
     try:

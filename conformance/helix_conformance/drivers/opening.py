@@ -8,7 +8,7 @@ from helix_conformance.drivers.base import Driver
 from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.protocol import COMMAND, EngineSpecError, load_engine
 
-DRIVERS: Final = ("local", "pool", "torchrun")
+DRIVERS: Final = ("local", "stdio", "pool", "torchrun")
 """What `--driver` may name."""
 
 
@@ -33,6 +33,12 @@ def open_driver(
     EngineSpecError when the names do not fit, and EngineFailure when the engine does not start.
     """
     driver = driver or default_driver(engine)
+    if driver == "stdio":
+        from helix_conformance.drivers.stdio import StdioDriver
+
+        return StdioDriver(engine, deadline_s=deadline_s)
+    if engine.startswith(COMMAND):
+        raise EngineSpecError(f"{engine!r} is a command; it runs under --driver stdio.")
     if driver == "local":
         engine_class = load_engine(engine)
         if engine_class.needs_processes:

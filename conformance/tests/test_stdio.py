@@ -1,0 +1,252 @@
+"""Engines of any language: the example in C, the messages and their schemas, and strays."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+from click.testing import CliRunner
+
+from helix_conformance.cli import main
+from helix_conformance.drivers import messages, stdio
+from helix_conformance.drivers.base import EngineFailure
+from helix_conformance.drivers.stdio import StdioDriver
+from helix_conformance.protocol import EngineSpecError
+from helix_conformance.runs import Tally, check_trace, layout_traces, random_traces
+from helix_conformance.strategies import LAYOUT_NAMES
+from helix_spec.configs import Config
+from helix_spec.events import FEATURES, Admit, Decode, Release
+from helix_spec.traces import Trace
+
+HERE = Path(__file__).parent
+PROTOCOL = Path(messages.__file__).parents[1] / "PROTOCOL.md"
+BOOKKEEPING = frozenset({"placement", "lengths", "pages"})
+TRACE = Trace(
+    config=Config(layout="pr9757/1:C=2,T=2", pages=[5, 5], max_len=50),
+    events=[Admit(4, 3), Decode([4], [1]), Release(4)],
+)
+
+
+def compiled(folder, *options):
+    """Build the C engine as its first lines say, with every warning an error."""
+    program = folder / "helix_engine"
+    source = HERE.parent / "examples" / "helix_engine.c"
+    warnings = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    subprocess.run(["cc", "-O2", *warnings, *options, "-o", program, source], check=True)
+    return program
+
+
+@pytest.fixture(scope="session")
+def c_engine(tmp_path_factory):
+    """The example engine, compiled."""
+    return compiled(tmp_path_factory.mktemp("c"))
+
+
+@pytest.fixture
+def opened():
+    """Open stdio drivers; they are closed afterwards."""
+    drivers = []
+
+    def open_one(command, **options):
+        drivers.append(StdioDriver(f"stdio:{command}", **options))
+        return drivers[-1]
+
+    yield open_one
+    for driver in drivers:
+        driver.close()
+
+
+@pytest.fixture
+def astray(c_engine, opened):
+    """A driver whose rank 1 goes astray at the first decode."""
+
+    def open_one(how, deadline_s=20.0):
+        command = f"{sys.executable} {HERE / 'stray_engine.py'} {c_engine} '{how}'"
+        return opened(command, deadline_s=deadline_s)
+
+    return open_one
+
+
+@pytest.mark.parametrize("layout", LAYOUT_NAMES)
+def test_c_engine_passes(opened, c_engine, layout):
+    """The example in C keeps every bookkeeping invariant on random traces of each layout."""
+    driver, tally = opened(c_engine), Tally()
+    assert BOOKKEEPING == driver.profiles
+    strategy = layout_traces(driver, layout, BOOKKEEPING, cp_sizes=(1, 2, 3, 4, 8))
+    failure = random_traces(driver, strategy, BOOKKEEPING, examples=25, seed=11, tally=tally)
+    assert None is failure
+    assert 25 <= tally.traces < tally.events
+
+
+def test_c_engine_on_the_command_line(c_engine, tmp_path):
+    """A run of the C engine says what was checked, what was not, and how the engine is set up."""
+    words = ["run", "--engine", f"stdio:{c_engine}", "--layout", "pr9757", "--cp", "2"]
+    stream = tmp_path / "run.jsonl"
+    result = CliRunner().invoke(main, [*words, "--examples", "5", "--json", str(stream)])
+    assert 0 == result.exit_code, result.output
+    found = json.loads(stream.read_text().splitlines()[-1])
+    assert ["placement", "lengths", "pages"] == found["profiles_checked"]
+    assert ["cache", "attention", *FEATURES] == found["profiles_not_checked"][:7]
+
+
+def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
+    """The C engine that counts its steps from 1 is caught by a trace of one decode."""
+    monkeypatch.chdir(tmp_path)
+    program = compiled(tmp_path, "-DPLANTED_DEFECT")
+    words = ["run", "--engine", f"stdio:{program}", "--layout", "pr9757", "--cp", "2"]
+    result = CliRunner().invoke(main, words)
+    assert 1 == result.exit_code, result.output
+    assert "OWN-3" in result.output
+    (trace,) = (tmp_path / "helix-failures").iterdir()
+    events = [event["event"] for event in json.loads(trace.read_text())["events"]]
+    assert ["admit", "decode"] == events
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("wrong seq", "answered garbage: it answered request 1, and was asked "),
+        ("wrong type", "answered garbage: Object contains unknown field `past_len`"),
+        ("no such type", "answered garbage: Invalid value 'oops'"),
+        ("no slots", "answered garbage: its answer lacks slots, which profile placement asks for"),
+        ("extra", "answered garbage: Object contains unknown field `slot`"),
+        ("text", "answered garbage: Expected `int`, got `str` - at `$.past_len[0]`"),
+        ("reason", "answered garbage: Invalid enum value 'no room' - at `$.reason`"),
+        ("failed", "lost its way; its stderr ends: 'going astray: failed'"),
+        ("chatter", "in the line that begins 'loading weights...'"),
+        ("deep", "answered garbage: "),
+        ("not utf-8", "answered garbage: "),
+        ("twice", "answered garbage: it answered request "),
+        ("exit", "exited with status 0; its stderr ends: 'going astray: exit'"),
+        ("crash", "died with signal SIGSEGV; its stderr ends: 'going astray: crash'"),
+        ("flood stdout", "answered garbage: its line is longer than 1048576 bytes"),
+    ],
+)
+def test_stray_is_named(astray, monkeypatch, how, what):
+    """Whatever a rank says or does instead of answering is told, with rank, event and trace."""
+    monkeypatch.setattr(stdio, "LONGEST_LINE", 2**20)
+    driver = astray(how)
+    failure = check_trace(driver, TRACE, BOOKKEEPING)
+    assert failure is not None
+    assert failure.engine_failure.startswith("Rank 1 ")
+    assert what in failure.engine_failure
+    assert failure.engine_failure.endswith("(at event 1).")
+    assert TRACE.events[:2] == failure.trace.events
+    assert driver.survives_failure
+
+
+@pytest.mark.parametrize("how", ["hang", "half", "flood stderr", "with a child"])
+def test_stray_that_does_not_answer(astray, how):
+    """A rank that hangs, in whichever way, is named when the deadline is over, and then ended."""
+    driver = astray(how, deadline_s=1.0)
+    failure = check_trace(driver, TRACE, BOOKKEEPING)
+    assert "Rank 1 hung: it has not answered for 1 seconds; its stderr ends: '" in (
+        failure.engine_failure
+    )
+    assert "(at event 1)." in failure.engine_failure
+    assert not driver.survives_failure
+    assert [] == driver.children
+
+
+def test_stray_that_hangs_up(astray):
+    """A rank that closes its stdout and lives on is told from one that died."""
+    failure = check_trace(astray("closed"), TRACE, BOOKKEEPING)
+    assert "Rank 1 closed its stdout without an answer" in failure.engine_failure
+
+
+def test_ranks_after_a_failure_are_new(astray):
+    """After a failure the next trace has fresh processes, and fails at the same place."""
+    driver = astray("crash")
+    first = check_trace(driver, TRACE, BOOKKEEPING)
+    assert first == check_trace(driver, TRACE, BOOKKEEPING)
+
+
+@pytest.mark.parametrize(
+    ("ready", "what"),
+    [
+        ('{"protocol":"helix-engine/2"}', "speaks 'helix-engine/2', and the suite helix-engine/1"),
+        ('{"profiles":["speed"]}', "declares unknown profiles speed"),
+        ('{"profiles":["pages"]}', "declares pages without placement, lengths"),
+        ('{"profiles":[]}', "declares no profile"),
+        ('{"seq":9}', "answered garbage: it answered request 9, and was asked 1"),
+    ],
+)
+def test_handshake_that_does_not_fit(astray, ready, what):
+    """A version or a profile that the suite does not know is refused before any trace."""
+    with pytest.raises(EngineFailure, match=re.escape(what)):
+        astray(f"ready: {ready}")
+
+
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [
+        ("stdio:", "names no command"),
+        ("stdio:'", "cannot be split into words"),
+        ("stdio:/no/such/program", "cannot be started"),
+        ("gpu", "needs torch.distributed among its ranks; use --driver pool"),
+    ],
+)
+def test_command_that_is_none(engine, sentence):
+    """A command that cannot be run is refused with a sentence."""
+    with pytest.raises((EngineSpecError, EngineFailure), match=sentence):
+        StdioDriver(engine)
+
+
+def test_ranks_end_when_they_are_let_go(opened, c_engine):
+    """At the end the children see the end of their stdin, and none is left."""
+    driver = opened(c_engine)
+    assert None is check_trace(driver, TRACE, BOOKKEEPING)
+    children = list(driver.children)
+    began = time.monotonic()
+    driver.close()
+    assert [0, 0] == [child.process.returncode for child in children]
+    assert stdio.FAREWELL_S > time.monotonic() - began
+
+
+def test_python_engine_as_a_command():
+    """The reference, served over stdio, passes with its caches and outputs."""
+    driver = StdioDriver("reference")
+    try:
+        assert None is check_trace(driver, TRACE, driver.profiles)
+    finally:
+        driver.close()
+
+
+def test_published_schemas_are_those_of_the_types():
+    """The schemas in the package are what the types say now."""
+    published = {path.name: json.loads(path.read_text()) for path in messages.SCHEMAS.iterdir()}
+    assert published == messages.message_schemas()
+
+
+def schema_of(kind):
+    """The published schema of a type of message."""
+    return json.loads((messages.SCHEMAS / f"{kind}.schema.json").read_text())
+
+
+def test_conversation_of_the_document(c_engine):
+    """PROTOCOL.md's conversation is what the C engine says, and each line fits its schema."""
+    text = PROTOCOL.read_text()
+    (conversation,) = re.findall(r"^```jsonl\n(.*?)^```", text, re.M | re.S)
+    said = [line.split(" ", 1) for line in conversation.splitlines()]
+    for _, line in said:
+        message = json.loads(line)
+        jsonschema.validate(message, schema_of(message["type"]))
+    asked = "".join(line + "\n" for side, line in said if side == "->")
+    done = subprocess.run([c_engine], input=asked, capture_output=True, text=True, check=True)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [json.loads(line) for side, line in said if side == "<-"] == answers
+
+
+def test_every_message_is_documented():
+    """PROTOCOL.md has a heading for each message, and names each of its fields."""
+    text = PROTOCOL.read_text()
+    for kind in (path.name.partition(".")[0] for path in messages.SCHEMAS.iterdir()):
+        section = re.search(rf"^### `{kind}`(.*?)(?=^##)", text, re.M | re.S)
+        assert section is not None, kind
+        fields = schema_of(kind)["$defs"][kind.capitalize()]["properties"].keys()
+        for field in fields - {"type", "seq"}:
+            assert f"`{field}`" in section[1], f"{kind}: {field}"
