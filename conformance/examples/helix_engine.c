@@ -474,9 +474,14 @@ static bool is_bad(const Json *config, const Json *rule)
     for (const Json *pool = pages->first; pool != NULL; pool = pool->next)
         if (pool->number < 1)
             return true;
-    if (q_heads % kv_heads != 0 || tp > kv_heads || kv_heads % tp != 0 || q_heads % (tp * c) != 0)
+    if (q_heads % kv_heads != 0 || q_heads % (tp * c) != 0)
         return true;
-    if (number(model, "head_dim") % 2 != 0)
+    const Json *latent = find(model, "latent"); /* of models with MLA */
+    if (latent == NULL) {
+        if (tp > kv_heads || kv_heads % tp != 0 || number(model, "head_dim") % 2 != 0)
+            return true;
+    } else if (kv_heads != 1 || number(latent, "latent_dim") % 2 != 0 ||
+               number(latent, "rope_dim") % 2 != 0)
         return true;
     return real(model, "rope_base") <= 1 || real(model, "rope_base") >= 1e12;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -226,7 +227,8 @@ def run(**options: Any) -> None:
     names = [" ".join(tier) for tier in tiers]
     print_coverage(console, names, stream.coverage, red=bool(failures))
     for row, failure, path in failures:
-        replay = f"helix-conformance replay {path} --engine {row.engine} --driver {row.driver}"
+        name = shlex.quote(row.engine)
+        replay = f"helix-conformance replay {path} --engine {name} --driver {row.driver}"
         print_failure(console, failure, path, replay)
     for line in known.sentences():
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -255,7 +257,7 @@ def replay(**options: Any) -> None:
     failed: list[Failure] = []
     for engine, driver_name in _tiers(options["engine"], options["driver_name"], options["asked"]):
         tally = Tally()
-        with _driver_of(engine, driver_name, options) as driver:
+        with _driver_of(stream, engine, driver_name, options) as driver:
             _check_world(driver, trace.config.world_size)
             profiles = runs.profiles_to_check(driver.profiles, options["asked"])
             declared = driver.profiles
@@ -276,7 +278,8 @@ def replay(**options: Any) -> None:
             stream.failure(row, failure, options["trace_path"])
     print_table(console, stream.rows)
     for failure in failed:
-        again = f"helix-conformance replay {options['trace_path']} --engine {options['engine']}"
+        name = shlex.quote(options["engine"])
+        again = f"helix-conformance replay {options['trace_path']} --engine {name}"
         print_failure(console, failure, options["trace_path"], again)
     _leave(stream.summary(options["engine"]))
 
@@ -421,7 +424,10 @@ def _tiers(engine: str, driver_name: str | None, asked: Sequence[str]) -> list[t
 
 
 @contextmanager
-def _driver_of(engine: str, driver_name: str, options: dict[str, Any]) -> Iterator[Driver]:
+def _driver_of(
+    stream: Stream, engine: str, driver_name: str, options: dict[str, Any]
+) -> Iterator[Driver]:
+    """The driver that holds the engine; profiles that it does not declare cannot be asked for."""
     try:
         driver = open_driver(
             engine,
@@ -434,8 +440,15 @@ def _driver_of(engine: str, driver_name: str, options: dict[str, Any]) -> Iterat
         raise BadInput(str(error)) from error
     except EngineFailure as failure:
         click.echo(f"The engine did not start. {failure}", err=True)
-        _leave("error")
+        stream.dead = True
+        _leave(stream.summary(options["engine"]))
     try:
+        missing = [profile for profile in options["asked"] if profile not in driver.profiles]
+        if missing:
+            raise BadInput(
+                f"Engine {engine} does not declare {', '.join(missing)}; it declares "
+                f"{', '.join(profile for profile in PROFILES if profile in driver.profiles)}."
+            )
         yield driver
     finally:
         driver.close()
@@ -475,14 +488,8 @@ def _play_random(
     failures = []
     names = options["layouts"] or LAYOUT_NAMES
     examples = options["examples"] or _default_examples(driver_name)
-    with _driver_of(engine, driver_name, options) as driver, _progress() as progress:
+    with _driver_of(stream, engine, driver_name, options) as driver, _progress() as progress:
         cp_sizes = _cp_sizes(driver, options["cp_sizes"])
-        profiles = runs.profiles_to_check(driver.profiles, options["asked"])
-        if not profiles:
-            raise BadInput(
-                f"Engine {engine} declares none of the profiles asked for; "
-                f"it declares {', '.join(sorted(driver.profiles))}."
-            )
         coverage = Coverage(at_hand(driver.profiles, layouts=names, cp_sizes=cp_sizes))
         bar = progress.add_task("", total=examples * len(names))
         for done, name in enumerate(names):
@@ -542,7 +549,7 @@ def _play_workload(
     failures = []
     # Playing makes no cycles; a collector that walks millions of tokens costs a quarter more.
     gc.set_threshold(1_000_000)
-    with _driver_of(engine, driver_name, options) as driver, _progress() as progress:
+    with _driver_of(stream, engine, driver_name, options) as driver, _progress() as progress:
         profiles = runs.profiles_to_check(driver.profiles, options["asked"])
         coverage = Coverage(
             at_hand(

@@ -41,6 +41,8 @@ class Stream:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: list[Row] = []
+        self.dead = False
+        """Whether an engine did not start, so that nothing of it was played."""
         self.coverage: list[Coverage] = []
         if path is not None:
             path.write_bytes(b"")
@@ -103,6 +105,8 @@ class Stream:
         """The last line; returns the verdict: a ledger that is no longer true fails a run."""
         known = known or Known()
         verdict = worst_verdict([row.verdict for row in self.rows])
+        if self.dead:
+            verdict = "error"
         if verdict == "pass" and not known.holds:
             verdict = "fail"
         checked = {profile for row in self.rows for profile in row.profiles}

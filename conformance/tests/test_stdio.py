@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jsonschema
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -235,6 +236,11 @@ def test_conversation_of_the_document(c_engine):
     for _, line in said:
         message = json.loads(line)
         jsonschema.validate(message, schema_of(message["type"]))
+    suite = msgspec.json.Decoder(messages.ToEngine)
+    lines = [line for side, line in said if side == "->"]
+    assert [messages.line_of(suite.decode(line)).decode() for line in lines] == [
+        line + "\n" for line in lines
+    ]
     asked = "".join(line + "\n" for side, line in said if side == "->")
     done = subprocess.run([c_engine], input=asked, capture_output=True, text=True, check=True)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
