@@ -15,10 +15,11 @@ from hashlib import sha256
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_conformance.numbers import Array, as_array
+from helix_conformance.numbers import Array, as_array, exact_merge, supplied_partials
 from helix_conformance.oracle import Oracle
 from helix_conformance.pairing import Pairing
 from helix_conformance.protocol import Answer
@@ -27,10 +28,10 @@ from helix_reference.model import Model, Request, Step
 from helix_spec import invariants
 from helix_spec.configs import Config
 from helix_spec.events import (
-    FEATURES,
     Admit,
     Decode,
     Event,
+    Merge,
     Outcome,
     RankView,
     Reason,
@@ -52,7 +53,7 @@ class Judge:
         declared = profiles if declared is None else declared
         self.config = config
         self.profiles = profiles
-        self.model = Model(config, declared & set(FEATURES), allocates="pages" in declared)
+        self.model = Model(config, declared, allocates="pages" in declared)
         self.layout = self.model.layout
         self.cp = self.layout.cp_size
         self.world = config.world_size
@@ -65,6 +66,8 @@ class Judge:
         """Why the last event is refused, None when it is not."""
         self.admitted: deque[tuple[int, Request]] = deque(maxlen=4 * self.cp)
         """The latest admissions, in order (BAL-3)."""
+        self.merges: dict[bytes, Array] = {}
+        """What came of each merge, to compare with when it comes again (ATT-2)."""
 
     def started(self, answers: Sequence[Answer]) -> list[Violation]:
         """A legal configuration is accepted by every rank."""
@@ -83,6 +86,8 @@ class Judge:
             found += self._decoded(outcomes)
             if "attention" in self.profiles:
                 found += self._outputs(outcomes, all_else_right=not found + in_views)
+        if isinstance(event, Merge) and reason is None:
+            found += self._merged(event, outcomes)
         if in_views and reason is not None:
             found.append(Violation("PAGE-5", f"an event refused as {reason} changed the state"))
         if in_views and isinstance(event, Decode) and event.pad > 0:
@@ -241,6 +246,58 @@ class Judge:
             elif all_else_right and all(0 in one.seen for one in wrong):
                 numbers.append("ATT-3")  # nothing but the empty rank sets the wrong ones apart
             yield from self._wrong_output(wrong[0], numbers)
+
+    def _merged(self, event: Merge, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
+        """ATT-1 to ATT-4 and MAP-1 of supplied partials, merged."""
+        shape = self.config.model
+        wanted = (len(event.levels[0]), shape.q_heads // self.world, shape.value_dim)
+        slices = [_array(rank, "output", outcome.output) for rank, outcome in enumerate(outcomes)]
+        strange = [rank for rank, merged in enumerate(slices) if merged.shape != wanted]
+        for rank in strange:
+            what = "shape of the merged output: tokens, query heads of the rank's slice, D"
+            yield Violation("ATT-1", what, list(wanted), list(slices[rank].shape), rank)
+        if strange:
+            return
+        merged = np.concatenate(slices, axis=1)
+        before = self.merges.setdefault(msgspec.json.encode(event), merged)
+        if before.tobytes() != merged.tobytes():
+            token, head, _ = (int(i) for i in np.argwhere((before != merged) | np.isnan(merged))[0])
+            what = f"the same merge again: token {token}, query head {head}, bit for bit"
+            first, again = before[token, head].tolist(), merged[token, head].tolist()
+            yield Violation("ATT-2", what, first, again, head // wanted[1])
+        partials = supplied_partials(self.config, event, range(shape.q_heads))
+        exact, bound = exact_merge(shape, *partials)
+        error = np.sqrt(((merged - exact) ** 2).sum(-1))
+        wrong = ~(error <= bound)  # a NaN is not within the bound either
+        if wrong.any():
+            tokens = np.flatnonzero(wrong.any(axis=1))
+            numbers = ["ATT-1", "ATT-4"]
+            if all(_other_heads(merged[t], exact[t], bound[t], wrong[t]) for t in tokens):
+                numbers.append("MAP-1")
+            elif all(None in (row[token] for row in event.levels) for token in tokens):
+                numbers.append("ATT-3")
+            if event.order != sorted(event.order):
+                numbers.append("ATT-2")
+            yield from self._wrong_merge(event, merged, exact, bound, error, wrong, numbers)
+
+    def _wrong_merge(
+        self,
+        event: Merge,
+        merged: Array,
+        exact: Array,
+        bound: Array,
+        error: Array,
+        wrong: NDArray[np.bool_],
+        numbers: list[str],
+    ) -> Iterator[Violation]:
+        token, head = (int(i) for i in np.argwhere(wrong)[0])
+        levels = [event.levels[number][token] for number in event.order]
+        what = f"merge of token {token}, query head {head}; levels on each cp_rank: {levels}"
+        expected = {"output": exact[token, head].tolist(), "E": float(bound[token, head])}
+        observed = {"output": merged[token, head].tolist(), "error": float(error[token, head])}
+        for number in numbers:
+            rank = head // (merged.shape[1] // self.world)
+            yield Violation(number, what, expected, observed, rank)
 
     def _slice(self, rank: int, output: Any, tokens: int) -> Array:
         shape = self.config.model
@@ -498,15 +555,19 @@ class _WrongOutput:
 
     def has_other_heads(self) -> bool:
         """Whether the heads are all there, in another order: the exchange mixed them up."""
-        for layer, wrong in enumerate(self.where):
-            missing = np.flatnonzero(wrong)
-            for output in self.output[layer, wrong]:
-                error = np.sqrt(((output - self.exact[layer, missing]) ** 2).sum(-1))
-                found = np.flatnonzero(error <= self.bound[layer, missing])
-                if not len(found):
-                    return False
-                missing = np.delete(missing, found[0])
-        return True
+        return all(map(_other_heads, self.output, self.exact, self.bound, self.where))
+
+
+def _other_heads(output: Array, exact: Array, bound: Array, wrong: NDArray[np.bool_]) -> bool:
+    """Whether the wrong outputs (heads, dim) are right ones of other wrong heads."""
+    missing = np.flatnonzero(wrong)
+    for row in output[wrong]:
+        error = np.sqrt(((row - exact[missing]) ** 2).sum(-1))
+        found = np.flatnonzero(error <= bound[missing])
+        if not len(found):
+            return False
+        missing = np.delete(missing, found[0])
+    return True
 
 
 def _at_least(rows: Array, slots: int) -> Array:

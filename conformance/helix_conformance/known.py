@@ -26,7 +26,7 @@ from helix_conformance.protocol import LADDER, PROFILES
 from helix_conformance.violations import Violation
 from helix_reference.model import Model
 from helix_spec.configs import config_problem
-from helix_spec.events import FEATURES, Event, Reason, features_of
+from helix_spec.events import Event, Reason, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
 from helix_spec.layouts import NAMED_LAYOUTS
 from helix_spec.traces import Trace
@@ -140,7 +140,7 @@ class Known:
         """Profiles that are not checked with the others, and those that build on them."""
         named = {d.profile for _, d in self._of(layout) if d.profile is not None}
         depth = min((LADDER.index(p) for p in named if p in LADDER), default=len(LADDER))
-        return frozenset(named & set(FEATURES)) | frozenset(LADDER[depth:])
+        return frozenset(named - set(LADDER)) | frozenset(LADDER[depth:])
 
     def suspended(self, layout: str) -> list[Difference]:
         """The profiles among them that are checked apart: each must still fail by itself."""
@@ -181,7 +181,7 @@ class Known:
             return None if Reason.BAD_CONFIG in reasons else trace
         if trace.config.overlap and "overlap" in profiles:
             return None
-        model = Model(trace.config, declared & set(FEATURES), allocates="pages" in declared)
+        model = Model(trace.config, declared, allocates="pages" in declared)
         events: list[Event] = []
         for event in trace.events:
             if features_of(event) & profiles or model.apply(event) in reasons:

@@ -14,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from helix_reference.attention import U32, UNIT_ROUNDOFF
-from helix_spec.configs import CacheDType, ModelShape
+from helix_spec.configs import CacheDType, Config, ModelShape
+from helix_spec.events import Merge
 from helix_spec.values import LEVELS, TENSOR_CODE, Tensor
 
 Array = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _PRECISION: dict[CacheDType, int] = {
@@ -215,6 +217,67 @@ def exact_attention(
     squares += (u_out * _norm(output)) ** 2
     mass = (p[:, None, :] @ np.abs(v))[:, 0]
     squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
+    return output, np.sqrt(squares)
+
+
+def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tuple[Array, Array]:
+    """What a merge supplies, by partial: outputs (C, n, heads, dim), log-sum-exps (C, n, heads).
+
+    The log-sum-exp is the natural one, -inf where the partial is of no keys; the output is 0
+    there. Every entry is exact in float32, those of outputs in every type.
+    """
+    n, outputs, lses = len(event.levels[0]), [], []
+    for number, row in enumerate(event.levels):
+        columns = Tokens(np.full(n, number), np.arange(n), np.zeros(n, dtype=np.int64))
+        output = entries(config.seed, columns, 1, "output", heads, config.model.value_dim)[0]
+        lse = entries(config.seed, columns, 1, "lse", heads, 1)[0, ..., 0]
+        level = np.array([-np.inf if level is None else level for level in row])[:, None]
+        outputs.append(np.where(np.isinf(level)[..., None], 0.0, output))
+        lses.append(level + lse)
+    return np.stack(outputs), np.stack(lses)
+
+
+def partial_of(config: Config, event: Merge, rank: int) -> tuple[Singles, Singles]:
+    """What a merge hands to a global rank: its output and log-sum-exp, both float32.
+
+    Output (n, heads, dim) and log-sum-exp (n, heads) of the query heads of its tensor-parallel
+    shard. Where the partial is of no keys the log-sum-exp is -inf, and the output NaN under
+    `config.poison`: memory that nothing was written to.
+    """
+    tp_rank, cp_rank = divmod(rank, config.rules.cp_size)
+    per_shard = config.model.q_heads // config.tp_size
+    heads = range(tp_rank * per_shard, (tp_rank + 1) * per_shard)
+    outputs, lses = (
+        x[event.order[cp_rank]].astype(np.float32) for x in supplied_partials(config, event, heads)
+    )
+    if config.poison:
+        outputs[np.isinf(lses)] = np.nan
+    return outputs, lses
+
+
+def exact_merge(model: ModelShape, outputs: Array, lses: Array) -> tuple[Array, Array]:
+    """The merge of partials (C, n, heads, dim) with log-sum-exps (C, n, heads), and its bound E.
+
+    Returns (n, heads, dim) and (n, heads). The terms are those of
+    `helix_reference.attention.merge_bound`.
+    """
+    top = lses.max(0)
+    top = np.where(np.isinf(top), 0.0, top)
+    weights = np.exp(lses - top)
+    total = weights.sum(0)
+    held = np.isfinite(lses)
+    weights /= np.where(total > 0, total, 1.0)
+    lse = top + np.log(np.where(total > 0, total, 1.0))
+    output = (weights[..., None] * outputs).sum(0)
+
+    u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
+    doubt = (np.abs(np.where(held, lses, 0.0)) + 1) * 2 * U32
+    squares = ((weights * _norm(outputs) * u_wire) ** 2).sum(0)
+    squares += ((weights * doubt * _norm(outputs - output)) ** 2).sum(0)
+    squares += (u_out * _norm(output)) ** 2
+    squares += (U32 * lse * _norm(output)) ** 2
+    mass = (weights[..., None] * np.abs(outputs)).sum(0)
+    squares += (U32 * (np.sqrt(held.sum(0)) + 2) * _norm(mass)) ** 2
     return output, np.sqrt(squares)
 
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Final, Protocol
 import msgspec
 
 from helix_spec.configs import Config
-from helix_spec.events import FEATURES, Event, Outcome, RankView
+from helix_spec.events import FEATURES, MERGE, Event, Outcome, RankView
 
 LADDER: Final = ("placement", "lengths", "pages", "cache", "attention")
 """Profiles of rising depth: an engine that declares one declares those before it."""
-PROFILES: Final = (*LADDER, *FEATURES)
+PROFILES: Final = (*LADDER, *FEATURES, MERGE)
 """Every profile, in the order in which reports list them."""
 
 

@@ -16,7 +16,7 @@ import msgspec
 from helix_conformance.strategies import AMPLE
 from helix_reference.model import Model
 from helix_spec.configs import Config, ModelShape, config_problem
-from helix_spec.events import Accept, Admit, Decode, Event, Sampled, Skip, ids_of
+from helix_spec.events import Accept, Admit, Decode, Event, Merge, Sampled, Skip, ids_of
 from helix_spec.layouts import Layout, format_layout
 from helix_spec.traces import Trace
 
@@ -62,6 +62,7 @@ class _Search:
 
     def attempt(self, candidate: Trace) -> bool:
         """Whether the candidate fails; then it is the smallest so far."""
+        candidate = _set(candidate, events=[_fitted(e, candidate.config) for e in candidate.events])
         legal = config_problem(self.trace.config) is None
         if (config_problem(candidate.config) is None) != legal:
             return False
@@ -225,6 +226,16 @@ def _simpler_events(event: Event) -> Iterator[Event]:
         case Sampled(ids):
             for place in range(len(ids) if len(ids) > 1 else 0):
                 yield Sampled(ids[:place] + ids[place + 1 :])
+        case Merge(levels, order):
+            if order != sorted(order):
+                yield Merge(levels, sorted(order))
+            for token in range(len(levels[0]) if len(levels[0]) > 1 else 0):
+                yield Merge([row[:token] + row[token + 1 :] for row in levels], order)
+            for number, row in enumerate(levels):
+                for token, level in enumerate(row):
+                    if level != 0:
+                        simpler = [*row[:token], 0, *row[token + 1 :]]
+                        yield Merge([*levels[:number], simpler, *levels[number + 1 :]], order)
         case _:
             pass
 
@@ -235,6 +246,14 @@ def _fewer(count: int, least: int = 1) -> list[int]:
     # Neighbours too: some faults show at every second or third count alone.
     tried = {least, least + 1, least + 2, count - 2, count - 1, *closer}
     return sorted(tried & set(range(least, min(count, 10**4))))
+
+
+def _fitted(event: Event, config: Config) -> Event:
+    """The event with no more supplied partials than there are cp_ranks."""
+    c = len(config.pages)
+    if not isinstance(event, Merge) or len(event.order) <= c:
+        return event
+    return Merge(event.levels[:c], [number for number in event.order if number < c])
 
 
 def _with_same_room(candidate: Trace, trace: Trace) -> Trace | None:

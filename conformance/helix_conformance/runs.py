@@ -19,13 +19,13 @@ from helix_conformance.judge import Judge, wrong_reasons
 from helix_conformance.known import Known, parted
 from helix_conformance.protocol import LADDER, PROFILES, Answer, Watch
 from helix_conformance.reduction import reduced, with_room
-from helix_conformance.strategies import configs, traces
+from helix_conformance.strategies import configs, merge_traces, traces
 from helix_conformance.trials import tried
 from helix_conformance.violations import GarbageError, Violation
 from helix_conformance.workloads import Request, schedule
 from helix_reference.model import Model
 from helix_spec.configs import Config, config_problem
-from helix_spec.events import FEATURES, Event, Reason, Release
+from helix_spec.events import FEATURES, MERGE, Event, Reason, Release
 from helix_spec.invariants import NUMBERS
 from helix_spec.traces import Trace
 
@@ -335,20 +335,28 @@ def layout_traces(
     cp_sizes: Sequence[int],
     tp_sizes: Sequence[int] = (1,),
 ) -> st.SearchStrategy[Trace]:
-    """Random traces of one layout, for the features among these profiles."""
+    """Random traces of one layout, for the features among these profiles.
+
+    With `merge` one trace in four merges supplied partials, or all without `placement`.
+    """
     features = [feature for feature in FEATURES if feature in profiles]
-    return traces(
-        configs=configs(
-            names=[name],
-            cp_sizes=cp_sizes,
-            tp_sizes=tp_sizes,
-            max_world=driver.largest_world,
-            features=features,
-            contents="cache" in profiles,
-        ),
+    some_configs = configs(
+        names=[name],
+        cp_sizes=cp_sizes,
+        tp_sizes=tp_sizes,
+        max_world=driver.largest_world,
         features=features,
-        undeclared=set(FEATURES) - driver.profiles,
+        contents=not {"cache", MERGE}.isdisjoint(profiles),
     )
+    merging = merge_traces(configs=some_configs)
+    if "placement" not in profiles:
+        return merging
+    placing = traces(
+        configs=some_configs, features=features, undeclared=set(FEATURES) - driver.profiles
+    )
+    if MERGE not in profiles:
+        return placing
+    return st.sampled_from([placing, placing, placing, merging]).flatmap(lambda kind: kind)
 
 
 def layout_run(

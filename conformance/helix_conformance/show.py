@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from helix_reference.model import Model, Request
-from helix_spec.events import Event
+from helix_spec.events import Event, Merge
 from helix_spec.traces import Trace
 
 
@@ -27,6 +27,8 @@ def event_text(event: Event) -> str:
     fields = {name: getattr(event, name) for name in event.__struct_fields__}
     if fields.get("pad") == 0:
         del fields["pad"]
+    if isinstance(event, Merge) and event.order == sorted(event.order):
+        del fields["order"]
     given = " ".join(f"{name}={value}" for name, value in fields.items())
     return f"{type(event).__name__.lower()} {given}"
 

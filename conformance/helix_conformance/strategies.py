@@ -23,6 +23,7 @@ from helix_spec.events import (
     Decode,
     Event,
     Fork,
+    Merge,
     Preempt,
     Release,
     Resume,
@@ -453,3 +454,30 @@ def traces(
     admissions = [Intent("admit", size=size) for size in draw(begin)]
     # Two lists in a row: twice the length at the same cost of shrinking.
     return realised(config, features, admissions + draw(wishes) + draw(wishes))
+
+
+_LEVELS: Final = st.sampled_from([0, 0, None, 3, -3, 20, 90, -90, 1000, -(10**4)])
+"""Levels of supplied partials: alike, without keys, one outweighing the rest, far apart."""
+
+
+@st.composite
+def merge_traces(
+    draw: st.DrawFn, *, configs: st.SearchStrategy[Config], max_merges: int = 3
+) -> Trace:
+    """Traces of nothing but merges over these configurations.
+
+    Tokens that no rank has keys for are among them. A merge may come again, as it was or with
+    its partials on other ranks.
+    """
+    config = draw(configs)
+    c, events = config.rules.cp_size, list[Event]()
+    token = st.lists(_LEVELS, min_size=c, max_size=c) | st.just([None] * c)
+    for _ in range(draw(st.integers(1, max_merges))):
+        tokens = draw(st.lists(token, min_size=1, max_size=5))
+        merge = Merge([list(row) for row in zip(*tokens, strict=True)], list(range(c)))
+        events.append(merge)
+        if draw(st.booleans()):
+            events.append(merge)
+        if draw(st.booleans()):
+            events.append(Merge(merge.levels, draw(st.permutations(merge.order))))
+    return Trace(config=config, events=events)

@@ -106,6 +106,7 @@ def test_torchrun_launched_by_the_command(tmp_path):
     """Under torchrun a wrong output of rank 1 ends with status 1 and a trace of one decode."""
     words = [
         *("run", "--engine", "broken_engines:DistributedLiar", "--layout", "pr9757"),
+        *("--profile", "attention"),
         *("--driver", "torchrun", "--ranks", "2", "--cp", "2", "--examples", "5"),
         *("--json", str(tmp_path / "run.jsonl")),
     ]
@@ -133,7 +134,7 @@ def test_show_prints_the_seeds_example(tmp_path):
     [
         (["run", "--engine", "nobody"], "'nobody' names no engine"),
         (["run", "--engine", "nobody:Engine"], "cannot be loaded"),
-        (["run", "--engine", "reference", "--profile", "merge"], "is not one of"),
+        (["run", "--engine", "reference", "--profile", "speed"], "is not one of"),
         (["run", "--layout", "pr1"], "is not one of"),
         (["run", "--driver", "pool", "--cp", "8"], "8 ranks are needed, and the pool has 4"),
         (["replay", "missing.json"], "missing.json: cannot be read"),

@@ -220,8 +220,7 @@ class HelixCache:
         [m, q_heads / cp_size, head_dim] of this rank's slice of the query heads. Each token sees
         those before it and itself, of its own group too.
         """
-        model, cp_size = self.config.model, self.book.layout.cp_size
-        rows, pool = len(step.lengths), self.pool[layer]
+        model, rows, pool = self.config.model, len(step.lengths), self.pool[layer]
         self._check("Q", q, (rows, self.q_heads, model.key_dim))
         self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
         pool[step.own_pages, 0, step.own_offsets] = self._cached(
@@ -233,12 +232,24 @@ class HelixCache:
             rotate(q, step.cos, step.sin), pool, step.tables, step.lengths,
             scale=model.scale, value_dim=model.value_dim,
         )  # fmt: skip
+        return self.combine(output, lse)[: len(step.book.rows)]
+
+    @torch.no_grad()
+    def combine(self, output: Tensor, lse: Tensor) -> Tensor:
+        """Exchange the partials of all ranks and merge those of this rank's slice of the heads.
+
+        `output` float32 [n, q_heads, value_dim] and `lse` float32 [n, q_heads], the natural
+        log-sum-exp, -inf where this rank has no keys. Returns [n, q_heads / cp_size, value_dim] of
+        the model's type. Every rank of the group calls it.
+        """
+        model, cp_size = self.config.model, self.book.layout.cp_size
+        partials = output[None], lse[None]
         if cp_size > 1:
             wire = getattr(torch, model.partial_dtype)
             received = self._exchange(pack(output, lse, cp_size, wire))
-            partials = unpack(received, rows, self.q_heads // cp_size, model.value_dim, wire)
-            output, _ = merge(*partials)
-        return output[: len(step.book.rows)].to(self.dtype)
+            partials = unpack(received, len(lse), self.q_heads // cp_size, model.value_dim, wire)
+        merged, _ = merge(*partials)
+        return merged.to(self.dtype)
 
     @torch.no_grad()
     def decode(

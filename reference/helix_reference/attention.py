@@ -221,6 +221,43 @@ def error_bound(
     return whole.output, math.sqrt(math.fsum(squares))
 
 
+def supplied(
+    model: ModelShape, seed: int, number: int, token: int, head: int, level: int | None
+) -> Partial:
+    """One token and head of partial `number` that a `merge` supplies; of no keys (0, -inf)."""
+    if level is None:
+        return Partial([0.0] * model.value_dim, -math.inf)
+    source = Token(number, token, 0)
+    output = raw(seed, source, 0, "output", head, model.value_dim)
+    return Partial(output, level + raw(seed, source, 0, "lse", head, 1)[0])
+
+
+def merge_bound(model: ModelShape, partials: Sequence[Partial]) -> tuple[Vector, float]:
+    """The exact merge of one token and head, and the bound E around it (ATT-4).
+
+    SPEC.md section 9 derives each term.
+    """
+    whole = merge(partials)
+    held = [partial for partial in partials if partial.lse != -math.inf]
+    if not held:
+        return whole.output, 0.0
+    u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
+    squares = []
+    weights = [math.exp(partial.lse - whole.lse) for partial in held]
+    for weight, part in zip(weights, held, strict=True):
+        distance = _norm([a - b for a, b in zip(part.output, whole.output, strict=True)])
+        squares.append((weight * _norm(part.output) * u_wire) ** 2)
+        squares.append((weight * (abs(part.lse) + 1) * 2 * U32 * distance) ** 2)
+    squares.append((u_out * _norm(whole.output)) ** 2)
+    squares.append((U32 * whole.lse * _norm(whole.output)) ** 2)
+    mass = [
+        math.fsum(w * abs(part.output[d]) for w, part in zip(weights, held, strict=True))
+        for d in range(model.value_dim)
+    ]
+    squares.append((U32 * (math.sqrt(len(held)) + 2) * _norm(mass)) ** 2)
+    return whole.output, math.sqrt(math.fsum(squares))
+
+
 def _in_doubt(effects: Sequence[float], dtype: CacheDType) -> float:
     """What doubts about the entries of one vector of this type do together.
 

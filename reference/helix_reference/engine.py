@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from helix_reference.attention import Token, Vector, attend, key, query, value
+from helix_reference.attention import (
+    Token,
+    Vector,
+    attend,
+    key,
+    merge,
+    query,
+    supplied,
+    value,
+)
 from helix_reference.model import Model, Request, Step
 from helix_spec.configs import Config, config_problem
-from helix_spec.events import FEATURES, Event, Outcome, RankView, Reason
+from helix_spec.events import FEATURES, MERGE, Event, Merge, Outcome, RankView, Reason
 
 Rows = list[list[list[Vector]]]
 """Nested lists of floats: layer, token or slot, head, dim."""
@@ -25,6 +34,7 @@ class ReferenceEngine:
         {
             *("placement", "lengths", "pages", "cache", "attention"),
             *FEATURES,
+            MERGE,
         }
     )
     needs_processes: ClassVar[bool] = False
@@ -46,6 +56,8 @@ class ReferenceEngine:
     def apply(self, event: Event) -> Outcome:
         """Let one event happen on every rank of the model, and answer for this one."""
         reason = self.model.apply(event)
+        if isinstance(event, Merge) and reason is None:
+            return Outcome(output=self._merged(event))
         outcome = self.model.outcome(self.cp_rank, reason)
         if "attention" not in self.checked or not self.model.last_steps:
             return outcome
@@ -76,15 +88,34 @@ class ReferenceEngine:
 
     def _output(self, steps: list[Step]) -> Rows:
         """Attention of each new token over the whole sequence, for this rank's query heads."""
-        shape, world = self.config.model, self.config.world_size
-        heads = range(shape.q_heads * self.rank // world, shape.q_heads * (self.rank + 1) // world)
         return [
             [
-                [self._attend(layer, step, place, head) for head in heads]
+                [self._attend(layer, step, place, head) for head in self._heads()]
                 for step in steps
                 for place in range(len(step.owners))
             ]
-            for layer in range(shape.layers)
+            for layer in range(self.config.model.layers)
+        ]
+
+    def _heads(self) -> range:
+        """The query heads of this rank's slice (MAP-1)."""
+        per_rank = self.config.model.q_heads // self.config.world_size
+        return range(per_rank * self.rank, per_rank * (self.rank + 1))
+
+    def _merged(self, event: Merge) -> list[list[Vector]]:
+        """The merge of all ranks' partials of each token, for this rank's query heads."""
+        shape, seed = self.config.model, self.config.seed
+        return [
+            [
+                merge(
+                    [
+                        supplied(shape, seed, number, token, head, event.levels[number][token])
+                        for number in event.order
+                    ]
+                ).output
+                for head in self._heads()
+            ]
+            for token in range(len(event.levels[0]))
         ]
 
     def _attend(self, layer: int, step: Step, place: int, head: int) -> Vector:

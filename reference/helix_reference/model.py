@@ -17,11 +17,13 @@ from helix_reference.refusals import refusal
 from helix_spec.configs import Config
 from helix_spec.events import (
     FEATURES,
+    MERGE,
     Accept,
     Admit,
     Decode,
     Event,
     Fork,
+    Merge,
     Outcome,
     Preempt,
     RankView,
@@ -122,7 +124,11 @@ class Model:
     """
 
     def __init__(
-        self, config: Config, features: Iterable[str] = FEATURES, *, allocates: bool = True
+        self,
+        config: Config,
+        features: Iterable[str] = (*FEATURES, MERGE),
+        *,
+        allocates: bool = True,
     ) -> None:
         self.allocates = allocates
         self.config = config
@@ -155,7 +161,7 @@ class Model:
             case Sampled(ids):
                 for id in ids:
                     self.requests[id].outstanding -= 1
-            case Skip():
+            case Skip() | Merge():
                 pass
             case Fork(parent, child):
                 self._fork(self.requests[parent], child)

@@ -16,6 +16,7 @@ from helix_spec.events import (
     Decode,
     Event,
     Fork,
+    Merge,
     Preempt,
     Reason,
     Release,
@@ -54,6 +55,8 @@ def refusal(model: Model, event: Event) -> Reason | None:
             return _not_live(model, [id])
         case Resume(id):
             return _resume(model, id)
+        case Merge():
+            return None
 
 
 def _admit(model: Model, id: int, prompt_len: int) -> Reason | None:

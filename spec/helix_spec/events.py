@@ -14,6 +14,9 @@ RequestId = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Number = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 """A count as it arrives: traces may carry wrong ones, which engines must refuse."""
 
+Level = Annotated[int, msgspec.Meta(ge=-(2**17), le=2**17)]
+"""About the log-sum-exp of a supplied partial: small enough to be exact in float32."""
+
 
 class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="event"):
     pass
@@ -82,9 +85,32 @@ class Resume(_Event, frozen=True, tag="resume"):
     id: RequestId
 
 
-Event = Admit | Decode | Accept | Sampled | Skip | Fork | Release | Preempt | Resume
+class Merge(_Event, frozen=True, tag="merge"):
+    """The ranks exchange and merge partial attentions that they are supplied with.
+
+    `levels[k][t]` is about the log-sum-exp of partial k for token t, null where it is of no
+    keys; cp_rank r is handed partial `order[r]` (SPEC.md section 8 says what is in it).
+    No request is named and nothing changes. Raises ValueError when the lists do not fit.
+    """
+
+    levels: list[list[Level | None]]
+    order: list[int]
+
+    def __post_init__(self) -> None:
+        tokens = {len(row) for row in self.levels}
+        if len(tokens) != 1 or 0 in tokens:
+            raise ValueError("Every partial of a merge must name a level for each of its tokens")
+        if sorted(self.order) != list(range(len(self.levels))):
+            raise ValueError(
+                f"The order of a merge must name each of its {len(self.levels)} partials once"
+            )
 
 
+Event = Admit | Decode | Accept | Sampled | Skip | Fork | Release | Preempt | Resume | Merge
+
+
+MERGE: Final = "merge"
+"""The profile of engines whose merge can be reached by itself."""
 FEATURES: Final = ("speculative", "fork", "preempt", "padding", "overlap")
 """What an engine may support beyond admit, decode, skip and release, one profile each."""
 
@@ -109,6 +135,8 @@ def features_of(event: Event) -> frozenset[str]:
             needed.add("preempt")
         case Sampled():
             needed.add("overlap")
+        case Merge():
+            needed.add(MERGE)
         case _:
             pass
     return frozenset(needed)
@@ -121,6 +149,8 @@ def ids_of(event: Event) -> list[int]:
             return ids
         case Fork(parent, child):
             return [parent, child]
+        case Merge():
+            return []
         case _:
             return [event.id]
 
@@ -162,7 +192,7 @@ class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Keys on this rank that the new token's query sees; None from an engine without them."""
     output: Any = None
     """With the `attention` profile: an array of shape (layers, new tokens, heads of this rank's
-    slice, value_dim), the merged attention output."""
+    slice, value_dim), the merged attention output; of a `merge` (tokens, heads, value_dim)."""
 
 
 class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 
 from helix_spec.configs import Config, config_problem
-from helix_spec.events import Event
+from helix_spec.events import Event, Merge
 from helix_spec.layouts import LayoutError
 
 
@@ -67,6 +67,14 @@ def load_trace(path: Path) -> Trace:
     if problem is not None and (trace.events or not _names_a_layout(trace.config)):
         line = line_of(data.decode(), "$.config")
         raise TraceError(f"{path}, line {line}, field $.config: {problem}")
+    for index, event in enumerate(trace.events):
+        if isinstance(event, Merge) and len(event.levels) != trace.config.rules.cp_size:
+            field = f"$.events[{index}].levels"
+            raise TraceError(
+                f"{path}, line {line_of(data.decode(), field)}, field {field}: there are "
+                f"{len(event.levels)} partials; there must be one for each of the "
+                f"{trace.config.rules.cp_size} cp_ranks."
+            )
     return trace
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-Tensor = Literal["q", "k", "v"]
-TENSOR_CODE: Final[dict[Tensor, int]] = {"q": 1, "k": 2, "v": 3}
+Tensor = Literal["q", "k", "v", "output", "lse"]
+"""Q, K and V of tokens; output and log-sum-exp of the partials that a `merge` supplies."""
+TENSOR_CODE: Final[dict[Tensor, int]] = {"q": 1, "k": 2, "v": 3, "output": 4, "lse": 5}
 LEVELS: Final = 129
 """Number of different entries: -64/16 to 64/16."""
 

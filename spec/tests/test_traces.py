@@ -15,6 +15,7 @@ from helix_spec.events import (
     Decode,
     Event,
     Fork,
+    Merge,
     Preempt,
     Release,
     Resume,
@@ -42,8 +43,10 @@ ONE_OF_EACH: list[Event] = [
     Preempt(1),
     Resume(1),
     Release(1),
+    Merge([[0, None], [3, -90]], [1, 0]),
 ]
 REQUEST_IDS = st.integers(0, 2**53)
+LEVELS = st.none() | st.integers(-(2**17), 2**17)
 COUNTS = st.integers(-(2**53), 2**53)
 EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(Admit, REQUEST_IDS, COUNTS),
@@ -55,6 +58,11 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(Release, REQUEST_IDS),
     st.builds(Preempt, REQUEST_IDS),
     st.builds(Resume, REQUEST_IDS),
+    st.builds(
+        lambda tokens, order: Merge([list(row) for row in zip(*tokens, strict=True)], order),
+        st.lists(st.tuples(LEVELS, LEVELS), min_size=1),
+        st.permutations([0, 1]),
+    ),
 )
 TRACES = st.builds(
     Trace,
@@ -125,6 +133,10 @@ def test_the_schema_refuses_what_the_loader_refuses(tmp_path: Path, old: str, ne
         ('"id": 0', f'"id": {2**53 + 1}', "$.events[0].id", "<= 9007199254740992"),
         ("helix-trace/1", "helix-trace/2", "$.format", "'helix-trace/2'"),
         ('"max_len": 64', '"max_len": 0', "$.config.max_len", ">= 1"),
+        ("-90", "-131073", "$.events[9].levels[1][1]", ">= -131072"),
+        ("[3, -90]", "[3]", "$.events[9]", "a level for each of its tokens"),
+        ("[1, 0]", "[1, 1]", "$.events[9]", "each of its 2 partials once"),
+        ("[[0, null], [3, -90]]", "[[0, 1]]", "$.events[9]", "each of its 1 partials once"),
         ('"float32"', '"float8"', "$.config.model.dtype", "'float8'"),
     ],
 )
@@ -140,6 +152,16 @@ def test_a_bad_value_is_named_by_file_line_and_field(
     line = text.count("\n", 0, text.index(old)) + 1
     assert str(caught.value).startswith(f"{path}, line {line}, field {field}: ")
     assert complaint in str(caught.value)
+
+
+def test_a_merge_of_too_few_partials_is_named(tmp_path: Path) -> None:
+    """A trace supplies every cp_rank with a partial."""
+    path = tmp_path / "bad.json"
+    path.write_bytes(dump_trace(Trace(config=CONFIG, events=[Merge([[0]], [0])])))
+    with pytest.raises(
+        TraceError, match=r"\$\.events\[0\]\.levels: there are 1 partials; .* 2 cp_r"
+    ):
+        load_trace(path)
 
 
 @pytest.mark.parametrize(

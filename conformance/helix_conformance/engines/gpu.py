@@ -8,20 +8,23 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from helix_conformance.numbers import Tokens, entries, queries, values
+from helix_conformance.numbers import Tokens, entries, partial_of, queries, values
 from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.refusals import Refused, check_config
 from helix_spec.configs import Config
 from helix_spec.events import (
     FEATURES,
+    MERGE,
     Accept,
     Admit,
     Decode,
     Event,
     Fork,
+    Merge,
     Outcome,
     Preempt,
     RankView,
+    Reason,
     Release,
     Resume,
     Sampled,
@@ -80,6 +83,8 @@ class LedgerEngine:
                     self.book.preempt(id)
                 case Resume(id):
                     self.book.resume(id)
+                case Merge():
+                    return Outcome(Reason.UNSUPPORTED)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -92,7 +97,11 @@ class LedgerEngine:
 class GpuEngine:
     """One rank of `HelixCache`, fed with the suite's Q, K and V."""
 
-    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {"cache", "attention"}
+    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {
+        "cache",
+        "attention",
+        MERGE,
+    }
     needs_processes: ClassVar[bool] = True
     cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
     """By cp_size, the group of each tp_rank."""
@@ -169,6 +178,8 @@ class GpuEngine:
                     self.cache.preempt(id)
                 case Resume(id):
                     self._resume(id)
+                case Merge():
+                    return self._merge(event)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -185,6 +196,14 @@ class GpuEngine:
             keys={id: parts[:, 0] for id, parts in rows.items()},
             values={id: parts[:, -1, ..., :value_dim] for id, parts in rows.items()},
         )
+
+    def _merge(self, event: Merge) -> Outcome:
+        """The partials of this rank through the exchange and the merge that attention uses."""
+        import torch
+
+        output, lse = (torch.from_numpy(x) for x in partial_of(self.config, event, self.rank))
+        merged = self.cache.combine(output.to(self.cache.device), lse.to(self.cache.device))
+        return Outcome(output=_numbers(merged))
 
     def _admit(self, id: int, prompt_len: int) -> None:
         now = self.events - 1

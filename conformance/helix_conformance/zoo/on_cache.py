@@ -40,7 +40,7 @@ def packing(function: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]) -> t
     """A cache that packs partials for its peers with this function."""
 
     class Cache(HelixCache):
-        attend = rebound(HelixCache.attend, pack=function)
+        combine = rebound(HelixCache.combine, pack=function)
 
     return Cache
 
@@ -49,7 +49,7 @@ def merging(function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> type
     """A cache that merges partials with this function."""
 
     class Cache(HelixCache):
-        attend = rebound(HelixCache.attend, merge=function)
+        combine = rebound(HelixCache.combine, merge=function)
 
     return Cache
 
@@ -344,11 +344,8 @@ class EmptyNanTimesZero(OverCache):
     """An empty rank's output is 0/0, and the merge multiplies it by its weight of 0."""
 
     class Cache(HelixCache):
-        attend = rebound(
-            HelixCache.attend,
-            attend_pages=_emptied(float("nan"), -float("inf")),
-            merge=_weighted_sum,
-        )
+        attend = rebound(HelixCache.attend, attend_pages=_emptied(float("nan"), -float("inf")))
+        combine = rebound(HelixCache.combine, merge=_weighted_sum)
 
     cache_class = Cache
 
