@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test test-peers lint workloads zoo prove bench clean
+.PHONY: conform test test-browser test-peers lint workloads zoo prove bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -47,6 +47,13 @@ zoo: .venv/installed ## The suite against every wrong engine: each must be caugh
 
 prove: .venv/installed ## All theorems, for all sizes
 	$(BIN)/helix-conformance prove
+
+# Debian's own packages; nothing is downloaded. Without them this fails, and pytest alone skips.
+test-browser: .venv/installed ## The pages in a headless Chromium
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	    { echo "chromium or chromedriver is missing: apt-get install chromium chromium-driver"; exit 1; }
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/pytest conformance/browser_tests
 
 bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'

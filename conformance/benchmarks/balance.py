@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from helix_conformance.planning import HARDWARE, MODELS, Load, plan
 from rich.console import Console
 from rich.table import Table
 
+from helix_conformance.planning import HARDWARE, MODELS, Load, plan
 from helix_conformance.workloads import Request, read_workload
 from helix_gpu.ledger import Ledger
 from helix_gpu.refusals import Refused

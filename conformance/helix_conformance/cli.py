@@ -32,6 +32,7 @@ from helix_conformance.report import (
     restrictions,
     save_failure,
 )
+from helix_conformance.reports.command import report
 from helix_conformance.reports.stream import Row
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import trace_text
@@ -132,6 +133,13 @@ _json = click.option(
     "json_path",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the run as JSON lines; the last is the summary.",
+)
+
+_append = click.option(
+    "--stream",
+    "stream_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Append the result to a run's JSON stream, for `helix-conformance report`.",
 )
 
 
@@ -284,11 +292,26 @@ def replay(**options: Any) -> None:
     _leave(stream.summary(options["engine"]))
 
 
+main.add_command(report)
+
+
 @main.command()
 @click.argument("trace_path", metavar="TRACE.json", type=click.Path(path_type=Path))
-def show(trace_path: Path) -> None:
+@click.option(
+    "--html",
+    "html_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a self-contained page instead, with a slider over the events.",
+)
+def show(trace_path: Path, html_path: Path | None) -> None:
     """Print where the tokens of a trace belong: each request, rank by rank, page by page."""
-    for line in trace_text(_trace(trace_path)):
+    trace = _trace(trace_path)
+    if html_path is not None:
+        from helix_conformance.reports.pages import show_page
+
+        html_path.write_text(show_page(trace), encoding="utf-8")
+        return
+    for line in trace_text(trace):
         click.echo(line)
 
 
@@ -307,7 +330,10 @@ def show(trace_path: Path) -> None:
     help="Ten seeds instead of one: how often each mutant is killed, and the worst seed.",
 )
 @_json
-def zoo(tier: str, seed: int, sweep: bool, json_path: Path | None) -> None:
+@_append
+def zoo(
+    tier: str, seed: int, sweep: bool, json_path: Path | None, stream_path: Path | None
+) -> None:
     """Measure the suite: engines that are wrong on purpose, each of which it must catch.
 
     Each mutant has one defect that an engine really had, or one of our own making. It counts as
@@ -316,7 +342,7 @@ def zoo(tier: str, seed: int, sweep: bool, json_path: Path | None) -> None:
     """
     from helix_conformance.zoo import run as zoo_run
 
-    sys.exit(zoo_run.sweep(tier) if sweep else zoo_run.zoo(json_path, tier, seed))
+    sys.exit(zoo_run.sweep(tier) if sweep else zoo_run.zoo(json_path, tier, seed, stream_path))
 
 
 @main.command()
@@ -334,7 +360,10 @@ def zoo(tier: str, seed: int, sweep: bool, json_path: Path | None) -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the theorems, their verdicts, witnesses and kills as one JSON object.",
 )
-def prove(only: tuple[str, ...], jobs: int, json_path: Path | None) -> None:
+@_append
+def prove(
+    only: tuple[str, ...], jobs: int, json_path: Path | None, stream_path: Path | None
+) -> None:
     """Confirm the theorems of the specification, for all sizes.
 
     Z3 proves the arithmetic over unbounded integers, CrossHair confirms contracts on the very
@@ -345,7 +374,7 @@ def prove(only: tuple[str, ...], jobs: int, json_path: Path | None) -> None:
     from helix_conformance import prove as proofs
 
     try:
-        sys.exit(proofs.prove(json_path, only=only, jobs=jobs))
+        sys.exit(proofs.prove(json_path, stream_path=stream_path, only=only, jobs=jobs))
     except proofs.ProveError as error:
         raise BadInput(f"The proofs cannot run: {error}.") from error
 

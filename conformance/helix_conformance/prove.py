@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import helix_spec
+from helix_conformance import __version__
 
 CONFIRMED: Final = "confirmed"
 MOST_SECONDS: Final = 200
@@ -73,6 +74,7 @@ class Report(msgspec.Struct, frozen=True):
 def prove(
     json_path: Path | None = None,
     *,
+    stream_path: Path | None = None,
     only: Sequence[str] = (),
     jobs: int = 2,
     spec_root: Path | None = None,
@@ -100,6 +102,11 @@ def prove(
     report = Report(results, verdict, problems, round(time.monotonic() - started, 1))
     if json_path is not None:
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+    if stream_path is not None:
+        # What is appended knows this report's type, so it cannot be imported before.
+        from helix_conformance.reports.stream import Proofs, append_line
+
+        append_line(stream_path, Proofs(suite_version=__version__, report=report))
     _print(report, console)
     return 1 if problems else 0
 

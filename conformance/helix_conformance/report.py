@@ -27,6 +27,7 @@ from helix_conformance.reports.stream import (
     Settings,
     Summary,
     Verdict,
+    append_line,
 )
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import event_text, trace_text
@@ -129,12 +130,6 @@ class Stream:
         return verdict
 
 
-def append_line(path: Path, line: Line) -> None:
-    """One line at the end of a stream."""
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(line) + b"\n")
-
-
 def make_row(
     layout: str,
     engine: str,
@@ -179,11 +174,12 @@ def restrictions(options: Mapping[str, Any], default_examples: int, whole: int) 
     if options["workload"]:
         found.append("A workload was replayed; no random traces were played.")
     elif layouts and len(set(layouts)) < whole:
-        found.append(f"Only layout {', '.join(layouts)} was played, of {whole}.")
+        played = list(dict.fromkeys(layouts))
+        found.append(f"Only {len(played)} of {whole} layouts were played: {', '.join(played)}.")
     if cp_sizes:
-        found.append(f"Only cp_size {', '.join(map(str, cp_sizes))} was played.")
+        found.append(f"Not every cp_size was played, but {', '.join(map(str, cp_sizes))}.")
     if asked:
-        found.append(f"Only profile {', '.join(asked)} and those it builds on were asked for.")
+        found.append(f"Not every profile was asked for, but {', '.join(asked)}.")
     if options["examples"] and options["examples"] < default_examples:
         found.append(
             f"Only {options['examples']} random traces were played of each layout; "
@@ -280,7 +276,7 @@ def print_failure(console: Console, failure: Failure, path: Path, replay: str) -
     console.print(f"  {replay}", markup=False, highlight=False, soft_wrap=True)
 
 
-def failure_text(failure: Failure) -> Iterator[str]:
+def failure_text(failure: Failure | FailureLine) -> Iterator[str]:
     """A failure in lines."""
     events = failure.trace.events
     if failure.event is None:

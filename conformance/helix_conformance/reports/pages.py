@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import msgspec
 
+from helix_conformance.coverage import SITUATIONS
+from helix_conformance.protocol import PROFILES
+from helix_conformance.reports import views
 from helix_conformance.reports.placement import Film, film
+from helix_conformance.reports.stream import Record
+from helix_conformance.reports.wrong import scene
+from helix_conformance.show import event_text, trace_text
 from helix_spec.configs import Config
 from helix_spec.events import Admit, Decode, Event
+from helix_spec.invariants import sentence
 from helix_spec.traces import Trace
 
 _ENVIRONMENT = jinja2.Environment(
@@ -37,8 +45,24 @@ def _include(name: str) -> str:
     return files("helix_conformance.reports").joinpath("templates", name).read_text("utf-8")
 
 
+def _words(value: Any) -> str:
+    """A value of an answer as JSON, cut where it is long."""
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 400 else text[:400] + " ..."
+
+
 _ENVIRONMENT.filters["px"] = _px
-_ENVIRONMENT.globals["include_text"] = _include
+_ENVIRONMENT.filters["words"] = _words
+_ENVIRONMENT.globals |= {
+    "include_text": _include,
+    "PROFILES": PROFILES,
+    "SITUATIONS": SITUATIONS,
+    "cells": views.cells,
+    "failure_of": views.failure_of,
+    "event_text": event_text,
+    "trace_text": trace_text,
+    "sentence": sentence,
+}
 
 
 def render(template: str, **values: Any) -> str:
@@ -49,6 +73,16 @@ def render(template: str, **values: Any) -> str:
 def show_page(trace: Trace) -> str:
     """A page with the film of one trace."""
     return render("show.html.j2", trace=trace, film=film(trace))
+
+
+def run_page(record: Record) -> str:
+    """The page of a whole stream."""
+    return render(
+        "run.html.j2",
+        record=record,
+        verdict=views.verdict(record),
+        scenes=[scene(failure) for run in record.runs for failure in run.failures],
+    )
 
 
 def picture(panels: Sequence[tuple[str, Trace]]) -> str:

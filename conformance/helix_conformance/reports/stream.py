@@ -257,6 +257,12 @@ class Record:
         return list(dict.fromkeys(found))
 
 
+def append_line(path: Path, line: Line) -> None:
+    """One line at the end of a stream."""
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(line) + b"\n")
+
+
 _DECODER = msgspec.json.Decoder(Line)
 
 
@@ -289,9 +295,30 @@ def read_stream(paths: Iterable[Path]) -> Record:
 
 
 def stream_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of one line, generated from the types."""
+    """The JSON Schema (2020-12) of one line, generated from the types.
+
+    Of a trace it says no more than that `trace.schema.json` of helix_spec does.
+    """
     schema: dict[str, Any] = unindented(msgspec.json.schema(Line))
+    types = schema["$defs"]
+    types["Trace"] = {"type": "object", "description": "See trace.schema.json of helix_spec."}
+    named = _named({"anyOf": schema["anyOf"]}, types, set())
+    schema["$defs"] = {name: types[name] for name in types if name in named}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _named(node: Any, types: dict[str, Any], found: set[str]) -> set[str]:
+    """The types that a part of a schema refers to, and those that they refer to."""
+    if isinstance(node, dict):
+        name = str(node.get("$ref", "")).rpartition("/")[2]
+        if name and name not in found:
+            found.add(name)
+            _named(types[name], types, found)
+    for child in (
+        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    ):
+        _named(child, types, found)
+    return found
 
 
 def published_schema() -> dict[str, Any]:

@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from helix_conformance import __version__
 from helix_conformance.drivers.base import Driver
 from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.drivers.pool import PoolDriver
 from helix_conformance.drivers.threads import ThreadDriver
 from helix_conformance.protocol import PROFILES, load_engine
+from helix_conformance.reports.stream import MutantKill, ZooVisit, append_line
 from helix_conformance.runs import Failure, Tally, profiles_to_check, random_traces
 from helix_conformance.strategies import configs, traces
 from helix_conformance.zoo.parts import MUTANTS, Mutant, Stored
@@ -184,7 +186,7 @@ def visit(tier: str, seed: int, progress: Callable[[Sequence[Any]], Any] = iter)
     return Zoo([hunt(mutant, seed=seed) for mutant in progress(mutants)], controls)
 
 
-def zoo(json_path: Path | None, tier: str, seed: int) -> int:
+def zoo(json_path: Path | None, tier: str, seed: int, stream_path: Path | None = None) -> int:
     """Visit, print a table, write JSON if a path is given; 0 when all is as it should be."""
     console = Console()
     seen = visit(tier, seed, lambda mutants: track(mutants, "The zoo", console=console))
@@ -200,6 +202,18 @@ def zoo(json_path: Path | None, tier: str, seed: int) -> int:
     if json_path is not None:
         whole = {"mutants": seen.mutants, "controls": seen.controls, "score": seen.score}
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(whole)))
+    if stream_path is not None:
+        line = ZooVisit(
+            suite_version=__version__,
+            tier=tier,
+            seed=seed,
+            score=seen.score,
+            mutants=[
+                msgspec.convert(kill, MutantKill, from_attributes=True) for kill in seen.mutants
+            ],
+            controls=seen.controls,
+        )
+        append_line(stream_path, line)
     return 0 if seen.clean else 1
 
 

@@ -1,0 +1,148 @@
+"""The pages in a real browser: headless Chromium of Debian, through its own chromedriver.
+
+`make test-browser` runs this; it is no part of `make test`. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner
+
+from helix_conformance.cli import main
+from helix_conformance.reports.pages import seed_example, show_page
+from helix_spec.configs import Config, ModelShape
+from helix_spec.events import Admit, Decode, Fork
+from helix_spec.traces import Trace
+
+if TYPE_CHECKING:
+    from selenium.webdriver.remote.webdriver import WebDriver
+    from selenium.webdriver.remote.webelement import WebElement
+
+CSS = "css selector"
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser for all tests; without Chromium they are skipped with that reason."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install '.[browser]'")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("no chromium and chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
+        options.add_argument(word)
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """The page of a run of the README's engine, which is wrong on both layouts."""
+    folder = tmp_path_factory.mktemp("run")
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (HERE.parent / "README.md").read_text(), re.M | re.S
+    )
+    (folder / "last_rank.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        words = "run --engine last_rank:LastRank --layout pr9757 --layout vllm_dcp --json run.jsonl"
+        assert 1 == CliRunner().invoke(main, words.split()).exit_code
+        made = CliRunner().invoke(main, ["report", "run.jsonl", "--html", "run.html"])
+        assert 0 == made.exit_code, made.output
+    return folder / "run.html"
+
+
+def opened(browser: WebDriver, path: Path, *, dark: bool = False, width: int = 1100) -> None:
+    """Open a page of ours in a window of this width."""
+    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    size = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(path.as_uri())
+    assert [] == browser.get_log("browser")
+
+
+def shown(browser: WebDriver, selector: str) -> list[WebElement]:
+    """The elements that can be seen."""
+    return [e for e in browser.find_elements(CSS, selector) if e.is_displayed()]
+
+
+def page_of(folder: Path, trace: Trace) -> Path:
+    """The page of a trace."""
+    (folder / "trace.html").write_text(show_page(trace), encoding="utf-8")
+    return folder / "trace.html"
+
+
+def test_a_failing_report_is_clicked_through(browser, failing):
+    """Verdicts, the failing event, the marks on it, and the second failure behind its summary."""
+    opened(browser, failing)
+    assert "fail: a difference was found" in browser.find_element(CSS, "#verdict").text
+    assert "Only 2 of 7 layouts" in browser.find_element(CSS, "#partial").text
+    assert "fails here" in shown(browser, ".film .now")[0].text
+    wrong = "#failure-1 .film .scroll .wrong"
+    marks = shown(browser, wrong)
+    assert len(marks) >= 2
+    labels = {mark.find_element(CSS, "title").get_attribute("textContent") for mark in marks}
+    assert any("claims position" in label for label in labels), labels
+
+    shown(browser, "#failure-1 [data-step='-1']")[0].click()
+    assert "admit" in shown(browser, "#failure-1 .now")[0].text
+    assert [] == shown(browser, wrong)
+    shown(browser, "#failure-1 .controls [data-to]")[0].click()
+    assert len(marks) == len(shown(browser, wrong))
+
+    assert [] == shown(browser, "#failure-2 .film")
+    browser.find_element(CSS, "#failure-2 > summary").click()
+    assert 1 == len(shown(browser, "#failure-2 .film"))
+    shown(browser, "#failure-2 .events button")[0].click()
+    assert "before the first event" == shown(browser, "#failure-2 .now")[0].text
+    assert [] == shown(browser, "#failure-2 .scroll .token")
+
+
+def test_the_slider_moves_by_keyboard(browser, tmp_path):
+    """Arrow keys, Home and End move it; what it shows is also said in words."""
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, page_of(tmp_path, seed_example()[2][1]))
+    slider = browser.find_element(CSS, "input[type=range]")
+    tokens = ".film .scroll .token"
+    assert {"0\u201399", "400\u2013499"} <= {e.text for e in shown(browser, f"{tokens} text")}
+    slider.send_keys(Keys.HOME)
+    assert [] == shown(browser, tokens)
+    slider.send_keys(Keys.ARROW_RIGHT)
+    assert 4 == len(shown(browser, tokens))
+    assert "event 0 admit id=0 prompt_len=400" == slider.get_attribute("aria-valuetext")
+    slider.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert 5 == len(shown(browser, tokens))
+    current = browser.find_elements(CSS, ".events [aria-current=step]")
+    assert ["2 decode ids=[0] query_lens=[1]"] == [" ".join(e.text.split()) for e in current]
+    slider.send_keys(Keys.END)
+    assert 8 == len(shown(browser, tokens))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1100])
+def test_pages_fit_and_can_be_read(browser, failing, tmp_path, dark, width):
+    """No page is wider than its window, and text stands out from what is behind it."""
+    config = Config(
+        layout="vllm_dcp/1:C=8,T=8,I=2",
+        pages=[20] * 8,
+        max_len=500,
+        model=ModelShape(q_heads=16),
+    )
+    trace = Trace(config=config, events=[Admit(0, 130), Fork(0, 1), Decode([0, 1], [5, 1])])
+    for path in (failing, page_of(tmp_path, trace)):
+        opened(browser, path, dark=dark, width=width)
+        wide = browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width
+        assert [] == browser.execute_script((HERE / "contrast.js").read_text())

@@ -1,0 +1,418 @@
+"""Views of a stream: each tells the same, and none shows a part as the whole."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema  # type: ignore[import-untyped]  # it ships no types
+import msgspec
+import pytest
+from click.testing import CliRunner
+from junitparser import JUnitXml
+
+import helix_conformance
+from helix_conformance import prove
+from helix_conformance.cli import main
+from helix_conformance.coverage import SITUATIONS
+from helix_conformance.known import LAYOUTS
+from helix_conformance.protocol import PROFILES
+from helix_conformance.prove import CONFIRMED, Kill, TheoremResult
+from helix_conformance.report import restrictions
+from helix_conformance.reports import views
+from helix_conformance.reports.pages import run_page
+from helix_conformance.reports.stream import (
+    CoverageLine,
+    FailureLine,
+    Line,
+    MutantKill,
+    Proofs,
+    Record,
+    Row,
+    Settings,
+    StreamError,
+    Summary,
+    ZooVisit,
+    published_schema,
+    read_stream,
+    stream_schema,
+)
+from helix_conformance.violations import Violation
+from helix_spec import traces
+from helix_spec.configs import Config
+from helix_spec.events import Admit, Decode
+from helix_spec.traces import Trace
+
+SETTINGS = Settings(
+    command="run",
+    engine="mine:Engine",
+    suite_version="0.1.0",
+    started="2026-01-01T00:00:00+00:00",
+    python="3.11",
+    machine="x86_64",
+)
+ROWS = [
+    Row(
+        layout=name,
+        engine="mine:Engine",
+        driver="local",
+        cp_sizes=[1, 2],
+        profiles=["placement", "lengths"],
+        declared=["placement", "lengths"],
+        identifiers=[f"{name}/1:C=2,T=2"],
+        traces=400,
+        events=4000,
+        seconds=1.0,
+        verdict="pass",
+    )
+    for name in LAYOUTS
+]
+COVERED = CoverageLine(
+    engine="mine:Engine",
+    driver="local",
+    counts=dict.fromkeys(SITUATIONS, 1) | {"copy on write": 0, "empty rank": 0},
+    missed=["empty rank"],
+    impossible={"copy on write": "profile fork"},
+)
+SUMMARY = Summary(
+    engine="mine:Engine",
+    verdict="pass",
+    layouts=list(LAYOUTS),
+    profiles_checked=["placement", "lengths"],
+    profiles_not_checked=["pages"],
+    traces=2800,
+    events=28000,
+    events_per_s=4000.0,
+    known_differences=[
+        {"kind": "answers_wrongly", "does": "counts", "link": "https://x.example/1",
+         "invariant": "PAGE-1", "profile": None, "reason": None, "layout": None,
+         "status": "still fails"}
+    ],
+    missed=["empty rank"],
+)  # fmt: skip
+WHOLE: list[Line] = [SETTINGS, *ROWS, COVERED, SUMMARY]
+TRACE = Trace(
+    config=Config(layout="pr9757/1:C=2,T=1", pages=[9, 9], max_len=50),
+    events=[Admit(0, 1), Decode([0], [1])],
+)
+LEMMA = TheoremResult(
+    id="lemma", proves=["OWN-1"], verdict=CONFIRMED, kills=[Kill("wrong", {"n": 1})]
+)
+PROOFS = Proofs(
+    suite_version="0.1.0",
+    report=prove.Report(
+        [
+            TheoremResult(
+                id="lemma", proves=["OWN-1"], verdict=CONFIRMED, kills=[Kill("w", {"n": 1})]
+            )
+        ],
+        "pass",
+        [],
+        1.0,
+    ),
+)
+ZOO = ZooVisit(
+    suite_version="0.1.0",
+    tier="all",
+    seed=0,
+    score="1/1",
+    mutants=[MutantKill("twice", "PR 1", True, ["OWN-1"], 2, 3, 0.1)],
+    controls={"reference": []},
+)
+
+
+def changed(line, **values):
+    """A line with other values."""
+    return msgspec.structs.replace(line, **values)
+
+
+def red(verdict="fail", **failure):
+    """A whole run of which the first layout is red."""
+    row = changed(ROWS[0], verdict=verdict)
+    line = FailureLine(
+        **{
+            "layout": row.layout,
+            "engine": row.engine,
+            "driver": row.driver,
+            "event": 1,
+            "violations": [Violation("LEN-2", "past_len", [0], [1], 1)],
+            "trace": TRACE,
+            "trace_file": "t.json",
+            "declared": row.declared,
+            **failure,
+        }
+    )
+    return [SETTINGS, row, line, *ROWS[1:], COVERED, changed(SUMMARY, verdict=verdict)]
+
+
+def written(path: Path, lines) -> Path:
+    """The lines in a file."""
+    path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    return path
+
+
+def cases(record: Record) -> dict[str, str]:
+    """Of each case of the JUnit file what became of it."""
+    return {
+        f"{suite.name}: {case.name}": type(case.result[0]).__name__ if case.result else "pass"
+        for suite in JUnitXml.fromstring(views.junit(record))
+        for case in suite
+    }
+
+
+def test_whole_green_run_is_green_in_every_view():
+    """A whole run passes, its certificate says what was checked and what was not."""
+    record = Record([*WHOLE, PROOFS, ZOO])
+    assert ("pass", [], []) == (views.verdict(record), record.problems, record.shortcomings)
+    certificate = views.certificate(record)
+    assert list(LAYOUTS) == [layout.layout for layout in certificate.layouts]
+    assert ["pr9757/1:C=2,T=2"] == certificate.layouts[1].identifiers
+    assert ["placement", "lengths"] == certificate.profiles_checked
+    assert ["pages"] == certificate.profiles_not_checked
+    assert ("0.1.0", "mine:Engine") == (certificate.suite_version, certificate.engine)
+    assert (["lemma"], "1/1") == (certificate.proofs.theorems, certificate.zoo.score)
+    assert "PAGE-1" == certificate.known_differences[0]["invariant"]
+    assert ["empty rank"] == certificate.situations_missed
+    assert {"pass"} == set(cases(record).values())
+    assert "pass, 7 layouts, known differences" == views.badge(record)["message"]
+    page = run_page(record)
+    assert "in a whole run" in page and "not a whole one" not in page
+    assert "1 of 1 theorems confirmed" in page and "1/1" in page
+
+
+def test_what_was_not_run_is_said_to_be_so():
+    """Without proofs and zoo the certificate holds null, and the page says that they lack."""
+    record = Record(WHOLE)
+    assert (None, None) == (views.certificate(record).proofs, views.certificate(record).zoo)
+    assert 2 == run_page(record).count("for this report")
+
+
+PARTS: dict[str, tuple[list[Line], str, str]] = {
+    "no summary": (WHOLE[:-1], "error", "has no summary line"),
+    "nothing": ([], "partial", "no run of an engine"),
+    "restricted": (
+        [changed(SETTINGS, restrictions=["Only 1 of 7 layouts were played: pr9757."]), *WHOLE[1:]],
+        "partial",
+        "Only 1 of 7 layouts",
+    ),
+    "a declared profile was left out": (
+        [SETTINGS, changed(ROWS[0], declared=["placement", "lengths", "pages"]), *WHOLE[2:]],
+        "partial",
+        "declared profiles were not checked: pages",
+    ),
+    "red": (red(), "fail", "is red on before_9757 (local): fail"),
+    "an engine that died": (
+        red("error", violations=[], engine_failure="Rank 1 died."),
+        "error",
+        "before_9757 (local): error",
+    ),
+    "an untrue ledger": ([*WHOLE[:-1], changed(SUMMARY, verdict="fail")], "fail", "no longer true"),
+    "some theorems alone": (
+        [*WHOLE, changed(PROOFS, report=msgspec.structs.replace(PROOFS.report, verdict="partial"))],
+        "partial",
+        "some theorems alone",
+    ),
+    "a mutant that survived": (
+        [*WHOLE, changed(ZOO, score="0/1", mutants=[changed(ZOO.mutants[0], killed=False)])],
+        "fail",
+        "The zoo's score is 0/1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_is_never_shown_as_the_whole(name):
+    """Whatever is missing or wrong is said in every view, and there is no certificate."""
+    lines, verdict, sentence = PARTS[name]
+    record = Record(lines)
+    assert verdict == views.verdict(record)
+    with pytest.raises(views.CertificateRefused, match="There is no certificate") as refused:
+        views.certificate(record)
+    assert sentence in str(refused.value)
+    page = run_page(record)
+    assert sentence in page.replace("&#39;", "'")
+    assert "in a whole run" not in page
+    assert {"pass"} != set(cases(record).values())
+    badge = views.badge(record)
+    assert "brightgreen" != badge["color"] and not badge["message"].startswith("pass")
+    assert badge["isError"] == (verdict in ("fail", "error"))
+
+
+def test_runs_of_two_engines_have_no_certificate_together():
+    """A certificate is of one engine."""
+    other = [changed(line, engine="other") for line in (SETTINGS, SUMMARY)]
+    with pytest.raises(views.CertificateRefused, match="several engines: mine:Engine, other"):
+        views.certificate(Record([*WHOLE, other[0], *ROWS, other[1]]))
+
+
+def test_a_whole_run_may_have_parts_beside_it():
+    """A replay behind a whole run takes nothing from it; a red one does."""
+    replay = changed(SETTINGS, command="replay", restrictions=["One stored trace."])
+    beside = [*WHOLE, replay, ROWS[0], SUMMARY]
+    assert "pass" == views.verdict(Record(beside))
+    assert 7 == len(views.certificate(Record(beside)).layouts)
+    assert "fail" == views.verdict(Record([*beside[:-1], changed(SUMMARY, verdict="fail")]))
+
+
+def test_a_failure_settles_the_profiles_it_is_about():
+    """Of the profiles of a red layout those of its invariants fail, the others are unsettled."""
+    record = Record(red())
+    states = {
+        c.profile: c.state for c in views.cells(record.runs[0].rows[0], record.runs[0].failures[0])
+    }
+    assert ("unsettled", "fail", "not declared") == tuple(
+        states[profile] for profile in ("placement", "lengths", "pages")
+    )
+    assert set(PROFILES) == set(states)
+    found = cases(record)
+    prefix = "helix-conformance run mine:Engine: before_9757"
+    assert ("Skipped", "Failure") == (found[f"{prefix} placement"], found[f"{prefix} lengths"])
+
+
+class _Loads(HTMLParser):
+    """Collects what a page would load, and its scripts."""
+
+    def __init__(self):
+        super().__init__()
+        self.loaded, self.tags = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loaded += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+
+def test_a_page_is_self_contained_and_escapes_what_it_shows():
+    """No resource is named, and text of an engine stays text."""
+    evil = '</script><script src="https://x.example/a.js">'
+    lines = [changed(SETTINGS, engine=evil), *red()[1:]]
+    lines[2] = changed(lines[2], violations=[Violation("OWN-1", evil, evil, evil)], trace_file=evil)
+    page = run_page(Record(lines))
+    seen = _Loads()
+    seen.feed(page)
+    assert [] == seen.loaded
+    assert 1 == seen.tags.count("script")
+    assert "url(" not in page and "@import" not in page
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+
+
+def test_junit_takes_text_that_xml_cannot_hold():
+    """Control characters of a dying engine do not spoil the file."""
+    lines = red("error", violations=[], engine_failure="Rank 1 printed \x00\x1b[31m.")
+    assert "Error" in cases(Record(lines)).values()
+
+
+# The stream itself
+
+
+def test_the_published_schema_is_the_generated_one():
+    """`python -m helix_conformance.reports.stream` was run after the last change of a type."""
+    assert stream_schema() == published_schema()
+
+
+def test_every_line_is_as_the_schema_says(tmp_path, monkeypatch):
+    """A stranger's validator takes what a red run, proofs and the zoo write."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    words = "run --engine broken_engines:Liar --layout pr9757 --json run.jsonl"
+    assert 1 == CliRunner().invoke(main, words.split()).exit_code
+    with Path("run.jsonl").open("ab") as file:
+        file.write(b"".join(msgspec.json.encode(line) + b"\n" for line in (PROOFS, ZOO)))
+    schema = published_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    lines = [json.loads(line) for line in Path("run.jsonl").read_text().splitlines()]
+    for line in lines:
+        jsonschema.validate(line, schema)
+    jsonschema.validate(lines[2]["trace"], traces.published_schema())
+    kinds = ["settings", "row", "failure", "coverage", "summary", "proofs", "zoo"]
+    assert kinds == [line["kind"] for line in lines]
+
+
+def test_the_report_command_writes_every_view(tmp_path, monkeypatch):
+    """Files are written, the table is printed, and the certificate of a red run is refused."""
+    monkeypatch.chdir(tmp_path)
+    green, failing = written(tmp_path / "a.jsonl", WHOLE), written(tmp_path / "b.jsonl", red())
+    proofs = written(tmp_path / "p.jsonl", [PROOFS, ZOO])
+    words = ["--html", "r.html", "--junit", "r.xml", "--badge", "b.json", "--certificate", "c.json"]
+    result = CliRunner().invoke(main, ["report", str(green), str(proofs), *words])
+    assert 0 == result.exit_code, result.output
+    assert "vllm_dcp" in result.output and "zoo (all): 1/1" in result.output
+    assert "pass" == json.loads(Path("c.json").read_text())["verdict"]
+    assert 1 == json.loads(Path("b.json").read_text())["schemaVersion"]
+    assert Path("r.html").read_text().startswith("<!doctype html>")
+    Path("c.json").unlink()
+    result = CliRunner().invoke(main, ["report", str(failing), *words])
+    assert 1 == result.exit_code
+    assert "LEN-2 violated at event 1" in result.output
+    assert "There is no certificate of this stream." in result.output
+    assert not Path("c.json").exists() and "red" == json.loads(Path("b.json").read_text())["color"]
+
+
+def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
+    """A run that was killed while it wrote keeps what it had written before."""
+    path = written(tmp_path / "a.jsonl", WHOLE)
+    path.write_bytes(path.read_bytes()[:-20])
+    record = read_stream([path])
+    assert (7, None) == (len(record.runs[0].rows), record.runs[0].summary)
+    assert "error" == views.verdict(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{}", "line 1"),
+        ('{"kind": "row"}', "line 1"),
+        ("nonsense\n", "line 1"),
+        ("[" * 100_000, "line 1"),
+        (msgspec.json.encode(ROWS[0]).decode() + "\n", "a Row stands outside a run"),
+        ("\xff\n", "line 1"),
+    ],
+)
+def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
+    """A file that is none is refused with its name and line, and status 2."""
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(StreamError, match=r"x\.jsonl"):
+        read_stream([path])
+    result = CliRunner().invoke(main, ["report", str(path)])
+    assert 2 == result.exit_code
+    assert sentence in result.output.replace("\n", " ")
+
+
+def test_options_that_make_a_run_a_part():
+    """Each option that leaves something out is a sentence; none for a run without options."""
+    nothing = {"layouts": (), "cp_sizes": (), "asked": (), "examples": None, "workload": None}
+    assert [] == restrictions(nothing, 40, 7)
+    for option, value in (
+        ("layouts", ("pr9757",)),
+        ("cp_sizes", (4,)),
+        ("asked", ("lengths",)),
+        ("examples", 39),
+        ("workload", "w.jsonl"),
+    ):
+        assert 1 == len(restrictions(nothing | {option: value}, 40, 7)), option
+    assert [] == restrictions(nothing | {"examples": 40, "layouts": LAYOUTS}, 40, 7)
+
+
+def test_proofs_and_zoo_go_behind_a_run(tmp_path, monkeypatch):
+    """`--stream` of both commands appends one line that the reader takes."""
+    from helix_conformance.zoo import run as zoo_run
+
+    path = written(tmp_path / "a.jsonl", WHOLE)
+    seen = zoo_run.Zoo([zoo_run.Kill("twice", "PR 1", True, ["OWN-1"], 2, 3, 0.1)], {"ledger": []})
+    monkeypatch.setattr(zoo_run, "visit", lambda *_: seen)
+    monkeypatch.setattr(prove, "_catalog", lambda _: prove.Catalog(["lemma"], ["lemma"], []))
+    monkeypatch.setattr(prove, "_confirm", lambda *_: LEMMA)
+    for command in ("prove", "zoo"):
+        result = CliRunner().invoke(main, [command, "--stream", str(path)])
+        assert 0 == result.exit_code, result.output
+    record = read_stream([path])
+    assert "pass" == views.verdict(record)
+    assert ("pass", "1/1") == (record.proofs.report.verdict, record.zoo.score)
+
+
+def test_the_version_is_that_of_the_project():
+    """What reports name is what is built."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["version"] == helix_conformance.__version__
