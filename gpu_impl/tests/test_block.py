@@ -242,14 +242,15 @@ class Experts:
         output = roundings.summed(parts.flatten(0, 1), unit)
         return output.detach(), roundings.bound(output)
 
+    def on_this_rank(self, config: Config, ep: int) -> Tensor:
+        """The output here, on the ranks of an attention mesh used anew."""
+        mesh = repurposed(helix_mesh(config), ep)
+        return FeedForward(self.weights.shard(mesh), mesh)(self.x, self.routing)
+
     def answers(self, tp: int, cp: int, ep: int, on_ranks: OnRanks) -> list[Tensor]:
-        """Every rank's output, on the ranks of an attention mesh used anew."""
-
-        def body(rank: int) -> Tensor:
-            mesh = repurposed(helix_mesh(config(tp, cp, "float32")), ep)
-            return FeedForward(self.weights.shard(mesh), mesh)(self.x, self.routing)
-
-        return on_ranks(tp * cp, body)
+        """Every rank's output."""
+        setting = config(tp, cp, "float32")
+        return on_ranks(tp * cp, lambda rank: self.on_this_rank(setting, ep))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,0 +1,39 @@
+"""Engines that play the transformer block of `gpu_impl/tests/test_block.py` in worker processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from helix_conformance.engines.gpu import GpuEngine
+from helix_spec.events import Outcome, RankView
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "gpu_impl/tests"))
+from test_block import Experts, Setting
+
+
+class Attention(GpuEngine):
+    """Any event is the whole decode of a layer's attention; its output is the layer's."""
+
+    def start(self, config, profiles):
+        """Every rank makes the same weights and hidden states."""
+        self.config = config
+        return Outcome()
+
+    def apply(self, event):
+        """Projections, Helix attention and the sum over ranks, step by step."""
+        return Outcome(output=self._played().double().numpy())
+
+    def observe(self, ids=None):
+        """Nothing is kept."""
+        return RankView({}, {})
+
+    def _played(self):
+        return Setting(self.config).played()
+
+
+class FeedForward(Attention):
+    """Any event is the FFN on two groups of experts over the same ranks."""
+
+    def _played(self):
+        return Experts(self.config.model.dtype).on_this_rank(self.config, ep=2)

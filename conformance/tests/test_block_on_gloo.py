@@ -1,0 +1,47 @@
+"""The transformer block of helix_gpu on four gloo ranks, held to the bounds of its own tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helix_conformance.numbers import as_array
+from helix_conformance.protocol import Watch
+from helix_spec.events import Release
+
+
+def outputs(pool, monkeypatch, engine, config):
+    """What each of the pool's ranks answers with another engine."""
+    monkeypatch.setattr(pool, "engine", engine)
+    _, (_, answers), _ = pool.play(config, frozenset(), [Release(0)], Watch())
+    return [torch.from_numpy(as_array(answer.outcome.output)) for answer in answers]
+
+
+@pytest.fixture
+def block(monkeypatch):
+    """The module with the block's float64 reference."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import block_engine  # noqa: F401  # finds test_block
+    import test_block
+
+    return test_block
+
+
+@pytest.mark.parametrize(("tp", "cp"), [(1, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_with_its_projections(gpu_pool, monkeypatch, block, tp, cp, dtype):
+    """Four processes, with real groups of a DeviceMesh, are the block on one rank."""
+    config = block.config(tp, cp, dtype)
+    answers = outputs(gpu_pool, monkeypatch, "block_engine:Attention", config)
+    assert block.Setting(config).right(answers)
+
+
+def test_ffn_on_the_same_ranks(gpu_pool, monkeypatch, block):
+    """Two groups of experts over the ranks of tp 2 x cp 2 are the FFN on one rank."""
+    answers = outputs(
+        gpu_pool, monkeypatch, "block_engine:FeedForward", block.config(2, 2, "float32")
+    )
+    expected, bound = block.Experts("float32").expected(2, 2)
+    assert 4 == len(answers)
+    for answer in answers:
+        assert ((answer - expected).abs() <= bound).all()
