@@ -315,6 +315,60 @@ def show(trace_path: Path, html_path: Path | None) -> None:
         click.echo(line)
 
 
+@main.group()
+def vectors() -> None:
+    """Test vectors: cases as JSON, for engines and test runners in any language."""
+
+
+@vectors.command("export")
+@click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+def vectors_export(folder: Path) -> None:
+    """Write the vectors, their format page (FORMAT.md) and their JSON Schema into DIR."""
+    from helix_conformance.vectors.format import FORMAT_PAGE, VectorError
+    from helix_conformance.vectors.making import export
+
+    try:
+        count = len(export(folder))
+    except (VectorError, OSError) as error:
+        raise BadInput(str(error)) from error
+    click.echo(f"wrote {count} files to {folder}; begin with {folder / FORMAT_PAGE}")
+
+
+@vectors.command("check")
+@click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@_engine
+@_driver
+@_profile
+@_ranks
+@_backend
+@_deadline
+@_json
+def vectors_check(**options: Any) -> None:
+    """Run the vectors of DIR, or those shipped with this package, against an engine.
+
+    Only what the files say counts. Cases that need a profile which the engine does not declare,
+    or which was not asked for, are named as not checked. Exit status as of `run`.
+    """
+    from helix_conformance.vectors import command
+    from helix_conformance.vectors.format import VectorError
+
+    try:
+        cases = command.read(options["folder"])
+    except VectorError as error:
+        raise BadInput(str(error)) from error
+    if options["driver_name"] == "torchrun":
+        _under_torchrun(
+            options["engine"], options["ranks"], options["backend"], options["deadline"]
+        )
+    stream = Stream(options["json_path"])
+    stream.settings("vectors check", options["engine"], restrictions=command.ALONE)
+    for engine, driver_name in _tiers(options["engine"], options["driver_name"], ()):
+        with _driver_of(stream, engine, driver_name, options) as driver:
+            profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+            command.check(stream, driver, engine, cases, profiles)
+    _leave(stream.summary(options["engine"]))
+
+
 @main.command()
 @click.option(
     "--tier",

@@ -1,0 +1,390 @@
+"""Test vectors: generated from the reference, shipped as generated, and strong enough alone."""
+
+import json
+from functools import cache
+
+import jsonschema
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from helix_conformance.cli import main
+from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
+from helix_conformance.protocol import load_engine
+from helix_conformance.runs import Tally, numbers_of
+from helix_conformance.vectors.cases import MERGES
+from helix_conformance.vectors.checking import check_vector, lacking, load_vectors
+from helix_conformance.vectors.format import (
+    FORMAT_PAGE,
+    SCHEMA_FILE,
+    VectorError,
+    load_vector,
+    vector_schema,
+)
+from helix_conformance.vectors.making import SHIPPED, make_all
+from helix_conformance.zoo import run as _zoo  # registers the mutants
+from helix_conformance.zoo.parts import MUTANTS
+from helix_reference.engine import ReferenceEngine
+from helix_spec import invariants, placement
+from helix_spec.events import Accept, Admit, Decode, Fork, Merge, Reason, Release, Resume
+from helix_spec.invariants import NUMBERS
+
+BLIND = {"EQ-1"}
+"""A theorem, of no engine."""
+NO_MUTANT = {"BAL-1", "BAL-3", "PAGE-5", "ATT-2"}
+"""Invariants in no row of the zoo: engines of this file break them."""
+assert _zoo
+
+
+@cache
+def shipped():
+    """All shipped vectors."""
+    return load_vectors(SHIPPED)
+
+
+def failing(driver, vectors):
+    """The names of the vectors that an engine fails, each with the invariants that are named."""
+    found = {}
+    for vector in vectors:
+        if not lacking(vector, driver.profiles):
+            failure = check_vector(driver, vector, Tally())
+            if failure is not None:
+                found[vector.name] = numbers_of(failure)
+    return found
+
+
+def test_what_is_shipped_is_what_is_generated():
+    """Byte by byte; after a change `python -m helix_conformance.vectors` writes it anew."""
+    generated = make_all()
+    assert sorted(generated) == sorted(path.name for path in SHIPPED.iterdir())
+    stale = [name for name, data in generated.items() if data != (SHIPPED / name).read_bytes()]
+    assert [] == stale
+    assert sum(map(len, generated.values())) < 800_000
+
+
+def test_every_vector_is_valid_by_the_published_schema():
+    """The schema of the types accepts them all, and rejects an unknown field."""
+    schema = json.loads((SHIPPED / SCHEMA_FILE).read_text())
+    assert vector_schema() == schema
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in SHIPPED.glob("*.json"):
+        if path.name != SCHEMA_FILE:
+            assert [] == list(validator.iter_errors(json.loads(path.read_text()))), path
+    assert not validator.is_valid(json.loads(path.read_text()) | {"extra": 1})
+
+
+def test_the_format_page_names_every_field():
+    """Whoever reads it needs no other."""
+    page, names = (SHIPPED / FORMAT_PAGE).read_text(), set()
+    for definition in vector_schema()["$defs"].values():
+        if definition.get("title") in ("Vector", "Step", "Decoded", "Merged", "State", "Row"):
+            names |= definition["properties"].keys()
+    assert 28 <= len(names)
+    assert set() == {name for name in names if f"`{name}`" not in page}
+
+
+@pytest.mark.parametrize("engine", [ReferenceEngine, LedgerEngine])
+def test_right_engines_pass(engine):
+    """The reference, and counters that share no code with it, fail none of those meant for them."""
+    driver = LocalDriver(engine)
+    assert {} == failing(driver, shipped())
+    merges = [vector.name for vector in shipped() if vector.profiles == ["merge"]]
+    left_out = [vector.name for vector in shipped() if lacking(vector, driver.profiles)]
+    assert ([] if "merge" in driver.profiles else merges) == left_out
+
+
+def test_the_whole_implementation_passes():
+    """Real caches and attention, all ranks as threads; the longest two have no contents."""
+    driver = ThreadDriver(GpuEngine)
+    deep = [vector for vector in shipped() if not vector.name.startswith(("spec-11-1-", "walk-"))]
+    assert {} == failing(driver, deep)
+    driver.close()
+
+
+def test_expectations_agree_with_the_closed_forms():
+    """Owners, lengths and pages of every vector are those of `helix_spec.placement`."""
+    checked = 0
+    for vector in shipped():
+        if vector.refused:
+            continue
+        layout, admitted, live = vector.config.rules, 0, {}
+        for step in vector.steps:
+            if step.refused is not None:
+                continue
+            event = step.event
+            match event:
+                case Admit(id, prompt_len):
+                    shift = admitted % layout.cp_size if layout.start == "rotated" else 0
+                    admitted, live[id] = admitted + 1, (prompt_len, 0, shift)
+                case Fork(parent, child):
+                    live[child] = live[parent]
+                case Resume(id):
+                    prompt_len, steps, shift = live[id]
+                    live[id] = (prompt_len + steps, 0, shift)
+                case Release(id):
+                    del live[id]
+                case Decode(ids, query_lens):
+                    owners = []
+                    for id, query_len in zip(ids, query_lens, strict=True):
+                        prompt_len, steps, shift = live[id]
+                        owners += [
+                            placement.decode_owner(layout, prompt_len, steps + place, shift)
+                            for place in range(query_len)
+                        ]
+                        live[id] = (prompt_len, steps + query_len, shift)
+                    assert owners == step.decoded.owners, vector.name
+                    groups = dict(zip(ids, query_lens, strict=True))
+                case Accept(id, kept):
+                    prompt_len, steps, shift = live[id]
+                    live[id] = (prompt_len, steps - groups[id] + kept, shift)
+            if step.state is None:
+                continue
+            for id, lens in step.state.local_len.items():
+                assert invariants.len_1(layout, *live[id], lens), vector.name
+                assert invariants.bal_1(layout, lens), vector.name
+                for rank, table in enumerate(step.state.block_tables[id]):
+                    assert invariants.page_1(layout, *live[id], rank, table), vector.name
+                checked += 1
+    assert 1000 < checked
+
+
+def _examples(name):
+    return next(vector for vector in shipped() if vector.name == name)
+
+
+def test_worked_examples_are_in_the_set():
+    """The numbers of SPEC.md, section 11 (and of the design), written out once more by hand."""
+    owners = {
+        name: [step.decoded.owners[0] for step in _examples(name).steps if step.decoded]
+        for name in ("spec-11-2-step", "spec-11-2-position", "spec-11-1-pr9757")
+    }
+    assert [0, 0, 1, 1, 2, 2, 3, 3] == owners["spec-11-2-step"]
+    assert [2, 3, 3, 0, 0, 1, 1, 2] == owners["spec-11-2-position"]
+    assert [n // 100 for n in range(400)] == owners["spec-11-1-pr9757"]
+    lens = {
+        name: [step.state.local_len[0] for step in _examples(name).steps if step.state]
+        for name in ("spec-11-2-step", "spec-11-2-position", "spec-11-1-before_9757")
+    }
+    assert ([6, 4, 3, 2], [6, 6, 5, 4]) == (lens["spec-11-2-step"][2], lens["spec-11-2-step"][8])
+    assert [4, 4, 4, 3] == lens["spec-11-2-position"][2]
+    assert [100, 100, 100, 500] == lens["spec-11-1-before_9757"][-1]
+    capacity = [step.refused for step in _examples("spec-11-4-capacity").steps]
+    assert [Reason.OUT_OF_PAGES, None, Reason.OUT_OF_PAGES, None, None] == capacity
+    rotated = _examples("spec-11-5-rotated-start").steps[4].state.local_len
+    assert {0: [2, 2, 0, 0], 1: [0, 2, 2, 0], 2: [0, 0, 2, 2], 3: [2, 0, 0, 2]} == rotated
+
+
+@pytest.mark.parametrize("tier", ["bookkeeping", "contents", "threads"])
+def test_vectors_alone_catch_the_zoo(tier):
+    """Each wrong engine fails a vector that is there for an invariant of its row, which is named.
+
+    The one mutant of the pool tier leaves out a collective, which takes processes to see.
+    """
+    survivors, caught = [], set()
+    for mutant in MUTANTS:
+        if mutant.tier != tier:
+            continue
+        engine = load_engine(mutant.engine)
+        driver = ThreadDriver(engine) if tier == "threads" else LocalDriver(engine)
+        for vector in shipped():
+            aimed = set(vector.invariants) & set(mutant.row)
+            if aimed and not lacking(vector, driver.profiles):
+                failure = check_vector(driver, vector, Tally())
+                if failure is not None and numbers_of(failure) & set(mutant.row):
+                    caught.add(mutant.name)
+                    break
+        else:
+            survivors.append(mutant.name)
+        driver.close()
+    assert [] == survivors
+    assert 5 <= len(caught)
+
+
+class _LeansOnRankZero(LedgerEngine):
+    """Counts everything of a second request and later ones on rank 0, and claims it there."""
+
+    def observe(self, ids=None):
+        view, totals = super().observe(ids), {id: sum(t) for id, t in self._totals().items()}
+        lens = {
+            id: held if id == 0 else totals[id] * (self.rank == 0)
+            for id, held in view.local_len.items()
+        }
+        return msgspec.structs.replace(view, local_len=lens)
+
+    def _totals(self):
+        ids = self.book.ledger.ids
+        return dict(zip(ids, self.book.ledger.held(ids).tolist(), strict=True))
+
+
+class _RefusedEventsLeak(LedgerEngine):
+    """Every refused event takes a page along."""
+
+    leaked = 0
+
+    def apply(self, event):
+        outcome = super().apply(event)
+        self.leaked += outcome.reason is not None
+        return outcome
+
+    def observe(self, ids=None):
+        view = super().observe(ids)
+        return msgspec.structs.replace(view, free_pages=view.free_pages - self.leaked)
+
+
+class _Fickle(ReferenceEngine):
+    """What comes of a merge differs in its last bits from one time to the next."""
+
+    merges = 0
+
+    def apply(self, event):
+        outcome = super().apply(event)
+        if not isinstance(event, Merge):
+            return outcome
+        self.merges += 1
+        output = np.array(outcome.output) * (1 + self.merges * 2.0**-50)
+        return msgspec.structs.replace(outcome, output=output)
+
+
+def test_every_invariant_has_a_vector_that_a_wrong_engine_fails():
+    """Those of the zoo's rows by its mutants (above), the others by engines of this file."""
+    of_the_zoo = {number for mutant in MUTANTS for number in mutant.row}
+    assert set(NUMBERS) - of_the_zoo == NO_MUTANT | BLIND
+    for number in set(NUMBERS) - BLIND:
+        assert any(number in vector.invariants for vector in shipped()), number
+    for engine, numbers in (
+        (_LeansOnRankZero, {"BAL-1", "BAL-3"}),
+        (_RefusedEventsLeak, {"PAGE-5"}),
+        (_Fickle, {"ATT-2"}),
+    ):
+        for number in numbers:
+            aimed = [vector for vector in shipped() if number in vector.invariants]
+            assert failing(LocalDriver(engine), aimed), number
+
+
+def _bend(value, by):
+    """Another value of the same form: the first number in it is another."""
+    match value:
+        case [first, *rest]:
+            return [_bend(first, by), *rest]
+        case dict():
+            key = next(iter(value))
+            return value | {key: _bend(value[key], by)}
+    return value + by
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "field", "expected"),
+    [
+        ("walk-pr9757-c3-t-2", "decoded", "position_ids", {"POS-1"}),
+        ("walk-pr9757-c3-t-2", "decoded", "past_len", {"LEN-2"}),
+        ("walk-pr9757-c3-t-2", "decoded", "visible", {"LEN-3"}),
+        ("walk-pr9757-c3-t-2", "decoded", "owners", {"OWN-3"}),
+        ("walk-pr9757-c3-t-2", "decoded", "slots", {"PAGE-2"}),
+        ("walk-pr9757-c3-t-2", "state", "local_len", {"LEN-1"}),
+        ("walk-pr9757-c3-t-2", "state", "free_pages", {"PAGE-3"}),
+        ("spec-11-9-heads", "decoded", "output", {"ATT-1", "ATT-4"}),
+        ("merge-unequal", "merged", "output", {"ATT-1", "ATT-4"}),
+        ("cache-of-turns", "state", "cached", {"OWN-1"}),
+        ("cache-of-turns", "state", "unwritten_from", {"PAGE-4"}),
+    ],
+)
+def test_a_wrong_expectation_is_told_by_its_field(name, part, field, expected):
+    """A right engine fails a vector in which one number is wrong, and the rule of it is named."""
+    vector = msgspec.to_builtins(_examples(name), str_keys=True)
+    step = next(step for step in vector["steps"] if part in step)
+    step[part][field] = _bend(step[part][field], -1 if field == "unwritten_from" else 1)
+    bent = msgspec.convert(vector, type(_examples(name)), str_keys=True, strict=False)
+    failure = check_vector(LocalDriver(ReferenceEngine), bent, Tally())
+    assert failure is not None
+    assert expected <= numbers_of(failure)
+
+
+def call(*words):
+    """Run the command in this process."""
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one vector."""
+    name = "spec-11-7-copy-on-write.json"
+    (tmp_path / name).write_bytes((SHIPPED / name).read_bytes())
+    return tmp_path
+
+
+def test_export_and_check(tmp_path):
+    """What is exported is the shipped set; an engine is checked on it, and verdicts have a row."""
+    out = tmp_path / "vectors"
+    assert 0 == call("vectors", "export", out).exit_code
+    assert {path.name for path in SHIPPED.iterdir()} == {path.name for path in out.iterdir()}
+    result = call("vectors", "check", out, "--engine", "gpu-ledger", "--json", tmp_path / "r")
+    assert 0 == result.exit_code, result.output
+    summary = json.loads((tmp_path / "r").read_text().splitlines()[-1])
+    assert ("pass", len(shipped()) - len(MERGES)) == (summary["verdict"], summary["traces"])
+    (out / "mine.txt").write_text("")
+    refused = call("vectors", "export", out)
+    assert 2 == refused.exit_code
+    assert "holds mine.txt, which is not of this set" in refused.output.replace("\n", " ")
+
+
+def test_a_wrong_engine_fails_the_check(monkeypatch, folder):
+    """Status 1, the file and its notes, the violated rule, expected and observed."""
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    result = call("vectors", "check", folder, "--engine", "broken_engines:Liar")
+    assert 1 == result.exit_code, result.output
+    assert "spec-11-7-copy-on-write.json: SPEC.md, example 11.7" in result.output
+    assert "LEN-2 violated at event 3" in result.output
+    result = call("vectors", "check", folder, "--engine", "broken_engines:Raiser")
+    assert 3 == result.exit_code, result.output
+    assert "Rank 1 raised RuntimeError" in result.output
+
+
+def test_what_an_engine_does_not_declare_is_not_checked(monkeypatch, folder, tmp_path):
+    """The vector is named; a check of nothing is an error."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "shallow.py").write_text(
+        "from helix_conformance.engines.gpu import LedgerEngine\n"
+        "class Shallow(LedgerEngine):\n    profiles = frozenset({'placement'})\n"
+    )
+    result = call("vectors", "check", folder, "--engine", "shallow:Shallow")
+    assert 3 == result.exit_code, result.output
+    assert "not checked: spec-11-7-copy-on-write: the engine does not declare fork" in result.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"helix-vector/1"', '"helix-vector/2"', "line 2, field $.format: Invalid enum value"),
+        ('"layout": "pr9757', '"layout": "pr9758', "field $.layout: it is 'pr9758"),
+        ('"prompt_len":2', '"prompt_len":"2"', "field $.steps[0].event.prompt_len: Expected `int`"),
+        ('"owners":[0,0,0]', '"owners":[0,0]', "steps[3].decoded.owners: it does not have 3"),
+        ('"owners":[0,0,0]', '"owners":[0,0,5]', "steps[3].decoded.owners: a rank is not below 2"),
+        ('"free_pages":[2,3]', '"free_pages":[2]', "state.free_pages: it does not have 2"),
+        ('"past_len":[[2,0],', '"past_len":[[2],', "a count is not given for each of 2"),
+        ('"name": "spec', '"name": "sqec', "field $.name: it is 'sqec"),
+        ('"notes"', '"remarks"', "field $: Object contains unknown field `remarks`"),
+        ('"steps"', '"steps', "is not JSON"),
+    ],
+)  # fmt: skip
+def test_a_malformed_vector_is_named_by_file_line_and_field(folder, old, new, sentence):
+    """Status 2 and a sentence, before any rank starts."""
+    path = folder / "spec-11-7-copy-on-write.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(VectorError) as error:
+        load_vector(path)
+    assert str(path) in str(error.value)
+    assert sentence in str(error.value)
+    assert 2 == call("vectors", "check", folder, "--engine", "reference").exit_code
+
+
+def test_a_folder_without_vectors_is_refused(tmp_path):
+    """Status 2: nothing to check is not a pass."""
+    result = call("vectors", "check", tmp_path, "--engine", "reference")
+    assert 2 == result.exit_code
+    assert "holds no vector" in result.output
+    assert "is not a folder" in call("vectors", "check", tmp_path / "none").output
