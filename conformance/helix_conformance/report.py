@@ -85,6 +85,7 @@ class Stream:
                 event=failure.event,
                 violations=failure.violations,
                 engine_failure=failure.engine_failure,
+                rank=failure.rank,
                 trace=failure.trace,
                 trace_file=str(path),
                 declared=row.declared,
@@ -123,6 +124,7 @@ class Stream:
                 events=events,
                 events_per_s=round(events / seconds, 1) if seconds else None,
                 known_differences=known.summary(),
+                coverage=total_counts(self.coverage),
                 missed=missed_by_all(self.coverage),
                 seed=seed,
             )
@@ -156,6 +158,11 @@ def make_row(
         verdict="pass" if failure is None else failure.verdict,
         known=[difference.subject for difference in known],
     )
+
+
+def total_counts(coverage: Sequence[Coverage]) -> dict[str, int]:
+    """How often each situation was visited, by the traces of all drivers."""
+    return {name: sum(one.counts[name] for one in coverage) for name in SITUATIONS}
 
 
 def missed_by_all(coverage: Sequence[Coverage]) -> list[str]:

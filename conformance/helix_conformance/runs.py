@@ -45,6 +45,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     engine_failure: str | None = None
     """How an engine died, hung or answered garbage; then nothing else is known (LIVE-1)."""
 
+    rank: int | None = None
+    """The rank that died, hung or answered garbage."""
+
     @property
     def verdict(self) -> Literal["fail", "error"]:
         """`fail` for a difference, `error` for an engine that failed."""
@@ -134,7 +137,7 @@ def _check_bad_config(
     try:
         _, answers = next(iter(driver.play(config, profiles, [], EVERYTHING)))
     except EngineFailure as error:
-        return Failure(trace=trace, event=None, engine_failure=str(error))
+        return Failure(trace=trace, event=None, engine_failure=str(error), rank=error.rank)
     outcomes = [answer.outcome for answer in answers]
     found = known.unknown(config.layout, wrong_reasons(Reason.BAD_CONFIG, outcomes))
     told = [_told(answer) for answer in answers]
@@ -192,12 +195,17 @@ def _played(
     except EngineFailure as error:
         lived = drawn if error.event is None else drawn[: error.event + 1]
         return Failure(
-            trace=Trace(config=config, events=lived), event=error.event, engine_failure=str(error)
+            trace=Trace(config=config, events=lived),
+            event=error.event,
+            engine_failure=str(error),
+            rank=error.rank,
         )
     except GarbageError as garbage:
         at = len(seen) - 1 if seen else None
         died = EngineFailure(garbage.rank, at, f"answered garbage: {garbage}")
-        return msgspec.structs.replace(failure(died.event, []), engine_failure=str(died))
+        return msgspec.structs.replace(
+            failure(died.event, []), engine_failure=str(died), rank=garbage.rank
+        )
     finally:
         tally.traces += 1
         tally.events += len(seen)

@@ -134,6 +134,13 @@ def answered(rank, **changes):
     return answers
 
 
+def test_a_rank_that_died_is_marked():
+    """The rank that an engine failure names, in the requests of the event."""
+    failure = failing(EVENTS, [])
+    failure = msgspec.structs.replace(failure, engine_failure="Rank 1 hung.", rank=1)
+    assert [(0, 1, "Rank 1 hung.")] == [(m.request, m.rank, m.what) for m in scene(failure).marks]
+
+
 def test_right_answers_are_not_marked():
     """Nothing is wrong where nothing is wrong."""
     found = scene(failing(EVENTS, RIGHT))

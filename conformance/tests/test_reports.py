@@ -85,6 +85,7 @@ SUMMARY = Summary(
     traces=2800,
     events=28000,
     events_per_s=4000.0,
+    coverage=dict.fromkeys(SITUATIONS, 1),
     known_differences=[
         {"kind": "answers_wrongly", "does": "counts", "link": "https://x.example/1",
          "invariant": "PAGE-1", "profile": None, "reason": None, "layout": None,
@@ -416,3 +417,21 @@ def test_the_version_is_that_of_the_project():
     """What reports name is what is built."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     assert project["project"]["version"] == helix_conformance.__version__
+
+
+def test_an_engine_of_one_layout_says_so_in_its_ledger(tmp_path, monkeypatch):
+    """Layouts that must not be run are no restriction: the certificate lists them, not checked."""
+    monkeypatch.chdir(tmp_path)
+    entry = (
+        '[[difference]]\nkind = "must_not_run"\nlayout = "{}"\ndoes = "has it not"\nlink = "{}"\n'
+    )
+    others = [name for name in LAYOUTS if name != "vllm_dcp"]
+    Path("known.toml").write_text("".join(entry.format(n, "https://x.example/1") for n in others))
+    monkeypatch.setattr("helix_conformance.cli._default_examples", lambda _: 3)
+    words = "run --engine gpu-ledger --known known.toml --json run.jsonl"
+    result = CliRunner().invoke(main, words.split())
+    assert 0 == result.exit_code, result.output
+    certificate = views.certificate(read_stream([Path("run.jsonl")]))
+    assert ["vllm_dcp"] == [layout.layout for layout in certificate.layouts]
+    assert others == certificate.layouts_not_checked
+    assert 6 == len(certificate.known_differences)

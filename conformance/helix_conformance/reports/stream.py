@@ -81,6 +81,8 @@ class FailureLine(_Line, frozen=True, kw_only=True, tag="failure"):
     violations: list[Violation] = []
     engine_failure: str | None = None
     """How an engine died, hung or answered garbage (LIVE-1)."""
+    rank: int | None = None
+    """The rank that did."""
     trace: Trace
     trace_file: str
     declared: list[str] = []
@@ -112,6 +114,8 @@ class Summary(_Line, frozen=True, kw_only=True, tag="summary"):
     events: int
     events_per_s: float | None
     known_differences: list[dict[str, Any]] = []
+    coverage: dict[str, int] = {}
+    """How often each situation was visited, by the traces of all drivers."""
     missed: list[str] = []
     """Situations that no driver's traces visited, and some could have."""
     seed: int | None = None

@@ -111,6 +111,9 @@ def _marks(failure: FailureLine, model: Model, expected: Sequence[Outcome]) -> I
                     yield Wrong(id, cp_rank, None, "", what)
     assert failure.event is not None
     named = ids_of(failure.trace.events[failure.event])
+    if failure.rank is not None and failure.engine_failure is not None:
+        for id in named:
+            yield Wrong(id, failure.rank % cp, None, "", failure.engine_failure)
     for violation in failure.violations:
         if violation.rank is not None:
             ids = named if violation.request is None else [violation.request]
