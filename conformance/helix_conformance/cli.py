@@ -32,7 +32,7 @@ from helix_conformance.report import (
     restrictions,
     save_failure,
 )
-from helix_conformance.reports.command import report
+from helix_conformance.reports.command import report, write_file
 from helix_conformance.reports.stream import Row
 from helix_conformance.runs import Failure, Tally
 from helix_conformance.show import trace_text
@@ -223,9 +223,10 @@ def run(**options: Any) -> None:
             options["engine"], options["ranks"], options["backend"], options["deadline"]
         )
     tiers = _tiers(options["engine"], options["driver_name"], options["asked"])
-    fewest = min(_default_examples(driver_name) for _, driver_name in tiers)
+    most = max(_default_examples(driver_name) for _, driver_name in tiers)
+    left_out = restrictions(options, examples=most, layouts=len(LAYOUT_NAMES))
     stream = Stream(options["json_path"])
-    stream.settings("run", restrictions=restrictions(options, fewest, len(LAYOUT_NAMES)), **options)
+    stream.settings("run", restrictions=left_out, **options)
     play = _play_workload if options["workload"] else _play_random
     failures = []
     for engine, driver_name in tiers:
@@ -234,6 +235,8 @@ def run(**options: Any) -> None:
     print_table(console, stream.rows)
     names = [" ".join(tier) for tier in tiers]
     print_coverage(console, names, stream.coverage, red=bool(failures))
+    if left_out:
+        console.print(f"This is a part of a run, not a whole one. {' '.join(left_out)}")
     for row, failure, path in failures:
         name = shlex.quote(row.engine)
         replay = f"helix-conformance replay {path} --engine {name} --driver {row.driver}"
@@ -309,7 +312,7 @@ def show(trace_path: Path, html_path: Path | None) -> None:
     if html_path is not None:
         from helix_conformance.reports.pages import show_page
 
-        html_path.write_text(show_page(trace), encoding="utf-8")
+        write_file(html_path, show_page(trace).encode())
         return
     for line in trace_text(trace):
         click.echo(line)

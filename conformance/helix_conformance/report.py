@@ -22,6 +22,7 @@ from helix_conformance.protocol import LADDER, PROFILES
 from helix_conformance.reports.stream import (
     CoverageLine,
     FailureLine,
+    KnownDifference,
     Line,
     Row,
     Settings,
@@ -123,7 +124,7 @@ class Stream:
                 traces=sum(row.traces for row in self.rows),
                 events=events,
                 events_per_s=round(events / seconds, 1) if seconds else None,
-                known_differences=known.summary(),
+                known_differences=msgspec.convert(known.summary(), list[KnownDifference]),
                 coverage=total_counts(self.coverage),
                 missed=missed_by_all(self.coverage),
                 seed=seed,
@@ -171,26 +172,26 @@ def missed_by_all(coverage: Sequence[Coverage]) -> list[str]:
     return list(dict.fromkeys(m for one in coverage for m in one.missed if m not in visited))
 
 
-def restrictions(options: Mapping[str, Any], default_examples: int, whole: int) -> list[str]:
+def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> list[str]:
     """Why a run with these options is not a whole one, a sentence each.
 
-    `whole` is the number of layouts there are to play.
+    A whole one plays so many layouts, and of each so many random traces.
     """
     found = []
-    layouts, cp_sizes, asked = options["layouts"], options["cp_sizes"], options["asked"]
+    named, cp_sizes, asked = options["layouts"], options["cp_sizes"], options["asked"]
     if options["workload"]:
         found.append("A workload was replayed; no random traces were played.")
-    elif layouts and len(set(layouts)) < whole:
-        played = list(dict.fromkeys(layouts))
-        found.append(f"Only {len(played)} of {whole} layouts were played: {', '.join(played)}.")
+    elif named and len(set(named)) < layouts:
+        played = list(dict.fromkeys(named))
+        found.append(f"Only {len(played)} of {layouts} layouts were played: {', '.join(played)}.")
     if cp_sizes:
         found.append(f"Not every cp_size was played, but {', '.join(map(str, cp_sizes))}.")
     if asked:
         found.append(f"Not every profile was asked for, but {', '.join(asked)}.")
-    if options["examples"] and options["examples"] < default_examples:
+    if options["examples"] and options["examples"] < examples:
         found.append(
             f"Only {options['examples']} random traces were played of each layout; "
-            f"a whole run plays {default_examples}."
+            f"a whole run plays {examples}."
         )
     return found
 
@@ -238,15 +239,15 @@ def print_coverage(
     console: Console, drivers: Sequence[str], coverage: Sequence[Coverage], *, red: bool
 ) -> None:
     """How often each situation was visited, a column for each driver; then what was missed."""
+    console.print()
+    if red:
+        console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
+        return
     table = Table("situation", *drivers, box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for name in SITUATIONS:
         table.add_row(name, *(_count(one, name) for one in coverage))
-    console.print()
-    if red:
-        console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
-        return
     console.print(table)
     for driver, one in zip(drivers, coverage, strict=True):
         for line in coverage_text(driver, one):

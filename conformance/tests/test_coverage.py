@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
+from click.testing import CliRunner
+
+from helix_conformance.cli import main
 from helix_conformance.coverage import ALL_NEEDS, SITUATIONS, Coverage, at_hand
 from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.runs import (
@@ -129,3 +134,20 @@ def test_each_situation_is_known_when_it_occurs() -> None:
     assert "two decodes outstanding" in visited(
         [Admit(0, 1), Decode([0], [1]), Decode([0], [1])], overlap=True
     )
+
+
+def test_the_terminal_names_what_was_missed(tmp_path, monkeypatch) -> None:
+    """After a green run of few traces: counts, what was missed, and what it would have taken."""
+    monkeypatch.chdir(tmp_path)
+    words = "run --engine gpu-ledger --layout before_9757 --cp 1 --examples 3 --json run.jsonl"
+    result = CliRunner().invoke(main, words.split())
+    assert 0 == result.exit_code, result.output
+    (missed,) = [line for line in result.output.splitlines() if line.startswith("Missed by")]
+    (summary,) = [json.loads(x) for x in (tmp_path / "run.jsonl").read_text().splitlines()[-1:]]
+    assert summary["missed"] and all(name in missed for name in summary["missed"])
+    assert "empty rank" not in missed
+    assert "Impossible there without a cp_size of 2 or more" in result.output
+    assert "This is a part of a run, not a whole one. Only 1 of 7" in result.output
+    assert set(SITUATIONS) == set(summary["coverage"])
+    visited = [name for name, count in summary["coverage"].items() if count]
+    assert visited and not set(visited) & set(summary["missed"])

@@ -91,6 +91,21 @@ def test_shared_pages_name_who_shares_them():
     assert ["page 8 \u2194 7"] * 2 == [box.spot.text for box in at(first, 2, "shared")]
 
 
+def test_free_pages_are_told_at_every_stop():
+    """The pools' free pages follow the events; an engine without pages has no such line."""
+    config = Config(layout="pr9757/1:C=2,T=2", pages=[9, 3], max_len=50)
+    trace = Trace(config=config, events=[Admit(0, 3), Decode([0], [3])])
+    pools = film(trace).pools_panel
+    assert pools is not None
+    told = [{box.spot.text for box in at(pools, stop, "held")} for stop in range(3)]
+    assert [
+        {"rank 0: 9 of 9", "rank 1: 3 of 3"},
+        {"rank 0: 8 of 9", "rank 1: 2 of 3"},
+        {"rank 0: 7 of 9", "rank 1: 2 of 3"},
+    ] == told
+    assert None is film(trace, allocates=False).pools_panel
+
+
 def test_long_traces_are_thinned_around_the_failure():
     """At most so many stops and panels, the failing event and its neighbours among them."""
     config = Config(layout="pr9757/1:C=2,T=64", pages=[999] * 2, max_len=99999)

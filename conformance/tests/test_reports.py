@@ -26,6 +26,7 @@ from helix_conformance.reports.pages import run_page
 from helix_conformance.reports.stream import (
     CoverageLine,
     FailureLine,
+    KnownDifference,
     Line,
     MutantKill,
     Proofs,
@@ -87,12 +88,16 @@ SUMMARY = Summary(
     events_per_s=4000.0,
     coverage=dict.fromkeys(SITUATIONS, 1),
     known_differences=[
-        {"kind": "answers_wrongly", "does": "counts", "link": "https://x.example/1",
-         "invariant": "PAGE-1", "profile": None, "reason": None, "layout": None,
-         "status": "still fails"}
+        KnownDifference(
+            kind="answers_wrongly",
+            does="counts otherwise",
+            link="https://x.example/1",
+            status="still fails",
+            invariant="PAGE-1",
+        )
     ],
     missed=["empty rank"],
-)  # fmt: skip
+)
 WHOLE: list[Line] = [SETTINGS, *ROWS, COVERED, SUMMARY]
 TRACE = Trace(
     config=Config(layout="pr9757/1:C=2,T=1", pages=[9, 9], max_len=50),
@@ -174,7 +179,7 @@ def test_whole_green_run_is_green_in_every_view():
     assert ["pages"] == certificate.profiles_not_checked
     assert ("0.1.0", "mine:Engine") == (certificate.suite_version, certificate.engine)
     assert (["lemma"], "1/1") == (certificate.proofs.theorems, certificate.zoo.score)
-    assert "PAGE-1" == certificate.known_differences[0]["invariant"]
+    assert "PAGE-1" == certificate.known_differences[0].invariant
     assert ["empty rank"] == certificate.situations_missed
     assert {"pass"} == set(cases(record).values())
     assert "pass, 7 layouts, known differences" == views.badge(record)["message"]
@@ -343,6 +348,8 @@ def test_the_report_command_writes_every_view(tmp_path, monkeypatch):
     assert 1 == json.loads(Path("b.json").read_text())["schemaVersion"]
     assert Path("r.html").read_text().startswith("<!doctype html>")
     Path("c.json").unlink()
+    unwritable = CliRunner().invoke(main, ["report", str(green), "--html", "nowhere/r.html"])
+    assert 2 == unwritable.exit_code and "nowhere/r.html: cannot be written" in unwritable.output
     result = CliRunner().invoke(main, ["report", str(failing), *words])
     assert 1 == result.exit_code
     assert "LEN-2 violated at event 1" in result.output
@@ -366,6 +373,16 @@ def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
         ('{"kind": "row"}', "line 1"),
         ("nonsense\n", "line 1"),
         ("[" * 100_000, "line 1"),
+        (
+            msgspec.json.encode(changed(red()[2], event=2)).decode(),
+            "event is 2, and its trace has 2",
+        ),
+        (
+            msgspec.json.encode(
+                changed(red()[2], violations=[Violation("OWN-9", "made up")])
+            ).decode(),
+            "'OWN-9' is no number of an invariant",
+        ),
         (msgspec.json.encode(ROWS[0]).decode() + "\n", "a Row stands outside a run"),
         ("\xff\n", "line 1"),
     ],
@@ -384,7 +401,8 @@ def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
 def test_options_that_make_a_run_a_part():
     """Each option that leaves something out is a sentence; none for a run without options."""
     nothing = {"layouts": (), "cp_sizes": (), "asked": (), "examples": None, "workload": None}
-    assert [] == restrictions(nothing, 40, 7)
+    whole = {"examples": 40, "layouts": 7}
+    assert [] == restrictions(nothing, **whole)
     for option, value in (
         ("layouts", ("pr9757",)),
         ("cp_sizes", (4,)),
@@ -392,8 +410,8 @@ def test_options_that_make_a_run_a_part():
         ("examples", 39),
         ("workload", "w.jsonl"),
     ):
-        assert 1 == len(restrictions(nothing | {option: value}, 40, 7)), option
-    assert [] == restrictions(nothing | {"examples": 40, "layouts": LAYOUTS}, 40, 7)
+        assert 1 == len(restrictions(nothing | {option: value}, **whole)), option
+    assert [] == restrictions(nothing | {"examples": 40, "layouts": LAYOUTS}, **whole)
 
 
 def test_proofs_and_zoo_go_behind_a_run(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ class _Refused(click.ClickException):
     exit_code = 1
 
 
-class _BadStream(click.ClickException):
-    """A file that is no stream."""
+class _BadFile(click.ClickException):
+    """A file that is no stream, or cannot be written."""
 
     exit_code = 2
 
@@ -58,29 +58,37 @@ def report(
 
     Several files are read one after another: runs, proofs (`prove --stream`) and a visit to the
     zoo (`zoo --stream`) make one report. The exit status is 0 when all was written, 1 when a
-    certificate was refused, 2 when a file is no stream.
+    certificate was refused, 2 when a file is no stream or cannot be written.
     """
     from helix_conformance.reports import views
 
     try:
         record = read_stream(streams)
     except StreamError as error:
-        raise _BadStream(str(error)) from error
+        raise _BadFile(str(error)) from error
     _print(record)
     if html_path is not None:
         from helix_conformance.reports.pages import run_page
 
-        html_path.write_text(run_page(record), encoding="utf-8")
+        write_file(html_path, run_page(record).encode())
     if junit_path is not None:
-        junit_path.write_bytes(views.junit(record))
+        write_file(junit_path, views.junit(record))
     if badge_path is not None:
-        badge_path.write_bytes(_json(views.badge(record)))
+        write_file(badge_path, _json(views.badge(record)))
     if certificate_path is not None:
         try:
             certificate = views.certificate(record)
         except views.CertificateRefused as refused:
             raise _Refused(str(refused)) from refused
-        certificate_path.write_bytes(_json(certificate))
+        write_file(certificate_path, _json(certificate))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that the user asked for; what stands in the way is a sentence."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise _BadFile(f"{path}: cannot be written: {error.strerror}.") from error
 
 
 def _json(value: object) -> bytes:

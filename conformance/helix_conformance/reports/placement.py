@@ -99,6 +99,8 @@ class Film:
     pools: list[int]
     stops: list[Stop]
     panels: list[Panel]
+    pools_panel: Panel | None
+    """Free pages of each rank; None beside an engine that does not allocate."""
     first_shown: int
     """The stop to begin with: where it fails, else the last."""
     events: int
@@ -121,7 +123,7 @@ def film(
     """
     chosen = _chosen(len(trace.events), at)
     model = Model(trace.config, features, allocates=allocates)
-    stops, frames = [Stop(None, "before the first event")], [_Frame({}, {})]
+    stops, frames = [Stop(None, "before the first event")], [_frame(model)]
     seen: dict[int, None] = {}
     for index, event in enumerate(trace.events):
         reason = model.apply(event)
@@ -143,6 +145,7 @@ def film(
         list(trace.config.pages),
         stops,
         panels,
+        _pools(frames, trace.config.pages) if allocates else None,
         shown,
         len(trace.events),
         len(seen),
@@ -209,7 +212,8 @@ class _State:
 @dataclass(frozen=True, slots=True)
 class _Frame:
     requests: Mapping[int, _State]
-    free: Mapping[int, int]
+    free: Sequence[int]
+    """Free pages of each rank's pool."""
 
 
 def _frame(model: Model) -> _Frame:
@@ -223,7 +227,7 @@ def _frame(model: Model) -> _Frame:
         id: _state(id, request, holders, new.get(id), model.layout.tokens_per_block)
         for id, request in model.requests.items()
     }
-    return _Frame(states, {rank: len(pool.free) for rank, pool in enumerate(model.pools)})
+    return _Frame(states, [len(pool.free) for pool in model.pools])
 
 
 id_of = id
@@ -345,15 +349,12 @@ def _panel(
     id: int, frames: Sequence[_Frame], cp: int, t: int, wrong: Sequence[Wrong], shown: int
 ) -> Panel:
     states = [frame.requests.get(id) for frame in frames]
-    most = [
-        max(
-            1,
-            *(len(state.ranks[rank]) for state in states if state is not None),
-            *(1 + (w.local_index or 0) // t for w in wrong if w.rank == rank),
-            1,
-        )
-        for rank in range(cp)
-    ]
+    most = [1] * cp
+    for state in states:
+        if state is not None:
+            most = [max(room, len(pages)) for room, pages in zip(most, state.ranks, strict=True)]
+    for mark in wrong:
+        most[mark.rank] = max(most[mark.rank], 1 + (mark.local_index or 0) // t)
     grid = _Grid(t, most)
     track = _Track(len(frames))
     for stop, state in enumerate(states):
@@ -366,6 +367,22 @@ def _panel(
     last = next((state for state in reversed(states) if state is not None), None)
     summary = "" if last is None else _words(id, last)
     return Panel(id, max(width, 420), height, track.end(), summary)
+
+
+def _pools(frames: Sequence[_Frame], sizes: Sequence[int]) -> Panel:
+    """The free pages of each rank, in words, six ranks a line."""
+    track = _Track(len(frames))
+    for stop, frame in enumerate(frames):
+        content: dict[_Place, Spot] = {}
+        for rank, (free, size) in enumerate(zip(frame.free, sizes, strict=False)):
+            line, column = divmod(rank, 6)
+            words, kind = f"rank {rank}: {free} of {size}", "held" if free else "words empty"
+            content["free", rank] = Spot(_LABEL + 128 * column, 18 * line, 120, 18, words, "", kind)
+        content["head",] = Spot(0, 0, _LABEL, 18, "free pages", "", "head")
+        track.frame(stop, content)
+    summary = ", ".join(f"rank {rank} {free}" for rank, free in enumerate(frames[-1].free))
+    width, height = _LABEL + 128 * min(6, len(sizes)), 18 * -(-len(sizes) // 6) + 4
+    return Panel(-1, width, height, track.end(), f"Free pages: {summary}.")
 
 
 _Content = Iterator[tuple[_Place, Spot]]

@@ -19,6 +19,7 @@ import msgspec
 from helix_conformance.protocol import Answer
 from helix_conformance.prove import Report as ProofReport
 from helix_conformance.violations import Violation
+from helix_spec.invariants import NUMBERS
 from helix_spec.traces import Trace, unindented
 
 Verdict: TypeAlias = Literal["pass", "fail", "error"]
@@ -90,6 +91,19 @@ class FailureLine(_Line, frozen=True, kw_only=True, tag="failure"):
     """What each rank answered to that event, outputs and cached rows left out."""
 
 
+class KnownDifference(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of the engine's ledger, and what became of it in the run."""
+
+    kind: str
+    does: str
+    link: str
+    status: str
+    invariant: str | None = None
+    profile: str | None = None
+    reason: str | None = None
+    layout: str | None = None
+
+
 class CoverageLine(_Line, frozen=True, kw_only=True, tag="coverage"):
     """How often one driver's traces visited the situations that matter."""
 
@@ -113,7 +127,7 @@ class Summary(_Line, frozen=True, kw_only=True, tag="summary"):
     traces: int
     events: int
     events_per_s: float | None
-    known_differences: list[dict[str, Any]] = []
+    known_differences: list[KnownDifference] = []
     coverage: dict[str, int] = {}
     """How often each situation was visited, by the traces of all drivers."""
     missed: list[str] = []
@@ -286,9 +300,11 @@ def read_stream(paths: Iterable[Path]) -> Record:
             if not text.strip():
                 continue
             try:
-                lines.append(_DECODER.decode(text))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                whole = isinstance(error, msgspec.ValidationError) or text.endswith(b"\n")
+                lines.append(_sound(_DECODER.decode(text)))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, StreamError) as error:
+                whole = isinstance(error, (msgspec.ValidationError, StreamError)) or text.endswith(
+                    b"\n"
+                )
                 if not whole and number == len(raw):
                     break
                 raise StreamError(f"{path}, line {number}: {error}.") from error
@@ -296,6 +312,18 @@ def read_stream(paths: Iterable[Path]) -> Record:
         return Record(lines)
     except StreamError as error:
         raise StreamError(f"{', '.join(map(str, paths))}: {error}.") from error
+
+
+def _sound(line: Line) -> Line:
+    """The line, when what it refers to is there. Raises StreamError."""
+    if isinstance(line, FailureLine):
+        events = len(line.trace.events)
+        if line.event is not None and not 0 <= line.event < events:
+            raise StreamError(f"event is {line.event}, and its trace has {events} events")
+        unknown = {v.invariant for v in line.violations} - set(NUMBERS)
+        if unknown:
+            raise StreamError(f"{min(unknown)!r} is no number of an invariant")
+    return line
 
 
 def stream_schema() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from helix_conformance.report import failure_text
 from helix_conformance.reports.stream import (
     CoverageLine,
     FailureLine,
+    KnownDifference,
     Proofs,
     Record,
     Row,
@@ -213,7 +214,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     layouts_not_checked: list[str]
     profiles_checked: list[str]
     profiles_not_checked: list[str]
-    known_differences: list[dict[str, Any]]
+    known_differences: list[KnownDifference]
     proofs: ProofsChecked | None
     zoo: ZooScore | None
     coverage: list[CoverageLine]
