@@ -9,52 +9,40 @@ decode, reduction into the send buffer, and after an exchange by copy the merge 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import helix_gpu.cache
 from helix_conformance import runs
 from helix_conformance.drivers.threads import ThreadDriver
 from helix_conformance.engines import gpu
 from helix_conformance.report import failure_text
 from helix_conformance.strategies import LAYOUT_NAMES
-from helix_gpu.cache import DecodeStep, HelixCache
-from helix_gpu.kernels.step import StepBuffers, attend_shard, merge_shards
-from helix_gpu.rope import rotate
+from helix_gpu.kernels import merge, step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_TURN = threading.Lock()
 
 
-class KernelCache(HelixCache):
+class KernelEngine(gpu.GpuEngine):
     """`HelixCache` whose steps are the kernels'."""
 
-    def attend(self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `HelixCache.attend`."""
-        model, ranks, pool = self.config.model, self.book.layout.cp_size, self.pool[layer]
-        rows, t = len(step.lengths), pool.shape[2]
-        wire = getattr(torch, model.partial_dtype) if ranks > 1 else torch.float32
-        slots = torch.full((rows,), -1, dtype=torch.int64, device=self.device)
-        slots[step.own] = step.own_pages * t + step.own_offsets
-        buffers = StepBuffers.allocate(
-            rows, self.q_heads, self.kv_heads, model.head_dim, ranks=ranks, longest=512,
-            dtype=self.dtype, wire=wire, device=self.device,
-        )  # fmt: skip
+    backend = "triton"
+
+
+def in_turn(launch: Callable[..., None]) -> Callable[..., None]:
+    """Launches by one thread at a time."""
+
+    def locked(*args: Any, **kwargs: Any) -> None:
         with IN_TURN:
-            attend_shard(
-                buffers, rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin), v, pool,
-                slots, step.tables, step.lengths,
-            )  # fmt: skip
-        buffers = dataclasses.replace(buffers, received=self._exchange(buffers.send))
-        with IN_TURN:
-            return merge_shards(buffers)[: len(step.book.rows)]
+            launch(*args, **kwargs)
+
+    return locked
 
 
 def main() -> None:
@@ -65,9 +53,10 @@ def main() -> None:
     parser.add_argument("--cp", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--out", type=Path, help="also write JSON here")
     arguments = parser.parse_args()
-    helix_gpu.cache.HelixCache = KernelCache  # type: ignore[misc]
+    step.attend_shard = in_turn(step.attend_shard)
+    merge.merge_received = in_turn(merge.merge_received)
     gpu._device = lambda: DEVICE
-    driver = ThreadDriver(gpu.GpuEngine)
+    driver = ThreadDriver(KernelEngine)
     profiles = runs.profiles_to_check(driver.profiles, ())
     print(f"{DEVICE}; profiles {', '.join(sorted(profiles))}", flush=True)
     begun, rows = time.monotonic(), list[dict[str, Any]]()

@@ -42,6 +42,12 @@ class RankStep:
     pad: int
     """Dummy requests behind the n."""
 
+    @classmethod
+    def of_dummies(cls, pad: int) -> RankStep:
+        """A step without tokens."""
+        none = np.zeros(0, dtype=np.int64)
+        return cls(none, none, none.astype(bool), none, none, none, [], [], pad)
+
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from helix_gpu.refusals import check_config
 from helix_gpu.rope import rope_table, rotate
 from helix_spec.configs import Config
 
+if TYPE_CHECKING:
+    from helix_gpu.kernels.step import StepBuffers
+
+Backend = Literal["torch", "triton"]
 PromptKV = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From int64 positions [n] to K (not yet rotated) and V, each [layers, n, kv_heads, head_dim].
 
@@ -34,18 +38,21 @@ class DecodeStep:
     """A decode step, or a piece of a prompt, begun: what each of this rank's layers needs.
 
     `book` says where the new tokens are. The tensors lie on the cache's device and have a row for
-    each new token, then one for each dummy request, which has position 0 and sees nothing.
+    each new token, then one for each dummy request, which has position 0, sees nothing and is
+    written nowhere.
     """
 
     book: RankStep
+    outputs: int
+    """Rows that `attend` returns: those of the new tokens."""
     cos: Tensor
     sin: Tensor
     tables: Tensor
     lengths: Tensor
-    own: Tensor
-    """int64: rows of the new tokens that are on this rank."""
-    own_pages: Tensor
-    own_offsets: Tensor
+    slots: Tensor
+    """int64: where each row's K and V are written, -1 where that is not on this rank."""
+    buffers: StepBuffers | None
+    """What the kernels write on the way."""
 
 
 class HelixCache:
@@ -70,12 +77,22 @@ class HelixCache:
     that change something raise Refused before they do, the same on all ranks, and ValueError
     for tensors of the wrong shape or type. `exchange` stands in for the group's all-to-all.
 
+    `backend` says what attends: `torch` (only on the CPU, where it is the default) or `triton`, the
+    kernels of `helix_gpu.kernels`. Their steps wait for nothing on the host, and can be captured in
+    a CUDA graph: see `reserve` and `helix_gpu.graphs`.
+
     The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often
     aborts a process that still refers to a gloo group when it exits.
     """
 
     @classmethod
-    def on(cls, config: Config, mesh: DeviceMesh, make_exchange: MakeExchange = all_to_all) -> Self:
+    def on(
+        cls,
+        config: Config,
+        mesh: DeviceMesh,
+        make_exchange: MakeExchange = all_to_all,
+        backend: Backend | None = None,
+    ) -> Self:
         """The share of this process on a mesh of axes ("tp", "cp"), as `helix_mesh` makes it.
 
         `make_exchange` is one of `helix_gpu.exchange`. Raises Refused(bad_config), and ValueError
@@ -86,7 +103,13 @@ class HelixCache:
         exchange = None
         if config.rules.cp_size > 1:
             exchange = make_exchange(mesh.get_group("cp"), config.model)
-        return cls(config, rank=slice_of(mesh), device=mesh.device_type, exchange=exchange)
+        return cls(
+            config,
+            rank=slice_of(mesh),
+            device=mesh.device_type,
+            exchange=exchange,
+            backend=backend,
+        )
 
     def __init__(
         self,
@@ -96,6 +119,7 @@ class HelixCache:
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         exchange: Exchange | None = None,
+        backend: Backend | None = None,
     ) -> None:
         check_config(config)
         if not 0 <= rank < config.world_size:
@@ -125,6 +149,10 @@ class HelixCache:
         With a latent cache [layers, pages, 1, tokens_per_block, 1, latent_dim + rope_dim].
         """
         self._exchange = exchange or _group_exchange(config, group, self.book.cp_rank)
+        self.backend: Backend = backend or ("torch" if self.device.type == "cpu" else "triton")
+        if self.backend == "torch" and self.device.type != "cpu":
+            raise ValueError(f"The backend torch attends on the CPU alone, not on {self.device}.")
+        self._reserved: dict[int, DecodeStep] = {}
 
     @property
     def request_ids(self) -> list[int]:
@@ -223,16 +251,19 @@ class HelixCache:
         model, rows, pool = self.config.model, len(step.lengths), self.pool[layer]
         self._check("Q", q, (rows, self.q_heads, model.key_dim))
         self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
-        pool[step.own_pages, 0, step.own_offsets] = self._cached(
-            rotate(k, step.cos, step.sin)[step.own]
-        )
+        q, k = rotate(q, step.cos, step.sin), self._cached(rotate(k, step.cos, step.sin))
+        v = None if v is None else self._cached(v)
+        if step.buffers is not None:
+            return self._launch(step, step.buffers, pool, q, k, v)[: step.outputs]
+        own, t = (step.slots >= 0).nonzero()[:, 0], pool.shape[2]
+        page, offset = step.slots[own] // t, step.slots[own] % t
+        pool[page, 0, offset] = k[own]
         if v is not None:
-            pool[step.own_pages, 1, step.own_offsets] = self._cached(v[step.own])
+            pool[page, 1, offset] = v[own]
         output, lse = attend_pages(
-            rotate(q, step.cos, step.sin), pool, step.tables, step.lengths,
-            scale=model.scale, value_dim=model.value_dim,
-        )  # fmt: skip
-        return self.combine(output, lse)[: len(step.book.rows)]
+            q, pool, step.tables, step.lengths, scale=model.scale, value_dim=model.value_dim
+        )
+        return self.combine(output, lse)[: step.outputs]
 
     @torch.no_grad()
     def combine(self, output: Tensor, lse: Tensor) -> Tensor:
@@ -250,6 +281,20 @@ class HelixCache:
             partials = unpack(received, len(lse), self.q_heads // cp_size, model.value_dim, wire)
         merged, _ = merge(*partials)
         return merged.to(self.dtype)
+
+    @torch.no_grad()
+    def reserve(self, rows: int) -> DecodeStep:
+        """A step of `rows` dummies, in whose buffers every later step of so many rows begins.
+
+        Capture `attend` over it in a CUDA graph, with every rank alike, and replay the graph after
+        each `begin` of `rows` new tokens and dummies in all: its tensors then say where this step's
+        tokens are. `attend` returns all `rows` for it. Tables are made for the longest request
+        that the configuration allows. Reserving again gives the same buffers.
+        """
+        if rows not in self._reserved:
+            t, pages = self.book.layout.tokens_per_block, self.pool.shape[1]
+            self._reserved[rows] = self._blank(rows, min(pages, -(-self.config.max_len // t)))
+        return self._reserved[rows]
 
     @torch.no_grad()
     def decode(
@@ -331,22 +376,77 @@ class HelixCache:
         return self._begun(book)
 
     def _begun(self, book: RankStep) -> DecodeStep:
-        pad = book.pad
-        model, t = self.config.model, self.book.layout.tokens_per_block
-        positions = self._put(np.pad(book.position_ids, (0, pad)))
+        """The tensors of a step, in the buffers reserved for its number of rows if there are."""
+        tokens, pad = len(book.rows), (0, book.pad)
+        width = -(-int(book.visible.max()) // self.book.layout.tokens_per_block)
+        step = self._reserved.get(tokens + book.pad) or self._blank(tokens + book.pad, width)
+        model = self.config.model
+        positions = self._put(np.pad(book.position_ids, pad))
         cos, sin = rope_table(positions, model.rope_dim, model.rope_base)
-        width = -(-int(book.visible.max()) // t)
-        own = book.active.nonzero()[0]
+        step.cos.copy_(cos)
+        step.sin.copy_(sin)
+        step.lengths.copy_(self._put(np.pad(book.visible, pad)))
+        step.slots.copy_(self._put(np.pad(book.slots, pad, constant_values=-1)))
+        tables = self.book.tables.read(book.rows, width).astype(np.int32)
+        step.tables[:tokens, :width] = self._put(tables)
+        return replace(step, book=book, outputs=tokens)
+
+    def _blank(self, rows: int, width: int) -> DecodeStep:
+        """Buffers of a step that does nothing yet: `rows` dummies, tables of `width` pages."""
+        half = self.config.model.rope_dim // 2
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
         return DecodeStep(
-            book,
-            cos,
-            sin,
-            tables=self._put(np.pad(self.book.tables.read(book.rows, width), ((0, pad), (0, 0)))),
-            lengths=self._put(np.pad(book.visible, (0, pad))),
-            own=self._put(own),
-            own_pages=self._put(book.slots[own] // t),
-            own_offsets=self._put(book.slots[own] % t),
+            RankStep.of_dummies(rows),
+            outputs=rows,
+            cos=zeros(rows, 1, half, dtype=torch.float32),
+            sin=zeros(rows, 1, half, dtype=torch.float32),
+            tables=zeros(rows, width, dtype=torch.int32),
+            lengths=zeros(rows, dtype=torch.int64),
+            slots=zeros(rows, dtype=torch.int64) - 1,
+            buffers=self._step_buffers(rows, width) if self.backend == "triton" else None,
         )
+
+    def _step_buffers(self, rows: int, width: int) -> StepBuffers:
+        from helix_gpu.kernels.step import StepBuffers
+
+        model, ranks = self.config.model, self.book.layout.cp_size
+        return StepBuffers.allocate(
+            rows,
+            self.q_heads,
+            -(-self.q_heads // 64) if model.latent else self.kv_heads,
+            model.value_dim,
+            ranks=ranks,
+            longest=width * self.book.layout.tokens_per_block,
+            dtype=self.dtype,
+            # One rank sends nothing: what it merges with nothing is not rounded for the way.
+            wire=getattr(torch, model.partial_dtype) if ranks > 1 else torch.float32,
+            device=self.device,
+        )
+
+    def _launch(
+        self,
+        step: DecodeStep,
+        buffers: StepBuffers,
+        pool: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+    ) -> Tensor:
+        """One layer by the kernels: nothing here waits for the device, or reads from it."""
+        from helix_gpu.kernels.merge import merge_received
+        from helix_gpu.kernels.step import attend_shard
+
+        model = self.config.model
+        attend_shard(
+            buffers, q, k, v, pool, step.slots, step.tables, step.lengths,
+            scale=model.scale, wide=model.product_dtype != model.dtype,
+        )  # fmt: skip
+        output = torch.empty_like(buffers.output)  # layers share the buffers, not their results
+        merge_received(self._exchange(buffers.send), output, buffers.lse, buffers.wire)
+        return output
 
     def _slots(self, table: list[int], index: Ints) -> tuple[Tensor, Tensor]:
         """Page and offset of these local indices."""
@@ -356,7 +456,7 @@ class HelixCache:
     def _clear(self, pages: list[int]) -> None:
         """With `poison`, fill pages just taken with NaN: whoever reads an unwritten slot shows."""
         if self.config.poison and pages:
-            self.pool[:, pages] = torch.nan
+            self.pool[:, self._put(np.array(pages))] = torch.nan
 
     def _copy(self, copies: list[PageCopy]) -> None:
         """Copy on write, before anything is appended; slots not yet used stay as they are."""
@@ -370,7 +470,11 @@ class HelixCache:
             self.pool[:, targets, :, offsets] = self.pool[:, sources, :, offsets]
 
     def _put(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        """A copy on the device, which the host does not wait for."""
+        there = torch.from_numpy(array)
+        if self.device.type == "cpu":
+            return there
+        return there.pin_memory().to(self.device, non_blocking=True)
 
     def _cached(self, rows: Tensor) -> Tensor:
         """K or V in the type in which it is cached."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,18 @@ def rope_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor
     a float32 angle is off by a tenth of a radian at a million tokens; cosine and sine are rounded
     once.
     """
-    # Powers come from the host, so that a GPU's own pow cannot tell the ranks' tables apart.
-    frequencies = [base ** (-2 * d / dim) for d in range(dim // 2)]
-    inv_freq = torch.tensor(frequencies, dtype=torch.float64, device=positions.device)
-    angles = positions.to(torch.float64)[:, None, None] * inv_freq
+    angles = positions.to(torch.float64)[:, None, None] * _inv_freq(dim, base, positions.device)
     return angles.cos().float(), angles.sin().float()
+
+
+@cache
+def _inv_freq(dim: int, base: float, device: torch.device) -> Tensor:
+    """The frequencies on a device, where they stay: a copy from the host would wait for it.
+
+    Powers come from the host, so that a GPU's own pow cannot tell the ranks' tables apart.
+    """
+    frequencies = [base ** (-2 * d / dim) for d in range(dim // 2)]
+    return torch.tensor(frequencies, dtype=torch.float64, device=device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

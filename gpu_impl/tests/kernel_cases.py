@@ -185,9 +185,9 @@ def test_decode_against_float64(
         torch.testing.assert_close(lse, plain_lse, rtol=1e-5, atol=1e-5)
 
 
-def small_blocks(block: int) -> Callable[[int, torch.dtype], DecodeSettings]:
+def small_blocks(block: int) -> Callable[..., DecodeSettings]:
     """Stands in for `decode_settings`, so that few keys fill several blocks."""
-    return lambda head_dim, dtype: DecodeSettings(block=block, warps=4, stages=2)
+    return lambda head_dim, dtype, cached: DecodeSettings(block=block, warps=4, stages=2)
 
 
 def poisoned(shape: Sequence[int], *, dtype: torch.dtype, device: Any) -> Tensor:

@@ -56,7 +56,7 @@ class _Table:
             mine = next((r for r in self.rounds if rank not in r), None)
             if mine is None:
                 self.rounds.append(mine := {})
-            mine[rank] = send
+            mine[rank] = send.clone()  # the sender may go on and use its buffer again
             self.changed.notify_all()
             while len(mine) < len(self.ranks):
                 missing = self.left - mine.keys()

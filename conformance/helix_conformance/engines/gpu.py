@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from helix_gpu.cache import DecodeStep, PromptKV
+    from helix_gpu.cache import Backend, DecodeStep, PromptKV
     from helix_gpu.exchange import Exchange, MakeExchange
 
 CHUNK: Final = 5
@@ -107,6 +107,8 @@ class GpuEngine:
     """By cp_size, the group of each tp_rank."""
     exchange: Exchange | None = None
     """Stands in for the group's all-to-all, where the ranks are threads of one process."""
+    backend: ClassVar[Backend | None] = None
+    """What attends, where it is not the device's default."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -139,7 +141,13 @@ class GpuEngine:
             if cp_size > 1 and exchange is None:
                 group = self.cp_groups[cp_size][self.rank // cp_size]
                 exchange = self.make_exchange()(group, config.model)
-            self.cache = HelixCache(config, rank=self.rank, device=_device(), exchange=exchange)
+            self.cache = HelixCache(
+                config,
+                rank=self.rank,
+                device=_device(),
+                exchange=exchange,
+                backend=self.backend,
+            )
         except Refused as refused:
             return Outcome(refused.reason)
         self.config = config

@@ -122,8 +122,7 @@ class InactiveSkipsQuery(OverCache):
     class Cache(HelixCache):
         def _start(self, plan: Step) -> DecodeStep:
             step = super()._start(plan)
-            owns = torch.zeros(len(step.cos), 1, 1, dtype=torch.bool)
-            owns[step.own] = True
+            owns = (step.slots >= 0)[:, None, None]
             cos, sin = step.cos.where(owns, 1), step.sin.where(owns, 0)
             return dataclasses.replace(step, cos=cos, sin=sin)
 
@@ -175,12 +174,9 @@ class InactiveWritesSilently(OverCache):
             rows = np.flatnonzero(index % t + step.book.active)  # a page begun, or its own token
             pages = self.book.tables.page(step.book.rows[rows], index[rows] // t)
             assert here >= 0
-            return dataclasses.replace(
-                step,
-                own=self._put(rows),
-                own_pages=self._put(pages),
-                own_offsets=self._put(index[rows] % t),
-            )
+            slots = step.slots.clone()
+            slots[self._put(rows)] = self._put(pages * t + index[rows] % t)
+            return dataclasses.replace(step, slots=slots)
 
     cache_class = Cache
 
@@ -194,8 +190,7 @@ class LastLayerNotAppended(OverCache):
             self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
         ) -> Tensor:
             if layer and layer == self.config.model.layers - 1:
-                none = step.own[:0]
-                step = dataclasses.replace(step, own=none, own_pages=none, own_offsets=none)
+                step = dataclasses.replace(step, slots=torch.full_like(step.slots, -1))
             return super().attend(step, layer, q, k, v)
 
     cache_class = Cache
@@ -245,14 +240,8 @@ class GraphReplaysStaleFlags(OverCache):
             step = super()._start(plan)
             if not hasattr(self, "captured"):
                 self.captured: dict[int, Tensor] = {}
-            kept = self.captured.setdefault(len(step.lengths), step.own)
-            both = torch.isin(step.own, kept)
-            return dataclasses.replace(
-                step,
-                own=step.own[both],
-                own_pages=step.own_pages[both],
-                own_offsets=step.own_offsets[both],
-            )
+            kept = self.captured.setdefault(len(step.slots), step.slots >= 0)
+            return dataclasses.replace(step, slots=step.slots.where(kept, -1))
 
     cache_class = Cache
 
@@ -263,19 +252,13 @@ class StalePaddingSlots(OverCache):
 
     class Cache(HelixCache):
         def _start(self, plan: Step) -> DecodeStep:
-            step, t = super()._start(plan), self.book.layout.tokens_per_block
+            step = super()._start(plan)
             if not hasattr(self, "buffer"):
                 self.buffer = np.full(64, -1)
             n = len(step.book.slots)
             self.buffer[:n] = step.book.slots
-            rows = np.flatnonzero(self.buffer[: n + plan.pad] >= 0)
-            slots = self.buffer[rows]
-            return dataclasses.replace(
-                step,
-                own=self._put(rows),
-                own_pages=self._put(slots // t),
-                own_offsets=self._put(slots % t),
-            )
+            slots = self._put(self.buffer[: n + plan.pad].copy())
+            return dataclasses.replace(step, slots=slots)
 
     cache_class = Cache
 
@@ -287,16 +270,12 @@ class DummyWritesLivePages(OverCache):
     class Cache(HelixCache):
         def _start(self, plan: Step) -> DecodeStep:
             step = super()._start(plan)
-            n, zeros = len(step.book.rows), step.own.new_zeros(plan.pad)
+            n, t = len(step.book.rows), self.book.layout.tokens_per_block
             rows = np.arange(n, n + plan.pad)
             self.book.tables.begin(n + plan.pad, [])  # a row for each of the largest batch
             pages = self.book.tables.read(rows, 1)[:, 0]
-            return dataclasses.replace(
-                step,
-                own=torch.cat([step.own, self._put(rows)]),
-                own_pages=torch.cat([step.own_pages, self._put(pages)]),
-                own_offsets=torch.cat([step.own_offsets, zeros]),
-            )
+            slots = torch.cat([step.slots[:n], self._put(pages * t)])
+            return dataclasses.replace(step, slots=slots)
 
     cache_class = Cache
 

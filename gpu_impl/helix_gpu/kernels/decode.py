@@ -23,7 +23,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     out_split, out_row, lse_split, lse_row,
     group, head_blocks,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: up to BLOCK_HEADS query heads of one KV head, one split, one row.
 
@@ -78,7 +78,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         total = total * fade + tl.sum(weights, 1)
 
         values = tl.load(keys_at + pool_part, mask=readable, other=0.0).to(q.dtype.element_ty)
-        if UPCAST:
+        if UPCAST or WIDE:
             values = values.to(tl.float32)
         weights = weights.to(values.dtype)
         output = tl.dot(weights, values, output * fade[:, None], input_precision="ieee")
@@ -98,6 +98,7 @@ def decode(
     partial_lse2: Tensor,
     *,
     scale: float | None = None,
+    wide: bool = False,
     settings: DecodeSettings | None = None,
 ) -> None:
     """Attention of `q` over the first `lengths[i]` slots of each row, in S splits.
@@ -105,7 +106,8 @@ def decode(
     `q` [n, q_heads, head_dim]; `pool` [pages, 2, tokens_per_block, kv_heads, head_dim], K then
     V, of q's type or of 8 bits, of any strides with the last 1; `tables` [n, width] integers,
     page numbers in local order, read no further than the length; `lengths` [n] integers below
-    2**31, contiguous. Scores are scaled by `scale`, 1 / sqrt(head_dim) by default.
+    2**31, contiguous. Scores are scaled by `scale`, 1 / sqrt(head_dim) by default. Probabilities
+    meet V in q's type, where `wide` in float32, which matrix units do not multiply.
 
     Writes the splits' normalised outputs to `partial_out` float32 [S, n, q_heads, head_dim] and
     their log-sum-exps *to base 2* to `partial_lse2` float32 [S, n, q_heads], both contiguous.
@@ -119,7 +121,8 @@ def decode(
     n, q_heads, head_dim = q.shape
     kv_heads = pool.shape[3]
     group, splits = q_heads // kv_heads, partial_out.shape[0]
-    settings = settings or decode_settings(head_dim, q.dtype)
+    product = torch.float32 if wide else q.dtype
+    settings = settings or decode_settings(head_dim, product, pool.dtype)
     block_heads = settings.heads_of(group)
     head_blocks = -(-group // block_heads)
     scale = head_dim**-0.5 if scale is None else scale
@@ -135,6 +138,6 @@ def decode(
         DIM=head_dim, PADDED_DIM=max(16, power_of_2(head_dim)), TOKENS_PER_PAGE=pool.shape[2],
         BLOCK=settings.block, BLOCK_HEADS=block_heads,
         # The interpreter multiplies the bit patterns of bfloat16 (Triton 3.6 and 3.9).
-        UPCAST=interpreted(decode_kernel) and q.dtype == torch.bfloat16,
+        UPCAST=interpreted(decode_kernel) and q.dtype == torch.bfloat16, WIDE=wide,
         num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=FUSION,
     )  # fmt: skip

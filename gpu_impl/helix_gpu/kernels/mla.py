@@ -21,7 +21,7 @@ def mla_kernel(  # type: ignore[no-untyped-def]
     out_split, out_row, lse_split, lse_row,
     heads,
     LATENT: tl.constexpr, ROPE: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_HEADS query heads, one split, one row; see `decode_kernel`.
 
@@ -66,7 +66,7 @@ def mla_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - new_top[:, None])
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 1)
-        if UPCAST:
+        if UPCAST or WIDE:
             values = values.to(tl.float32)
         weights = weights.to(values.dtype)
         output = tl.dot(weights, values, output * fade[:, None], input_precision="ieee")
@@ -87,6 +87,7 @@ def decode_latent(
     partial_lse2: Tensor,
     *,
     scale: float,
+    wide: bool = False,
     settings: DecodeSettings | None = None,
 ) -> None:
     """`decode` for a latent cache: `q` [n, heads, latent + rope], both powers of 2 (512 + 64).
@@ -102,7 +103,7 @@ def decode_latent(
     )
     n, heads, dim = q.shape
     latent = partial_out.shape[3]
-    settings = settings or latent_settings(q.dtype)
+    settings = settings or latent_settings(torch.float32 if wide else q.dtype, pool.dtype)
     block_heads = settings.heads_of(heads)
     mla_kernel[(-(-heads // block_heads), partial_out.shape[0], n)](
         q, pool, tables, lengths, partial_out, partial_lse2,
@@ -113,6 +114,6 @@ def decode_latent(
         heads,
         LATENT=latent, ROPE=dim - latent, TOKENS_PER_PAGE=pool.shape[1],
         BLOCK=settings.block, BLOCK_HEADS=block_heads,
-        UPCAST=interpreted(mla_kernel) and q.dtype == torch.bfloat16,
+        UPCAST=interpreted(mla_kernel) and q.dtype == torch.bfloat16, WIDE=wide,
         num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=FUSION,
     )  # fmt: skip

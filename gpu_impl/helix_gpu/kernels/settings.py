@@ -37,28 +37,36 @@ class DecodeSettings:
         return min(self.heads, max(16, power_of_2(group)))
 
 
-def decode_settings(head_dim: int, dtype: torch.dtype) -> DecodeSettings:
-    """Settings of `decode` for queries of `dtype`; K and V may be narrower.
+def decode_settings(
+    head_dim: int, dtype: torch.dtype, cached: torch.dtype | None = None
+) -> DecodeSettings:
+    """Settings of `decode` where probabilities meet V in `dtype`; K and V are `cached` in it.
 
     Chosen by table 3 of benchmarks/results/h200.txt, for 128 dimensions: within 0.4 percent of the
     best of pages of 16, 64 and 128 each, with the splits that `splits_for` gives. It is one program
     a multiprocessor, with 128 KiB of K and V on their way; more dimensions keep to those bytes.
+    Those of an 8-bit cache spill no register (Triton 3.9); they were not measured.
     """
     if dtype == torch.float32:
         # No matrix unit multiplies float32 exactly: small blocks keep operands in registers.
         return DecodeSettings(block=16, warps=4, stages=2)
+    if cached is not None and cached.itemsize == 1:
+        return DecodeSettings(block=64, warps=8, stages=5)
     return DecodeSettings(block=64 if head_dim > 128 else 128, warps=8, stages=3)
 
 
-def latent_settings(dtype: torch.dtype) -> DecodeSettings:
-    """Settings of `decode_latent` for queries of `dtype`.
+def latent_settings(dtype: torch.dtype, cached: torch.dtype | None = None) -> DecodeSettings:
+    """Settings of `decode_latent` where probabilities meet V in `dtype`, latents `cached` in it.
 
     Chosen by the MLA table of benchmarks/results/h200.txt. A program keeps [heads, 512] sums in
     registers, which bounds `heads`: 64, by far the fastest there, fit under the Triton 3.6 that was
-    measured, and spill some under 3.9.
+    measured, and spill some under 3.9. Those of an 8-bit cache spill nothing; they were not
+    measured.
     """
     if dtype == torch.float32:
         return DecodeSettings(block=16, warps=8, stages=1, heads=16)
+    if cached is not None and cached.itemsize == 1:
+        return DecodeSettings(block=32, warps=8, stages=2, heads=32)
     return DecodeSettings(block=64, warps=8, stages=2, heads=64)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from helix_gpu.exchange import unpack
-from helix_gpu.kernels.append import append
+from helix_gpu.kernels.append import append, append_latent
 from helix_gpu.kernels.decode import decode
 from helix_gpu.kernels.merge import merge_received
+from helix_gpu.kernels.mla import decode_latent
 from helix_gpu.kernels.reduce_pack import reduce_pack
 from helix_gpu.kernels.settings import DecodeSettings, splits_for
 
@@ -54,7 +56,7 @@ class StepBuffers:
         """Buffers for steps of `rows` rows with up to `longest` keys on a rank.
 
         `value_dim` is head_dim, or the latent's 512. `splits` is chosen by `splits_for` unless
-        given, for which `kv_heads` alone is needed.
+        given, for which `kv_heads` alone is needed: with a latent cache, one for every 64 heads.
         """
         splits = splits or splits_for(rows, kv_heads, longest)
         heads = q_heads // ranks
@@ -78,21 +80,33 @@ def attend_shard(
     buffers: StepBuffers,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     tables: Tensor,
     lengths: Tensor,
     settings: DecodeSettings | None = None,
+    *,
+    scale: float | None = None,
+    wide: bool = False,
 ) -> None:
     """Store K and V where this rank owns them, attend over its pages, fill `buffers.send`.
 
     Arguments as `append` and `decode` take them, q and k rotated; `lengths` count the new tokens.
-    Three launches. The exchange from `send` to `received` comes next, then `merge_shards`.
+    Without `v` the cache is one of latents: `k` [n, 1, latent + rope], `pool` [pages, 1,
+    tokens_per_block, 1, latent + rope], and `scale` is needed. Three launches. The exchange from
+    `send` to `received` comes next, then `merge_shards`.
     """
-    append(k, v, pool, slots)
-    decode(q, pool, tables, lengths, buffers.partial_out, buffers.partial_lse2, settings=settings)
-    reduce_pack(buffers.partial_out, buffers.partial_lse2, buffers.send, buffers.wire)
+    partials = buffers.partial_out, buffers.partial_lse2
+    how: Any = {"scale": scale, "wide": wide, "settings": settings}
+    if v is None:
+        latents = pool[:, 0, :, 0]
+        append_latent(k[:, 0], latents, slots)
+        decode_latent(q, latents, tables, lengths, *partials, **how)
+    else:
+        append(k, v, pool, slots)
+        decode(q, pool, tables, lengths, *partials, **how)
+    reduce_pack(*partials, buffers.send, buffers.wire)
 
 
 def merge_shards(buffers: StepBuffers) -> Tensor:

@@ -1,0 +1,92 @@
+"""Decode steps captured once and replayed, as CUDA graphs are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from helix_gpu.cache import HelixCache
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], None]], Replay]
+"""Takes the launches of some work down; what it returns does them again, on the same memory."""
+
+
+def cuda_graph(work: Callable[[], None]) -> Replay:
+    """A CUDA graph of what `work` launches. Every rank of the exchange captures alike."""
+    # Before a capture kernels must be compiled and collectives connected, on another stream.
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call,unused-ignore]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        work()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Replay = graph.replay
+    return replay
+
+
+class StepGraph:
+    """The decode step of all layers for a batch of `rows` new tokens and dummies together.
+
+    One for each batch size that is captured. The host writes where this step's tokens are into
+    the buffers of `HelixCache.reserve(rows)`, and Q, K and V into those of the graph; then it
+    replays. Every rank makes the same calls, with the same `rows`. The cache attends with
+    `triton`: raises ValueError for another backend, whose work cannot be captured.
+    """
+
+    def __init__(self, cache: HelixCache, rows: int, capture: Capture = cuda_graph) -> None:
+        if cache.backend != "triton":
+            raise ValueError(f"The backend is {cache.backend}; only triton's steps are captured.")
+        self.cache, self.rows = cache, rows
+        model, step = cache.config.model, cache.reserve(rows)
+
+        def zeros(heads: int, dim: int) -> Tensor:
+            shape = (model.layers, rows, heads, dim)
+            return torch.zeros(shape, dtype=cache.dtype, device=cache.device)
+
+        self._q = zeros(cache.q_heads, model.key_dim)
+        self._k = zeros(cache.kv_heads, model.key_dim)
+        self._v = None if model.latent else zeros(cache.kv_heads, model.key_dim)
+        self._output = zeros(model.q_heads // cache.config.world_size, model.value_dim)
+
+        def work() -> None:
+            for layer in range(model.layers):
+                v = None if self._v is None else self._v[layer]
+                attended = cache.attend(step, layer, self._q[layer], self._k[layer], v)
+                self._output[layer].copy_(attended)
+
+        self._replay = capture(work)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        ids: Sequence[int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        query_lens: Sequence[int] | None = None,
+    ) -> Tensor:
+        """`HelixCache.decode` of m new tokens, at most `rows`; dummies are the rest.
+
+        `q`, `k` and `v` [layers, m, …] have no dummies. The output [layers, m, …] is good until
+        the next call. Raises as `HelixCache.decode` does, and ValueError for too many tokens.
+        """
+        tokens = len(ids) if query_lens is None else sum(query_lens)
+        if tokens > self.rows:
+            raise ValueError(f"The batch has {tokens} new tokens; this graph holds {self.rows}.")
+        inputs = [(self._q, q), (self._k, k), *([] if self._v is None else [(self._v, v)])]
+        for buffer, given in inputs:
+            want = (buffer.shape[0], tokens, *buffer.shape[2:])
+            if given is None or tuple(given.shape) != want:
+                shape = None if given is None else tuple(given.shape)
+                raise ValueError(f"An input has shape {shape}; it must have {want}.")
+        self.cache.begin(ids, query_lens, pad=self.rows - tokens)
+        for buffer, given in inputs:
+            assert given is not None
+            buffer[:, :tokens].copy_(given)
+        self._replay()
+        return self._output[:, :tokens]
