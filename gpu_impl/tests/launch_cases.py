@@ -169,8 +169,8 @@ MODELS = {
     ),
 }  # fmt: skip
 PROMPTS = {7: 3, 2: 5}
-STEPS = 4
-"""With C=2 and T=2 the turn passes, and pages begin, several times."""
+STEPS = 3
+"""With C=2 and T=2 turns pass and pages begin meanwhile."""
 
 
 def setting(model: ModelShape) -> Config:
