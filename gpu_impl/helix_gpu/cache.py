@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from helix_gpu.attention import attend_pages
+from helix_gpu.backends import AttendPages
 from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
 from helix_gpu.exchange import Exchange, MakeExchange, all_to_all, pack, unpack
 from helix_gpu.ledger import Admission, Ints, Step
@@ -25,7 +26,8 @@ from helix_spec.configs import Config
 if TYPE_CHECKING:
     from helix_gpu.kernels.step import StepBuffers
 
-Backend = Literal["torch", "triton"]
+Backend = Literal["torch", "triton"] | AttendPages
+"""What attends over a rank's own pages: see `HelixCache`."""
 PromptKV = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From int64 positions [n] to K (not yet rotated) and V, each [layers, n, kv_heads, head_dim].
 
@@ -77,9 +79,10 @@ class HelixCache:
     that change something raise Refused before they do, the same on all ranks, and ValueError
     for tensors of the wrong shape or type. `exchange` stands in for the group's all-to-all.
 
-    `backend` says what attends: `torch` (only on the CPU, where it is the default) or `triton`, the
-    kernels of `helix_gpu.kernels`. Their steps wait for nothing on the host, and can be captured in
-    a CUDA graph: see `reserve` and `helix_gpu.graphs`.
+    `backend` says what attends: `torch` (only on the CPU, where it is the default), `triton`, the
+    kernels of `helix_gpu.kernels`, or a function such as `helix_gpu.native.attend_pages` and those
+    of `helix_gpu.backends`. The steps of `triton` wait for nothing on the host, and can be captured
+    in a CUDA graph: see `reserve` and `helix_gpu.graphs`.
 
     The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often
     aborts a process that still refers to a gloo group when it exits.
@@ -260,7 +263,8 @@ class HelixCache:
         pool[page, 0, offset] = k[own]
         if v is not None:
             pool[page, 1, offset] = v[own]
-        output, lse = attend_pages(
+        local = self.backend if callable(self.backend) else attend_pages
+        output, lse = local(
             q, pool, step.tables, step.lengths, scale=model.scale, value_dim=model.value_dim
         )
         return self.combine(output, lse)[: step.outputs]
@@ -387,7 +391,7 @@ class HelixCache:
         step.sin.copy_(sin)
         step.lengths.copy_(self._put(np.pad(book.visible, pad)))
         step.slots.copy_(self._put(np.pad(book.slots, pad, constant_values=-1)))
-        tables = self.book.tables.read(book.rows, width).astype(np.int32)
+        tables = self.book.tables.read(book.rows, width)
         step.tables[:tokens, :width] = self._put(tables)
         return replace(step, book=book, outputs=tokens)
 
@@ -403,7 +407,7 @@ class HelixCache:
             outputs=rows,
             cos=zeros(rows, 1, half, dtype=torch.float32),
             sin=zeros(rows, 1, half, dtype=torch.float32),
-            tables=zeros(rows, width, dtype=torch.int32),
+            tables=zeros(rows, width, dtype=torch.int64),
             lengths=zeros(rows, dtype=torch.int64),
             slots=zeros(rows, dtype=torch.int64) - 1,
             buffers=self._step_buffers(rows, width) if self.backend == "triton" else None,

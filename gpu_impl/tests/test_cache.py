@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helix_gpu.attention import attend_pages
 from helix_gpu.cache import HelixCache
 from helix_gpu.ledger import Ledger
 from helix_gpu.refusals import Refused
@@ -338,6 +339,32 @@ def test_missing_group() -> None:
     """More than one cp rank needs a process group."""
     with pytest.raises(ValueError, match="no group; cp_size 2 needs"):
         HelixCache(config("pr9757/1:C=2,T=2"), rank=0)
+
+
+def test_another_function_may_attend(values: Fixture) -> None:
+    """A backend that is a function is called for every layer in the place of torch's operation."""
+    setting = config("pr9757/1:C=1,T=2")
+    model, calls = Model(setting, values), []
+
+    def counted(*args: Tensor, **shape: Any) -> tuple[Tensor, Tensor]:
+        calls.append(shape)
+        return attend_pages(*args, **shape)
+
+    outputs = []
+    for backend in (None, counted):
+        cache = HelixCache(setting, rank=0, backend=backend)
+        model.admit(cache, 0, 0, 5)
+        outputs.append(model.decode(cache, 0, [0], [5]))
+    assert torch.equal(*outputs)
+    assert [{"scale": DIM**-0.5, "value_dim": DIM}] * LAYERS == calls
+
+
+def test_torch_attends_on_the_cpu_alone() -> None:
+    """On another device the kernels are the default, and torch's operation is an error."""
+    setting = config("pr9757/1:C=1,T=2")
+    assert "triton" == HelixCache(setting, rank=0, device="meta").backend
+    with pytest.raises(ValueError, match="on the CPU alone, not on meta"):
+        HelixCache(setting, rank=0, device="meta", backend="torch")
 
 
 # Groups, forks and preempted requests
