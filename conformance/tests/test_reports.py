@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import tempfile
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +13,8 @@ import jsonschema  # type: ignore[import-untyped]  # it ships no types
 import msgspec
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from junitparser import JUnitXml
 
 import helix_conformance
@@ -383,6 +387,10 @@ def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
             ).decode(),
             "'OWN-9' is no number of an invariant",
         ),
+        (
+            msgspec.json.encode(red()[2]).decode().replace("pr9757/1", "pr1/1"),
+            "There is no layout named 'pr1'",
+        ),
         (msgspec.json.encode(ROWS[0]).decode() + "\n", "a Row stands outside a run"),
         ("\xff\n", "line 1"),
     ],
@@ -396,6 +404,23 @@ def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
     result = CliRunner().invoke(main, ["report", str(path)])
     assert 2 == result.exit_code
     assert sentence in result.output.replace("\n", " ")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 0.999), st.sampled_from(['"', "1", "-", "{", "null,", ""]))))
+def test_a_spoiled_stream_is_refused_or_shown(spoils):
+    """A stream with bytes changed is refused in a sentence, or every view of it can be made."""
+    text = b"".join(msgspec.json.encode(line) + b"\n" for line in [*red(), PROOFS, ZOO]).decode()
+    for where, what in spoils:
+        at = int(where * len(text))
+        text = text[:at] + what + text[at + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.jsonl"
+        path.write_text(text)
+        with contextlib.suppress(StreamError, views.CertificateRefused):
+            record = read_stream([path])
+            assert run_page(record) and views.junit(record) and views.badge(record)
+            views.certificate(record)
 
 
 def test_options_that_make_a_run_a_part():

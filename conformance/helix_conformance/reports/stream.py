@@ -20,6 +20,7 @@ from helix_conformance.protocol import Answer
 from helix_conformance.prove import Report as ProofReport
 from helix_conformance.violations import Violation
 from helix_spec.invariants import NUMBERS
+from helix_spec.layouts import LayoutError
 from helix_spec.traces import Trace, unindented
 
 Verdict: TypeAlias = Literal["pass", "fail", "error"]
@@ -317,6 +318,10 @@ def read_stream(paths: Iterable[Path]) -> Record:
 def _sound(line: Line) -> Line:
     """The line, when what it refers to is there. Raises StreamError."""
     if isinstance(line, FailureLine):
+        try:
+            line.trace.config.rules  # noqa: B018
+        except LayoutError as error:
+            raise StreamError(str(error).removesuffix(".")) from error
         events = len(line.trace.events)
         if line.event is not None and not 0 <= line.event < events:
             raise StreamError(f"event is {line.event}, and its trace has {events} events")
