@@ -236,7 +236,8 @@ def run(**options: Any) -> None:
     names = [" ".join(tier) for tier in tiers]
     print_coverage(console, names, stream.coverage, red=bool(failures))
     if left_out:
-        console.print(f"This is a part of a run, not a whole one. {' '.join(left_out)}")
+        words = f"This is a part of a run, not a whole one. {' '.join(left_out)}"
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
     for row, failure, path in failures:
         name = shlex.quote(row.engine)
         replay = f"helix-conformance replay {path} --engine {name} --driver {row.driver}"

@@ -191,6 +191,8 @@ def test_wrong_lengths_slots_and_refusals_are_marked():
     refused = [RIGHT[0], Answer(Outcome(Reason.OUT_OF_PAGES))]
     found = scene(failing(EVENTS, refused, Violation("REF-1", "alone", None, None, 1)))
     assert [False, True] == [row["answer"].wrong for row in found.ranks]
+    found = scene(failing(EVENTS, refused[::-1], Violation("REF-1", "alone", None, None, 0)))
+    assert {"answer", "past_len", "active", "slots"} <= set(found.columns)
 
 
 def test_a_start_that_should_have_been_refused_has_no_film():

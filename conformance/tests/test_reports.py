@@ -201,6 +201,12 @@ def test_what_was_not_run_is_said_to_be_so():
 
 PARTS: dict[str, tuple[list[Line], str, str]] = {
     "no summary": (WHOLE[:-1], "error", "has no summary line"),
+    "no rows": ([SETTINGS, SUMMARY], "partial", "No layout was played."),
+    "rows that are missing": (
+        [SETTINGS, *ROWS[2:], SUMMARY],
+        "partial",
+        "Layouts that were not played: before_9757, pr9757.",
+    ),
     "nothing": ([], "partial", "no run of an engine"),
     "restricted": (
         [changed(SETTINGS, restrictions=["Only 1 of 7 layouts were played: pr9757."]), *WHOLE[1:]],

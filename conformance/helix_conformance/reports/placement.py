@@ -216,22 +216,22 @@ class _Frame:
     """Free pages of each rank's pool."""
 
 
+_identity = id
+"""By it pages are told apart; `id` is a request's everywhere else."""
+
+
 def _frame(model: Model) -> _Frame:
     holders: dict[int, list[int]] = {}
     for id, request in model.requests.items():
         for table in request.tables:
             for page in table:
-                holders.setdefault(id_of(page), []).append(id)
+                holders.setdefault(_identity(page), []).append(id)
     new = {step.id: step.first for step in model.last_steps}
     states = {
         id: _state(id, request, holders, new.get(id), model.layout.tokens_per_block)
         for id, request in model.requests.items()
     }
     return _Frame(states, [len(pool.free) for pool in model.pools])
-
-
-id_of = id
-"""Pages are told apart by identity; `id` names requests here."""
 
 
 def _state(
@@ -241,7 +241,7 @@ def _state(
     for positions, table in zip(request.ranks, request.tables, strict=True):
         pages = []
         for place, page in enumerate(table):
-            others = tuple(other for other in holders[id_of(page)] if other != id)
+            others = tuple(other for other in holders[_identity(page)] if other != id)
             runs = _runs(positions[place * t : (place + 1) * t], request.prompt_len, new, t)
             pages.append(_Page(page.number, others, tuple(runs)))
         ranks.append(tuple(pages))

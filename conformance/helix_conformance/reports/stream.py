@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from helix_conformance.known import LAYOUTS
 from helix_conformance.protocol import Answer
 from helix_conformance.prove import Report as ProofReport
 from helix_conformance.violations import Violation
@@ -197,6 +198,8 @@ class Run:
             found.append("The run was cut off: it has no summary line.")
         elif self.summary.verdict == "error":
             found.append("The run ended in an error: an engine died, hung or answered garbage.")
+        if not found:
+            found += self._layouts_left_out()
         by_layout: dict[str, list[Row]] = {}
         for row in self.rows:
             by_layout.setdefault(row.layout, []).append(row)
@@ -207,6 +210,16 @@ class Run:
                 names = ", ".join(dict.fromkeys(left_out))
                 found.append(f"Of layout {layout} declared profiles were not checked: {names}.")
         return found
+
+    def _layouts_left_out(self) -> list[str]:
+        """Layouts that were not played, though nothing that was set or is known says why."""
+        known = [] if self.summary is None else self.summary.known_differences
+        excused = {entry.layout for entry in known if entry.kind == "must_not_run"}
+        played = {row.layout for row in self.rows}
+        missing = [name for name in LAYOUTS if name not in played | excused]
+        if not self.rows:
+            return ["No layout was played."]
+        return [f"Layouts that were not played: {', '.join(missing)}."] if missing else []
 
 
 class Record:

@@ -58,7 +58,7 @@ def scene(failure: FailureLine) -> Scene:
         )
         for rank, answer in enumerate(failure.answers)
     ]
-    columns = [name for name in (ranks[0] if ranks else {}) if any(row[name] for row in ranks)]
+    columns = list(dict.fromkeys(name for row in ranks for name in row))
     marks = _merged(_marks(failure, model, expected)) if event is not None else []
     drawn = film(trace, wrong=marks, at=event, features=features, allocates=allocates)
     return Scene(failure, drawn, columns, ranks, marks)
