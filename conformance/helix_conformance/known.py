@@ -10,7 +10,8 @@ The ledger is a TOML file that the engine's own repository keeps, a table for ea
     link = "https://github.com/someone/engine/issues/12"
 
 A difference that is known does not fail a run, and is named in its summary. One that no longer
-shows does fail it, so that no entry outlives its cause.
+shows does fail it, so that no entry outlives its cause. A trace ends at a known difference after
+which tokens or pages lie elsewhere than in the reference; after others it is judged on.
 """
 
 from __future__ import annotations
@@ -202,6 +203,9 @@ class Known:
             self.met.update(entries)
             if not entries and violation.invariant not in self.found:
                 rest.append(violation)
+        # These blame padding or an empty rank for another violation of the same event.
+        if len(rest) < len(violations) and {v.invariant for v in rest} <= {"DUM-1", "ATT-3"}:
+            return []
         return rest
 
     # When all is played
@@ -256,9 +260,15 @@ class Known:
                 yield index, difference
 
 
+PARTING: Final = frozenset(
+    {"OWN-1", "OWN-2", "OWN-3", "GROW-1", "PAGE-1", "PAGE-2", "REF-1", "REF-2"}
+)
+"""After these, tokens or pages lie elsewhere than in the reference."""
+
+
 def parted(violations: Sequence[Violation]) -> bool:
-    """Whether engine and reference went different ways, so that the trace says no more."""
-    return any(violation.invariant in ("REF-1", "REF-2") for violation in violations)
+    """Whether engine and reference went different ways: all that follows follows from that."""
+    return any(violation.invariant in PARTING for violation in violations)
 
 
 def _name(layout: str) -> str:

@@ -11,7 +11,7 @@ import msgspec
 
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
-from helix_conformance.known import Difference, Known, LedgerError
+from helix_conformance.known import PARTING, Difference, Known, LedgerError
 from helix_conformance.protocol import PROFILES, EngineSpecError
 from helix_conformance.report import failure_text
 from helix_conformance.runs import Failure, Tally, layout_run, numbers_of, profiles_to_check
@@ -62,12 +62,12 @@ class _Verdicts:
         """Why what did not fail was not judged to the end; None when it was."""
         if "LIVE-1" in self.failures:
             return f"the engine failed (LIVE-1): {self.failures['LIVE-1'].engine_failure}"
-        parted = [number for number in ("REF-1", "REF-2") if number in self.failures]
-        if not parted:
+        parting = [number for number in NUMBERS if number in PARTING & self.failures.keys()]
+        if not parting:
             return None
         return (
-            f"{self.tally.cut} of {self.tally.traces} traces ended at a wrong refusal "
-            f"({', '.join(parted)})"
+            f"{self.tally.cut} of {self.tally.traces} traces ended where engine and reference part "
+            f"({', '.join(parting)})"
         )
 
 

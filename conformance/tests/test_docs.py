@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(ROOT.glob("*/README.md")),
+    ROOT / "conformance/IMPLEMENTING.md",
 ]
 
 

@@ -12,6 +12,7 @@ from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.known import Known, LedgerError
 from helix_conformance.protocol import PROFILES
 from helix_conformance.runs import Tally, layout_run
+from helix_reference.engine import ReferenceEngine
 from helix_spec.events import FEATURES, Admit, Decode, Outcome, Reason
 
 LINK = 'link = "https://example.org/issues/7"\ndoes = "it is wrong"\n'
@@ -127,6 +128,26 @@ def test_a_refusal_that_is_known_ends_its_trace(tmp_path):
     assert (None, True) == (failed, ledger.holds)
     assert 0 < tally.cut < tally.traces
     assert played(Squeamish, known(tmp_path, f'reason = "too_long"\n{WRONG}'))[1] == ["REF-2"]
+
+
+def test_what_follows_from_a_known_difference_is_not_told_as_another(tmp_path):
+    """What a wrong owner breaks at once is listed; all later slots and refusals follow from it."""
+
+    class LastRank(ReferenceEngine):
+        """Decodes as before pull request 9757, whatever the layout says."""
+
+        profiles = LedgerEngine.profiles
+
+        def start(self, config, profiles):
+            layout = config.layout.replace("pr9757/", "before_9757/")
+            return super().start(msgspec.structs.replace(config, layout=layout), profiles)
+
+    at_once = ("OWN-3", "BAL-1", "BAL-2", "LEN-1", "LEN-3", "PAGE-1", "PAGE-3")
+    entries = [f'invariant = "{number}"\n{WRONG}' for number in at_once]
+    ledger = known(tmp_path, *entries, f'reason = "out_of_pages"\n{WRONG}')
+    _, failed, tally = played(LastRank, ledger)
+    assert None is failed
+    assert 0 < tally.cut
 
 
 def test_what_must_not_run_is_never_played(tmp_path):
