@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test test-browser test-peers lint workloads zoo prove bench clean
+.PHONY: conform test test-browser test-peers lint drivers workloads zoo prove bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,12 @@ lint: .venv/installed ## Style, types, and the walls between the rooms
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Processes that crash, hang and are killed, under every driver; several minutes. mpi4py and an
+# mpiexec come with the extra `mpi`.
+drivers: .venv/installed ## Every driver, and every way in which a rank fails
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mpi]'
+	$(BIN)/pytest conformance/driver_tests
 
 # Two production traces of request lengths. All of both against the ledger, at full lengths; the
 # first 200 requests, shortened, through the attention of 4 gloo ranks.

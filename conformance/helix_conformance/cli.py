@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import shlex
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helix_conformance import runs
 from helix_conformance.coverage import Coverage, at_hand
 from helix_conformance.drivers.base import Driver, EngineFailure
+from helix_conformance.drivers.launching import LAUNCHED, leave_verdict, take_part
 from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.known import Known, LedgerError
 from helix_conformance.protocol import PROFILES, EngineSpecError
@@ -43,8 +41,6 @@ from helix_spec.layouts import LayoutError, format_layout, named_layout
 from helix_spec.traces import TraceError, load_trace
 
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
-VERDICT_FILE = "HELIX_CONFORMANCE_VERDICT"
-"""Where a run under torchrun leaves its verdict: torchrun turns every failure into status 1."""
 
 
 class BadInput(click.ClickException):
@@ -79,7 +75,8 @@ def main() -> None:
 
     Exit status: 0 all answers were right; 1 a difference was found; 2 bad usage, configuration
     or input file; 3 an engine died, hung or answered garbage. Under a torchrun of your own only
-    0 or not 0 survives, and the last line of --json holds the verdict.
+    0 or not 0 survives, and the last line of --json holds the verdict. An mpiexec of your own
+    needs --continuous, or it ends the report together with a rank that dies.
     """
 
 
@@ -95,9 +92,9 @@ _driver = click.option(
     "driver_name",
     type=click.Choice(DRIVERS),
     help="Where the ranks live: in this process (local), each a child that speaks JSON lines "
-    "(stdio), in worker processes over gloo (pool), or under torchrun, which is launched when it "
-    "is not there. Default: what the engine needs; for gpu its bookkeeping in this process, and "
-    "all of it in a pool.",
+    "(stdio), in worker processes over gloo (pool), or under torchrun or mpiexec (mpi), which is "
+    "launched when it is not there. Default: what the engine needs; for gpu its bookkeeping in "
+    "this process, and all of it in a pool.",
 )
 _profile = click.option(
     "--profile",
@@ -112,14 +109,14 @@ _ranks = click.option(
     default=4,
     show_default=True,
     type=click.IntRange(1, 64),
-    help="Processes of a pool or of a torchrun that is launched.",
+    help="Processes of a pool, or of a torchrun or mpiexec that is launched.",
 )
 _backend = click.option(
     "--backend",
     type=click.Choice(["gloo", "nccl"]),
     default="gloo",
     show_default=True,
-    help="What the ranks of a torchrun talk over.",
+    help="What the ranks of a torchrun or mpiexec talk over.",
 )
 _deadline = click.option(
     "--deadline",
@@ -218,10 +215,7 @@ def run(**options: Any) -> None:
     violated invariant with its sentence from SPEC.md, what was expected and what was observed.
     """
     known = _ledger(options)
-    if options["driver_name"] == "torchrun":
-        _under_torchrun(
-            options["engine"], options["ranks"], options["backend"], options["deadline"]
-        )
+    _take_part(options)
     tiers = _tiers(options["engine"], options["driver_name"], options["asked"])
     most = max(_default_examples(driver_name) for _, driver_name in tiers)
     left_out = restrictions(options, examples=most, layouts=len(LAYOUT_NAMES))
@@ -259,10 +253,7 @@ def run(**options: Any) -> None:
 def replay(**options: Any) -> None:
     """Play one stored trace and judge every answer."""
     trace = _trace(options["trace_path"])
-    if options["driver_name"] == "torchrun":
-        _under_torchrun(
-            options["engine"], options["ranks"], options["backend"], options["deadline"]
-        )
+    _take_part(options)
     stream, console = Stream(options["json_path"]), Console()
     alone = ["One stored trace was played; a whole run plays random traces of every layout."]
     stream.settings("replay", restrictions=alone, **options)
@@ -746,35 +737,23 @@ def _progress() -> Progress:
     )
 
 
-def _under_torchrun(engine: str, ranks: int, backend: str, deadline: float) -> None:
-    """Be one of torchrun's processes: rank 0 goes on, the others serve it and leave.
-
-    Where torchrun has not launched this process, launch it with the same command, and leave
-    with the verdict of its rank 0.
-    """
-    from helix_conformance.drivers.torchrun import Supervisor, launched
-
-    if launched():
-        if int(os.environ["RANK"]) != 0:
-            Supervisor(engine, backend=backend, deadline_s=deadline).serve()
-            sys.exit(0)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        verdict = Path(folder) / "verdict"
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *(f"--nproc-per-node={ranks}", "-m", "helix_conformance", *sys.argv[1:]),
-            ],
-            env=os.environ | {VERDICT_FILE: str(verdict)},
-            check=False,
-        )
-        sys.exit(int(verdict.read_text()) if verdict.exists() else EXIT_STATUS["error"])
+def _take_part(options: dict[str, Any]) -> None:
+    """Go on as rank 0 where processes are launched; see `launching.take_part`."""
+    if options["driver_name"] in LAUNCHED:
+        try:
+            take_part(
+                options["engine"],
+                options["driver_name"],
+                ranks=options["ranks"],
+                backend=options["backend"],
+                deadline_s=options["deadline"],
+            )
+        except EngineSpecError as error:
+            raise BadInput(str(error)) from error
 
 
 def _leave(verdict: str) -> None:
     """End with the verdict's exit status, and leave it where a launching process looks."""
     status = EXIT_STATUS[verdict]
-    if VERDICT_FILE in os.environ:
-        Path(os.environ[VERDICT_FILE]).write_text(str(status))
+    leave_verdict(status)
     sys.exit(status)

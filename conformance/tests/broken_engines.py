@@ -3,15 +3,19 @@
 Worker processes import this module by its name, so its folder is put on their PYTHONPATH.
 """
 
+import json
 import os
 import signal
+import sys
 import time
+from multiprocessing.connection import Connection
 
 import msgspec
 
+from helix_conformance.drivers.wire import Done, send
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_reference.engine import ReferenceEngine
-from helix_spec.events import Decode
+from helix_spec.events import Decode, Outcome
 
 
 class Liar(LedgerEngine):
@@ -83,3 +87,46 @@ class SlowReference(ReferenceEngine):
     @classmethod
     def join(cls, world_size):
         """Nothing to join."""
+
+
+class Mischief(LedgerEngine):
+    """Rank 1 does something else than answer; the number of dummy requests of a decode says what.
+
+    It needs no processes of its own, so it runs on every driver that has some.
+    """
+
+    def apply(self, event):
+        mischief = getattr(event, "pad", 0)
+        if self.rank == 1 or mischief == 10:
+            match mischief:
+                case 1:
+                    print("last words of rank 1", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                case 2:
+                    time.sleep(3600)
+                case 3:
+                    raise RuntimeError("the adapter lost its way")
+                case 4:
+                    sys.exit(0)
+                case 5:
+                    os._exit(0)
+                case 6:
+                    while True:
+                        print("x" * 4096)
+                case 7:
+                    for _ in range(5000):
+                        print("x" * 4096)
+                case 8:
+                    super().apply(event)  # and answer for another batch
+                    return Outcome(None, [0, 0], [1, 1], [False, False], [-1, -1])
+                case 9:
+                    os.kill(os.getppid(), signal.SIGKILL)  # the supervisor
+                    time.sleep(3600)
+                case 10 if self.rank == 0:
+                    os.kill(os.getppid(), signal.SIGKILL)
+                    time.sleep(3600)
+                case 11:
+                    channel = Connection(json.loads(sys.argv[1])["channel"])
+                    send(channel, Done([], 99))
+                    time.sleep(3600)
+        return super().apply(event)

@@ -8,6 +8,9 @@
 - `stdio`, `messages`: children of any language that speak PROTOCOL.md; `serve`: one of them for a
   Python engine;
 - `pool`: worker processes over gloo, started once and kept;
-- `torchrun`: one supervisor per launched process, its engine in a child;
+- `group`, `process`: what drivers with a process for each rank share: whole traces go out, and
+  someone is to blame;
+- `supervised`, `lines`: one supervisor per launched process, its engine in a child; `torchrun` and
+  `mpi` say how they meet, `launching` launches them;
 - `worker`, `wire`: the child process and the frames it speaks.
 """

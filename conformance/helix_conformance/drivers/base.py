@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Final, Literal, Protocol, get_args
 
 from helix_conformance.protocol import Answer, Watch
 from helix_spec.configs import Config
 from helix_spec.events import Event
+
+Kind = Literal["gone", "died", "hung", "raised", "stopped"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+"""How a rank fails: its supervisor is gone, its process died, it hung, it raised or answered
+garbage, it was told to stop. What comes first is to blame for what comes later."""
 
 
 class EngineFailure(Exception):
@@ -16,11 +21,12 @@ class EngineFailure(Exception):
     `event` is the index of the event in the trace, None at start or at the end.
     """
 
-    def __init__(self, rank: int, event: int | None, what: str) -> None:
+    def __init__(self, rank: int, event: int | None, what: str, how: Kind = "raised") -> None:
         super().__init__(what)
         self.rank = rank
         self.event = event
         self.what = what
+        self.how = how
 
     def __str__(self) -> str:
         where = "outside any event" if self.event is None else f"at event {self.event}"

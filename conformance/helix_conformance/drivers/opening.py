@@ -8,7 +8,7 @@ from helix_conformance.drivers.base import Driver
 from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.protocol import COMMAND, EngineSpecError, load_engine
 
-DRIVERS: Final = ("local", "stdio", "pool", "torchrun")
+DRIVERS: Final = ("local", "stdio", "pool", "torchrun", "mpi")
 """What `--driver` may name."""
 
 
@@ -50,6 +50,10 @@ def open_driver(
         from helix_conformance.drivers.pool import PoolDriver
 
         return PoolDriver(engine, ranks, deadline_s=deadline_s)
+    if driver == "mpi":
+        from helix_conformance.drivers.mpi import MpiDriver
+
+        return MpiDriver(engine, backend=backend, deadline_s=deadline_s)
     from helix_conformance.drivers.torchrun import TorchrunDriver
 
     return TorchrunDriver(engine, backend=backend, deadline_s=deadline_s)

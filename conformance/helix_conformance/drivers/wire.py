@@ -1,4 +1,4 @@
-"""The frames between a supervisor and the process that holds one rank's engine.
+"""The frames between the suite, the supervisors, and the processes that hold the engines.
 
 Frames are msgpack of the types below, never pickled; arrays travel as type, shape and bytes.
 """
@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
+from helix_conformance.drivers.base import Kind
 from helix_conformance.numbers import encode_array
 from helix_conformance.protocol import Answer, Watch
 from helix_spec.configs import Config
@@ -24,6 +25,18 @@ class Play(msgspec.Struct, frozen=True, tag="play"):
     watch: Watch
     engine: str | None = None
     """Another engine than the process was started with, which can do with its groups."""
+    number: int = 0
+    """Of the trace; its answer repeats it."""
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """To a supervisor: its engine is silent; where is it?"""
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """To a supervisor: the run is over. `whole` when no other supervisor is missing."""
+
+    whole: bool
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -43,6 +56,7 @@ class Done(msgspec.Struct, frozen=True, tag="done"):
     """From the engine's process: the answers to the start, each event and the end."""
 
     answers: list[Answer]
+    number: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -50,14 +64,22 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
     event: int | None
     what: str
+    how: Kind = "raised"
 
 
-ToEngine = Play
-FromEngine = Ready | At | Done | Failed
+class Stuck(msgspec.Struct, frozen=True, tag="stuck"):
+    """From a supervisor that was asked: where its engine is, and whether it waits for peers."""
+
+    event: int | None
+    waits: bool
+
+
+ToEngine = Play | Ask | Stop
+FromEngine = Ready | At | Done | Failed | Stuck
 
 _encode = msgspec.msgpack.Encoder(enc_hook=encode_array)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 
 
 def pack(message: ToEngine | FromEngine) -> bytes:

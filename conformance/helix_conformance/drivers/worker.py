@@ -7,12 +7,14 @@ engine's to flood.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
 import sys
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from typing import Final
 
 import msgspec
 
@@ -29,6 +31,9 @@ from helix_conformance.drivers.wire import (
 )
 from helix_conformance.protocol import Engine, engine_settings, load_engine
 
+PR_SET_PDEATHSIG: Final = 1
+"""Of <sys/prctl.h>."""
+
 
 class Setup(msgspec.Struct, frozen=True):
     """What a worker is told when it starts."""
@@ -38,16 +43,18 @@ class Setup(msgspec.Struct, frozen=True):
     world: int
     channel: int
     """File descriptor of the control channel."""
-    store_host: str
-    store_port: int
-    group: str
-    """Name under which the ranks of this pool meet at the store."""
-    backend: str
-    collective_timeout_s: float
+    store_host: str = ""
+    """Where the ranks meet, when the engine needs them to."""
+    store_port: int = 0
+    group: str = ""
+    """Name under which they meet."""
+    backend: str = "gloo"
+    collective_timeout_s: float = 300.0
 
 
 def main(setup: Setup) -> None:
     """Serve traces until the supervisor hangs up."""
+    _end_with_the_supervisor()
     faulthandler.register(signal.SIGUSR1)  # a supervisor asks a silent worker where it is
     channel = Connection(setup.channel)
     engine_class = load_engine(setup.engine)
@@ -61,8 +68,15 @@ def main(setup: Setup) -> None:
         except EOFError:
             os._exit(0)  # without the process group's farewell: peers may be gone already
         play = unpack_to_engine(frame)
+        assert isinstance(play, Play)  # the rest is for supervisors
         playing = load_engine(play.engine) if play.engine else engine_class
         channel.send_bytes(_packed(_play(channel, playing, setup.rank, play)))
+
+
+def _end_with_the_supervisor() -> None:
+    """A supervisor that is killed cannot end its child; where the system can, it does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _join_group(setup: Setup) -> None:
@@ -90,13 +104,13 @@ def _play(channel: Connection, engine_class: type[Engine], rank: int, play: Play
         engine = engine_class(rank)
         answers = [start(engine, play.config, frozenset(play.profiles))]
         if answers[0].outcome.reason is not None:
-            return Done(answers)  # it has not started: there is nothing more to ask
+            return Done(answers, play.number)  # it has not started: there is nothing more to ask
         for at, event in enumerate(play.events):
             send(channel, At(at))
             answers.append(apply(engine, at, event, play.watch))
         at = None
         answers.append(finish(engine))
-        return Done(answers)
+        return Done(answers, play.number)
     except Exception as error:
         return Failed(at, words(error))
 

@@ -1,0 +1,254 @@
+"""Every driver on whole runs of their own: one verdict for one seed, and an end in order.
+
+Run by `make drivers`: each test starts processes, and a hang is waited for until its deadline.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from helix_spec.configs import Config
+from helix_spec.events import Admit, Decode
+from helix_spec.traces import Trace, dump_trace, load_trace
+
+BROKEN = Path(__file__).parents[1] / "tests"
+BESIDE = Path(sys.executable).parent
+LIMIT_S = 150
+"""Far beyond any deadline that is given below: a run that takes so long does not end."""
+needs_mpi = pytest.mark.skipif(
+    find_spec("mpi4py") is None or shutil.which("mpiexec", path=BESIDE) is None,
+    reason="needs mpi4py and mpiexec: pip install helix-conformance[mpi]",
+)
+mpi = pytest.param("mpi", marks=needs_mpi)
+TORN = ["torchrun", mpi]
+"""Drivers whose supervisors are processes that somebody else launches."""
+PROCESSES = ["stdio", "pool", *TORN]
+ALL = ["local", *PROCESSES]
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Of the runs: broken engines can be imported, and every process of a run can be told."""
+    token = uuid.uuid4().hex
+    as_root = ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]
+    more = dict.fromkeys(as_root, "1") if os.geteuid() == 0 else {}
+    yield (
+        os.environ
+        | more
+        | {
+            "PYTHONPATH": str(BROKEN),
+            "HELIX_TEST": token,
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        }
+    )
+    left = processes_of(token)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert [] == left, "a run has left processes behind"
+
+
+def processes_of(token, *, within_s=10):
+    """Processes of a run that have not ended soon after it."""
+    until = time.monotonic() + within_s
+    while True:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"HELIX_TEST={token}".encode() in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def helix(tmp_path, environment):
+    """Run the command in a folder of its own; returns status, output, and the JSON stream."""
+
+    def run(*words, launched_by=()):
+        stream = tmp_path / "run.jsonl"
+        command = [*launched_by, str(BESIDE / "helix-conformance"), *map(str, words)]
+        done = subprocess.run(
+            [*command, "--json", str(stream)],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LIMIT_S,
+        )
+        lines = stream.read_text().splitlines() if stream.exists() else []
+        return done.returncode, done.stdout, [json.loads(line) for line in lines]
+
+    return run
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A trace whose second event is a decode with so many dummy requests."""
+
+    def store(pad):
+        config = Config(layout="pr9757/1:C=2,T=2", pages=[5, 5], max_len=50)
+        path = tmp_path / f"trace-{pad}.json"
+        path.write_bytes(
+            dump_trace(Trace(config=config, events=[Admit(0, 3), Decode([0], [1], pad)]))
+        )
+        return path
+
+    return store
+
+
+LAUNCHERS = {
+    "torchrun": [BESIDE / "torchrun", "--standalone", "--nproc-per-node=2", "--no-python"],
+    "mpi": [BESIDE / "mpiexec", "--continuous", "-n", "2"],
+}
+
+
+@pytest.mark.parametrize("driver", ALL)
+def test_one_seed_has_one_verdict(helix, tmp_path, driver):
+    """A planted difference ends every driver with the same verdict and the same smallest trace."""
+    words = ["run", "--engine", "broken_engines:Liar", "--cp", 2, "--examples", 20, "--ranks", 2]
+    words += ["--layout", "pr9757", "--layout", "balanced", "--seed", 3]
+    status, output, lines = helix(*words, "--driver", driver)
+    assert 1 == status, output
+    assert "fail" == lines[-1]["verdict"]
+    failures = [line for line in lines if line["kind"] == "failure"]
+    assert [["LEN-2"]] * 2 == [[v["invariant"] for v in f["violations"]] for f in failures]
+    for name in ("pr9757", "balanced"):
+        trace = load_trace(tmp_path / "helix-failures" / f"{name}-{driver}.json")
+        assert f"{name}/1:C=2,T=1" == trace.config.layout
+        assert [Admit(0, 1), Decode([0], [1])] == trace.events
+
+
+MISCHIEF = {
+    1: "died with signal SIGSEGV; it",
+    2: "hung: it has not answered for 5 seconds",
+    3: "raised RuntimeError: the adapter lost its way",
+    4: "exit",  # sys.exit: a status of the process, or SystemExit where that is caught
+    5: "exit",  # os._exit
+    6: "hung: it has not answered for 5 seconds",  # it floods stdout for ever
+    8: "answered garbage: its past_len has 2 entries, not 1",
+    11: "answered garbage: it answered trace 99, and was asked 1",
+}
+IN_PROCESS = (2, 3, 4, 8)
+"""What an engine can do in the suite's own process and be named for."""
+
+
+@pytest.mark.parametrize("mischief", MISCHIEF)
+@pytest.mark.parametrize("driver", ALL)
+def test_rank_in_trouble_is_named(helix, stored, driver, mischief):
+    """A rank that dies, hangs, raises, exits, floods or answers something else is named."""
+    if driver == "local" and mischief not in IN_PROCESS:
+        pytest.skip("in one process it would take the suite with it, or is what a terminal is for")
+    if driver in ("local", "stdio") and mischief == 11:
+        pytest.skip(
+            "there are no frames between suite and engine; test_stdio.py has its own strays"
+        )
+    path = stored(mischief)
+    words = ["replay", path, "--engine", "broken_engines:Mischief", "--driver", driver]
+    status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
+    assert 3 == status, output
+    assert "error" == lines[-1]["verdict"]
+    (failure,) = (line for line in lines if line["kind"] == "failure")
+    assert failure["engine_failure"].startswith("Rank 1 ")
+    assert MISCHIEF[mischief] in failure["engine_failure"]
+    assert failure["engine_failure"].endswith("(at event 1).")
+    assert ["admit", "decode"] == [event["event"] for event in failure["trace"]["events"]]
+
+
+@pytest.mark.parametrize("driver", PROCESSES)
+def test_flood_that_answers_is_no_failure(helix, stored, driver):
+    """An engine that prints 20 MB and then answers passes."""
+    words = ["replay", stored(7), "--engine", "broken_engines:Mischief", "--driver", driver]
+    status, output, _ = helix(*words, "--ranks", 2, "--deadline", 20)
+    assert 0 == status, output
+
+
+@pytest.mark.parametrize("driver", TORN)
+def test_killed_supervisor(helix, stored, driver):
+    """A killed supervisor ends the run, which names its rank and the event."""
+    words = ["replay", stored(9), "--engine", "broken_engines:Mischief", "--driver", driver]
+    status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
+    assert 3 == status, output
+    assert "Rank 1 has a supervisor that was ended (at event 1)." in output
+    assert ["settings", "summary"] == [lines[0]["kind"], lines[-1]["kind"]]
+    assert "error" == lines[-1]["verdict"]
+
+
+@pytest.mark.parametrize("driver", TORN)
+def test_killed_supervisor_of_rank_0(helix, stored, driver):
+    """When the judge itself is killed the others leave, and what it knew is on disk."""
+    words = ["replay", stored(10), "--engine", "broken_engines:Mischief", "--driver", driver]
+    status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
+    assert 3 == status, output
+    assert "have ended without a verdict" in output
+    assert ["settings"] == [line["kind"] for line in lines]
+
+
+@pytest.mark.parametrize("driver", TORN)
+@pytest.mark.parametrize(
+    ("mischief", "verdict"), [(0, "pass"), (1, "error"), (9, "error"), (10, None)]
+)
+def test_launched_from_outside(helix, stored, driver, mischief, verdict):
+    """Under a launcher of the user's own the last line holds the verdict, and red is not 0."""
+    words = ["replay", stored(mischief), "--engine", "broken_engines:Mischief"]
+    status, output, lines = helix(
+        *words, "--driver", driver, "--deadline", 5, launched_by=LAUNCHERS[driver]
+    )
+    assert (verdict == "pass") == (status == 0), output
+    if driver == "mpi" and verdict == "error":
+        assert 3 == status
+    assert verdict == lines[-1].get("verdict")
+
+
+@needs_mpi
+def test_bad_input_under_mpiexec(helix, environment):
+    """What rank 0 alone finds wrong ends all processes, with status 2."""
+    words = ["run", "--engine", "broken_engines:Mischief", "--driver", "mpi", "--cp", 3]
+    status, output, _ = helix(*words, launched_by=LAUNCHERS["mpi"])
+    assert 2 == status, output
+    assert "3 ranks are needed, and the mpi has 2" in output
+    words = ["run", "--workload", __file__, "--engine", "broken_engines:Mischief"]
+    status, output, _ = helix(*words, "--driver", "mpi", launched_by=LAUNCHERS["mpi"])
+    assert 2 == status, output
+
+
+@needs_mpi
+def test_crash_among_engines_that_wait(helix, stored):
+    """Of four things that fail at once, the rank that died is named, not those that miss it."""
+    words = ["replay", stored(1), "--engine", "broken_engines:Trouble", "--driver", "mpi"]
+    status, output, _ = helix(*words, "--ranks", 2, "--deadline", 5)
+    assert 3 == status, output
+    assert "Rank 1 died with signal SIGKILL" in output
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("driver", TORN)
+def test_whole_implementation(helix, driver):
+    """This project's implementation passes on 4 ranks, with all profiles."""
+    words = ["run", "--driver", driver, "--layout", "pr9757", "--cp", 4, "--examples", 10]
+    status, output, lines = helix(*words)
+    assert 0 == status, output
+    assert "attention" in lines[-1]["profiles_checked"]
+
+
+def test_killed_suite_leaves_no_children(tmp_path, environment):
+    """The children of a suite that is killed see the end of their stdin, and end."""
+    words = ["run", "--engine", "reference", "--driver", "stdio", "--examples", "10000"]
+    suite = subprocess.Popen([BESIDE / "helix-conformance", *words], cwd=tmp_path, env=environment)
+    while len(processes_of(environment["HELIX_TEST"], within_s=0)) < 3:
+        assert None is suite.poll()
+        time.sleep(0.1)
+    suite.kill()
+    suite.wait()
