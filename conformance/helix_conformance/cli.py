@@ -351,10 +351,7 @@ def vectors_check(**options: Any) -> None:
         cases = command.read(options["folder"])
     except VectorError as error:
         raise BadInput(str(error)) from error
-    if options["driver_name"] == "torchrun":
-        _under_torchrun(
-            options["engine"], options["ranks"], options["backend"], options["deadline"]
-        )
+    _take_part(options)
     stream = Stream(options["json_path"])
     stream.settings("vectors check", options["engine"], restrictions=command.ALONE)
     for engine, driver_name in _tiers(options["engine"], options["driver_name"], ()):

@@ -14,13 +14,14 @@ from click.testing import CliRunner
 
 from helix_conformance.cli import main
 from helix_conformance.drivers import messages, stdio
+from helix_conformance.drivers.asking import AnswerError
 from helix_conformance.drivers.base import EngineFailure
 from helix_conformance.drivers.stdio import StdioDriver
-from helix_conformance.protocol import EngineSpecError
+from helix_conformance.protocol import PROFILES, EngineSpecError
 from helix_conformance.runs import Tally, check_trace, layout_traces, random_traces
 from helix_conformance.strategies import LAYOUT_NAMES
 from helix_spec.configs import Config
-from helix_spec.events import FEATURES, Admit, Decode, Release
+from helix_spec.events import FEATURES, Admit, Decode, Merge, Reason, Release
 from helix_spec.traces import Trace
 
 HERE = Path(__file__).parent
@@ -206,6 +207,60 @@ def test_ranks_end_when_they_are_let_go(opened, c_engine):
     driver.close()
     assert [0, 0] == [child.process.returncode for child in children]
     assert stdio.FAREWELL_S > time.monotonic() - began
+
+
+DECODED = messages.Outcome(1, None, [2], [3], [True], [5], [3], [[[[0.5]]]])
+VIEW = messages.View(1, {4: 3}, {4: [0]}, 1, [], {4: []}, {4: []})
+
+
+@pytest.mark.parametrize(
+    ("profile", "field"),
+    [
+        ("placement", "position_ids"),
+        ("placement", "active"),
+        ("placement", "slots"),
+        ("lengths", "past_len"),
+        ("attention", "visible"),
+        ("attention", "output"),
+        ("lengths", "local_len"),
+        ("pages", "block_tables"),
+        ("pages", "free_pages"),
+        ("preempt", "preempted"),
+        ("cache", "keys"),
+        ("cache", "values"),
+    ],
+)
+def test_nothing_passes_by_omission(profile, field):
+    """A field of a checked profile must be there, and may be left out when it is not checked."""
+    whole = DECODED if hasattr(DECODED, field) else VIEW
+    part = msgspec.structs.replace(whole, **{field: msgspec.UNSET})
+
+    def read(answer, profiles):
+        if isinstance(answer, messages.View):
+            return messages.spec_view(answer, None, profiles)
+        return messages.spec_outcome(answer, Decode([4], [1]), profiles)
+
+    read(whole, PROFILES)
+    read(part, set(PROFILES) - {profile, "pages", "cache"})
+    with pytest.raises(AnswerError, match=f"lacks {field}, which profile {profile} asks for"):
+        read(part, {profile})
+
+
+def test_merge_without_an_output():
+    """A merge that is accepted must have an output, when `merge` is checked."""
+    merge = Merge([[0], [None]], [1, 0])
+    with pytest.raises(AnswerError, match="lacks output, which profile merge asks for"):
+        messages.spec_outcome(messages.Outcome(1), merge, {"merge"})
+    refused = messages.Outcome(1, Reason.UNSUPPORTED)
+    assert Reason.UNSUPPORTED == messages.spec_outcome(refused, merge, {"merge"}).reason
+
+
+@pytest.mark.parametrize("field", ["block_tables", "keys", "values"])
+def test_requests_left_out_of_a_view(field):
+    """What a view tells by request it tells of all the requests that it has."""
+    part = msgspec.structs.replace(VIEW, **{field: {}})
+    with pytest.raises(AnswerError, match=rf"its {field} are of requests \[\], its local_len of"):
+        messages.spec_view(part, None, PROFILES)
 
 
 def test_python_engine_as_a_command():

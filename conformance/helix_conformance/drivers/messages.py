@@ -16,7 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from helix_conformance.drivers.asking import AnswerError, check_requests
 from helix_spec.configs import Config
-from helix_spec.events import Decode, Event, RankView, Reason
+from helix_spec.events import MERGE, Decode, Event, Merge, RankView, Reason
 from helix_spec.events import Outcome as SpecOutcome
 from helix_spec.layouts import Layout
 from helix_spec.traces import unindented
@@ -96,7 +96,8 @@ Rows = list[Any] | Array
 class Outcome(_Answer, frozen=True, tag="outcome"):
     """Answers `start` and `apply`. `reason` is left out, or null, when the event was accepted.
 
-    After an accepted decode the columns of the checked profiles must be there: SPEC.md, 10.1.
+    After an accepted decode or merge the columns of the checked profiles must be there: SPEC.md,
+    10.1.
     """
 
     reason: Reason | None = None
@@ -140,6 +141,7 @@ _COLUMNS: Final = {
     "lengths": ("past_len",),
     "attention": ("visible", "output"),
 }
+_OF_MERGE: Final[dict[str, tuple[str, ...]]] = {MERGE: ("output",)}
 _FIELDS: Final = {
     "lengths": ("local_len",),
     "pages": ("block_tables", "free_pages"),
@@ -171,8 +173,8 @@ def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]
 
     Raises AnswerError when it leaves out a column of a profile that is checked.
     """
-    if isinstance(event, Decode) and answer.reason is None:
-        _check_present(answer, _COLUMNS, profiles)
+    if isinstance(event, Decode | Merge) and answer.reason is None:
+        _check_present(answer, _COLUMNS if isinstance(event, Decode) else _OF_MERGE, profiles)
     columns = {
         name: value
         for name in ("past_len", "position_ids", "active", "slots", "visible")
