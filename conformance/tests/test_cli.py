@@ -188,9 +188,10 @@ def test_broken_files_are_named_with_line_and_field(tmp_path, stored):
     """A malformed trace or workload is refused with file, line and field, and status 2."""
     path = stored()
     path.write_text(path.read_text().replace('"prompt_len": 3', '"prompt_len": "x"'))
+    line = 1 + path.read_text().partition('"prompt_len"')[0].count("\n")
     result = call("replay", path)
     assert 2 == result.exit_code
-    assert "trace-0.json, line 27, field $.events[0].prompt_len" in result.output
+    assert f"trace-0.json, line {line}, field $.events[0].prompt_len" in result.output
     (tmp_path / "w.jsonl").write_text('{"input_length": 5, "output_length": 0}\n')
     result = call("run", "--workload", "w.jsonl")
     assert 2 == result.exit_code
