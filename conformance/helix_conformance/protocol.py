@@ -66,6 +66,7 @@ BUILT_IN: Final = {
     "gpu-all-gather": "helix_conformance.engines.gpu:AllGatherEngine",
     "gpu-reduce-scatter": "helix_conformance.engines.gpu:ReduceScatterEngine",
     "gpu-push": "helix_conformance.engines.gpu:PushEngine",
+    "gpu-hop-b": "helix_conformance.engines.gpu:HopBEngine",
     "gpu-ledger": "helix_conformance.engines.gpu:LedgerEngine",
 }
 

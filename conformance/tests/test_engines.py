@@ -80,7 +80,9 @@ def pool_of(gpu_pool, monkeypatch):
     return engine
 
 
-@pytest.mark.parametrize("engine", ["gpu-all-gather", "gpu-reduce-scatter", "gpu-push"])
+@pytest.mark.parametrize(
+    "engine", ["gpu-all-gather", "gpu-reduce-scatter", "gpu-push", "gpu-hop-b"]
+)
 def test_every_exchange_on_gloo(pool_of, engine):
     """However partials travel, four real ranks attend exactly, at cp 4 and at tp 2 x cp 2."""
     driver, tally = pool_of(engine), Tally()

@@ -10,7 +10,7 @@ sequence over `cp_size` ranks. The modules, in reading order:
 - `ledger`: the counters that all ranks keep alike, without communication;
 - `allocator`, `block_tables`, `bookkeeping`: one rank's own pages and slots;
 - `rope`, `attention`, `exchange`, `merge`: the arithmetic of one decode step;
-- `push`: an exchange by writing into the peers' memory;
+- `push`, `hop_b`: an exchange by writing into the peers' memory; exchange and attention at a time;
 - `cache`: the public face, `HelixCache`;
 - `mesh`, `block`: ranks as TP x CP, and a transformer block whose FFN uses them as EP x TP.
 

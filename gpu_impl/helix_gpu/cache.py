@@ -16,6 +16,7 @@ from helix_gpu.attention import attend_pages
 from helix_gpu.backends import AttendPages
 from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
 from helix_gpu.exchange import Exchange, MakeExchange, all_to_all, pack, unpack
+from helix_gpu.hop_b import Costs, Lane, SameLane
 from helix_gpu.ledger import Admission, Ints, Step
 from helix_gpu.merge import merge
 from helix_gpu.mesh import check_mesh, slice_of
@@ -54,7 +55,28 @@ class DecodeStep:
     slots: Tensor
     """int64: where each row's K and V are written, -1 where that is not on this rank."""
     buffers: StepBuffers | None
-    """What the kernels write on the way."""
+    """What the kernels write on the way, where these rows go through them together."""
+    halves: tuple[DecodeStep, ...] = ()
+    """With HOP-B, where it pays: two steps over parts of these very tensors."""
+
+    def split(self) -> tuple[DecodeStep, DecodeStep]:
+        """The first half of the rows, and the others."""
+        border = len(self.lengths) // 2
+        first, second = (
+            replace(
+                self, cos=self.cos[part], sin=self.sin[part], tables=self.tables[part],
+                lengths=self.lengths[part], slots=self.slots[part],
+            )
+            for part in (slice(0, border), slice(border, None))
+        )  # fmt: skip
+        return first, second
+
+    def parts(self) -> list[tuple[slice, DecodeStep]]:
+        """What attends and travels together: rows of this step, and the step that they are."""
+        if not self.halves:
+            return [(slice(None), self)]
+        border = len(self.halves[0].lengths)
+        return list(zip((slice(0, border), slice(border, None)), self.halves, strict=True))
 
 
 class HelixCache:
@@ -84,6 +106,9 @@ class HelixCache:
     of `helix_gpu.backends`. The steps of `triton` wait for nothing on the host, and can be captured
     in a CUDA graph: see `reserve` and `helix_gpu.graphs`.
 
+    With `hop_b`, what attending and exchanging cost here, a step's rows attend in two halves, the
+    first of which travels meanwhile, wherever that saves time. Every rank is given the same costs.
+
     The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often
     aborts a process that still refers to a gloo group when it exits.
     """
@@ -95,6 +120,7 @@ class HelixCache:
         mesh: DeviceMesh,
         make_exchange: MakeExchange = all_to_all,
         backend: Backend | None = None,
+        hop_b: Costs | None = None,
     ) -> Self:
         """The share of this process on a mesh of axes ("tp", "cp"), as `helix_mesh` makes it.
 
@@ -112,6 +138,7 @@ class HelixCache:
             device=mesh.device_type,
             exchange=exchange,
             backend=backend,
+            hop_b=hop_b,
         )
 
     def __init__(
@@ -123,6 +150,7 @@ class HelixCache:
         device: torch.device | str = "cpu",
         exchange: Exchange | None = None,
         backend: Backend | None = None,
+        hop_b: Costs | None = None,
     ) -> None:
         check_config(config)
         if not 0 <= rank < config.world_size:
@@ -156,6 +184,8 @@ class HelixCache:
         if self.backend == "torch" and self.device.type != "cpu":
             raise ValueError(f"The backend torch attends on the CPU alone, not on {self.device}.")
         self._reserved: dict[int, DecodeStep] = {}
+        self._hop_b = hop_b
+        self._lane = Lane(self.device) if hop_b else SameLane()
 
     @property
     def request_ids(self) -> list[int]:
@@ -256,18 +286,21 @@ class HelixCache:
         self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
         q, k = rotate(q, step.cos, step.sin), self._cached(rotate(k, step.cos, step.sin))
         v = None if v is None else self._cached(v)
-        if step.buffers is not None:
-            return self._launch(step, step.buffers, pool, q, k, v)[: step.outputs]
+        if self.backend == "triton":
+            return self._launch(step, pool, q, k, v)[: step.outputs]
         own, t = (step.slots >= 0).nonzero()[:, 0], pool.shape[2]
         page, offset = step.slots[own] // t, step.slots[own] % t
         pool[page, 0, offset] = k[own]
         if v is not None:
             pool[page, 1, offset] = v[own]
-        local = self.backend if callable(self.backend) else attend_pages
-        output, lse = local(
-            q, pool, step.tables, step.lengths, scale=model.scale, value_dim=model.value_dim
-        )
-        return self.combine(output, lse)[: step.outputs]
+        local, merged = self.backend if callable(self.backend) else attend_pages, []
+        for part, half in step.parts():
+            output, lse = local(
+                q[part], pool, half.tables, half.lengths,
+                scale=model.scale, value_dim=model.value_dim,
+            )  # fmt: skip
+            merged.append(self._lane.hand(self.combine, output, lse))
+        return _joined(merged)[: step.outputs]
 
     @torch.no_grad()
     def combine(self, output: Tensor, lse: Tensor) -> Tensor:
@@ -280,9 +313,9 @@ class HelixCache:
         model, cp_size = self.config.model, self.book.layout.cp_size
         partials = output[None], lse[None]
         if cp_size > 1:
-            wire = getattr(torch, model.partial_dtype)
-            received = self._exchange(pack(output, lse, cp_size, wire))
-            partials = unpack(received, len(lse), self.q_heads // cp_size, model.value_dim, wire)
+            received = self._exchange(pack(output, lse, cp_size, self._wire))
+            heads = self.q_heads // cp_size
+            partials = unpack(received, len(lse), heads, model.value_dim, self._wire)
         merged, _ = merge(*partials)
         return merged.to(self.dtype)
 
@@ -293,11 +326,14 @@ class HelixCache:
         Capture `attend` over it in a CUDA graph, with every rank alike, and replay the graph after
         each `begin` of `rows` new tokens and dummies in all: its tensors then say where this step's
         tokens are. `attend` returns all `rows` for it. Tables are made for the longest request
-        that the configuration allows. Reserving again gives the same buffers.
+        that the configuration allows, and for those HOP-B is decided. Reserving again gives the
+        same buffers.
         """
         if rows not in self._reserved:
             t, pages = self.book.layout.tokens_per_block, self.pool.shape[1]
-            self._reserved[rows] = self._blank(rows, min(pages, -(-self.config.max_len // t)))
+            longest = self.config.max_len
+            width = min(pages, -(-longest // t))
+            self._reserved[rows] = self._blank(rows, width, rows * longest)
         return self._reserved[rows]
 
     @torch.no_grad()
@@ -383,7 +419,8 @@ class HelixCache:
         """The tensors of a step, in the buffers reserved for its number of rows if there are."""
         tokens, pad = len(book.rows), (0, book.pad)
         width = -(-int(book.visible.max()) // self.book.layout.tokens_per_block)
-        step = self._reserved.get(tokens + book.pad) or self._blank(tokens + book.pad, width)
+        rows, seen = tokens + book.pad, int(book.position_ids.sum()) + tokens
+        step = self._reserved.get(rows) or self._blank(rows, width, seen)
         model = self.config.model
         positions = self._put(np.pad(book.position_ids, pad))
         cos, sin = rope_table(positions, model.rope_dim, model.rope_base)
@@ -395,14 +432,17 @@ class HelixCache:
         step.tables[:tokens, :width] = self._put(tables)
         return replace(step, book=book, outputs=tokens)
 
-    def _blank(self, rows: int, width: int) -> DecodeStep:
-        """Buffers of a step that does nothing yet: `rows` dummies, tables of `width` pages."""
+    def _blank(self, rows: int, width: int, seen: int) -> DecodeStep:
+        """Buffers of a step that does nothing yet: `rows` dummies, tables of `width` pages.
+
+        `seen` are the keys that its rows will see on all ranks together.
+        """
         half = self.config.model.rope_dim // 2
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        return DecodeStep(
+        step = DecodeStep(
             RankStep.of_dummies(rows),
             outputs=rows,
             cos=zeros(rows, 1, half, dtype=torch.float32),
@@ -410,8 +450,32 @@ class HelixCache:
             tables=zeros(rows, width, dtype=torch.int64),
             lengths=zeros(rows, dtype=torch.int64),
             slots=zeros(rows, dtype=torch.int64) - 1,
-            buffers=self._step_buffers(rows, width) if self.backend == "triton" else None,
+            buffers=None,
         )
+        if not self._halves_pay(rows, seen):
+            return self._with_buffers(step)
+        return replace(step, halves=tuple(map(self._with_buffers, step.split())))
+
+    def _halves_pay(self, rows: int, seen: int) -> bool:
+        """Whether HOP-B saves time for a step, decided by what all ranks know, and so alike."""
+        model, cp_size = self.config.model, self.book.layout.cp_size
+        if self._hop_b is None or rows < 2 or cp_size == 1:
+            return False
+        token = self.pool[0, 0, :, 0].nbytes
+        message = rows * self.q_heads / cp_size * (model.value_dim * self._wire.itemsize + 4)
+        return self._hop_b.saved(seen / cp_size * token, message * (cp_size - 1)) > 0
+
+    @property
+    def _wire(self) -> torch.dtype:
+        """The type in which partial outputs travel."""
+        wire: torch.dtype = getattr(torch, self.config.model.partial_dtype)
+        return wire
+
+    def _with_buffers(self, step: DecodeStep) -> DecodeStep:
+        """The step, with what the kernels write on the way if it is theirs."""
+        if self.backend != "triton":
+            return step
+        return replace(step, buffers=self._step_buffers(*step.tables.shape))
 
     def _step_buffers(self, rows: int, width: int) -> StepBuffers:
         from helix_gpu.kernels.step import StepBuffers
@@ -426,31 +490,34 @@ class HelixCache:
             longest=width * self.book.layout.tokens_per_block,
             dtype=self.dtype,
             # One rank sends nothing: what it merges with nothing is not rounded for the way.
-            wire=getattr(torch, model.partial_dtype) if ranks > 1 else torch.float32,
+            wire=self._wire if ranks > 1 else torch.float32,
             device=self.device,
         )
 
     def _launch(
-        self,
-        step: DecodeStep,
-        buffers: StepBuffers,
-        pool: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor | None,
+        self, step: DecodeStep, pool: Tensor, q: Tensor, k: Tensor, v: Tensor | None
     ) -> Tensor:
         """One layer by the kernels: nothing here waits for the device, or reads from it."""
         from helix_gpu.kernels.merge import merge_received
         from helix_gpu.kernels.step import attend_shard
 
-        model = self.config.model
-        attend_shard(
-            buffers, q, k, v, pool, step.slots, step.tables, step.lengths,
-            scale=model.scale, wide=model.product_dtype != model.dtype,
-        )  # fmt: skip
-        output = torch.empty_like(buffers.output)  # layers share the buffers, not their results
-        merge_received(self._exchange(buffers.send), output, buffers.lse, buffers.wire)
-        return output
+        model, merged = self.config.model, []
+        for part, half in step.parts():
+            buffers = half.buffers
+            assert buffers is not None
+            attend_shard(
+                buffers, q[part], k[part], None if v is None else v[part], pool,
+                half.slots, half.tables, half.lengths,
+                scale=model.scale, wide=model.product_dtype != model.dtype,
+            )  # fmt: skip
+
+            def combine(send: Tensor, buffers: StepBuffers = buffers) -> Tensor:
+                output = torch.empty_like(buffers.output)  # layers share only the buffers
+                merge_received(self._exchange(send), output, buffers.lse, buffers.wire)
+                return output
+
+            merged.append(self._lane.hand(combine, buffers.send))
+        return _joined(merged)
 
     def _slots(self, table: list[int], index: Ints) -> tuple[Tensor, Tensor]:
         """Page and offset of these local indices."""
@@ -498,6 +565,12 @@ class HelixCache:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {self.dtype} {shape}."
             )
+
+
+def _joined(merged: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """The rows of all parts, waited for in order; those of a single one are not copied."""
+    rows = [wait() for wait in merged]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _group_exchange(config: Config, group: dist.ProcessGroup | None, cp_rank: int) -> Exchange:

@@ -42,19 +42,21 @@ class Table:
 
 
 @pytest.fixture
-def run_ranks() -> Callable[[Config, Callable[[HelixCache, int], Any]], list[Any]]:
-    """Runs `body(cache, rank)` on every rank of a configuration; the answers by rank."""
+def run_ranks() -> Callable[..., list[Any]]:
+    """Runs `body(cache, rank)` on every rank of a configuration; the answers by rank.
 
-    def run(config: Config, body: Callable[[HelixCache, int], Any]) -> list[Any]:
+    What else is given goes to each `HelixCache`.
+    """
+
+    def run(config: Config, body: Callable[[HelixCache, int], Any], **how: Any) -> list[Any]:
         cp_size = config.rules.cp_size
         tables = [Table(cp_size) for _ in range(config.tp_size)]
 
         def one(rank: int) -> Any:
             table = tables[rank // cp_size]
             try:
-                return body(
-                    HelixCache(config, rank=rank, exchange=table.seat(rank % cp_size)), rank
-                )
+                exchange = table.seat(rank % cp_size)
+                return body(HelixCache(config, rank=rank, exchange=exchange, **how), rank)
             except BaseException:
                 table.barrier.abort()
                 raise

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from helix_gpu.cache import Backend, DecodeStep, PromptKV
     from helix_gpu.exchange import Exchange, MakeExchange
+    from helix_gpu.hop_b import Costs
 
 CHUNK: Final = 5
 """Prompt tokens that are computed at a time, with `admission` prefill: across pages and turns."""
@@ -131,6 +132,11 @@ class GpuEngine:
 
         return all_to_all
 
+    @staticmethod
+    def hop_b() -> Costs | None:
+        """By which costs a step attends in halves; None where it never does."""
+        return None
+
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
         from helix_gpu.cache import HelixCache
@@ -147,6 +153,7 @@ class GpuEngine:
                 device=_device(),
                 exchange=exchange,
                 backend=self.backend,
+                hop_b=self.hop_b(),
             )
         except Refused as refused:
             return Outcome(refused.reason)
@@ -327,6 +334,17 @@ class ReduceScatterEngine(GpuEngine):
         """Ready, or refused with `bad_config`."""
         model = msgspec.structs.replace(config.model, partial_dtype="float32")
         return super().start(msgspec.structs.replace(config, model=model), profiles)
+
+
+class HopBEngine(GpuEngine):
+    """Every step of two rows or more attends in halves, one while the other's partials travel."""
+
+    @staticmethod
+    def hop_b() -> Costs | None:
+        """Bytes cost much and all else nothing: halves always pay."""
+        from helix_gpu.hop_b import Costs
+
+        return Costs(latency=0, exchange_speed=1, attention_speed=1, second_half=0)
 
 
 class PushEngine(GpuEngine):

@@ -1,0 +1,166 @@
+"""HOP-B: the batch in two halves, one attending while the other's partials travel.
+
+From arXiv 2507.07120 ("HOP-B"). What is hidden is the time of the bytes; the latency of an exchange
+is paid twice instead of once, and so are the launches of the attention. At most decode shapes it
+loses, so a gate decides by measured costs, for every step and alike on all ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from helix_gpu.exchange import Exchange
+
+Work = Callable[..., Tensor]
+"""Takes tensors."""
+REPEATS: Final = 20
+"""Times that each thing is measured; the median counts."""
+MESSAGES: Final = (2**12, 2**20)
+"""Bytes for each rank in the exchanges that are measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What attending and exchanging cost, the same on all ranks. Seconds and bytes per second."""
+
+    latency: float
+    """Of an exchange without bytes."""
+    exchange_speed: float
+    """Bytes that a rank sends to all others, per second beyond the latency."""
+    attention_speed: float
+    """Bytes of cached K and V that a rank attends over, per second."""
+    second_half: float
+    """What attending in two halves takes longer than in one."""
+
+    def saved(self, cached: float, sent: float) -> float:
+        """Seconds that two halves save in a layer; negative where they lose.
+
+        `cached` are the bytes of K and V that a rank reads, `sent` those that it sends. Halves pass
+        through attention (a seconds each) and exchange (x each) as two equal jobs through two
+        machines, which takes a + max(a, x) + x (Johnson, Naval Res. Logist. Q. 1, 1954). So where
+        attention is the longer, half of the bytes' time is saved, and the second half's launches
+        are lost; where the exchange is, half of the attention's, and one latency is lost.
+        """
+        attention = cached / self.attention_speed
+        whole = attention + self._exchange(sent)
+        a, x = (attention + self.second_half) / 2, self._exchange(sent / 2)
+        return whole - (a + max(a, x) + x)
+
+    def _exchange(self, sent: float) -> float:
+        return self.latency + sent / self.exchange_speed
+
+
+def measure(
+    exchange: Exchange,
+    group: dist.ProcessGroup,
+    attend: Callable[[int], object],
+    rows: int,
+    cached: int,
+    device: torch.device | str = "cpu",
+) -> Costs:
+    """The costs on these ranks, of which the slowest counts; every rank of the group calls it.
+
+    `attend(n)` attends with n rows, `rows` (at least 2) being those of a usual batch, which reads
+    `cached` bytes of K and V. Takes tens of exchanges.
+    """
+    device = torch.device(device)
+
+    def exchanging(size: int) -> Callable[[], object]:
+        send = torch.zeros(group.size(), size, dtype=torch.uint8, device=device)
+        return lambda: exchange(send)
+
+    def halves() -> None:
+        attend(rows // 2)
+        attend(rows - rows // 2)
+
+    runs = [*map(exchanging, MESSAGES), lambda: attend(rows), halves]
+    times = torch.tensor([_seconds(run, device) for run in runs], device=device)
+    dist.all_reduce(times, op=dist.ReduceOp.MAX, group=group)
+    return fitted(times.tolist(), group.size() - 1, cached)
+
+
+def fitted(times: Sequence[float], peers: int, cached: int) -> Costs:
+    """Costs from the times of a small and a large exchange, of attending whole and in halves.
+
+    A difference that noise has made negative or 0 is taken for 0 seconds: an exchange whose
+    bytes cost nothing, and halves that cost no more, never let HOP-B look better than it is.
+    """
+    small, large, whole, halves = times
+    few, many = (size * peers for size in MESSAGES)
+    per_byte = max(large - small, 0.0) / (many - few)
+    return Costs(
+        latency=max(small - few * per_byte, 0.0),
+        exchange_speed=1 / per_byte if per_byte else float("inf"),
+        attention_speed=cached / whole,
+        second_half=max(halves - whole, 0.0),
+    )
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median time of a run, from its launch to its end on the device."""
+
+    def once() -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    return median(once() for _ in range(REPEATS))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class SameLane:
+    """Work is done at once, by who hands it over."""
+
+    def hand(self, work: Work, *given: Tensor) -> Callable[[], Tensor]:
+        """What `work(*given)` gave."""
+        result = work(*given)
+        return lambda: result
+
+
+class Lane:
+    """Work beside the main one, in the order in which it is handed over.
+
+    A stream on CUDA, whose work starts when all before it in the current stream has ended, and a
+    thread on the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.thread = None if self.stream else ThreadPoolExecutor(1)
+
+    def hand(self, work: Work, *given: Tensor) -> Callable[[], Tensor]:
+        """Begin `work(*given)`; what is returned waits for its result."""
+        if self.thread is not None:
+            return self.thread.submit(work, *given).result
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = work(*given)
+        ended = self.stream.record_event()
+        for tensor in given:
+            tensor.record_stream(self.stream)
+
+        def wait() -> Tensor:
+            torch.cuda.current_stream().wait_event(ended)
+            result.record_stream(torch.cuda.current_stream())
+            return result
+
+        return wait
