@@ -46,7 +46,8 @@ class AttentionWeights:
 class AttentionBlock:
     """QKV projection, RoPE, Helix attention, output projection and its reduction, for one layer.
 
-    `weights` are this rank's share. Every rank makes the same calls.
+    `weights` are this rank's share. Every rank makes the same calls. Raises ValueError for weights
+    that are another share, and for a model with a latent cache, whose projections are others.
     """
 
     def __init__(
@@ -137,6 +138,8 @@ class FeedForward:
 def _check_shapes(weights: AttentionWeights, cache: HelixCache) -> None:
     """Raise ValueError unless these are the projections of this cache's heads."""
     model: ModelShape = cache.config.model
+    if model.latent is not None:
+        raise ValueError("The block projects Q, K and V by heads; this model caches latents.")
     hidden = len(weights.q)
     own = model.q_heads // cache.config.world_size * model.head_dim
     q, kv = cache.q_heads * model.head_dim, cache.kv_heads * model.head_dim

@@ -24,6 +24,7 @@ from helix_gpu.bookkeeping import RankStep
 from helix_gpu.cache import Backend, DecodeStep, HelixCache
 from helix_gpu.exchange import Exchange
 from helix_gpu.graphs import Replay, StepGraph
+from helix_gpu.hop_b import Costs, SameLane
 from helix_spec.configs import Config, LatentShape, ModelShape
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -260,6 +261,29 @@ def attended(model: ModelShape) -> Any:
 def test_a_replay_is_what_the_eager_step_is(model: ModelShape) -> None:
     """Over turns and pages, with dummies, lengths growing: the same bits in outputs and pools."""
     assert same(attended(model), on_ranks(setting(model), replayed))
+
+
+class Halved(HelixCache):
+    """Attends in two halves whatever it costs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        always = Costs(latency=0.0, exchange_speed=1.0, attention_speed=1.0, second_half=0.0)
+        super().__init__(*args, **kwargs, hop_b=always)
+
+
+class HalvedInOneThread(Halved):
+    """The same, with everything where a capture notes it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._lane = SameLane()
+
+
+def test_halves_change_no_bit() -> None:
+    """HOP-B by the kernels, eager and replayed, gives what whole steps give."""
+    config = setting(SMALL)
+    assert same(attended(SMALL), on_ranks(config, eager, cache_class=Halved))
+    assert same(attended(SMALL), on_ranks(config, replayed, cache_class=HalvedInOneThread))
 
 
 @pytest.mark.parametrize("stale", ["slots", "lengths", "tables", "cos", "sin"])

@@ -20,7 +20,9 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from helix_gpu.attention import attend_pages
 from helix_gpu.backends import discovered, load
-from helix_spec.configs import LatentShape, ModelShape
+from helix_gpu.cache import HelixCache
+from helix_gpu.rope import rope_table, rotate
+from helix_spec.configs import Config, LatentShape, ModelShape
 
 Fixture = Callable[..., Any]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -188,6 +190,36 @@ def test_another_base_is_caught(install: Fixture, values: Fixture, exact: Fixtur
     install(FakeFlashInfer(base=math.e))
     paged = Paged(values, torch.bfloat16)
     assert not paged.right(exact, *load("flashinfer", MODEL)(*paged.given), torch.bfloat16)
+
+
+def test_a_cache_attends_with_flashinfer(
+    install: Fixture, run_ranks: Fixture, values: Fixture, exact: Fixture
+) -> None:
+    """On four ranks, some without keys, a cache gives what float64 gives."""
+    install(FakeFlashInfer())
+    config = Config(layout="pr9757/1:C=4,T=2", pages=[9] * 4, max_len=40, model=MODEL)
+    tokens = 6
+    q, k, v = (
+        values((1, tokens, heads, 64), code, dtype=torch.bfloat16)
+        for code, heads in enumerate((8, 2, 2))
+    )
+
+    def body(cache: HelixCache, rank: int) -> tuple[Tensor, list[int]]:
+        cache.backend = load("flashinfer", MODEL)  # it keeps a plan: one for each rank
+        cache.admit(0, 5, lambda at: (k[:, at], v[:, at]))
+        return cache.decode([0], q[:, -1:], k[:, -1:], v[:, -1:]), [cache.local_len(0)]
+
+    answers = run_ranks(config, body)
+    output, lengths = (torch.cat([answer[0] for answer in answers], 2), [n for _, n in answers])
+    assert [[3], [2], [1], [0]] == lengths
+    table = rope_table(torch.arange(tokens), 64, MODEL.rope_base)
+    last, keys = rotate(q[0], *table)[-1], rotate(k[0], *table)
+    held = [[0, 1, 5], [2, 3], [4], []]
+    o, _, bound = exact(last, [(keys[at], v[0, at]) for at in held], torch.bfloat16, torch.bfloat16)
+    p = torch.einsum("hd,shd->hs", last.double(), keys.double().repeat_interleave(4, 1)) / 8
+    sizes = v[0].double().repeat_interleave(4, 1).norm(dim=-1).T
+    rounded = (p.softmax(-1) * sizes * UNIT[torch.bfloat16]).square().sum(-1)
+    assert ((o - output[0, 0]).norm(dim=-1) <= (bound.square() + rounded).sqrt()).all()
 
 
 @pytest.mark.parametrize(

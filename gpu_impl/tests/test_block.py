@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch import Tensor
 from helix_gpu.block import AttentionBlock, AttentionWeights, FeedForward, FeedForwardWeights
 from helix_gpu.cache import HelixCache
 from helix_gpu.mesh import helix_mesh, repurposed
-from helix_spec.configs import Config, DType, ModelShape
+from helix_spec.configs import Config, DType, LatentShape, ModelShape
 
 sys.path.insert(0, str(Path(__file__).parent))
 from roundings import U32, UNIT, Roundings
@@ -200,6 +201,21 @@ def test_shares_of_another_rank_count(on_ranks: OnRanks) -> None:
             AttentionBlock(cache, 0, setting.weights, mesh)
 
     on_ranks(4, body)
+
+
+def test_latents_are_not_projected(on_ranks: OnRanks) -> None:
+    """A model with a latent cache is refused."""
+    whole = config(1, 1, "float32")
+    latent = LatentShape(latent_dim=16, rope_dim=8)
+    model = msgspec.structs.replace(whole.model, kv_heads=1, latent=latent)
+
+    def body(rank: int) -> None:
+        mesh = helix_mesh(whole)
+        cache = HelixCache.on(msgspec.structs.replace(whole, model=model), mesh)
+        with pytest.raises(ValueError, match="this model caches latents"):
+            AttentionBlock(cache, 0, Setting(whole).weights, mesh)
+
+    on_ranks(1, body)
 
 
 class Experts:
