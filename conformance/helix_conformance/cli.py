@@ -274,6 +274,7 @@ def replay(**options: Any) -> None:
             declared,
             tally,
             failure,
+            settings=driver.settings,
         )
         stream.row(row)
         if failure is not None:
@@ -596,6 +597,7 @@ def _play_random(
                 tally,
                 failure,
                 here,
+                driver.settings,
             )
             stream.row(row)
             if failure is not None:
@@ -661,6 +663,7 @@ def _play_workload(
                 driver.profiles,
                 tally,
                 failure,
+                settings=driver.settings,
             )
             stream.row(row)
             if failure is not None:

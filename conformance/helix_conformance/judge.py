@@ -579,5 +579,5 @@ def _at_least(rows: Array, slots: int) -> Array:
 def _array(rank: int, name: str, rows: Any) -> Array:
     try:
         return as_array(rows)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise GarbageError(rank, f"its {name} is no array of numbers: {error}") from error

@@ -143,6 +143,7 @@ def make_row(
     tally: Tally,
     failure: Failure | None,
     known: Sequence[Difference] = (),
+    settings: Mapping[str, str] | None = None,
 ) -> Row:
     """The row of a finished layout."""
     return Row(
@@ -158,6 +159,7 @@ def make_row(
         seconds=round(tally.seconds, 3),
         verdict="pass" if failure is None else failure.verdict,
         known=[difference.subject for difference in known],
+        settings=dict(settings or {}),
     )
 
 

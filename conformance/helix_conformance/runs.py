@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Final, Literal
 
 import hypothesis
 import msgspec
@@ -29,6 +29,8 @@ from helix_spec.events import FEATURES, MERGE, Event, Reason, Release
 from helix_spec.invariants import NUMBERS
 from helix_spec.traces import Trace
 
+REDUCTION_LIMIT_S: Final = 120.0
+"""How long an engine that fails is started again for a smaller trace; a difference has no limit."""
 EVERYTHING = Watch()
 """All state is looked at after every event."""
 
@@ -311,12 +313,13 @@ def _made_small(
 ) -> Failure:
     """The failure with the smallest trace that shows some of the same violations."""
     smallest, alive = failure, True
+    until = time.perf_counter() + REDUCTION_LIMIT_S
 
     def fails(trace: Trace, named: Collection[str]) -> Trace | None:
         nonlocal smallest, alive
         again = _judged(driver, trace, profiles, tally, known) if alive else None
         if again is not None and again.verdict == "error":
-            alive = driver.survives_failure
+            alive = driver.survives_failure and time.perf_counter() < until
         if again is None or not numbers_of(again).intersection(named):
             return None
         smallest = again

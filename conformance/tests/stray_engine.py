@@ -65,6 +65,7 @@ ASTRAY = {
     "no slots": change(slots=None),
     "extra": change(slot=[1]),
     "text": change(past_len=["3"]),
+    "huge": change(slots=[10**30]),
     "reason": change(reason="no room"),
     "failed": lambda a: put(
         json.dumps({"type": "failed", "seq": json.loads(a)["seq"], "what": "lost its way"}) + "\n"

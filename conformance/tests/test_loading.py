@@ -52,6 +52,22 @@ def test_engine_of_an_installed_package(installed):
     assert "theirs" == engine_names()[-1]
 
 
+def test_engine_of_a_package_on_the_path(tmp_path, monkeypatch):
+    """The metadata that an installer writes are what is read."""
+    about = tmp_path / "theirs-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[helix_conformance.engines]\ntheirs = theirs_adapter:Engine\n"
+    )
+    (tmp_path / "theirs_adapter.py").write_text(
+        "from helix_reference.engine import ReferenceEngine as Engine\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "theirs" in engine_names()
+    assert ReferenceEngine is load_engine("theirs")
+
+
 def test_one_name_of_two_packages(installed):
     """A name that two packages give to different engines is refused, and both are named."""
     installed(("theirs", engine()), ("theirs", engine()))

@@ -90,7 +90,9 @@ def test_c_engine_on_the_command_line(c_engine, tmp_path):
     stream = tmp_path / "run.jsonl"
     result = CliRunner().invoke(main, [*words, "--examples", "5", "--json", str(stream)])
     assert 0 == result.exit_code, result.output
-    found = json.loads(stream.read_text().splitlines()[-1])
+    lines = [json.loads(line) for line in stream.read_text().splitlines()]
+    assert {"engine": "helix_engine.c", "version": "1", "language": "C"} == lines[1]["settings"]
+    found = lines[-1]
     assert ["placement", "lengths", "pages"] == found["profiles_checked"]
     assert ["cache", "attention", *FEATURES] == found["profiles_not_checked"][:7]
 
@@ -117,6 +119,7 @@ def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
         ("no slots", "answered garbage: its answer lacks slots, which profile placement asks for"),
         ("extra", "answered garbage: Object contains unknown field `slot`"),
         ("text", "answered garbage: Expected `int`, got `str` - at `$.past_len[0]`"),
+        ("huge", "answered garbage: Expected `int` <= 9007199254740992 - at `$.slots[0]`"),
         ("reason", "answered garbage: Invalid enum value 'no room' - at `$.reason`"),
         ("failed", "lost its way; its stderr ends: 'going astray: failed'"),
         ("chatter", "in the line that begins 'loading weights...'"),

@@ -64,16 +64,17 @@ def ill_typed(answers: Sequence[Answer]) -> tuple[int, str] | None:
     """
     for rank, answer in enumerate(answers):
         try:
-            _converted(msgspec.structs.replace(answer.outcome, output=None), Outcome)
+            _check(msgspec.structs.replace(answer.outcome, output=None), Outcome)
             if answer.view is not None:
-                _converted(msgspec.structs.replace(answer.view, keys={}, values={}), RankView)
-        except (TypeError, ValueError, OverflowError) as error:
+                _check(msgspec.structs.replace(answer.view, keys={}, values={}), RankView)
+        except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
             return rank, str(error)
     return None
 
 
-def _converted(answer: Outcome | RankView, to: type[Any]) -> None:
-    msgspec.convert(msgspec.to_builtins(answer), to)
+def _check(answer: Outcome | RankView, kind: type[Any]) -> None:
+    """Raises what msgspec does when the answer cannot be written down and read back as its kind."""
+    msgspec.json.decode(msgspec.json.encode(answer), type=kind)
 
 
 def _outcome(answer: Any) -> Outcome:

@@ -50,10 +50,12 @@ class Line:
 
 
 class Switchboard:
-    """Rank 0's end: listens until every other rank has a line."""
+    """Rank 0's end: listens until every other rank has a line. `host` is its name to them."""
 
     def __init__(self, host: str) -> None:
-        self.socket = socket.create_server((host, 0))
+        # A machine's name may stand for its loopback there, and for the machine elsewhere.
+        own = host in ("localhost", "127.0.0.1")
+        self.socket = socket.create_server((host if own else "", 0))
         self.address = Address(host, self.socket.getsockname()[1], os.urandom(16))
 
     def lines(self, world: int, limit_s: float) -> dict[int, Connection]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from helix_conformance.drivers.asking import AnswerError, check_requests
 from helix_spec.configs import Config
-from helix_spec.events import MERGE, Decode, Event, Merge, RankView, Reason
+from helix_spec.events import MERGE, Decode, Event, Merge, Number, RankView, Reason, RequestId
 from helix_spec.events import Outcome as SpecOutcome
 from helix_spec.layouts import Layout
 from helix_spec.traces import unindented
@@ -81,11 +81,15 @@ class Ready(_Answer, frozen=True, tag="ready"):
     """Shown in reports, whatever it is."""
 
 
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+"""Elements along one index of an array."""
+
+
 class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An array of numbers as bytes, little-endian, the last index running fastest; in base64."""
 
     dtype: Literal["<f2", "<f4", "<f8"]
-    shape: list[int]
+    shape: list[Size]
     data: bytes
 
 
@@ -101,11 +105,11 @@ class Outcome(_Answer, frozen=True, tag="outcome"):
     """
 
     reason: Reason | None = None
-    past_len: list[int] | UnsetType = UNSET
-    position_ids: list[int] | UnsetType = UNSET
+    past_len: list[Number] | UnsetType = UNSET
+    position_ids: list[Number] | UnsetType = UNSET
     active: list[bool] | UnsetType = UNSET
-    slots: list[int] | UnsetType = UNSET
-    visible: list[int] | UnsetType = UNSET
+    slots: list[Number] | UnsetType = UNSET
+    visible: list[Number] | UnsetType = UNSET
     output: Rows | UnsetType = UNSET
 
 
@@ -115,12 +119,12 @@ class View(_Answer, frozen=True, tag="view"):
     Keys of the objects are request ids in decimal digits.
     """
 
-    local_len: dict[int, int] | UnsetType = UNSET
-    block_tables: dict[int, list[int]] | UnsetType = UNSET
-    free_pages: int | UnsetType = UNSET
-    preempted: list[int] | UnsetType = UNSET
-    keys: dict[int, Rows] | UnsetType = UNSET
-    values: dict[int, Rows] | UnsetType = UNSET
+    local_len: dict[RequestId, Number] | UnsetType = UNSET
+    block_tables: dict[RequestId, list[Number]] | UnsetType = UNSET
+    free_pages: Number | UnsetType = UNSET
+    preempted: list[RequestId] | UnsetType = UNSET
+    keys: dict[RequestId, Rows] | UnsetType = UNSET
+    values: dict[RequestId, Rows] | UnsetType = UNSET
 
 
 class Failed(_Answer, frozen=True, tag="failed"):

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from helix_conformance.drivers.base import EngineFailure
 from helix_conformance.drivers.lines import Address, Line, Switchboard, call
 from helix_conformance.drivers.process import START_LIMIT_S
 from helix_conformance.drivers.supervised import (
@@ -141,7 +142,11 @@ class MpiDriver(SupervisedDriver):
             meeting = msgspec.structs.replace(meeting, store_host=host, store_port=self.store.port)
         world.bcast(msgspec.json.encode(meeting), root=0)
         MpiDriver.has_met = True
-        found = switchboard.lines(world.size, START_LIMIT_S)
+        try:
+            found = switchboard.lines(world.size, START_LIMIT_S)
+        except EngineFailure:
+            self.not_whole()
+            raise
         setup = setup_of(engine, 0, world.size, backend, deadline_s)
         super().__init__(
             engine,

@@ -63,6 +63,8 @@ class Row(_Line, frozen=True, kw_only=True, tag="row"):
     """Those that were checked."""
     declared: list[str] = []
     """Those that the engine declares."""
+    settings: dict[str, str] = {}
+    """What the engine says about how it is set up."""
     identifiers: list[str] = []
     """Every layout identifier that was played."""
     traces: int
