@@ -19,13 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.exchange import Exchange
+from helix_spec.configs import ModelShape
 
 Work = Callable[..., Tensor]
 """Takes tensors."""
 REPEATS: Final = 20
 """Times that each thing is measured; the median counts."""
 MESSAGES: Final = (2**12, 2**20)
-"""Bytes for each rank in the exchanges that are measured."""
+"""Bytes for each rank, at most, in the two exchanges that are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Costs:
 def measure(
     exchange: Exchange,
     group: dist.ProcessGroup,
+    model: ModelShape,
     attend: Callable[[int], object],
     rows: int,
     cached: int,
@@ -69,10 +71,12 @@ def measure(
 ) -> Costs:
     """The costs on these ranks, of which the slowest counts; every rank of the group calls it.
 
-    `attend(n)` attends with n rows, `rows` (at least 2) being those of a usual batch, which reads
-    `cached` bytes of K and V. Takes tens of exchanges.
+    `exchange` was made for this group and model. `attend(n)` attends with n rows, `rows` (at least
+    2) being those of a usual batch, which reads `cached` bytes of K and V. Takes tens of exchanges.
     """
-    device = torch.device(device)
+    device, wire = torch.device(device), getattr(torch, model.partial_dtype)
+    item = model.value_dim * wire.itemsize + 4  # of one row and head
+    sizes = [size // item * item for size in MESSAGES]
 
     def exchanging(size: int) -> Callable[[], object]:
         send = torch.zeros(group.size(), size, dtype=torch.uint8, device=device)
@@ -82,20 +86,20 @@ def measure(
         attend(rows // 2)
         attend(rows - rows // 2)
 
-    runs = [*map(exchanging, MESSAGES), lambda: attend(rows), halves]
+    runs = [*map(exchanging, sizes), lambda: attend(rows), halves]
     times = torch.tensor([_seconds(run, device) for run in runs], device=device)
     dist.all_reduce(times, op=dist.ReduceOp.MAX, group=group)
-    return fitted(times.tolist(), group.size() - 1, cached)
+    return fitted(times.tolist(), [size * (group.size() - 1) for size in sizes], cached)
 
 
-def fitted(times: Sequence[float], peers: int, cached: int) -> Costs:
+def fitted(times: Sequence[float], sent: Sequence[int], cached: int) -> Costs:
     """Costs from the times of a small and a large exchange, of attending whole and in halves.
 
-    A difference that noise has made negative or 0 is taken for 0 seconds: an exchange whose
-    bytes cost nothing, and halves that cost no more, never let HOP-B look better than it is.
+    `sent` are the bytes that a rank sends to all others in the two exchanges. A difference that
+    noise has made negative or 0 is taken for 0 seconds: an exchange whose bytes cost nothing, and
+    halves that cost no more, never let HOP-B look better than it is.
     """
-    small, large, whole, halves = times
-    few, many = (size * peers for size in MESSAGES)
+    (small, large, whole, halves), (few, many) = times, sent
     per_byte = max(large - small, 0.0) / (many - few)
     return Costs(
         latency=max(small - few * per_byte, 0.0),

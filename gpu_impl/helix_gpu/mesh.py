@@ -52,6 +52,7 @@ def slice_of(mesh: DeviceMesh) -> int:
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """The group of all ranks of a mesh, in the order of their slices; every rank calls it."""
+    # Flattening knows the group that covers all processes, and those of a part of a larger mesh.
     return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
 
 
@@ -60,9 +61,14 @@ def repurposed(mesh: DeviceMesh, ep_size: int = 1) -> DeviceMesh:
 
     Helix gives the N = tp * cp ranks of the attention to the FFN as EP x TPF = N, without moving
     anything (arXiv 2507.07120, section 2.2): axes ("ep", "tp"), tp the faster one. A dense FFN has
-    ep_size 1. Every rank calls it. Raises ValueError if ep_size does not divide the ranks.
+    ep_size 1. Every rank calls it. Raises ValueError if ep_size does not divide the ranks, or if
+    the mesh is a part of a larger one: its groups can only be made by all processes together.
     """
     ranks = mesh.size()
+    if ranks != dist.get_world_size():
+        raise ValueError(
+            f"The mesh holds {ranks} of {dist.get_world_size()} processes; the FFN's needs all."
+        )
     if ep_size < 1 or ranks % ep_size:
         raise ValueError(f"ep_size is {ep_size}; it must divide the {ranks} ranks of the mesh.")
     grid = mesh.mesh.reshape(ep_size, ranks // ep_size)

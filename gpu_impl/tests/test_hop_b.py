@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.cache import DecodeStep, HelixCache
-from helix_gpu.exchange import all_to_all
-from helix_gpu.hop_b import MESSAGES, Costs, Lane, fitted, measure
+from helix_gpu.exchange import MakeExchange, all_gather, all_to_all, reduce_scatter
+from helix_gpu.hop_b import Costs, Lane, fitted, measure
+from helix_gpu.push import push
 from helix_spec.configs import Config, ModelShape
 
 MIB = 2.0**20
@@ -58,8 +59,8 @@ def test_what_is_saved_in_closed_form() -> None:
 
 def test_costs_are_fitted_from_times() -> None:
     """Two exchanges give latency and speed, two attentions the price of halves."""
-    few, many = (3 * size for size in MESSAGES)
-    costs = fitted([2.0 + few / 1e6, 2.0 + many / 1e6, 4.0, 4.5], 3, 800)
+    few, many = 3000, 3_000_000
+    costs = fitted([2.0 + few / 1e6, 2.0 + many / 1e6, 4.0, 4.5], [few, many], 800)
     assert (2.0, 1e6, 200.0, 0.5) == (
         pytest.approx(costs.latency),
         pytest.approx(costs.exchange_speed),
@@ -70,20 +71,21 @@ def test_costs_are_fitted_from_times() -> None:
 
 def test_noise_never_makes_it_pay() -> None:
     """A large exchange that was measured faster than a small one has no bytes to hide."""
-    costs = fitted([2.0, 1.5, 4.0, 3.0], 3, 800)
+    costs = fitted([2.0, 1.5, 4.0, 3.0], [3000, 3_000_000], 800)
     assert (2.0, float("inf"), 0.0) == (costs.latency, costs.exchange_speed, costs.second_half)
     assert 0 >= costs.saved(8e9, 1e9)
 
 
-def test_the_slowest_rank_counts_for_all(on_ranks: Any) -> None:
+@pytest.mark.parametrize("make", [all_to_all, all_gather, reduce_scatter, push])
+def test_the_slowest_rank_counts_for_all(make: MakeExchange, on_ranks: Any) -> None:
     """All get the same costs, though one attends more slowly: they must decide alike."""
 
     def body(rank: int) -> Costs:
         def attend(rows: int) -> None:
             time.sleep(0.004 if rank == 1 else 0.0)
 
-        exchange = all_to_all(dist.group.WORLD, ModelShape())
-        return measure(exchange, dist.group.WORLD, attend, rows=4, cached=4000)
+        group, model = dist.group.WORLD, ModelShape()
+        return measure(make(group, model), group, model, attend, rows=4, cached=4000)
 
     first, second = on_ranks(2, body)
     assert first == second

@@ -114,6 +114,17 @@ def test_the_ffn_uses_the_same_ranks(ep_size: int, tp_size: int, on_ranks: OnRan
     assert [divmod(rank, tp_size) for rank in range(4)] == on_ranks(4, body)
 
 
+def test_the_ffn_on_a_part_of_a_mesh(on_ranks: OnRanks) -> None:
+    """The ranks of one pipeline stage are refused before a group is made."""
+
+    def body(rank: int) -> None:
+        stages = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "tp", "cp"))
+        with pytest.raises(ValueError, match="The mesh holds 2 of 4 processes; the FFN's needs"):
+            repurposed(stages["tp", "cp"])
+
+    on_ranks(4, body)
+
+
 def test_experts_do_not_divide(on_ranks: OnRanks) -> None:
     """ep_size must divide the ranks."""
 
