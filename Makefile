@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test test-browser test-peers lint drivers workloads zoo prove bench clean
+.PHONY: conform test test-browser test-peers lint drivers workloads zoo conform-vllm prove bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,6 +51,22 @@ TIER ?= all
 zoo: .venv/installed ## The suite against every wrong engine: each must be caught by name
 	$(BIN)/helix-conformance zoo --tier $(TIER)
 
+# vLLM pins a torch of its own and would bring CUDA: an environment beside ours, 3 GB.
+VLLM := .venv-vllm/bin
+.venv-vllm/installed: conformance/vllm-requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet --requirement conformance/vllm-requirements.txt
+	$(VLLM)/pip install --quiet --no-deps vllm==0.33.0 --editable .
+	@touch $@
+
+CONFORM_VLLM = $(VLLM)/helix-conformance run --layout vllm_dcp --engine
+conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; FINDINGS.md says what it does otherwise
+	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 60 --known conformance/known/vllm.toml
+	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 60 --known conformance/known/vllm.toml
+	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40
+	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40
+	$(VLLM)/python -m helix_conformance.engines.vllm_findings
+
 prove: .venv/installed ## All theorems, for all sizes
 	$(BIN)/helix-conformance prove
 
@@ -71,4 +87,4 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/python conformance/benchmarks/events.py
 
 clean:
-	rm -rf .venv .peers build dist
+	rm -rf .venv .venv-vllm .peers build dist

@@ -68,6 +68,10 @@ BUILT_IN: Final = {
     "gpu-push": "helix_conformance.engines.gpu:PushEngine",
     "gpu-hop-b": "helix_conformance.engines.gpu:HopBEngine",
     "gpu-ledger": "helix_conformance.engines.gpu:LedgerEngine",
+    "vllm-v1": "helix_conformance.engines.vllm:VllmV1",
+    "vllm-v2": "helix_conformance.engines.vllm:VllmV2",
+    "vllm-ag-rs": "helix_conformance.engines.vllm:VllmAgRs",
+    "vllm-a2a": "helix_conformance.engines.vllm:VllmA2a",
 }
 
 

@@ -1,0 +1,85 @@
+"""Whether what `conformance/FINDINGS.md` says of vLLM still shows: `python -m` this module.
+
+Each stored trace must still fail, by the invariants that its finding names. One that no longer
+does ends with status 1: then the text is out of date.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from helix_conformance.drivers.base import Driver
+from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drivers.pool import PoolDriver
+from helix_conformance.protocol import load_engine
+from helix_conformance.runs import check_trace, numbers_of
+from helix_spec.traces import load_trace
+
+FOLDER = Path(__file__).parents[2] / "findings"
+
+
+class Finding(NamedTuple):
+    """A stored trace, the engine on which it fails, and what it must still be named by."""
+
+    engine: str
+    trace: str
+    names: frozenset[str]
+
+
+HERE = "helix_conformance.engines.vllm"
+FINDINGS = [
+    Finding(f"{HERE}:VllmOldFlag", "vllm-old-interleave-flag", frozenset({"OWN-3", "LEN-1"})),
+    Finding("vllm-v1", "vllm-rejected-tokens-keep-pages", frozenset({"PAGE-1", "PAGE-3"})),
+    Finding("vllm-v2", "vllm-rejected-tokens-keep-pages", frozenset({"PAGE-1", "PAGE-3"})),
+    Finding(
+        f"{HERE}:VllmPrefixReuse", "vllm-prefix-reuse-shares-pages", frozenset({"PAGE-2", "PAGE-3"})
+    ),
+    Finding("vllm-ag-rs", "vllm-ag-rs-one-rank", frozenset({"LIVE-1"})),
+    Finding("vllm-ag-rs", "vllm-ag-rs-one-rank-two-tokens", frozenset({"ATT-1"})),
+    Finding("vllm-ag-rs", "vllm-ag-rs-three-ranks", frozenset({"LIVE-1"})),
+    Finding("vllm-ag-rs", "vllm-ag-rs-bfloat16", frozenset({"ATT-1", "ATT-4"})),
+    Finding("vllm-a2a", "vllm-a2a-one-rank-empty", frozenset({"ATT-1", "ATT-3", "ATT-4"})),
+]
+
+
+def still_shown(findings: Sequence[Finding]) -> Iterator[tuple[Finding, set[str]]]:
+    """Each finding with the invariants that its trace fails by now; none when it passes."""
+    for engine, mine in groupby(findings, key=lambda finding: finding.engine):
+        needs_processes = load_engine(engine).needs_processes
+        driver: Driver = PoolDriver(engine) if needs_processes else LocalDriver(load_engine(engine))
+        try:
+            for finding in mine:
+                trace = load_trace(FOLDER / f"{finding.trace}.json")
+                failure = check_trace(driver, trace, frozenset(driver.profiles))
+                yield finding, set() if failure is None else numbers_of(failure)
+        finally:
+            driver.close()
+
+
+def main() -> int:
+    """Print a table of the findings; 0 when all of them still show."""
+    table = Table("finding", "engine", "named by", "now", "still shows", box=None)
+    all_show = True
+    for finding, names in still_shown(FINDINGS):
+        shows = finding.names <= names
+        all_show = all_show and shows
+        table.add_row(
+            finding.trace,
+            finding.engine.rpartition(":")[2],
+            " ".join(sorted(finding.names)),
+            " ".join(sorted(names)) or "-",
+            "yes" if shows else "no",
+        )
+    Console().print(table)
+    return 0 if all_show else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
