@@ -47,7 +47,7 @@ from helix_conformance.reports.stream import (
 from helix_conformance.violations import Violation
 from helix_spec import traces
 from helix_spec.configs import Config
-from helix_spec.events import Admit, Decode
+from helix_spec.events import Admit, Decode, Merge
 from helix_spec.traces import Trace
 
 SETTINGS = Settings(
@@ -285,6 +285,24 @@ def test_a_failure_settles_the_profiles_it_is_about():
     found = cases(record)
     prefix = "helix-conformance run mine:Engine: before_9757"
     assert ("Skipped", "Failure") == (found[f"{prefix} placement"], found[f"{prefix} lengths"])
+
+
+def test_a_decode_says_nothing_of_merges_alone():
+    """An output that is wrong after a decode blames attention; supplied partials blame merge."""
+    row = changed(ROWS[0], verdict="fail", profiles=["attention", "merge"])
+    merge = Trace(config=TRACE.config, events=[Admit(0, 1), Merge([[0], [None]], [0, 1])])
+    for trace, profile in ((TRACE, "attention"), (merge, "merge")):
+        failure = changed(red()[2], violations=[Violation("ATT-1", "output")], trace=trace)
+        cells = views.cells(row, failure)
+        assert [profile] == [cell.profile for cell in cells if cell.state == "fail"]
+
+
+def test_long_values_are_cut_behind_what_matters():
+    """Of an output that is wrong its bound and error are shown, whatever its length."""
+    output = {"output": [1 / 3] * 500, "E": 2 / 3}
+    page = run_page(Record(red(violations=[Violation("ATT-4", "output", output, output, 1)])))
+    assert "{&#34;E&#34;: 0.666667, &#34;output&#34;: [0.333333," in page
+    assert page.count("0.333333") < 100
 
 
 class _Loads(HTMLParser):

@@ -46,9 +46,20 @@ def _include(name: str) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value of an answer as JSON, cut where it is long."""
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 400 else text[:400] + " ..."
+    """A value of an answer as JSON, cut where it is long; short entries of an object first."""
+    if isinstance(value, dict):
+        value = dict(sorted(value.items(), key=lambda item: isinstance(item[1], list)))
+    text = msgspec.json.format(msgspec.json.encode(_rounded(value)), indent=0).decode()
+    return text if len(text) <= 240 else text[:240] + " ..."
+
+
+def _rounded(value: Any) -> Any:
+    """Fractions in six digits: what an error bound is about is told beside them."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 _ENVIRONMENT.filters["px"] = _px

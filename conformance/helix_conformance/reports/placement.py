@@ -245,7 +245,8 @@ def _state(
             runs = _runs(positions[place * t : (place + 1) * t], request.prompt_len, new, t)
             pages.append(_Page(page.number, others, tuple(runs)))
         ranks.append(tuple(pages))
-    words = f"{len(request.tokens)} tokens: prompt {request.prompt_len}, decoded {request.steps}"
+    total = len(request.tokens)
+    words = f"{total} token{'' if total == 1 else 's'}: prompt {request.prompt_len}, decoded {request.steps}"
     if request.preempted:
         words += "; preempted"
     return _State(tuple(ranks), tuple(len(p) for p in request.ranks), words)

@@ -22,6 +22,7 @@ from helix_conformance.reports.stream import (
     Run,
     ZooVisit,
 )
+from helix_spec.events import MERGE, Merge
 from helix_spec.invariants import profiles_of
 
 State = Literal["pass", "fail", "error", "unsettled", "not checked", "not declared"]
@@ -43,6 +44,9 @@ def cells(row: Row, failure: FailureLine | None) -> list[Cell]:
     """
     named = set() if failure is None else {v.invariant for v in failure.violations}
     to_blame = {p for number in named for p in profiles_of(number)} & set(row.profiles)
+    if failure is not None and failure.event is not None:
+        merging = isinstance(failure.trace.events[failure.event], Merge)
+        to_blame = {p for p in to_blame if (p == MERGE) == merging} or to_blame
     return [Cell(profile, *_state(profile, row, named, to_blame)) for profile in PROFILES]
 
 

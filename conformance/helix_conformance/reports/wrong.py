@@ -114,12 +114,14 @@ def _marks(failure: FailureLine, model: Model, expected: Sequence[Outcome]) -> I
     if failure.rank is not None and failure.engine_failure is not None:
         for id in named:
             yield Wrong(id, failure.rank % cp, None, "", failure.engine_failure)
-    for violation in failure.violations:
-        if violation.rank is not None:
-            ids = named if violation.request is None else [violation.request]
-            for id in ids:
-                what = f"{violation.invariant} on rank {violation.rank}: {violation.message}"
-                yield Wrong(id, violation.rank % cp, None, "", what)
+    numbers: dict[tuple[int, int | None, str], list[str]] = {}
+    for one in failure.violations:
+        if one.rank is not None:
+            numbers.setdefault((one.rank, one.request, one.message), []).append(one.invariant)
+    for (rank, request, message), broken in numbers.items():
+        for id in named if request is None else [request]:
+            what = f"{', '.join(dict.fromkeys(broken))} on rank {rank}: {message}"
+            yield Wrong(id, rank % cp, None, "", what)
 
 
 def _token_marks(model: Model, rank: int, wanted: Outcome, told: Outcome) -> Iterator[Wrong]:
