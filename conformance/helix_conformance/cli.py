@@ -333,6 +333,13 @@ def vectors_export(folder: Path) -> None:
 @vectors.command("check")
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @_engine
+@click.option(
+    "--layout",
+    "layouts",
+    multiple=True,
+    type=click.Choice(LAYOUT_NAMES),
+    help="Check the vectors of this layout. Repeat for several. Default: all.",
+)
 @_driver
 @_profile
 @_ranks
@@ -349,7 +356,7 @@ def vectors_check(**options: Any) -> None:
     from helix_conformance.vectors.format import VectorError
 
     try:
-        cases = command.read(options["folder"])
+        cases = command.read(options["folder"], options["layouts"])
     except VectorError as error:
         raise BadInput(str(error)) from error
     _take_part(options)

@@ -69,6 +69,11 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _one_of("invariant", self.invariant, NUMBERS)
         _one_of("profile", self.profile, PROFILES)
         _one_of("layout", self.layout, LAYOUTS)
+        if self.profile == "placement":
+            raise ValueError(
+                "field `profile` cannot be placement: every other builds on it, so that nothing "
+                "would be checked; name the invariants"
+            )
         if self.invariant is not None and self.kind == "must_not_run":
             raise ValueError(
                 "field `invariant` does not go with must_not_run: an invariant is not run; name "
@@ -241,11 +246,7 @@ class Known:
                 f"The known difference of {d.subject} no longer shows: no trace of this run broke "
                 f"it; take its entry ({d.link}) out of the ledger."
             )
-        for layout in self.void:
-            yield (
-                f"Every trace of layout {layout} ended at a known difference before anything else "
-                "was judged; say that the layout must_not_run."
-            )
+        yield from map(void_sentence, self.void)
 
     def _status(self, index: int, difference: Difference) -> str:
         if difference.kind == "must_not_run":
@@ -258,6 +259,14 @@ class Known:
         for index, difference in enumerate(self.differences):
             if difference.covers(layout) and kind in (None, difference.kind):
                 yield index, difference
+
+
+def void_sentence(layout: str) -> str:
+    """What is wrong with a ledger that leaves nothing of a layout to judge."""
+    return (
+        f"Every trace of layout {layout} ended at a known difference before anything else was "
+        "judged; say that the layout must_not_run."
+    )
 
 
 PARTING: Final = frozenset(

@@ -177,7 +177,7 @@ def _played(
 
     try:
         for event, answers in driver.play(config, judge.profiles, drawing(), watch):
-            with _typed(answers):
+            with typed(answers):
                 if event is not None:
                     seen.append(event)
                     violations = judge.event(event, answers)
@@ -186,7 +186,7 @@ def _played(
                 else:
                     violations = judge.finished(answers) if seen else judge.started(answers)
                 if violations:
-                    _check_types(answers)
+                    check_types(answers)
             unknown = known.unknown(config.layout, violations)
             if unknown:
                 return failure(None if event is None else len(seen) - 1, unknown, answers)
@@ -216,18 +216,18 @@ def _played(
 
 
 @contextmanager
-def _typed(answers: Sequence[Answer]) -> Iterator[None]:
+def typed(answers: Sequence[Answer]) -> Iterator[None]:
     """While answers are judged: what fails because of their types is the engine's fault."""
     try:
         yield
     except GarbageError:
         raise
     except Exception:
-        _check_types(answers)
+        check_types(answers)
         raise
 
 
-def _check_types(answers: Sequence[Answer]) -> None:
+def check_types(answers: Sequence[Answer]) -> None:
     """Raises GarbageError when an answer holds values of types that it must not hold."""
     found = ill_typed(answers)
     if found is not None:

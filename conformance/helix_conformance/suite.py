@@ -11,7 +11,7 @@ import msgspec
 
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
-from helix_conformance.known import PARTING, Difference, Known, LedgerError
+from helix_conformance.known import PARTING, Difference, Known, LedgerError, void_sentence
 from helix_conformance.protocol import PROFILES, EngineSpecError
 from helix_conformance.report import failure_text
 from helix_conformance.runs import Failure, Tally, layout_run, numbers_of, profiles_to_check
@@ -93,6 +93,8 @@ class Suite:
             self.known = Known.read(options.helix_known) if options.helix_known else Known()
         except LedgerError as error:
             raise SuiteError(f"--helix-known: {error}") from error
+        if not any(map(self.known.runs, self.layouts)):
+            raise SuiteError("--helix-known: the ledger says that none of the layouts may be run.")
         driver = options.helix_driver
         inside = [name for name in DRIVERS if name not in LAUNCHERS]
         if driver is not None and driver not in inside:
@@ -190,11 +192,14 @@ class Suite:
     def demand_entry(self, index: int) -> None:
         """Return when an entry of the ledger is true. Raises Violated or NotChecked."""
         difference = self.known.differences[index]
-        if difference.kind == "must_not_run":
-            raise NotChecked(_known(difference))
         ledgers = [
             self._verdicts_of(layout).known for layout in self.layouts if self.known.runs(layout)
         ]
+        for layout in (layout for ledger in ledgers for layout in ledger.void):
+            if difference.covers(layout):
+                raise Violated(void_sentence(layout))
+        if difference.kind == "must_not_run":
+            raise NotChecked(_known(difference))
         if any(index in ledger.met for ledger in ledgers):
             return
         if not any(index in ledger.tried for ledger in ledgers):

@@ -199,6 +199,7 @@ def test_a_ledger_that_leaves_nothing_to_judge_does_not_hold(tmp_path):
         (f'[[difference]]\ninvariant = "LEN-9"\n{WRONG}',
          "difference 1, field invariant: field `invariant` is 'LEN-9'; it must be one of OWN-1"),
         (f'[[difference]]\nprofile = "fast"\n{WRONG}', "difference 1, field profile"),
+        (f'[[difference]]\nprofile = "placement"\n{NEVER}', "cannot be placement"),
         (f'[[difference]]\nreason = "tired"\n{WRONG}', "difference 1, field reason"),
         (f'[[difference]]\ninvariant = "LEN-2"\nlayout = "x"\n{WRONG}', "field layout"),
         (f'[[difference]]\ninvariant = "LEN-2"\nprofile = "fork"\n{WRONG}', "is of one"),

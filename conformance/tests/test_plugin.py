@@ -56,6 +56,11 @@ class Squeamish(LedgerEngine):
             return Outcome(Reason.EMPTY_PROMPT)
         return super().apply(event)
 
+class Refuser(LedgerEngine):
+    """Never starts."""
+    def start(self, config, profiles):
+        return Outcome(Reason.BAD_CONFIG)
+
 class Raiser(Wrong):
     """Dies of a decode."""
     def changed(self, event, outcome):
@@ -209,6 +214,22 @@ def test_a_known_difference_is_an_expected_failure(session, pytester):
     assert ["known difference 1: LEN-2"] == [name.rpartition(".")[2] for name in red(found)]
     assert "passed" == found["pr9757.lengths.LEN-2"]
     assert 1 == result.ret
+
+
+def test_a_ledger_that_leaves_nothing_to_judge_is_no_pass(session, pytester):
+    """Where nothing may run it is bad usage; where every trace ends at once its entries fail."""
+    never = LEDGER.replace('invariant = "LEN-2"', 'layout = "pr9757"')
+    never = never.replace("answers_wrongly", "must_not_run")
+    (pytester.path / "known.toml").write_text(never)
+    result = pytester.runpytest_inprocess(
+        "--helix-engine=wrong:Right", "--helix-layout=pr9757", "--helix-known=known.toml"
+    )
+    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    wrongly = LEDGER.replace('invariant = "LEN-2"', 'reason = "bad_config"')
+    (pytester.path / "known.toml").write_text(wrongly)
+    result, found = session("Refuser", "--helix-known=known.toml")
+    assert ["known difference 1: bad_config"] == [name.rpartition(".")[2] for name in red(found)]
+    assert "passed" not in found.values()
 
 
 def test_three_lines_of_conftest(session, pytester, monkeypatch):

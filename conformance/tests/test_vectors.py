@@ -342,6 +342,45 @@ def test_a_wrong_engine_fails_the_check(monkeypatch, folder):
     assert "Rank 1 raised RuntimeError" in result.output
 
 
+class _OnePageForAll(LedgerEngine):
+    """Declares placement alone, and writes all requests into the same pages."""
+
+    profiles = frozenset({"placement"})
+
+    def apply(self, event):
+        outcome = super().apply(event)
+        t = self.book.layout.tokens_per_block
+        slots = [slot if slot < 0 else slot % t for slot in outcome.slots]
+        return msgspec.structs.replace(outcome, slots=slots)
+
+
+class _NumpyColumns(LedgerEngine):
+    """Answers with arrays where lists belong."""
+
+    def apply(self, event):
+        outcome = super().apply(event)
+        return msgspec.structs.replace(outcome, position_ids=np.array(outcome.position_ids))
+
+
+def test_slots_show_two_tokens_in_one_place_without_block_tables():
+    """Without the profile pages the slots alone tell pages apart."""
+    found = failing(LocalDriver(_OnePageForAll), [_examples("walk-pr9757-c3-t-2")])
+    assert {"walk-pr9757-c3-t-2": {"OWN-1", "PAGE-2"}} == found
+
+
+def test_values_of_wrong_types_are_garbage():
+    """They end the vector as an error of the engine, not as one of the suite."""
+    found = failing(LocalDriver(_NumpyColumns), [_examples("walk-pr9757-c3-t-2")])
+    assert {"walk-pr9757-c3-t-2": {"LIVE-1"}} == found
+
+
+def test_the_vectors_of_one_layout(tmp_path):
+    """An engine that knows one layout is checked on its vectors."""
+    words = ("--engine", "gpu-ledger", "--layout", "balanced", "--json", tmp_path / "r")
+    assert 0 == call("vectors", "check", *words).exit_code
+    assert ["balanced"] == json.loads((tmp_path / "r").read_text().splitlines()[-1])["layouts"]
+
+
 def test_what_an_engine_does_not_declare_is_not_checked(monkeypatch, folder, tmp_path):
     """The vector is named; a check of nothing is an error."""
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -17,7 +17,7 @@ import numpy as np
 from helix_conformance.drivers.base import Driver, EngineFailure
 from helix_conformance.numbers import as_array
 from helix_conformance.protocol import LADDER, Answer
-from helix_conformance.runs import EVERYTHING, Failure, Tally
+from helix_conformance.runs import EVERYTHING, Failure, Tally, check_types, typed
 from helix_conformance.vectors.format import (
     SCHEMA_FILE,
     Decoded,
@@ -85,14 +85,17 @@ def check_vector(
     began = time.perf_counter()
     try:
         for told, answers in driver.play(trace.config, profiles, trace.events, EVERYTHING):
-            if told is None and played == 0:
-                found = check.start(answers)
-            elif told is None:
-                break
-            else:
-                event, played = played, played + 1
-                tally.events += 1
-                found = check.step(vector.steps[event], answers)
+            with typed(answers):
+                if told is None and played == 0:
+                    found = check.start(answers)
+                elif told is None:
+                    break
+                else:
+                    event, played = played, played + 1
+                    tally.events += 1
+                    found = check.step(vector.steps[event], answers)
+                if found:
+                    check_types(answers)
             if found:
                 return failure(in_order(found))
             if vector.refused:
@@ -200,7 +203,11 @@ class _Check:
             page, given = divmod(slots[owner], t)
             if given != offset:
                 yield Violation("OWN-1", f"offset of {where}", offset, given, first + owner)
-            yield from self._page(first + owner, label, page, where)
+            moved = list(self._page(first + owner, label, page, where))
+            yield from moved
+            if any(violation.invariant == "PAGE-2" for violation in moved):
+                what = f"{where} overwrites tokens in a page that is not its own"
+                yield Violation("OWN-1", what, "a free slot", slots[owner], first + owner)
 
     def _outputs(self, decoded: Decoded, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
         arrays = [_numbers(rank, "output", o.output, 4) for rank, o in enumerate(outcomes)]
@@ -295,9 +302,17 @@ class _Check:
             if "cache" in self.profiles and state.cached is not None:
                 for id in state.local_len:
                     yield from self._rows(rank, id, state, view)
+        self._forget(state)
+
+    def _forget(self, state: State) -> None:
+        """Labels that are in no block table are used no more; their pages may come again."""
+        for rank, bound in enumerate(self.pages):
+            tables = [by_rank[rank % self.cp] for by_rank in state.block_tables.values()]
+            for label in bound.keys() - {label for table in tables for label in table}:
+                del bound[label]
 
     def _tables(self, rank: int, state: State, view: RankView) -> Iterator[Violation]:
-        cp_rank, bound = rank % self.cp, self.pages[rank]
+        cp_rank = rank % self.cp
         right = {id: by_rank[cp_rank] for id, by_rank in state.block_tables.items()}
         for id, labels in right.items():
             table = view.block_tables.get(id, [])
@@ -306,8 +321,6 @@ class _Check:
                 yield Violation("PAGE-1", what, len(labels), len(table), rank, id)
             for label, page in zip(labels, table, strict=False):
                 yield from self._page(rank, label, page, f"request {id}")
-        for label in bound.keys() - {label for labels in right.values() for label in labels}:
-            del bound[label]
         if view.free_pages != state.free_pages[cp_rank]:
             what = "free pages"
             yield Violation("PAGE-3", what, state.free_pages[cp_rank], view.free_pages, rank)
@@ -324,7 +337,7 @@ class _Check:
             what = f"page of {what}, which may not move"
             yield Violation("GROW-1", what, bound[label], page, rank)
         others = [other for other, held in bound.items() if held == page and other != label]
-        if others and "pages" in self.profiles:
+        if others:
             yield Violation("PAGE-2", f"page of {what}", "one of its own", page, rank)
 
     def _rows(self, rank: int, id: int, state: State, view: RankView) -> Iterator[Violation]:

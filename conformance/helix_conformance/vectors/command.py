@@ -18,17 +18,31 @@ from helix_conformance.vectors.checking import (
     load_vectors,
     profiles_of_vector,
 )
-from helix_conformance.vectors.format import Vector
+from helix_conformance.vectors.format import Vector, VectorError
 from helix_conformance.vectors.making import SHIPPED
 from helix_spec.invariants import NUMBERS
 
 ALONE: Final = ["Stored vectors were played; a whole run plays random traces of every layout."]
 
 
-def read(folder: Path | None) -> list[tuple[Path, Vector]]:
-    """The vectors of a folder, or the shipped ones, each with its file. Raises VectorError."""
+def read(folder: Path | None, layouts: Sequence[str] = ()) -> list[tuple[Path, Vector]]:
+    """The vectors of a folder, or the shipped ones, each with its file. Raises VectorError.
+
+    Only those of these layouts, by name; of all without any.
+    """
     folder = folder or SHIPPED
-    return [(folder / f"{vector.name}.json", vector) for vector in load_vectors(folder)]
+    found = [
+        (folder / f"{vector.name}.json", vector)
+        for vector in load_vectors(folder)
+        if not layouts or _layout_name(vector) in layouts
+    ]
+    if not found:
+        raise VectorError(f"{folder} holds no vector of layout {' or '.join(layouts)}.")
+    return found
+
+
+def _layout_name(vector: Vector) -> str:
+    return vector.layout.partition("/")[0]
 
 
 def check(
@@ -44,7 +58,7 @@ def check(
     """
     console, by_layout = Console(), defaultdict[str, list[tuple[Path, Vector]]](list)
     for path, vector in cases:
-        by_layout[vector.layout.partition("/")[0]].append((path, vector))
+        by_layout[_layout_name(vector)].append((path, vector))
     left_out, texts = list[str](), list[str]()
     for layout, group in by_layout.items():
         meant = []
