@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from helix_conformance.drivers.base import Driver, EngineFailure
+from helix_conformance.drivers.launching import LAUNCHED
 from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.known import PARTING, Difference, Known, LedgerError, void_sentence
 from helix_conformance.protocol import PROFILES, EngineSpecError
@@ -20,8 +21,6 @@ from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
 from helix_spec.traces import Trace, dump_trace
 
-LAUNCHERS: Final = ("torchrun", "mpi")
-"""Drivers that need processes launched around the whole command, which pytest's are not."""
 TRACES: Final = "traces"
 """Name of the test that no smallest failing trace has an event of a feature."""
 EVERY: Final = "every"
@@ -96,7 +95,8 @@ class Suite:
         if not any(map(self.known.runs, self.layouts)):
             raise SuiteError("--helix-known: the ledger says that none of the layouts may be run.")
         driver = options.helix_driver
-        inside = [name for name in DRIVERS if name not in LAUNCHERS]
+        # Others are launched around the whole command, which pytest is not.
+        inside = [name for name in DRIVERS if name not in LAUNCHED]
         if driver is not None and driver not in inside:
             raise SuiteError(f"--helix-driver: {driver!r} is none of {', '.join(inside)}.")
         try:
