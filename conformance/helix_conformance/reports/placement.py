@@ -246,7 +246,8 @@ def _state(
             pages.append(_Page(page.number, others, tuple(runs)))
         ranks.append(tuple(pages))
     total = len(request.tokens)
-    words = f"{total} token{'' if total == 1 else 's'}: prompt {request.prompt_len}, decoded {request.steps}"
+    words = f"{total} token" if total == 1 else f"{total} tokens"
+    words += f": prompt {request.prompt_len}, decoded {request.steps}"
     if request.preempted:
         words += "; preempted"
     return _State(tuple(ranks), tuple(len(p) for p in request.ranks), words)
