@@ -254,11 +254,12 @@ def replay(**options: Any) -> None:
     """Play one stored trace and judge every answer."""
     trace = _trace(options["trace_path"])
     _take_part(options)
+    tiers = _tiers(options["engine"], options["driver_name"], options["asked"])
     stream, console = Stream(options["json_path"]), Console()
     alone = ["One stored trace was played; a whole run plays random traces of every layout."]
     stream.settings("replay", restrictions=alone, **options)
     failed: list[Failure] = []
-    for engine, driver_name in _tiers(options["engine"], options["driver_name"], options["asked"]):
+    for engine, driver_name in tiers:
         tally = Tally()
         with _driver_of(stream, engine, driver_name, options) as driver:
             _check_world(driver, trace.config.world_size)

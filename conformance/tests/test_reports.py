@@ -67,6 +67,7 @@ ROWS = [
         profiles=["placement", "lengths"],
         declared=["placement", "lengths"],
         identifiers=[f"{name}/1:C=2,T=2"],
+        settings={"kernel": "v<2>"},
         traces=400,
         events=4000,
         seconds=1.0,
@@ -185,9 +186,11 @@ def test_whole_green_run_is_green_in_every_view():
     assert (["lemma"], "1/1") == (certificate.proofs.theorems, certificate.zoo.score)
     assert "PAGE-1" == certificate.known_differences[0].invariant
     assert ["empty rank"] == certificate.situations_missed
+    assert {"kernel": "v<2>"} == certificate.settings
     assert {"pass"} == set(cases(record).values())
     assert "pass, 7 layouts, known differences" == views.badge(record)["message"]
     page = run_page(record)
+    assert "kernel: v&lt;2&gt;" in page
     assert "in a whole run" in page and "not a whole one" not in page
     assert "1 of 1 theorems confirmed" in page and "1/1" in page
 

@@ -212,6 +212,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     format: Literal["helix-certificate/1"] = "helix-certificate/1"
     verdict: Literal["pass"] = "pass"
     engine: str
+    settings: dict[str, str]
+    """What the engine says about how it is set up."""
     suite_version: str
     started: str
     layouts: list[LayoutChecked]
@@ -243,6 +245,7 @@ def certificate(record: Record) -> Certificate:
     played = {layout.layout for layout in layouts}
     return Certificate(
         engine=run.settings.engine,
+        settings={name: text for row in run.rows for name, text in row.settings.items()},
         suite_version=run.settings.suite_version,
         started=run.settings.started,
         layouts=layouts,
