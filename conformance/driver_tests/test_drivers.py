@@ -141,7 +141,7 @@ MISCHIEF = {
     8: "answered garbage: its past_len has 2 entries, not 1",
     11: "answered garbage: it answered trace 99, and was asked 1",
 }
-IN_PROCESS = (2, 3, 4, 8)
+IN_PROCESS = (2, 3, 4, 5, 8)
 """What an engine can do in the suite's own process and be named for."""
 
 

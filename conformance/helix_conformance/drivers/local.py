@@ -1,17 +1,18 @@
 """All ranks in this process: for engines whose ranks need none of their own.
 
-An engine that raises, exits or hangs in Python is named and the run goes on or ends in order. One
+An engine that raises, exits or hangs in Python is named, and the run goes on or ends in order. One
 that crashes the process takes the run with it: `stdio` and `pool` hold any engine at arm's length.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 from helix_conformance.drivers.asking import apply, finish, start, words
 from helix_conformance.drivers.base import EngineFailure, Played
@@ -19,6 +20,7 @@ from helix_conformance.protocol import Answer, Engine, Watch, engine_settings
 from helix_spec.configs import Config
 from helix_spec.events import Event
 
+EXIT: Final = os._exit
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
 
@@ -39,6 +41,7 @@ class LocalDriver:
         self.settings = engine_settings(engine)
         self.deadline_s = deadline_s
         self.survives_failure = True
+        self.process = os.getpid()
         self.asked_at: float | None = None
         """When the call that an engine is in began."""
 
@@ -65,6 +68,7 @@ class LocalDriver:
     ) -> list[Told]:
         """Ask one rank after the other. Raises EngineFailure."""
         told = []
+        os._exit = self._leave
         try:
             for engine in ranks:
                 self.asked_at = time.monotonic()
@@ -77,7 +81,17 @@ class LocalDriver:
             raise EngineFailure(len(told), index, words(error)) from error
         finally:
             self.asked_at = None
+            os._exit = EXIT
         return told
+
+    def _leave(self, status: int) -> NoReturn:
+        """Stands in for os._exit, by which an engine would end the run, and green if it chose to.
+
+        A child that an engine forks ends as ever.
+        """
+        if os.getpid() != self.process:
+            EXIT(status)
+        raise SystemExit(status)
 
     @contextmanager
     def _alarm(self) -> Iterator[None]:
