@@ -14,7 +14,7 @@ from helix_conformance.cli import main
 
 GUIDE = Path(__file__).parents[1] / "IMPLEMENTING.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
-EXAMPLES = " --examples 40"
+EXAMPLES = " --examples 15"
 """Traces of each run, in place of the 400 that a reader plays."""
 
 
@@ -38,7 +38,7 @@ def play(line):
         result = CliRunner().invoke(main, words[1:])
         return result.exit_code, result.output
     if words[0] == "pytest":
-        plugin = ["-p", "helix_conformance.plugin", "--helix-examples=20"]
+        plugin = ["-p", "helix_conformance.plugin", "--helix-examples=5"]
         env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         words = [sys.executable, "-m", *words, *plugin]
         done = subprocess.run(words, env=env, capture_output=True, text=True)

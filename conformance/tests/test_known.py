@@ -124,7 +124,7 @@ def test_an_entry_that_no_longer_fails_is_stale(tmp_path):
 def test_a_refusal_that_is_known_ends_its_trace(tmp_path):
     """Refusals for a known wrong reason pass; what led elsewhere is not judged on."""
     ledger = known(tmp_path, f'reason = "empty_prompt"\n{WRONG}')
-    _, failed, tally = played(Squeamish, ledger, examples=60)
+    _, failed, tally = played(Squeamish, ledger, examples=30)
     assert (None, True) == (failed, ledger.holds)
     assert 0 < tally.cut < tally.traces
     assert played(Squeamish, known(tmp_path, f'reason = "too_long"\n{WRONG}'))[1] == ["REF-2"]
@@ -233,7 +233,7 @@ def test_the_command_names_known_differences_and_stale_ones(tmp_path, monkeypatc
     known(tmp_path, f'invariant = "LEN-2"\n{WRONG}')
 
     def run(engine):
-        words = ["run", "--engine", engine, "--layout", "pr9757", "--examples", "20"]
+        words = ["run", "--engine", engine, "--layout", "pr9757", "--examples", "10"]
         result = CliRunner().invoke(main, [*words, "--known", "known.toml", "--json", "run.jsonl"])
         return result, json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
 

@@ -83,7 +83,7 @@ def session(pytester, monkeypatch):
     def run(engine, *options):
         words = (f"--helix-engine=wrong:{engine}", "--helix-layout=pr9757", "--helix-cp=2")
         result = pytester.runpytest_inprocess(
-            *words, "--helix-examples=40", "-rA", "--junitxml=junit.xml", *map(str, options)
+            *words, "--helix-examples=20", "-rA", "--junitxml=junit.xml", *map(str, options)
         )
         return result, outcomes(pytester.path / "junit.xml")
 
@@ -123,7 +123,7 @@ def test_a_right_engine_passes_what_it_declares_and_skips_the_rest(session):
             "helix: engine's allocator first fit",
             "helix: profiles checked placement lengths pages speculative*",
             "helix: profiles not checked cache attention*",
-            "helix: cp_size 2, 40 random traces for each layout, seed 0, deadline 30 s",
+            "helix: cp_size 2, 20 random traces for each layout, seed 0, deadline 30 s",
         ]
     )
 
@@ -240,7 +240,7 @@ def test_three_lines_of_conftest(session, pytester, monkeypatch):
         '    config.option.helix_layouts = ["pr9757"]\n'
     )
     pytester.makepyfile(test_own="def test_own(): pass")
-    result = pytester.runpytest_inprocess("--helix-examples=20", "-k", "LEN-2 or test_own")
+    result = pytester.runpytest_inprocess("--helix-examples=10", "-k", "LEN-2 or test_own")
     result.assert_outcomes(passed=1, failed=1)
 
 
