@@ -96,3 +96,6 @@ def test_torchrun_example_of_the_gpu_readme(tmp_path):
         text=True,
     )
     assert 0 == done.returncode, done.stdout + done.stderr
+    held = re.findall(r"\((\d), (\d)\) holds (\d+) of 21 tokens; \(2, 1, 2, 16\)", done.stdout)
+    expected = [("0", "0", "12"), ("0", "1", "9"), ("1", "0", "12"), ("1", "1", "9")]
+    assert expected == sorted(held), done.stdout
