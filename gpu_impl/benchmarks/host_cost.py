@@ -1,0 +1,108 @@
+"""What a decode step costs on the host: ledger, allocator, block tables, slots; no tensors.
+
+`PYTHONPATH=spec:gpu_impl python gpu_impl/benchmarks/host_cost.py [--json FILE]`, for 1 to 8,192
+live requests at contexts up to 10 million tokens; C=8, T=64, this rank's view. Where vLLM 0.33.0
+is installed (in the environment that `make conform-vllm` makes), its KVCacheManager and BlockTable
+do the same work in turn with ours, at contexts that its Python objects fit: a page for a request
+that needs one, the slot of each new token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from helix_gpu.bookkeeping import RankBook
+from helix_spec.configs import Config, ModelShape
+
+CP_SIZE, PAGE, STEPS = 8, 64, 200
+SIZES = (
+    (1, 1_000), (1, 1_000_000), (1, 10_000_000),
+    (64, 1_000), (64, 1_000_000), (64, 10_000_000),
+    (1024, 1_000), (1024, 100_000), (1024, 1_000_000),
+    (8192, 1_000), (8192, 100_000),
+)  # fmt: skip
+"""Live requests and the context of each: up to 20 million pages in all."""
+BESIDE_VLLM = ((1, 1_000), (64, 1_000), (64, 10_000), (1024, 1_000), (1024, 10_000))
+Step = Callable[[], object]
+
+
+def our_step(requests: int, context: int) -> Step:
+    """One step of all requests, which hold about `context` tokens each."""
+    pages = requests * (context // (CP_SIZE * PAGE) + 4)
+    config = Config(
+        layout=f"vllm_dcp/1:C={CP_SIZE},T={PAGE},I=1",
+        pages=[pages] * CP_SIZE,
+        max_len=2**31 - 1,
+        model=ModelShape(q_heads=CP_SIZE, kv_heads=1),
+    )
+    book = RankBook(config, 0)
+    for id in range(requests):
+        book.admit(id, context + id % PAGE)  # pages open in different steps
+    ids = list(range(requests))
+    return lambda: book.decode_step(ids)
+
+
+def vllm_step(requests: int, context: int) -> Step:
+    """The same by vLLM's own manager and table."""
+    from helix_conformance.engines.vllm_host import decode_step
+
+    return decode_step(requests, context, cp_size=CP_SIZE, block_size=PAGE)
+
+
+def has_vllm() -> bool:
+    """Whether the vLLM is installed whose code this measures."""
+    try:
+        return metadata.version("vllm") == "0.33.0"
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def microseconds(steps: dict[str, Step]) -> dict[str, list[float]]:
+    """Time of each step, STEPS times in turn."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(STEPS):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            times[name].append((time.perf_counter() - begun) * 1e6)
+    return times
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    figures = []
+    machine = f"{platform.machine()}, Python {platform.python_version()}"
+    print(f"{machine}; C={CP_SIZE}, T={PAGE}, {STEPS} steps, microseconds a step")
+    headings = ("requests", "context", "median", "5 %", "95 %", "a request")
+    print(f"{'':<8}" + "".join(f"{heading:>11}" for heading in headings))
+    with_vllm = has_vllm()
+    for requests, context in BESIDE_VLLM if with_vllm else SIZES:
+        steps = {"ours": our_step(requests, context)}
+        if with_vllm:
+            steps["vLLM"] = vllm_step(requests, context)
+        for name, times in microseconds(steps).items():
+            low, high = (statistics.quantiles(times, n=20)[i] for i in (0, -1))
+            middle = statistics.median(times)
+            print(
+                f"{name:<8}{requests:>11}{context:>11}{middle:>11.1f}{low:>11.1f}{high:>11.1f}"
+                f"{middle / requests:>11.2f}"
+            )
+            figures.append(
+                {"name": name, "requests": requests, "context": context, "median_us": middle}
+            )
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
