@@ -20,6 +20,7 @@ from pathlib import Path
 
 from helix_gpu.bookkeeping import RankBook
 from helix_spec.configs import Config, ModelShape
+from helix_spec.events import Admit
 
 CP_SIZE, PAGE, STEPS = 8, 64, 200
 SIZES = (
@@ -33,16 +34,20 @@ BESIDE_VLLM = ((1, 1_000), (64, 1_000), (64, 10_000), (1024, 1_000), (1024, 10_0
 Step = Callable[[], object]
 
 
-def our_step(requests: int, context: int) -> Step:
-    """One step of all requests, which hold about `context` tokens each."""
+def config_of(requests: int, context: int) -> Config:
+    """Room for so many requests that grow from this context."""
     pages = requests * (context // (CP_SIZE * PAGE) + 4)
-    config = Config(
+    return Config(
         layout=f"vllm_dcp/1:C={CP_SIZE},T={PAGE},I=1",
         pages=[pages] * CP_SIZE,
         max_len=2**31 - 1,
         model=ModelShape(q_heads=CP_SIZE, kv_heads=1),
     )
-    book = RankBook(config, 0)
+
+
+def our_step(requests: int, context: int) -> Step:
+    """One step of all requests, which hold about `context` tokens each."""
+    book = RankBook(config_of(requests, context), 0)
     for id in range(requests):
         book.admit(id, context + id % PAGE)  # pages open in different steps
     ids = list(range(requests))
@@ -50,10 +55,27 @@ def our_step(requests: int, context: int) -> Step:
 
 
 def vllm_step(requests: int, context: int) -> Step:
-    """The same by vLLM's own manager and table."""
-    from helix_conformance.engines.vllm_host import decode_step
+    """The same by vLLM's own manager and table, but for the slots: its GPU computes them."""
+    from helix_conformance.engines import vllm
 
-    return decode_step(requests, context, cp_size=CP_SIZE, block_size=PAGE)
+    vllm.MOST_REQUESTS = requests
+    config = config_of(requests, context)
+    engine = vllm.VllmV1(0)
+    engine.start(config, engine.profiles)
+    for id in range(requests):
+        engine.apply(Admit(id, context + id % PAGE))
+    table, manager = engine.tables.tables, engine.manager
+
+    def step() -> None:
+        for row in range(requests):
+            request = engine.requests[row]
+            (blocks,) = manager.allocate_slots(request, 1).get_block_ids()
+            if blocks:
+                table.append_row((blocks,), row)
+            request.num_computed_tokens += 1
+        table.commit_block_table(requests)
+
+    return step
 
 
 def has_vllm() -> bool:
