@@ -1,18 +1,20 @@
 """The load-balance claim on real decode steps of several ranks, against the closed form.
 
-`PYTHONPATH=spec:gpu_impl torchrun --nproc-per-node=4 gpu_impl/benchmarks/skew.py [--json FILE]`.
+`torchrun --nproc-per-node=4 gpu_impl/benchmarks/skew.py [--json FILE]`, all of ours installed.
 
 Where ranks share cores their attention would take turns anyway, so it is made to: each rank attends
 alone while the others wait, and a step takes what its slowest rank takes, attention and all else.
 A fixed cost f and a cost a for each cached token come from `balanced`, from its emptiest and its
 fullest cache. Then the closed form of a step before pull request 9757 is f + a*S/C*(1 + C*x), that
-of an even spread f + a*S/C*(1 + x), for prompts of S tokens and x decoded ones for each of them.
+of an even spread f + a*S/C*(1 + x), for prompts of S tokens and x decoded ones for each of them;
+`helix-conformance plan` must say so too when it is given these constants.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -22,10 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helix_conformance.planning import Hardware, Load, ModelCard, plan
 from helix_gpu import native
 from helix_gpu.cache import HelixCache
 from helix_gpu.mesh import helix_mesh
 from helix_spec.configs import Config, ModelShape
+from helix_spec.layouts import named_layout
 
 LAYOUTS = ("before_9757", "pr9757", "pr17866", "balanced")
 FRACTIONS = (0.0, 0.5, 1.0, 2.0)
@@ -89,6 +93,25 @@ def slowest(name: str, fractions: tuple[float, ...]) -> list[float]:
     return found
 
 
+def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
+    """What `helix-conformance plan` says, given this machine's own constants."""
+    numbers = 2 * MODEL.kv_heads * MODEL.head_dim
+    card = ModelCard(MODEL.layers, 0, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim, 0, 0)
+    machine = Hardware(
+        memory=1e12,
+        memory_bandwidth=BATCH * numbers * 4 / per_token,
+        link_bandwidth=math.inf,
+        link_latency=0.0,
+        step_overhead=fixed,
+    )
+    load = Load(batch=BATCH, prompt_len=PROMPT, decoded=int(x * PROMPT), kv_bytes=4)
+    before, even = (
+        plan(card, machine, named_layout(name, cp_size=c, tokens_per_block=PAGE), load, tp=1).step
+        for name in ("before_9757", "balanced")
+    )
+    return before / even
+
+
 def main() -> None:
     """Measure on all ranks, print on the first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,7 +131,9 @@ def main() -> None:
             f"{'step / even, in closed form':<30}" + "".join(f"{f'x = {x}':>12}" for x in FRACTIONS)
         )
         closed = [(f + a * share * (1 + c * x)) / (f + a * share * (1 + x)) for x in FRACTIONS]
+        planned = [planned_ratio(c, f, a, x) for x in FRACTIONS]
         print(f"{'before_9757':<30}" + "".join(f"{ratio:>12.3f}" for ratio in closed))
+        print(f"{'the same by helix plan':<30}" + "".join(f"{ratio:>12.3f}" for ratio in planned))
         print(f"{'step / balanced, measured':<30}")
         for name, steps in measured.items():
             ratios = [step / base for step, base in zip(steps, even, strict=True)]
