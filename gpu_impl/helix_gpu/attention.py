@@ -12,6 +12,8 @@ from helix_gpu.merge import merge
 TOKENS_AT_ONCE: Final = 512
 """Slots of each token gathered at a time. It bounds the scratch memory, and does not depend
 on the batch, so that dummy requests leave the order of summation alone."""
+ROWS_AT_ONCE: Final = 16
+"""Tokens that are gathered for at a time: what they see should still be in the caches."""
 
 VECTOR: Final = 16
 """Torch's operation takes so many scores at a time; of the odd ones at the end it is less exact,
@@ -45,45 +47,67 @@ def attend_pages(
     output = query.new_zeros((*query.shape[:3], value_dim))
     lse = query.new_full(query.shape[:3], -torch.inf)
     pages_at_once = max(1, TOKENS_AT_ONCE // t)
+    gather = _Gather(pages, min(ROWS_AT_ONCE, len(q)), min(pages_at_once, tables.shape[1]))
     for first in range(0, tables.shape[1], pages_at_once):
         # Torch's operation ends the process when it is given no keys: such rows are left out.
-        rows = (lengths > first * t).nonzero()[:, 0]
-        if not len(rows):
-            break
-        table = tables[rows, first : first + pages_at_once]
-        seen = (lengths[rows] - first * t).clamp(max=table.shape[1] * t)
-        keys, values, hidden = _gathered(pages, table, seen)
-        piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[rows], keys, values, attn_mask=hidden, scale=scale
-        )
-        if first:
-            earlier = output[rows], lse[rows]
-            piece, piece_lse = merge(
-                torch.stack((earlier[0], piece[..., :value_dim])),
-                torch.stack((earlier[1], piece_lse)),
+        seeing = (lengths > first * t).nonzero()[:, 0]
+        for begin in range(0, len(seeing), ROWS_AT_ONCE):
+            rows = seeing[begin : begin + ROWS_AT_ONCE]
+            seen = (lengths[rows] - first * t).clamp(max=pages_at_once * t)
+            width = -(-int(seen.max()) // t)
+            table = tables[rows, first : first + width]
+            keys, values, hidden = gather(table, seen)
+            piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[rows], keys, values, attn_mask=hidden, scale=scale
             )
-        output[rows], lse[rows] = piece[..., :value_dim], piece_lse
+            piece = piece[..., :value_dim]
+            if first:
+                piece, piece_lse = merge(
+                    torch.stack((output[rows], piece)), torch.stack((lse[rows], piece_lse))
+                )
+            output[rows], lse[rows] = piece, piece_lse
     return output.flatten(1, 2), lse.flatten(1)
 
 
-def _gathered(pages: Tensor, table: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """K and V of the first `seen[i]` slots of these pages: float32 [n, kv_heads, slots, dim].
+class _Gather:
+    """Gathers K and V of up to `rows` tokens, `width` pages each, into memory that it keeps.
 
-    What lies behind them is 0, for it may be NaN, and gets -inf from the mask [n, 1, 1, slots];
-    there is none where every row is full.
+    Fresh memory for every piece would cost as much as reading the pages does.
     """
-    n, (t, kv_heads, dim) = len(table), pages.shape[2:]
-    numbers, there = table.flatten(), table.shape[1] * t
-    slots = -(-there // VECTOR) * VECTOR
-    hidden = torch.arange(slots) >= seen[:, None]
-    full = not hidden.any()
-    parts = []
-    for part in pages.unbind(1):
-        found = part.index_select(0, numbers).view(n, there, kv_heads, dim)
-        rows = found.new_empty((n, slots, kv_heads, dim), dtype=torch.float32)
-        rows[:, :there] = found
+
+    def __init__(self, pages: Tensor, rows: int, width: int) -> None:
+        t, kv_heads, dim = pages.shape[2:]
+        self.parts = pages.unbind(1)
+        slots = -(-width * t // VECTOR) * VECTOR
+        self.found = [part.new_empty(rows * width, t, kv_heads, dim) for part in self.parts]
+        # Where nothing is converted or filled up, what was found is used as it lies.
+        as_it_lies = pages.dtype == torch.float32 and t % VECTOR == 0
+        size = rows * slots * kv_heads * dim
+        self.wide = [None if as_it_lies else torch.empty(size) for _ in self.parts]
+
+    def __call__(self, table: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """K and V of the first `seen[i]` slots of these pages: float32 [n, kv_heads, slots, dim].
+
+        What lies behind them is 0, for it may be NaN, and gets -inf from the mask [n, 1, 1,
+        slots]; there is none where every row is full.
+        """
+        n, (t, kv_heads, dim) = len(table), self.found[0].shape[1:]
+        numbers, there = table.flatten(), table.shape[1] * t
+        slots = -(-there // VECTOR) * VECTOR
+        hidden = torch.arange(slots) >= seen[:, None]
+        full = not hidden.any()
+        gathered = []
+        for part, found, wide in zip(self.parts, self.found, self.wide, strict=True):
+            rows = torch.index_select(part, 0, numbers, out=found[: len(numbers)])
+            rows = rows.view(n, there, kv_heads, dim)
+            if wide is not None:
+                room = wide[: n * slots * kv_heads * dim].view(n, slots, kv_heads, dim)
+                room[:, :there] = rows
+                rows = room
+            if not full:
+                rows.masked_fill_(hidden[..., None, None], 0)
+            gathered.append(rows.transpose(1, 2))
+        mask = None
         if not full:
-            rows[hidden] = 0
-        parts.append(rows.transpose(1, 2))
-    mask = None if full else torch.zeros(n, slots).masked_fill_(hidden, -torch.inf)[:, None, None]
-    return parts[0], parts[-1], mask
+            mask = torch.zeros(n, slots).masked_fill_(hidden, -torch.inf)[:, None, None]
+        return gathered[0], gathered[-1], mask
