@@ -85,7 +85,7 @@ _engine = click.option(
     default="gpu",
     show_default=True,
     help="An engine of this project (reference, gpu), the name that an installed package gives its "
-    "own, module:Class, or stdio:COMMAND for one of any language.",
+    "own, module:Class, trtllm:CHECKOUT, or stdio:COMMAND for one of any language.",
 )
 _driver = click.option(
     "--driver",

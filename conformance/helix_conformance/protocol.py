@@ -77,12 +77,14 @@ BUILT_IN: Final = {
 
 ENTRY_POINTS: Final = "helix_conformance.engines"
 """Group of entry points by which an installed package names its engine for `--engine NAME`."""
+CHECKOUT: Final = "trtllm:"
+"""What an engine that is a checkout of TensorRT-LLM begins with; its place follows."""
 COMMAND: Final = "stdio:"
 """What an engine that is a command begins with; PROTOCOL.md says what it has to speak."""
 
 
 def load_engine(spec: str) -> type[Engine]:
-    """The engine class that a name or `module:Class` stands for.
+    """The engine class that a name, `module:Class` or `trtllm:PATH` stands for.
 
     A name is one of `BUILT_IN`, or an entry point of the group `helix_conformance.engines`.
     Raises EngineSpecError when there is none, or when it does not look like an engine.
@@ -94,7 +96,7 @@ def load_engine(spec: str) -> type[Engine]:
     except EngineSpecError:
         raise
     except (Exception, SystemExit) as error:  # whatever its module does when it is imported
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {error}".removesuffix(".")
         raise EngineSpecError(f"Engine {spec!r} cannot be loaded: {what}.") from error
     for name in ("profiles", "needs_processes", "start", "apply", "observe"):
         if not hasattr(found, name):
@@ -109,7 +111,11 @@ def load_engine(spec: str) -> type[Engine]:
 
 
 def _found(spec: str) -> Any:
-    """What a name or `module:Class` leads to."""
+    """What a name, `module:Class` or `trtllm:PATH` leads to."""
+    if spec.startswith(CHECKOUT):
+        from helix_conformance.engines.trtllm import engine_of
+
+        return engine_of(spec.removeprefix(CHECKOUT))
     module_name, _, class_name = BUILT_IN.get(spec, spec).partition(":")
     if class_name:
         return getattr(importlib.import_module(module_name), class_name)
