@@ -94,7 +94,11 @@ def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2*
 
 
 class _HostPush:
-    """The protocol in plain copies between processes or threads that share a file."""
+    """The protocol in plain copies between processes or threads that share a file.
+
+    A signal must not overtake what was put before it: it does not on x86, whose stores are seen in
+    their order.
+    """
 
     def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
         self.rank, self.ranks, self.capacity = group.rank(), group.size(), capacity
