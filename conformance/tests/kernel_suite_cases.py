@@ -49,32 +49,39 @@ def _in_turn(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("layout", "tp_size", "model"),
+    ("layout", "tp_size", "admission", "model"),
     [
-        ("pr9757/1:C=2,T=2", 1, ModelShape(q_heads=4, kv_heads=2)),
+        ("pr9757/1:C=2,T=2", 1, "transfer", ModelShape(q_heads=4, kv_heads=2)),
         (
-            "vllm_dcp/1:C=2,T=2,I=1", 1,
+            "vllm_dcp/1:C=2,T=2,I=1", 1, "prefill",
             ModelShape(
                 q_heads=2, kv_heads=1, dtype="float16",
                 cache_dtype="float8_e4m3fn", product_dtype="float16", partial_dtype="float16",
             ),
         ),
-        ("balanced/1:C=2,T=4", 2, ModelShape(q_heads=4, kv_heads=1, latent=LATENT)),
+        ("balanced/1:C=2,T=4", 2, "prefill", ModelShape(q_heads=4, kv_heads=1, latent=LATENT)),
         (
-            "pr17866/1:C=1,T=16", 1,
+            "pr17866/1:C=1,T=16", 1, "transfer",
             ModelShape(
                 q_heads=2, kv_heads=1, latent=LATENT, dtype="float16", product_dtype="float16"
             ),
         ),
     ],
 )  # fmt: skip
-def test_every_answer_is_right(layout, tp_size, model) -> None:
+def test_every_answer_is_right(layout, tp_size, admission, model) -> None:
     """Caches and outputs are what the specification says, for each kind of cache and product.
 
     Not in bfloat16, to which the interpreter cuts where a device rounds.
     """
     cp_size = int(layout.partition("C=")[2][0])
-    config = Config(layout=layout, pages=[9] * cp_size, max_len=40, model=model, tp_size=tp_size)
+    config = Config(
+        layout=layout,
+        pages=[9] * cp_size,
+        max_len=40,
+        model=model,
+        tp_size=tp_size,
+        admission=admission,
+    )
     driver = ThreadDriver(KernelEngine)
     try:
         failure = check_trace(driver, Trace(config=config, events=EVENTS), driver.profiles)

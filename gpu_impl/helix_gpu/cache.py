@@ -325,9 +325,10 @@ class HelixCache:
 
         Capture `attend` over it in a CUDA graph, with every rank alike, and replay the graph after
         each `begin` of `rows` new tokens and dummies in all: its tensors then say where this step's
-        tokens are. `attend` returns all `rows` for it. Tables are made for the longest request
-        that the configuration allows, and for those HOP-B is decided. Reserving again gives the
-        same buffers.
+        tokens are. `attend` returns all `rows` for it. A step is good until the next one of as many
+        rows begins: attend to all its layers, or replay, before that. Tables are made for the
+        longest request that the configuration allows, and for those HOP-B is decided. Reserving
+        again gives the same buffers.
         """
         if rows not in self._reserved:
             t, pages = self.book.layout.tokens_per_block, self.pool.shape[1]
