@@ -7,6 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: conform test test-browser test-peers lint drivers workloads zoo conform-vllm prove bench clean
+.PHONY: sweep faults soak fuzz mutation
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -66,6 +67,24 @@ conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; FI
 	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40
 	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40
 	$(VLLM)/python -m helix_conformance.engines.vllm_findings
+
+sweep: .venv/installed ## Every one-process mutant under ten seeds: the worst of each
+	$(BIN)/helix-conformance zoo --tier one-process --sweep
+
+faults: .venv/installed ## Ranks killed, stopped and slowed; pools and memory exhausted; broken input
+	$(BIN)/pytest conformance/faults -s
+
+soak: .venv/installed ## 200,000 events in one process and 5,000 on 4 gloo ranks, memory flat
+	$(BIN)/python conformance/faults/soak.py
+
+SECONDS ?= 120
+fuzz: .venv/installed ## Every parser under atheris, for SECONDS in all
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	$(BIN)/python conformance/faults/fuzz.py --seconds $(SECONDS)
+
+mutation: .venv/installed ## Small mistakes in helix_gpu: how many the suite and the tests notice
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutation]'
+	nice -n 15 $(BIN)/python conformance/faults/mutation.py
 
 prove: .venv/installed ## All theorems, for all sizes
 	$(BIN)/helix-conformance prove

@@ -584,7 +584,7 @@ def _play_random(
                 name,
                 options["asked"],
                 cp_sizes=cp_sizes,
-                tp_sizes=(1, 2) if driver.largest_world and not options["cp_sizes"] else (1,),
+                tp_sizes=(1,) if options["cp_sizes"] else (1, 2),
                 examples=examples,
                 seed=options["seed"],
                 tally=tally,

@@ -33,6 +33,9 @@ from helix_spec.layouts import NAMED_LAYOUTS
 from helix_spec.traces import Trace
 
 LAYOUTS: Final = (*NAMED_LAYOUTS, "custom")
+LARGEST_FILE: Final = 2**20
+LONGEST_LINE: Final = 2**12
+"""In bytes: Python's TOML parser takes a time that grows with the square of a line."""
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Link = Annotated[str, msgspec.Meta(pattern=r"^https?://\S+$")]
 
@@ -129,11 +132,17 @@ class Known:
             data = path.read_bytes()
         except OSError as error:
             raise LedgerError(f"{path}: cannot be read: {error.strerror}.") from error
+        longest = max(map(len, data.splitlines()), default=0)
+        if len(data) > LARGEST_FILE or longest > LONGEST_LINE:
+            raise LedgerError(
+                f"{path}: has {len(data)} bytes and a line of {longest}; a ledger has at most "
+                f"{LARGEST_FILE} and lines of {LONGEST_LINE}."
+            )
         try:
             return cls(msgspec.toml.decode(data, type=_File).difference)
         except msgspec.ValidationError as error:
             raise LedgerError(f"{path}{_where(str(error))}.") from error
-        except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as error:
             raise LedgerError(f"{path}: is not TOML: {error}.") from error
 
     # Before a layout is played

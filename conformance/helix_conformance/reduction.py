@@ -164,6 +164,7 @@ def _smaller_configs(config: Config) -> Iterator[Config]:
         {"model": _set(shape, head_dim=simple.head_dim)},
         {"pages": ample},
         {"overlap": False},
+        {"admission": "transfer"},
         {"max_len": 200},
         {"seed": 0},
     ):

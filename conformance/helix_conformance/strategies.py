@@ -15,7 +15,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from helix_reference.model import Model
-from helix_spec.configs import Config, DType, LatentShape, ModelShape, config_problem
+from helix_spec.configs import Admission, Config, DType, LatentShape, ModelShape, config_problem
 from helix_spec.events import (
     FEATURES,
     Accept,
@@ -170,6 +170,7 @@ def configs(
         else ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size),
         tp_size=tp_size,
         overlap="overlap" in features and draw(st.booleans()),
+        admission=draw(st.sampled_from(get_args(Admission))) if contents else "transfer",
         seed=draw(st.integers(0, 3)) if contents else 0,
     )
 
@@ -213,6 +214,8 @@ _KINDS: Final[dict[str, str | None]] = {
 EVENTS: Final = tuple(_KINDS)
 """Kinds of events."""
 _SHORT: Final = st.integers(1, 40)
+LONG: Final = 100
+"""Prompts of more tokens are admitted one at a time."""
 FAR: Final = 2**32
 """Large ids begin here: kept in 32 bits they are the small ones."""
 
@@ -247,12 +250,13 @@ def intents(
     wishes: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "admit": {
             "size": prompt_lens,
-            "times": st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 9]),
+            "times": st.sampled_from([1, 1, 1, 1, 1, 1, 1, 2, 9, 17]),
             "far": st.sampled_from([False, False, False, True]),
         },
         "decode": steps,
         "skip": {"picks": batch, "query_lens": groups},
         "accept": {"picks": one, "kept": st.integers(1, 7)},
+        "fork": {"picks": one, "times": st.sampled_from([1, 1, 2, 3])},
         "sampled": {"picks": batch},
         "wrong": {
             "event": st.sampled_from(
@@ -277,9 +281,12 @@ def intents(
 
 
 def prompt_lengths(*, super_block: int, max_len: int) -> st.SearchStrategy[int]:
-    """Prompt lengths: any up to 40, the shortest, and those around super-blocks and max_len."""
+    """Prompt lengths: any up to 40, the shortest, and those around super-blocks and max_len.
+
+    One of them leaves some room below max_len: for tokens at positions that short prompts lack.
+    """
     round_numbers = [1, super_block, 2 * super_block, 3 * super_block, max_len]
-    near = {number + by for number in round_numbers for by in (-1, 0, 1)}
+    near = {number + by for number in round_numbers for by in (-1, 0, 1)} | {max_len - 9}
     return _SHORT | st.sampled_from(sorted(near - {0}))
 
 
@@ -293,11 +300,14 @@ def realise(model: Model, intent: Intent) -> list[Event]:
         preempted_first = sorted(requests, key=lambda id: not requests[id].preempted)
         return [_careless(intent, [*preempted_first, fresh])]
     if intent.kind == "admit":
-        return [Admit(id, intent.size) for id in free[: intent.times]]
+        times = intent.times if intent.size <= LONG else 1  # many short ones, or a long one
+        return [Admit(id, intent.size) for id in free[:times]]
     gone = [id for id, request in requests.items() if request.preempted]
     fitting = [id for id in requests if id not in gone]
     if intent.kind == "resume" and gone:
         return [Resume(gone[intent.picks[0] % len(gone)])]
+    if intent.kind == "release":
+        fitting = list(requests)
     if intent.kind == "accept":
         fitting = [id for id in fitting if requests[id].open_group]
     if intent.kind == "sampled":
@@ -316,7 +326,7 @@ def realise(model: Model, intent: Intent) -> list[Event]:
             waiting: list[Event] = [Sampled([id])] * requests[id].outstanding
             return [*waiting, Accept(id, 1 + (intent.kept - 1) % requests[id].open_group)]
         case "fork":
-            return [Fork(id, fresh)]
+            return [Fork(id, child) for child in free[: intent.times]]
         case "preempt":
             return [Preempt(id)]
         case "resume":

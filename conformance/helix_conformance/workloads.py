@@ -95,7 +95,7 @@ def _faults_named(place: str) -> Iterator[None]:
     """Turns msgspec's complaints into WorkloadErrors that begin with this place."""
     try:
         yield
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         message, _, field = str(error).partition(" - at `$.")
         place = f"{place}, field {field.rstrip('`')}" if field else place
         raise WorkloadError(f"{place}: {message}.") from error

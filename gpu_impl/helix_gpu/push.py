@@ -206,10 +206,18 @@ def _shared_windows(group: dist.ProcessGroup, size: int) -> Sequence[Tensor]:
     memory = Path("/dev/shm")
     with tempfile.NamedTemporaryFile(dir=memory if memory.is_dir() else None) as mine:
         mine.truncate(size)
-        names: list[str] = [""] * group.size()
-        dist.all_gather_object(names, mine.name, group=group)
         windows = [
-            torch.from_file(name, shared=True, size=size, dtype=torch.uint8) for name in names
+            torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
+            for name in _gathered(mine.name, group)
         ]
         dist.barrier(group)  # the file's name goes when everyone has mapped it
     return windows
+
+
+def _gathered(name: str, group: dist.ProcessGroup) -> list[str]:
+    """Every rank's file name, as bytes: torch's gathering of objects would unpickle them."""
+    own = torch.zeros(os.pathconf("/", "PC_PATH_MAX"), dtype=torch.uint8)
+    own[: len(name)] = torch.tensor(list(name.encode("ascii")), dtype=torch.uint8)
+    rows = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(rows, own, group=group)
+    return [bytes(row.tolist()).rstrip(b"\0").decode("ascii") for row in rows]

@@ -171,12 +171,12 @@ def _with_interleave(rule: str, interleave: int | None) -> str:
 
 _NUMBER = r"[1-9][0-9]{0,8}"
 _NAMED = re.compile(
-    rf"(?P<name>[a-z0-9_]+)/(?P<version>[0-9]+):C=(?P<C>{_NUMBER}),T=(?P<T>{_NUMBER})"
+    rf"(?P<name>[a-z0-9_]+)/(?P<version>[0-9]{{1,9}}):C=(?P<C>{_NUMBER}),T=(?P<T>{_NUMBER})"
     rf"(,I=(?P<I>{_NUMBER}))?"
 )
 _RULE = rf"[a-z_]+(?:\({_NUMBER}\))?"
 _CUSTOM = re.compile(
-    rf"custom/(?P<version>[0-9]+):prompt=(?P<prompt>{_RULE}),owner=(?P<owner>{_RULE}),"
+    rf"custom/(?P<version>[0-9]{{1,9}}):prompt=(?P<prompt>{_RULE}),owner=(?P<owner>{_RULE}),"
     rf"pages=(?P<pages>[a-z_]+),start=(?P<start>[a-z_]+),C=(?P<C>{_NUMBER}),T=(?P<T>{_NUMBER})"
 )
 

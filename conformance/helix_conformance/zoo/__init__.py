@@ -2,6 +2,7 @@
 
 - `parts`: what a mutant is made of, and the list of all of them;
 - `on_ledger`, `on_model`, `on_cache`: the mutants, by what they are a wrong version of;
+- `on_corners`: those that need several things to come together;
 - `run`: the suite against every mutant, as a table and as JSON.
 
 A mutant is one class. Its docstring says what is wrong, its decorator where that was seen and

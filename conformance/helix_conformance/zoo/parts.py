@@ -68,6 +68,7 @@ def mutant(
         usual_tier, usual_depth = next(
             usual for kind, usual in _USUAL.items() if issubclass(engine, kind)
         )
+        engine.__doc__ = f"{engine.__doc__}\n\nSource: {source}."
         words = "".join(f"_{c.lower()}" if c.isupper() else c for c in engine.__name__)
         MUTANTS.append(
             Mutant(

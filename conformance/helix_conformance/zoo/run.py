@@ -26,7 +26,7 @@ from helix_conformance.strategies import configs, traces
 from helix_conformance.zoo.parts import MUTANTS, Mutant, Stored
 from helix_spec.events import FEATURES
 
-for _module in ("on_ledger", "on_model", "on_cache"):
+for _module in ("on_ledger", "on_model", "on_cache", "on_corners"):
     importlib.import_module(f"helix_conformance.zoo.{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")

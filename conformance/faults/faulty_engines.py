@@ -1,0 +1,114 @@
+"""Engines to which something happens in the middle, for the tests of this folder.
+
+Worker processes import this module by its name, so the folder is put on their PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from helix_conformance.engines.gpu import GpuEngine
+from helix_gpu.cache import HelixCache
+from helix_spec.configs import Config
+from helix_spec.events import Decode, Event, Outcome
+
+BEACONS = "HELIX_FAULTS_BEACONS"
+"""A folder in which each rank writes how many events it has begun."""
+
+
+class Beacon(GpuEngine):
+    """The real implementation; it says where it is, so that something can happen to it there."""
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        self.begun = 0
+        return super().start(config, profiles)
+
+    def apply(self, event: Event) -> Outcome:
+        """Say so, then let the event happen."""
+        self.begun += 1
+        Path(os.environ[BEACONS], f"rank-{self.rank}").write_text(str(self.begun))
+        return super().apply(event)
+
+
+class BitFlipped(GpuEngine):
+    """On rank 1 one bit of what a peer sent in the exchange arrives turned over."""
+
+    def apply(self, event: Event) -> Outcome:
+        """Turn a high bit over in what arrives."""
+        if self.rank == 1 and isinstance(event, Decode) and self.config.rules.cp_size > 1:
+            honest = self.cache._exchange
+
+            def flipped(send: torch.Tensor) -> torch.Tensor:
+                received = honest(send)
+                received.view(torch.int32).view(-1)[0] ^= 1 << 28
+                return received
+
+            self.cache._exchange = flipped
+            try:
+                return super().apply(event)
+            finally:
+                self.cache._exchange = honest
+        return super().apply(event)
+
+
+class Garbled(GpuEngine):
+    """On rank 1 the control channel carries bytes that are no message, as the pad says.
+
+    1: a frame of rubbish; 2: the length of a frame that never comes; 3: a length below zero.
+    """
+
+    def apply(self, event: Event) -> Outcome:
+        """Write to the channel over the worker's head."""
+        if self.rank == 1 and isinstance(event, Decode) and event.pad:
+            channel = json.loads(sys.argv[1])["channel"]
+            rubbish = {
+                1: (8).to_bytes(4, "big") + b"\xc1rubbish",
+                2: (2**31 - 1).to_bytes(4, "big"),
+                3: (-5).to_bytes(4, "big", signed=True),
+            }[event.pad]
+            os.write(channel, rubbish)
+            if event.pad == 2:
+                import time
+
+                time.sleep(3600)
+        return super().apply(event)
+
+
+class _NoMemoryForV(HelixCache):
+    """K of a step is written, V is not: the allocation between them fails."""
+
+    fails = False
+    calls = 0
+
+    def _cached(self, rows: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.fails and self.calls % 2 == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory, so to speak")
+        return super()._cached(rows)
+
+
+class OutOfMemory(GpuEngine):
+    """On rank 1 memory runs out in the middle of the append of a step with one dummy."""
+
+    made: ClassVar[list[Any]] = []
+    """The engines of this process, for a look at what is left of them."""
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        outcome = super().start(config, profiles)
+        self.made.append(self)
+        self.cache.__class__ = _NoMemoryForV
+        return outcome
+
+    def apply(self, event: Event) -> Outcome:
+        """Let one event happen."""
+        self.cache.calls = 0
+        self.cache.fails = self.rank == 1 and isinstance(event, Decode) and event.pad == 1
+        return super().apply(event)

@@ -1,0 +1,116 @@
+"""Foreign input is parsed or refused in a sentence; it is never run, whatever it holds."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from inputs import HOSTILE, PARSERS, Parser, complaint
+
+PACKAGES = sorted(Path(__file__).parents[2].glob("*/helix_*"))
+IDS = [parser.name for parser in PARSERS]
+
+
+def spoiled(valid: bytes) -> st.SearchStrategy[bytes]:
+    """A valid input with some of its bytes cut, doubled, turned over or replaced by worse."""
+    place = st.integers(0, len(valid))
+    worse = st.sampled_from(HOSTILE) | st.binary(max_size=8)
+    cut = place.map(lambda end: valid[:end])
+    replaced = st.tuples(place, st.integers(0, 12), worse).map(
+        lambda t: valid[: t[0]] + t[2] + valid[t[0] + t[1] :]
+    )
+    doubled = st.tuples(place, place).map(
+        lambda t: valid[: max(t)] + valid[min(t) : max(t)] + valid[max(t) :]
+    )
+    return cut | replaced | doubled | st.binary(max_size=64) | st.sampled_from(HOSTILE)
+
+
+@pytest.mark.parametrize("parser", PARSERS, ids=IDS)
+def test_the_valid_example_parses(parser: Parser) -> None:
+    """What is spoiled elsewhere is good to begin with."""
+    assert complaint(parser, parser.valid) is None
+
+
+@pytest.mark.parametrize("parser", PARSERS, ids=IDS)
+def test_spoiled_input_is_parsed_or_refused(parser: Parser) -> None:
+    """A parse or an error of the kind that is promised, which names the file where there is one."""
+
+    @settings(max_examples=120, deadline=None, database=None)
+    @given(spoiled(parser.valid))
+    @example(b"")
+    def check(data: bytes) -> None:
+        said = complaint(parser, data)
+        if said is not None and parser.names_the_file:
+            assert "helix-inputs-" in said
+
+    check()
+
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
+FORBIDDEN_CALLS = {"eval", "exec", "load_module", "__import__"}
+EVALUATES = {"contracts.py": 2}
+"""The proofs evaluate the contracts in our own docstrings; nothing that is read from elsewhere."""
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
+def test_nothing_is_unpickled_or_evaluated(package: Path) -> None:
+    """No module of ours imports a pickler, loads one by torch or numpy, or evaluates text.
+
+    multiprocessing is used for its pipes alone, by `send_bytes` and `recv_bytes`: its `send` and
+    `recv` pickle. torch.distributed's collectives of objects pickle too, and are not used.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found.setdefault(path.name, []).extend(_unsafe(node))
+    assert (
+        EVALUATES.items() & {k: len(v) for k, v in found.items() if v}.items()
+        == {name: len(unsafe) for name, unsafe in found.items() if unsafe}.items()
+    )
+
+
+def _unsafe(node: ast.AST) -> list[str]:
+    """What in this node could run what was read."""
+    if isinstance(node, ast.Import):
+        return [a.name for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES]
+    if isinstance(node, ast.ImportFrom):
+        pickler = (node.module or "").split(".")[0] in FORBIDDEN_MODULES
+        pipes = node.module == "multiprocessing.connection"
+        return [f"from {node.module}"] if pickler else [
+            a.name for a in node.names if pipes and a.name not in {"Connection", "Pipe", "wait"}
+        ]  # fmt: skip
+    if not isinstance(node, ast.Call):
+        return []
+    if isinstance(node.func, ast.Name):
+        return [node.func.id] * (node.func.id in FORBIDDEN_CALLS)
+    if not isinstance(node.func, ast.Attribute):
+        return []
+    name, owner = node.func.attr, ast.unparse(node.func.value)
+    loads = name == "load" and owner in {"torch", "np", "numpy"}
+    objects = "_object" in name and owner in {"dist", "torch.distributed"}
+    pickles = name in {"recv", "send"} and ("channel" in owner or "connection" in owner)
+    allowed = any(word.arg == "allow_pickle" for word in node.keywords)
+    return [f"{owner}.{name}"] * (loads or objects or pickles or allowed)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "eval(text)",
+        "exec(text)",
+        "torch.load(path)",
+        "np.load(path)",
+        "dist.all_gather_object(a, b)",
+        "channel.recv()",
+        "np.frombuffer(x, allow_pickle=True)",
+        "from multiprocessing.connection import Client",
+    ],
+)
+def test_what_would_be_found(code: str) -> None:
+    """The check sees each of these."""
+    assert [unsafe for node in ast.walk(ast.parse(code)) for unsafe in _unsafe(node)]

@@ -1,0 +1,68 @@
+"""Block tables: rows of page numbers that grow."""
+
+import numpy as np
+
+from helix_gpu.block_tables import BlockTables
+
+
+def ints(*numbers: int) -> np.ndarray:
+    """An int64 array."""
+    return np.array(numbers, dtype=np.int64)
+
+
+def test_what_was_written_is_read() -> None:
+    """Pages stand where they were put, whatever rows and columns the table grew by since."""
+    tables = BlockTables()
+    tables.begin(2, [6, 7])
+    tables.begin(0, [8])
+    tables.write(ints(2, 0), ints(1, 1), [5, 4])
+    tables.begin(5, [])
+    tables.write(ints(5), ints(9), [9])
+    assert [5, 8, 4] == tables.page(ints(2, 0, 0), ints(1, 0, 1)).tolist()
+    assert [[8, 4], [6, 5]] == tables.read(ints(0, 2), 2).tolist()
+    assert 9 == tables.read(ints(5), 10)[0, 9]
+
+
+def test_reading_beyond_what_was_written() -> None:
+    """Pages that nobody wrote are there, of page numbers that exist."""
+    tables = BlockTables()
+    tables.begin(3, [])
+    assert [[0, 0, 0]] == tables.read(ints(3), 3).tolist()
+    assert (0, 4) == tables.read(ints(), 4).shape
+    tables.write(ints(), ints(), [])
+    assert [[0, 0, 0, 0]] == tables.read(ints(0), 4).tolist()
+
+
+def test_a_copy_goes_its_own_way() -> None:
+    """A copied row has the source's pages, and either may change alone."""
+    tables = BlockTables()
+    tables.begin(0, [4, 5])
+    tables.copy(0, 6)
+    tables.write(ints(6), ints(1), [3])
+    assert [[4, 5], [4, 3]] == tables.read(ints(0, 6), 2).tolist()
+
+
+def test_tables_are_as_large_as_needed_or_twice_as_large_as_before() -> None:
+    """Growth by doubling copies the table a few times only; nothing grows without need."""
+    tables = BlockTables()
+
+    def size() -> tuple[int, ...]:
+        return tables._pages.shape
+
+    tables.write(ints(), ints(), [])
+    tables.begin(0, [])
+    assert (1, 0) == size()
+    tables.begin(2, [1])
+    assert (3, 1) == size()
+    tables.write(ints(0, 2), ints(4, 2), [1, 1])
+    assert (3, 5) == size()
+    tables.read(ints(2), 5)
+    tables.begin(2, [1, 2, 3, 4, 5])
+    tables.copy(0, 2)
+    assert (3, 5) == size()
+    tables.copy(0, 3)
+    assert (6, 5) == size()
+    tables.read(ints(3), 6)
+    assert (6, 10) == size()
+    tables.begin(13, [1])
+    assert (14, 10) == size()
