@@ -70,6 +70,7 @@ conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; FI
 
 sweep: .venv/installed ## Every one-process mutant under ten seeds: the worst of each
 	$(BIN)/helix-conformance zoo --tier one-process --sweep
+	$(BIN)/helix-conformance zoo --tier corners --sweep
 
 faults: .venv/installed ## Ranks killed, stopped and slowed; pools and memory exhausted; broken input
 	$(BIN)/pytest conformance/faults -s

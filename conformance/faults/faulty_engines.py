@@ -81,15 +81,15 @@ class Garbled(GpuEngine):
         return super().apply(event)
 
 
-class _NoMemoryForV(HelixCache):
-    """K of a step is written, V is not: the allocation between them fails."""
+class _NoMemoryInLayer1(HelixCache):
+    """K and V of a step are written in layer 0 and not in layer 1, whose allocation fails."""
 
     fails = False
     calls = 0
 
     def _cached(self, rows: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        if self.fails and self.calls % 2 == 0:
+        if self.fails and self.calls == 4:
             raise torch.OutOfMemoryError("CUDA out of memory, so to speak")
         return super()._cached(rows)
 
@@ -104,7 +104,7 @@ class OutOfMemory(GpuEngine):
         """Ready, or refused with `bad_config`."""
         outcome = super().start(config, profiles)
         self.made.append(self)
-        self.cache.__class__ = _NoMemoryForV
+        self.cache.__class__ = _NoMemoryInLayer1
         return outcome
 
     def apply(self, event: Event) -> Outcome:

@@ -75,7 +75,12 @@ def test_a_pool_exhausted_on_one_rank_of_a_real_pool(pool: PoolDriver) -> None:
 
 def test_out_of_memory_in_the_middle_of_an_append() -> None:
     """The failure names the rank; no page is lost on any rank, and all of them come back."""
-    config = Config(layout="pr9757/1:C=4,T=2", pages=[9] * 4, max_len=90, model=SHAPE)
+    config = Config(
+        layout="pr9757/1:C=4,T=2",
+        pages=[9] * 4,
+        max_len=90,
+        model=ModelShape(q_heads=8, kv_heads=2, layers=2),
+    )
     events: list[Event] = [Admit(0, 13), Admit(1, 3), Fork(0, 2), Decode([0, 1], [1, 1], 1)]
     OutOfMemory.made.clear()
     driver = ThreadDriver(OutOfMemory)

@@ -373,10 +373,11 @@ def vectors_check(**options: Any) -> None:
 @main.command()
 @click.option(
     "--tier",
-    type=click.Choice(["one-process", "pool", "all"]),
+    type=click.Choice(["one-process", "corners", "pool", "all"]),
     default="all",
     show_default=True,
-    help="Mutants that show in one process, those that need a pool of gloo workers, or all.",
+    help="Mutants that show in one process soon, those that show there in corners only, those that "
+    "need a pool of gloo workers, or all.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the random traces.")
 @click.option(

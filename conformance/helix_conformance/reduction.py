@@ -213,6 +213,9 @@ def _simpler_events(event: Event) -> Iterator[Event]:
             if isinstance(event, Decode):
                 for pad in _fewer(event.pad, 0):
                     yield _set(event, pad=pad)
+            if len(ids) == len(query_lens) and ids != sorted(ids):
+                pairs = sorted(zip(ids, query_lens, strict=True))
+                yield _set(event, ids=[id for id, _ in pairs], query_lens=[n for _, n in pairs])
             for place in range(len(ids) if len(ids) == len(query_lens) > 1 else 0):
                 yield _set(
                     event,

@@ -197,7 +197,7 @@ def found(engine: type) -> Failure:
 @pytest.mark.parametrize(
     ("engine", "ranks", "names", "events"),
     [
-        (Placement, 2, "OWN-2", [Admit(0, 2), Decode([0], [1])]),
+        (Placement, 2, "OWN-2", [Admit(0, 1), Decode([0], [1])]),
         (Lengths, 1, "LEN-2", [Admit(0, 5), Decode([0], [1])]),
         (Pages, 1, "PAGE-3", [Admit(0, 1), Release(0)]),
         (Cache, 2, "OWN-1", None),

@@ -48,7 +48,7 @@ def test_every_mutant_is_on_record() -> None:
     assert len(MUTANTS) == len({mutant.name for mutant in MUTANTS})
     for mutant in MUTANTS:
         engine = load_engine(mutant.engine)
-        assert engine.__doc__
+        assert f"Source: {mutant.source}." in engine.__doc__
         assert mutant.row and set(mutant.row) <= set(NUMBERS)
         assert set(mutant.profiles) <= set(PROFILES)
         assert mutant.tier in TIERS["all"]

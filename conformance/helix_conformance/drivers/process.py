@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Pipe, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Final, Protocol
 
 import msgspec
@@ -32,6 +34,8 @@ START_LIMIT_S: Final = 120.0
 """A worker imports torch before it is ready; on two busy cores that takes long."""
 GRACE_S: Final = 0.5
 """How long the others may take to fail too, once one has: the first is not always to blame."""
+FRAME_LIMIT_S: Final = 10
+"""Longest silence within one frame; a whole frame is written at once."""
 LOOK_S: Final = 0.5
 """How long a silent process may take to print where it is."""
 KEPT: Final = 2**16
@@ -109,6 +113,7 @@ class EngineProcess:
         self.printed_before_look = 0
         self.output = LastWords()
         self.channel, theirs = Pipe()
+        _do_not_wait_longer(self.channel, FRAME_LIMIT_S)
         setup = msgspec.structs.replace(setup, channel=theirs.fileno())
         self.process = subprocess.Popen(
             [
@@ -134,6 +139,8 @@ class EngineProcess:
         """See `Rank.receive`."""
         try:
             message = unpack_from_engine(self.channel.recv_bytes())
+        except BlockingIOError:
+            raise self.failure("answered garbage: a frame that did not end") from None
         except (EOFError, OSError):
             raise self.failure(self._death(), "died") from None
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -187,6 +194,12 @@ class EngineProcess:
         time.sleep(0.1)  # the thread that drains its output may be behind
         words = self.output.kept[-500:].decode(errors="replace").strip()
         return f"died with {how}; it last printed: {words!r}"
+
+
+def _do_not_wait_longer(channel: Connection, limit_s: int) -> None:
+    """Let a read of the channel's socket fail when nothing comes for so long."""
+    with socket.socket(fileno=os.dup(channel.fileno())) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", limit_s, 0))
 
 
 def collect(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,10 +29,12 @@ from helix_spec.configs import Config
 from helix_spec.events import Accept, Decode, Event, Outcome, Preempt, Reason, Release, Resume
 from helix_spec.layouts import Layout
 
+corner = partial(mutant, corner=True)
+
 # Whose turn it is
 
 
-@mutant("own: a division that is off for three ranks and pages of one token", "OWN-3",
+@corner("own: a division that is off for three ranks and pages of one token", "OWN-3",
         features=["speculative"])  # fmt: skip
 class ThreeRanksOneToken(OverLedger):
     """The last token of a group of three or more goes to the next rank at C=3, T=1."""
@@ -46,7 +49,7 @@ class ThreeRanksOneToken(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("own: a fork's shift is lost when it is resumed", "LEN-1",
+@corner("own: a fork's shift is lost when it is resumed", "LEN-1",
         features=["fork", "preempt"], layouts=["balanced"])  # fmt: skip
 class ResumedForkUnshifted(OverLedger):
     """Under `rotated` a preempted child of a fork is placed as if it were admission 0."""
@@ -68,7 +71,7 @@ class ResumedForkUnshifted(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("own: a fork takes turns as if nothing had been rewound", "OWN-3",
+@corner("own: a fork takes turns as if nothing had been rewound", "OWN-3",
         features=["speculative", "fork"])  # fmt: skip
 class ForkAfterRewind(OverLedger):
     """The child of a request whose last group was cut short goes on from that group's end."""
@@ -101,7 +104,7 @@ class ForkAfterRewind(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("own: an interleave read from the wrong half of the layout", "OWN-3", layouts=["custom"])
+@corner("own: an interleave read from the wrong half of the layout", "OWN-3", layouts=["custom"])
 class OwnerTakesThePromptsInterleave(OverLedger):
     """Decoded tokens take turns by the prompt's interleave, where the two differ."""
 
@@ -114,7 +117,7 @@ class OwnerTakesThePromptsInterleave(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("own: tensor-parallel peers taken for context-parallel ones", "LEN-1", "OWN-2", "OWN-3",
+@corner("own: tensor-parallel peers taken for context-parallel ones", "LEN-1", "OWN-2", "OWN-3",
         "MAP-1", tp_sizes=[1, 2])  # fmt: skip
 class WorldTakenForGroup(OverLedger):
     """A rank's place in its group is its global rank, cut to the last: right at tp_size 1."""
@@ -130,7 +133,7 @@ class WorldTakenForGroup(OverLedger):
 # Positions
 
 
-@mutant("own: a rewind is forgotten by a resume", "POS-1",
+@corner("own: a rewind is forgotten by a resume", "POS-1",
         features=["speculative", "preempt"])  # fmt: skip
 class RewindThenResume(OverLedger):
     """After an acceptance of less than the group and a resume, positions count what was cut."""
@@ -167,7 +170,7 @@ class RewindThenResume(OverLedger):
 # Pages and refusals
 
 
-@mutant("own: a page is taken before the copy is refused", "PAGE-3", "PAGE-5", features=["fork"])
+@corner("own: a page is taken before the copy is refused", "PAGE-3", "PAGE-5", features=["fork"])
 class RefusedCopyLeaks(OverLedger):
     """A decode that is refused while it would copy a shared page has taken a page already."""
 
@@ -187,7 +190,7 @@ class RefusedCopyLeaks(OverLedger):
     book_class = Book
 
 
-@mutant("own: a skip asks less than its decode", "REF-2", features=["overlap"])
+@corner("own: a skip asks less than its decode", "REF-2", features=["overlap"])
 class SkipIgnoresOutstanding(OverLedger):
     """A step is prepared though two decodes of a request are still to be sampled."""
 
@@ -202,7 +205,7 @@ class SkipIgnoresOutstanding(OverLedger):
     book_class = Book
 
 
-@mutant("own: outstanding decodes survive a preemption", "REF-2", features=["overlap", "preempt"])
+@corner("own: outstanding decodes survive a preemption", "REF-2", features=["overlap", "preempt"])
 class PreemptKeepsOutstanding(OverLedger):
     """A resumed request still waits for the samples of before, and its decodes are refused."""
 
@@ -227,7 +230,7 @@ class PreemptKeepsOutstanding(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("own: max_len is asked of a group's first token", "REF-2", features=["speculative"])
+@corner("own: max_len is asked of a group's first token", "REF-2", features=["speculative"])
 class MaxLenOfTheFirstToken(OverLedger):
     """A group that begins below max_len and ends beyond it is accepted."""
 
@@ -244,7 +247,7 @@ class MaxLenOfTheFirstToken(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("own: more than sixteen requests", "LEN-1", "PAGE-1", "OWN-3", "POS-1", "LEN-2")
+@corner("own: more than sixteen requests", "LEN-1", "PAGE-1", "OWN-3", "POS-1", "LEN-2")
 class SeventeenthRequest(OverLedger):
     """When the ledger's rows grow for the second time, the last one before is not kept."""
 
@@ -257,7 +260,7 @@ class SeventeenthRequest(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("own: a preempted request is released with the pages it had", "PAGE-2", "PAGE-3", "PAGE-5",
+@corner("own: a preempted request is released with the pages it had", "PAGE-2", "PAGE-3", "PAGE-5",
         "LIVE-1", features=["fork", "preempt"])  # fmt: skip
 class PreemptedSharerFreesTwice(OverLedger):
     """A fork that was preempted and is released lets go of its shared pages a second time."""
@@ -297,7 +300,7 @@ def _one_key_in_a_group(
     return attend_pages(q, pages, tables, lengths.where(~wrong, 1), **shape)
 
 
-@mutant("own: a group's first token sees the second's key on a rank that was empty", "ATT-1",
+@corner("own: a group's first token sees the second's key on a rank that was empty", "ATT-1",
         features=["speculative"])  # fmt: skip
 class EmptyRankInsideGroup(OverCache):
     """Right where a rank has keys, and where it has none for the whole group."""
@@ -305,7 +308,7 @@ class EmptyRankInsideGroup(OverCache):
     cache_class = attending(_one_key_in_a_group)
 
 
-@mutant("own: copy on write of the first layer alone", "OWN-1", "ATT-1",
+@corner("own: copy on write of the first layer alone", "OWN-1", "ATT-1",
         features=["fork"])  # fmt: skip
 class CopyOfOneLayer(OverCache):
     """A shared page is copied in layer 0; the other layers of the copy stay blank."""
@@ -319,7 +322,7 @@ class CopyOfOneLayer(OverCache):
     cache_class = Cache
 
 
-@mutant("own: a slot is written once", "OWN-1", features=["speculative"])
+@corner("own: a slot is written once", "OWN-1", features=["speculative"])
 class RewoundSlotKeepsItsToken(OverCache):
     """What a rejected token left in a slot is taken for the token that comes in its place."""
 
@@ -327,17 +330,19 @@ class RewoundSlotKeepsItsToken(OverCache):
         def attend(
             self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
         ) -> Tensor:
-            there = self.pool[layer, step.own_pages, :, step.own_offsets].clone()
+            t = self.pool.shape[3]
+            slots = step.slots[step.slots >= 0]
+            pages, offsets = slots // t, slots % t
+            there = self.pool[layer, pages, :, offsets].clone()
             output = super().attend(step, layer, q, k, v)
             full = ~there.float().isnan().flatten(1).any(1)
-            pages, offsets = step.own_pages[full], step.own_offsets[full]
-            self.pool[layer, pages, :, offsets] = there[full]
+            self.pool[layer, pages[full], :, offsets[full]] = there[full]
             return output
 
     cache_class = Cache
 
 
-@mutant("own: a table of angles that ends", "POS-2")
+@corner("own: a table of angles that ends", "POS-2")
 class RopeTableEnds(OverCache):
     """Cosines are looked up in a table of 512 rows; all later positions read its last one."""
 
@@ -351,7 +356,7 @@ class RopeTableEnds(OverCache):
     cache_class = Cache
 
 
-@mutant("own: the fifth request of a batch", "ATT-1", "LEN-3")
+@corner("own: the fifth request of a batch", "ATT-1", "LEN-3")
 class FifthRowReadsTheFourth(OverCache):
     """A kernel of four rows a block reads the lengths of the last one for those that follow."""
 
@@ -368,7 +373,7 @@ class FifthRowReadsTheFourth(OverCache):
     cache_class = Cache
 
 
-@mutant("own: chunks of a prompt all begin at position 0", "POS-2", "OWN-1", "ATT-1")
+@corner("own: chunks of a prompt all begin at position 0", "POS-2", "OWN-1", "ATT-1")
 class ChunkPositionsRestart(OverCache):
     """A prompt computed here is rotated chunk by chunk, each as if it were the first."""
 

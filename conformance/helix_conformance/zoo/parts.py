@@ -40,6 +40,8 @@ class Mutant:
     layouts: tuple[str, ...] = LAYOUT_NAMES
     """Layouts on which it can show."""
     tp_sizes: tuple[int, ...] = (1,)
+    corner: bool = False
+    """Whether it needs several things to come together, and so many more traces."""
 
 
 MUTANTS: list[Mutant] = []
@@ -58,6 +60,7 @@ def mutant(
     tier: str | None = None,
     layouts: Sequence[str] = LAYOUT_NAMES,
     tp_sizes: Sequence[int] = (1,),
+    corner: bool = False,
 ) -> Callable[[type], type]:
     """Registers an engine class as a mutant, under its own name in small letters.
 
@@ -80,6 +83,7 @@ def mutant(
                 profiles=(depth or usual_depth, *features),
                 layouts=tuple(layouts),
                 tp_sizes=tuple(tp_sizes),
+                corner=corner,
             )
         )
         return engine

@@ -30,8 +30,16 @@ for _module in ("on_ledger", "on_model", "on_cache", "on_corners"):
     importlib.import_module(f"helix_conformance.zoo.{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
-TIERS: Final = {"one-process": ONE_PROCESS, "pool": ("pool",), "all": (*ONE_PROCESS, "pool")}
-"""What `zoo` may be asked for, and the tiers of mutants that this takes in."""
+TIERS: Final = {
+    "one-process": ONE_PROCESS,
+    "corners": ONE_PROCESS,
+    "pool": ("pool",),
+    "all": (*ONE_PROCESS, "pool"),
+}
+"""What `zoo` may be asked for, and the tiers of mutants that this takes in.
+
+Mutants that show in corners only are in `corners` and `all`.
+"""
 
 
 class _Play(msgspec.Struct, frozen=True):
@@ -50,6 +58,8 @@ _PLAYS: Final = {
     "threads": _Play((1, 2, 3, 4), 4, 400, 40),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
+_CORNER: Final = 4
+"""For a mutant that shows in a corner only: so many times as many traces."""
 _MUTANT_DEADLINE_S: Final = 5.0
 """A mutant that hangs is waited for no longer; an unmutated engine may be on a busy machine."""
 _CONTROL_DEADLINE_S: Final = 60.0
@@ -83,9 +93,9 @@ class Kill(msgspec.Struct, frozen=True):
 
 def hunt(mutant: Mutant, *, seed: int) -> Kill:
     """The suite against one mutant."""
-    tally = Tally()
+    tally, traces = Tally(), _PLAYS[mutant.tier].mutant_traces * (_CORNER if mutant.corner else 1)
     with _driver(mutant.engine, mutant.tier, _MUTANT_DEADLINE_S) as driver:
-        failure = _played(driver, mutant, _PLAYS[mutant.tier].mutant_traces, seed, tally)
+        failure = _played(driver, mutant, traces, seed, tally)
     by = _named(failure)
     needed = tally.needed
     return Kill(
@@ -174,14 +184,19 @@ class Zoo(msgspec.Struct, frozen=True):
         return all(kill.killed for kill in self.mutants) and not any(self.controls.values())
 
 
+def mutants_of(tier: str) -> list[Mutant]:
+    """The mutants that `zoo` visits when it is asked for this tier."""
+    corners = {"corners": {True}, "all": {True, False}}.get(tier, {False})
+    return [mutant for mutant in MUTANTS if mutant.tier in TIERS[tier] and mutant.corner in corners]
+
+
 def visit(tier: str, seed: int, progress: Callable[[Sequence[Any]], Any] = iter) -> Zoo:
-    """Every mutant and control of a tier (`one-process`, `pool` or `all`)."""
-    tiers = TIERS[tier]
-    mutants = [mutant for mutant in MUTANTS if mutant.tier in tiers]
+    """Every mutant and control of a tier (`one-process`, `corners`, `pool` or `all`)."""
+    tiers, mutants = TIERS[tier], mutants_of(tier)
     controls = {
         f"{engine.rpartition(':')[2]} ({on})": control(engine, on, seed=seed)
         for engine, on in CONTROLS
-        if on in tiers
+        if on in tiers and tier != "corners"
     }
     return Zoo([hunt(mutant, seed=seed) for mutant in progress(mutants)], controls)
 
@@ -241,7 +256,7 @@ def _table(seen: Zoo) -> Table:
 def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
     """The mutants under each of these seeds: a table of the worst, and the worst seed."""
     console = Console()
-    mutants = [mutant for mutant in MUTANTS if mutant.tier in TIERS[tier]]
+    mutants = mutants_of(tier)
     kills = {
         seed: [hunt(mutant, seed=seed) for mutant in mutants]
         for seed in track(seeds, "Seeds", console=console)
