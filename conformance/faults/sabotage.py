@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from helix_spec.configs import Config, ModelShape
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Preempt, Release, Resume
@@ -78,18 +77,21 @@ def where(rank: int) -> int:
 
 
 @contextmanager
-def once_it_is_at(rank: int, event: int, act: Callable[[int], None]) -> Iterator[list[Any]]:
-    """While the body runs, wait for a rank to begin this event, then act on its process."""
+def once_it_is_at(rank: int, event: int, act: Callable[[int], None]) -> Iterator[list[float]]:
+    """While the body runs, wait for a rank to begin this event, then act on its process.
+
+    Yields the times at which that was done.
+    """
     for beacon in Path(os.environ["HELIX_FAULTS_BEACONS"]).iterdir():
         beacon.unlink()
-    done: list[Any] = []
+    done: list[float] = []
     over = threading.Event()
 
     def watch() -> None:
         while where(rank) < event and not over.is_set():
             time.sleep(0.002)
         if not over.is_set():
-            done.append((where(rank), time.monotonic()))
+            done.append(time.monotonic())
             act(worker(rank))
 
     thread = threading.Thread(target=watch)

@@ -91,7 +91,8 @@ def _unsafe(node: ast.AST) -> list[str]:
     name, owner = node.func.attr, ast.unparse(node.func.value)
     loads = name == "load" and owner in {"torch", "np", "numpy"}
     objects = "_object" in name and owner in {"dist", "torch.distributed"}
-    pickles = name in {"recv", "send"} and ("channel" in owner or "connection" in owner)
+    pipe = pipes_are_used and ("channel" in owner or "connection" in owner)
+    pickles = name in {"recv", "send"} and pipe
     allowed = any(word.arg == "allow_pickle" for word in node.keywords)
     return [f"{owner}.{name}"] * (loads or objects or pickles or allowed)
 
