@@ -80,6 +80,7 @@ ASTRAY = {
     "with a child": with_a_child,
     "exit": lambda _: sys.exit(0),
     "crash": lambda _: os.kill(os.getpid(), signal.SIGSEGV),
+    "odd signal": lambda _: os.kill(os.getpid(), 40),
     "flood stdout": lambda _: flood(sys.stdout),
     "flood stderr": lambda _: flood(sys.stderr),
 }

@@ -128,6 +128,7 @@ def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
         ("twice", "answered garbage: it answered request "),
         ("exit", "exited with status 0; its stderr ends: 'going astray: exit'"),
         ("crash", "died with signal SIGSEGV; its stderr ends: 'going astray: crash'"),
+        ("odd signal", "died with signal 40; its stderr ends: 'going astray: odd signal'"),
         ("flood stdout", "answered garbage: its line is longer than 1048576 bytes"),
     ],
 )
@@ -199,6 +200,15 @@ def test_command_that_is_none(engine, sentence):
     """A command that cannot be run is refused with a sentence."""
     with pytest.raises((EngineSpecError, EngineFailure), match=sentence):
         StdioDriver(engine)
+
+
+def test_lines_that_no_pipe_holds(opened, c_engine):
+    """A request longer than a pipe's buffer is written while the child reads it."""
+    batch = list(range(4, 10_004))
+    events = [*TRACE.events[:1], Decode(batch, [1] * len(batch)), *TRACE.events[1:]]
+    trace = msgspec.structs.replace(TRACE, events=events)
+    assert 2**16 < len(messages.line_of(messages.Apply(1, events[1])))
+    assert None is check_trace(opened(c_engine), trace, BOOKKEEPING)
 
 
 def test_ranks_end_when_they_are_let_go(opened, c_engine):

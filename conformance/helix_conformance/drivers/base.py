@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, Literal, Protocol, get_args
 
@@ -31,6 +32,14 @@ class EngineFailure(Exception):
     def __str__(self) -> str:
         where = "outside any event" if self.event is None else f"at event {self.event}"
         return f"Rank {self.rank} {self.what} ({where})."
+
+
+def signal_name(number: int) -> str:
+    """`SIGSEGV`, or the number of a signal that has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
 
 
 Played = tuple[Event | None, Sequence[Answer]]

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from helix_conformance.drivers.base import KINDS, EngineFailure, Kind
+from helix_conformance.drivers.base import KINDS, EngineFailure, Kind, signal_name
 from helix_conformance.drivers.wire import (
     At,
     Done,
@@ -190,7 +190,7 @@ class EngineProcess:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "closed its channel without an answer"
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        how = f"signal {signal_name(-code)}" if code < 0 else f"exit status {code}"
         time.sleep(0.1)  # the thread that drains its output may be behind
         words = self.output.kept[-500:].decode(errors="replace").strip()
         return f"died with {how}; it last printed: {words!r}"

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import IO, Final, NoReturn
 
 from helix_conformance.drivers.asking import AnswerError, ReportedError, words
-from helix_conformance.drivers.base import EngineFailure, Played
+from helix_conformance.drivers.base import EngineFailure, Played, signal_name
 from helix_conformance.drivers.messages import (
     PROTOCOL,
     Apply,
@@ -170,7 +170,7 @@ class _Child:
         except subprocess.TimeoutExpired:
             return "closed its stdout without an answer"
         if code < 0:
-            return f"died with signal {signal.Signals(-code).name}"
+            return f"died with signal {signal_name(-code)}"
         return f"exited with status {code}"
 
     def stderr_words(self) -> str:
