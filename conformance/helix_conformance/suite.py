@@ -173,7 +173,11 @@ class Suite:
 
     def demand(self, layout: str, profile: str, name: str) -> None:
         """Return when the test passes. Raises Violated, NotChecked or Tolerated."""
-        self._demand_checked(layout, profile, name)
+        try:
+            self._demand_checked(layout, profile, name)
+        except NotChecked:
+            self._demand_unseen(layout, name)
+            raise
         verdicts = self._verdicts_of(layout)
         failure = verdicts.failures.get(name)
         if name == TRACES:
@@ -230,6 +234,17 @@ class Suite:
                 if index in self._verdicts_of(layout).known.met:
                     raise Tolerated(_known(difference))
         raise NotChecked(f"not checked: the ledger of known differences leaves out {profile}")
+
+    def _demand_unseen(self, layout: str, name: str) -> None:
+        """Raises Violated of what was broken though no profile that checks it is declared.
+
+        LEN-3 is such: it is judged wherever an engine reports `visible`.
+        """
+        if name not in NUMBERS or not self.known.runs(layout):
+            return
+        verdicts = self._verdicts_of(layout)
+        if name in verdicts.failures and not verdicts.checked.intersection(profiles_of(name)):
+            raise Violated(self._report(layout, name, verdicts.failures[name]))
 
     def _verdicts_of(self, layout: str) -> _Verdicts:
         if layout not in self._verdicts:

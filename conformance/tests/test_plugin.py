@@ -49,6 +49,11 @@ class SloppyGroups(Wrong):
             return msgspec.structs.replace(outcome, active=[True] * len(outcome.active))
         return outcome
 
+class Blind(Wrong):
+    """Reports far too many visible keys, and does not declare attention."""
+    def changed(self, event, outcome):
+        return msgspec.structs.replace(outcome, visible=[n + 99 for n in outcome.position_ids])
+
 class Squeamish(LedgerEngine):
     """Refuses prompts of one token."""
     def apply(self, event):
@@ -133,6 +138,7 @@ def test_a_right_engine_passes_what_it_declares_and_skips_the_rest(session):
     [
         ("Liar", ["lengths.LEN-2"]),
         ("TwiceWrong", ["placement.POS-1", "lengths.LEN-2"]),
+        ("Blind", ["attention.LEN-3"]),
         ("SloppyGroups", ["placement.OWN-2", "placement.OWN-3", "speculative.traces"]),
     ],
 )
