@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
+from random import Random
 from typing import Any, Final
 
 import click
@@ -235,6 +236,11 @@ class _Binding(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(name, self.path, loader=loader)
 
 
+def _line(mistake: Mistake, what: str) -> str:
+    where = f"{mistake.module}.py:{mistake.line} {mistake.operator} ({what})"
+    return f"{where}\n  - {mistake.was}\n  + {mistake.becomes}"
+
+
 def explained() -> set[tuple[str, str]]:
     """Module and mutated line of every survivor that the text explains."""
     if not EXPLAINED.exists():
@@ -244,8 +250,9 @@ def explained() -> set[tuple[str, str]]:
 
 @click.command()
 @click.option("--module", "modules", multiple=True, type=click.Choice(list(MODULES)))
+@click.option("--sample", type=click.IntRange(1), help="Only so many of each module's, at random.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
-def main(modules: Sequence[str], json_path: Path | None) -> None:
+def main(modules: Sequence[str], sample: int | None, json_path: Path | None) -> None:
     """Try every mistake in these modules, or in all."""
     torch.set_num_threads(1)
     console = Console()
@@ -269,8 +276,14 @@ def main(modules: Sequence[str], json_path: Path | None) -> None:
         if red is not None:
             raise SystemExit(f"{module}: without any mistake the {red} is red already.")
         found = list(mistakes(module))
-        by = [killed_by(mistake, traces) for mistake in track(found, module, console=console)]
-        survivors += [mistake for mistake, how in zip(found, by, strict=True) if how is None]
+        if sample is not None:
+            found = Random(0).sample(found, min(sample, len(found)))
+        by = []
+        for mistake in track(found, module, console=console):
+            by.append(killed_by(mistake, traces))
+            if by[-1] is None:
+                survivors.append(mistake)
+                console.print(_line(mistake, "survives"), markup=False, highlight=False)
         dead = sum(how is not None for how in by)
         total, killed = total + len(found), killed + dead
         counts = [str(by.count(how)) for how in ("suite", "tests", "time")]
@@ -279,9 +292,7 @@ def main(modules: Sequence[str], json_path: Path | None) -> None:
     known = explained()
     strange = [s for s in survivors if (s.module, s.becomes) not in known]
     for survivor in survivors:
-        mark = "explained" if survivor not in strange else "NOT EXPLAINED"
-        print(f"{survivor.module}.py:{survivor.line} {survivor.operator} ({mark})")
-        print(f"  - {survivor.was}\n  + {survivor.becomes}")
+        print(_line(survivor, "NOT EXPLAINED" if survivor in strange else "explained"))
     print(
         f"mutation score {killed}/{total} = {killed / total:.1%}; {len(survivors)} survivors, "
         f"{len(strange)} of them not explained in {EXPLAINED.relative_to(ROOT)}"

@@ -109,12 +109,14 @@ def _members(text: str, at: int) -> dict[str | int, int]:
     """
     decoder = json.JSONDecoder()
     found: dict[str | int, int] = {}
-    is_object, at = text[at] == "{", _skip_space(text, at + 1)
+    is_object, at = text[at : at + 1] == "{", _skip_space(text, at + 1)
     with suppress(ValueError, IndexError, RecursionError):
         while text[at] not in "]}":
-            key: str | int = len(found)
+            key: Any = len(found)
             if is_object:
                 key, at = decoder.raw_decode(text, at)
+                if not isinstance(key, str):
+                    break
                 at = _skip_space(text, _skip_space(text, at) + 1)
             found[key] = at
             _, at = decoder.raw_decode(text, at)

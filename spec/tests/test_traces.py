@@ -234,3 +234,10 @@ def test_a_missing_member_points_at_the_object_around_it() -> None:
     """A path that leaves the document ends at its last part that exists."""
     text = '{"a":\n {"b": 1}}'
     assert [1, 2, 2, 2] == [line_of(text, path) for path in ("$", "$.a", "$.a.b", "$.a.c")]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1,\n[1]: 2}', '{"a": 1,\n{}: 2}', '{"a":', "", "{", " "])
+def test_the_line_of_a_field_in_what_is_no_json(text: str) -> None:
+    """What follows a fault may be anything; the members before it count."""
+    assert 1 == line_of(text, "$.a")
+    assert line_of(text, "$.b.c") in (1, 2)
