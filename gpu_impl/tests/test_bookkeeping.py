@@ -203,3 +203,61 @@ def test_the_ledger_knows_what_the_allocator_holds(name: str) -> None:
             book.release(id)
             agrees()
         assert 50 == book.free_pages
+
+
+def book_of(layout: str, rank: int = 0) -> RankBook:
+    """One rank's book with nine pages on every rank."""
+    ranks = int(layout.partition("C=")[2].partition(",")[0])
+    shape = ModelShape(q_heads=2, kv_heads=1)
+    return RankBook(Config(layout=layout, pages=[9] * ranks, max_len=1000, model=shape), rank)
+
+
+def test_a_copy_has_the_tokens_of_the_open_page_alone() -> None:
+    """Copy on write takes along what the page held before the step, counted within the page."""
+    lazy = book_of("pr9757/1:C=1,T=4", 0)
+    lazy.admit(0, 11)
+    lazy.fork(0, 1)
+    source = lazy.block_table(1)[-1]
+    step = lazy.decode_step([1])
+    assert [(source, lazy.block_table(1)[-1], 3)] == [
+        (copy.source, copy.target, copy.tokens) for copy in step.copied
+    ]
+    tokens = []
+    for rank in range(2):
+        lockstep = book_of("pr17866/1:C=2,T=4", rank)
+        lockstep.admit(0, 21)
+        lockstep.fork(0, 1)
+        tokens.append([copy.tokens for copy in lockstep.decode_step([1]).copied])
+    assert [[4], [1]] == sorted(tokens, reverse=True)
+
+
+def test_a_prompt_in_chunks_is_every_token_once() -> None:
+    """Each chunk goes on where the one before ended; slots are -1 where another rank owns them."""
+    owned = []
+    for rank in range(2):
+        book = book_of("pr13180/1:C=2,T=2", rank)
+        plan = book.plan_admit(0, 7)
+        book.place(plan)
+        chunks = list(book.prompt_chunks(plan, 3))
+        assert [[0, 1, 2], [3, 4, 5], [6]] == [chunk.position_ids.tolist() for chunk in chunks]
+        for chunk in chunks:
+            assert {-1} >= set(chunk.slots[~chunk.active].tolist())
+            assert (chunk.slots[chunk.active] >= 0).all()
+            assert 0 == chunk.pad
+        owned += [p for chunk in chunks for p in chunk.position_ids[chunk.active].tolist()]
+    assert list(range(7)) == sorted(owned)
+
+
+def test_a_step_has_no_dummies_unless_asked() -> None:
+    """`pad` is 0 where it is not given."""
+    book = book_of("pr9757/1:C=1,T=4", 0)
+    book.admit(0, 3)
+    assert 0 == book.plan_step([0]).pad
+    assert 0 == book.decode_step([0]).pad
+
+
+@pytest.mark.parametrize("cp_rank", [-1, 2])
+def test_cp_rank_next_to_the_layout(cp_rank: int) -> None:
+    """The first ranks below and above are outside."""
+    with pytest.raises(ValueError, match=f"cp_rank is {cp_rank}"):
+        book_of("pr9757/1:C=2,T=4", cp_rank)
