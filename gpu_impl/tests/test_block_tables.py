@@ -66,3 +66,23 @@ def test_tables_are_as_large_as_needed_or_twice_as_large_as_before() -> None:
     assert (6, 10) == size()
     tables.begin(13, [1])
     assert (14, 10) == size()
+    tables.begin(14, [1] * 10)
+    assert (28, 10) == size()
+
+
+def test_nothing_is_copied_that_has_room() -> None:
+    """A table without rows or pages stays so, and one that is large enough stays where it is."""
+    tables = BlockTables()
+    assert (0, 0) == tables._pages.shape
+    tables.write(ints(), ints(), [])
+    assert (0, 0) == tables._pages.shape
+    tables.begin(0, [])
+    tables.copy(0, 4)
+    assert (5, 0) == tables._pages.shape
+    tables.begin(4, [1, 2])
+    before = tables._pages
+    tables.write(ints(0), ints(0), [3])
+    tables.read(ints(0, 4), 1)
+    tables.copy(4, 1)
+    tables.begin(4, [5, 6])
+    assert before is tables._pages
