@@ -40,7 +40,7 @@ def config_of(requests: int, context: int) -> Config:
     return Config(
         layout=f"vllm_dcp/1:C={CP_SIZE},T={PAGE},I=1",
         pages=[pages] * CP_SIZE,
-        max_len=2**31 - 1,
+        max_len=context + PAGE + 2 * STEPS,  # the width of vLLM's tables
         model=ModelShape(q_heads=CP_SIZE, kv_heads=1),
     )
 
