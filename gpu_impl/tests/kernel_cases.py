@@ -179,6 +179,7 @@ def test_decode_against_float64(
     monkeypatch.setattr(torch, "empty", poisoned)
     output, lse = kernels.attend_pages(q, pool, tables, rows, splits)
     check_rows(output, lse, q, shards)
+    monkeypatch.undo()
     if dtype == torch.float32:
         plain, plain_lse = attend_pages(q, pool, tables, rows)
         torch.testing.assert_close(output, plain, rtol=1e-5, atol=1e-5)
