@@ -275,7 +275,7 @@ def exact_merge(model: ModelShape, outputs: Array, lses: Array) -> tuple[Array, 
     squares = ((weights * _norm(outputs) * u_wire) ** 2).sum(0)
     squares += ((weights * doubt * _norm(outputs - output)) ** 2).sum(0)
     squares += (u_out * _norm(output)) ** 2
-    squares += (U32 * lse * _norm(output)) ** 2
+    squares += (U32 * (np.abs(lse) + 2) * _norm(output)) ** 2
     mass = (weights[..., None] * np.abs(outputs)).sum(0)
     squares += (U32 * (np.sqrt(held.sum(0)) + 2) * _norm(mass)) ** 2
     return output, np.sqrt(squares)

@@ -249,7 +249,7 @@ def merge_bound(model: ModelShape, partials: Sequence[Partial]) -> tuple[Vector,
         squares.append((weight * _norm(part.output) * u_wire) ** 2)
         squares.append((weight * (abs(part.lse) + 1) * 2 * U32 * distance) ** 2)
     squares.append((u_out * _norm(whole.output)) ** 2)
-    squares.append((U32 * whole.lse * _norm(whole.output)) ** 2)
+    squares.append((U32 * (abs(whole.lse) + 2) * _norm(whole.output)) ** 2)
     mass = [
         math.fsum(w * abs(part.output[d]) for w, part in zip(weights, held, strict=True))
         for d in range(model.value_dim)
