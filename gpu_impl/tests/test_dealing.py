@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_gpu.dealing import deal_prompt
+from helix_gpu.dealing import deal_prompt, first_turn
 from helix_spec.layouts import named_layout, parse_layout
 
 SPLITS = ["contiguous", "round_robin", "interleave(1)", "interleave(2)", "interleave(4)"]
@@ -66,3 +66,14 @@ def test_absurd_prompt_costs_nothing() -> None:
     """A prompt of 2**53 tokens is dealt without memory for each token."""
     hands = deal_prompt(parse_layout("vllm_dcp/1:C=4,T=1,I=1"), 2**53, 0)
     assert 2**53 == sum(hand.tokens for hand in hands)
+
+
+@pytest.mark.parametrize("shift", range(4))
+def test_a_rotated_last_rank_moves_forward(shift: int) -> None:
+    """Under `last_rank` with a rotated start the owner is C-1 moved on by the shift, for ever."""
+    layout = parse_layout(
+        "custom/1:prompt=contiguous,owner=last_rank,pages=lazy,start=rotated,C=4,T=2"
+    )
+    owner, left = first_turn(layout, 5, shift)
+    assert (3 + shift) % 4 == owner
+    assert 2**60 < left
