@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from rich.console import Console
@@ -190,21 +193,36 @@ def mutants_of(tier: str) -> list[Mutant]:
     return [mutant for mutant in MUTANTS if mutant.tier in TIERS[tier] and mutant.corner in corners]
 
 
-def visit(tier: str, seed: int, progress: Callable[[Sequence[Any]], Any] = iter) -> Zoo:
+def visit(tier: str, seed: int, progress: Callable[[Iterator[Kill]], Iterable[Kill]] = iter) -> Zoo:
     """Every mutant and control of a tier (`one-process`, `corners`, `pool` or `all`)."""
-    tiers, mutants = TIERS[tier], mutants_of(tier)
-    controls = {
-        f"{engine.rpartition(':')[2]} ({on})": control(engine, on, seed=seed)
-        for engine, on in CONTROLS
-        if on in tiers and tier != "corners"
-    }
-    return Zoo([hunt(mutant, seed=seed) for mutant in progress(mutants)], controls)
+    with _hunters() as pool:
+        controls = {
+            f"{engine.rpartition(':')[2]} ({on})": pool.submit(control, engine, on, seed=seed)
+            for engine, on in CONTROLS
+            if on in TIERS[tier] and tier != "corners"
+        }
+        kills = list(progress(_hunted(pool, mutants_of(tier), seed)))
+        return Zoo(kills, {name: verdict.result() for name, verdict in controls.items()})
+
+
+def _hunters() -> Executor:
+    """As many processes as a small machine has cores; each hunts one mutant at a time."""
+    return ProcessPoolExecutor(2, get_context("spawn"))
+
+
+def _hunted(pool: Executor, mutants: Sequence[Mutant], seed: int) -> Iterator[Kill]:
+    return pool.map(_hunt_by_name, [mutant.name for mutant in mutants], repeat(seed))
+
+
+def _hunt_by_name(name: str, seed: int) -> Kill:
+    return hunt(next(mutant for mutant in MUTANTS if mutant.name == name), seed=seed)
 
 
 def zoo(json_path: Path | None, tier: str, seed: int, stream_path: Path | None = None) -> int:
     """Visit, print a table, write JSON if a path is given; 0 when all is as it should be."""
     console = Console()
-    seen = visit(tier, seed, lambda mutants: track(mutants, "The zoo", console=console))
+    total = len(mutants_of(tier))
+    seen = visit(tier, seed, lambda kills: track(kills, "The zoo", total=total, console=console))
     console.print(_table(seen))
     examples, seconds = (
         median([getattr(kill, name) for kill in seen.mutants]) for name in ("examples", "seconds")
@@ -257,10 +275,11 @@ def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
     """The mutants under each of these seeds: a table of the worst, and the worst seed."""
     console = Console()
     mutants = mutants_of(tier)
-    kills = {
-        seed: [hunt(mutant, seed=seed) for mutant in mutants]
-        for seed in track(seeds, "Seeds", console=console)
-    }
+    with _hunters() as pool:
+        kills = {
+            seed: list(_hunted(pool, mutants, seed))
+            for seed in track(seeds, "Seeds", console=console)
+        }
     table = Table("mutant", "killed", "most examples", "most seconds", "most events")
     for place, mutant in enumerate(mutants):
         of_mutant = [found[place] for found in kills.values()]
