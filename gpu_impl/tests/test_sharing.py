@@ -68,3 +68,13 @@ def test_lone_stems_are_swallowed() -> None:
     high = branch(middle, (3,))
     assert high == Stem((3,), middle, 2)
     assert middle.below is None
+
+
+def test_a_stem_that_others_stand_on_stays() -> None:
+    """Three forks of one request, later and later: the first keeps its pages when all else goes."""
+    first = branch(None, (1,))
+    second = branch(first, (2,))
+    third = branch(second, (3,))
+    assert second is let_go(second)
+    assert third is let_go(third)
+    assert first is let_go(third)
