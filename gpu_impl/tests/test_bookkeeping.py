@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helix_gpu.bookkeeping import RankBook
+from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.refusals import Refused
 from helix_spec.configs import Config, ModelShape
 from helix_spec.events import Reason
@@ -256,8 +256,19 @@ def test_a_step_has_no_dummies_unless_asked() -> None:
     assert 0 == book.decode_step([0]).pad
 
 
-@pytest.mark.parametrize("cp_rank", [-1, 2])
+@pytest.mark.parametrize("cp_rank", [-1, 2, 3])
 def test_cp_rank_next_to_the_layout(cp_rank: int) -> None:
     """The first ranks below and above are outside."""
     with pytest.raises(ValueError, match=f"cp_rank is {cp_rank}"):
         book_of("pr9757/1:C=2,T=4", cp_rank)
+
+
+def test_steps_say_what_was_there_before() -> None:
+    """A chunk of a prompt has its request's length before it; a step of dummies has no entries."""
+    book = RankBook(Config(layout="pr9757/1:C=2,T=4", pages=[9, 9], max_len=99), 0)
+    plan = book.plan_admit(0, 13)
+    book.place(plan)
+    assert [[0], [5], [8]] == [step.past_len.tolist() for step in book.prompt_chunks(plan, 5)]
+    none = RankStep.of_dummies(3)
+    assert [0] * 3 == [len(none.past_len), len(none.position_ids), len(none.slots)]
+    assert 0 == book.ledger.plan_step([0], [1]).pad

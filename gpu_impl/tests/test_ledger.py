@@ -632,3 +632,14 @@ def test_four_ranks_hold_nearly_four_times_the_tokens(name: str) -> None:
     """With pools of equal size, four ranks hold at least 3.9 times the tokens of one."""
     text = f"{name}/1:C=%d,T=32" + (",I=1" if name == "vllm_dcp" else "")
     assert capacity(text % 4, 1000, 8) >= 3.9 * capacity(text % 1, 1000, 8)
+
+
+def test_open_pages_hold_groups_when_nothing_is_free() -> None:
+    """Three open super-blocks with one token each take fifteen more tokens each, and no page."""
+    book = Ledger(parse_layout("vllm_dcp/1:C=4,T=4,I=1"), [3] * 4, 100)
+    for id in range(3):
+        book.admit(book.plan_admit(id, 1))
+    assert [0] * 4 == book.free.tolist()
+    assert 45 == len(book.plan_step([0, 1, 2], [15] * 3).owners)
+    with pytest.raises(Refused, match="1 pages and has 0 free"):
+        book.plan_step([0, 1, 2], [15, 15, 16])
