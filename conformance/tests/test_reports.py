@@ -471,7 +471,7 @@ def test_proofs_and_zoo_go_behind_a_run(tmp_path, monkeypatch):
     from helix_conformance.zoo import run as zoo_run
 
     path = written(tmp_path / "a.jsonl", WHOLE)
-    seen = zoo_run.Zoo([zoo_run.Kill("twice", "PR 1", True, ["OWN-1"], 2, 3, 0.1)], {"ledger": []})
+    seen = zoo_run.Zoo([MutantKill("twice", "PR 1", True, ["OWN-1"], 2, 3, 0.1)], {"ledger": []})
     monkeypatch.setattr(zoo_run, "visit", lambda *_: seen)
     monkeypatch.setattr(prove, "_catalog", lambda _: prove.Catalog(["lemma"], ["lemma"], []))
     monkeypatch.setattr(prove, "_confirm", lambda *_: LEMMA)

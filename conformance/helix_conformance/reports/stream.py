@@ -152,10 +152,15 @@ class MutantKill(msgspec.Struct, frozen=True):
     name: str
     source: str
     killed: bool
+    """Whether the run failed and named an invariant of the mutant's row."""
     by: list[str]
+    """The invariants that the run named."""
     events: int
+    """Events of the minimal trace."""
     examples: int
+    """Traces until the first that failed."""
     seconds: float
+    """Seconds until then."""
 
 
 class ZooVisit(_Line, frozen=True, kw_only=True, tag="zoo"):

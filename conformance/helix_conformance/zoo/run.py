@@ -77,31 +77,14 @@ CONTROLS: Final = (
 """Unmutated engines, with the tier on which they must stay green."""
 
 
-class Kill(msgspec.Struct, frozen=True):
-    """What became of a mutant."""
-
-    name: str
-    source: str
-    killed: bool
-    """Whether the run failed and named an invariant of the mutant's row."""
-    by: list[str]
-    """The invariants that the run named."""
-    events: int
-    """Events of the minimal trace."""
-    examples: int
-    """Traces until the first that failed."""
-    seconds: float
-    """Seconds until then."""
-
-
-def hunt(mutant: Mutant, *, seed: int) -> Kill:
+def hunt(mutant: Mutant, *, seed: int) -> MutantKill:
     """The suite against one mutant."""
     tally, traces = Tally(), _PLAYS[mutant.tier].mutant_traces * (_CORNER if mutant.corner else 1)
     with _driver(mutant.engine, mutant.tier, _MUTANT_DEADLINE_S) as driver:
         failure = _played(driver, mutant, traces, seed, tally)
     by = _named(failure)
     needed = tally.needed
-    return Kill(
+    return MutantKill(
         name=mutant.name,
         source=mutant.source,
         killed=bool(set(by) & set(mutant.row)),
@@ -173,7 +156,7 @@ def _driver(engine: str, tier: str, deadline_s: float) -> Iterator[Driver]:
 class Zoo(msgspec.Struct, frozen=True):
     """A whole visit: the mutants, and what the controls were wrongly named for."""
 
-    mutants: list[Kill]
+    mutants: list[MutantKill]
     controls: dict[str, list[str]]
 
     @property
@@ -193,7 +176,9 @@ def mutants_of(tier: str) -> list[Mutant]:
     return [mutant for mutant in MUTANTS if mutant.tier in TIERS[tier] and mutant.corner in corners]
 
 
-def visit(tier: str, seed: int, progress: Callable[[Iterator[Kill]], Iterable[Kill]] = iter) -> Zoo:
+def visit(
+    tier: str, seed: int, progress: Callable[[Iterator[MutantKill]], Iterable[MutantKill]] = iter
+) -> Zoo:
     """Every mutant and control of a tier (`one-process`, `corners`, `pool` or `all`)."""
     with _hunters() as pool:
         controls = {
@@ -210,11 +195,11 @@ def _hunters() -> Executor:
     return ProcessPoolExecutor(2, get_context("spawn"))
 
 
-def _hunted(pool: Executor, mutants: Sequence[Mutant], seed: int) -> Iterator[Kill]:
+def _hunted(pool: Executor, mutants: Sequence[Mutant], seed: int) -> Iterator[MutantKill]:
     return pool.map(_hunt_by_name, [mutant.name for mutant in mutants], repeat(seed))
 
 
-def _hunt_by_name(name: str, seed: int) -> Kill:
+def _hunt_by_name(name: str, seed: int) -> MutantKill:
     return hunt(next(mutant for mutant in MUTANTS if mutant.name == name), seed=seed)
 
 
@@ -241,9 +226,7 @@ def zoo(json_path: Path | None, tier: str, seed: int, stream_path: Path | None =
             tier=tier,
             seed=seed,
             score=seen.score,
-            mutants=[
-                msgspec.convert(kill, MutantKill, from_attributes=True) for kill in seen.mutants
-            ],
+            mutants=seen.mutants,
             controls=seen.controls,
         )
         append_line(stream_path, line)
@@ -302,5 +285,5 @@ def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
     return 0 if all(kill.killed for found in kills.values() for kill in found) else 1
 
 
-def _strength(found: Sequence[Kill]) -> tuple[int, int]:
+def _strength(found: Sequence[MutantKill]) -> tuple[int, int]:
     return sum(kill.killed for kill in found), -sum(kill.examples for kill in found)
