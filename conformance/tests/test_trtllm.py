@@ -21,6 +21,7 @@ from helix_spec.events import Admit, Decode
 from helix_spec.traces import Trace
 
 PROFILES = frozenset({"placement", "lengths"})
+OVERLAP = PROFILES | {"overlap"}
 
 IMPORTS = "import tensorrt_llm.bindings  # compiled: importing it would fail\n"
 CONTIGUOUS = """
@@ -63,21 +64,75 @@ class PyTorchModelEngine(ModelEngine):
             position_id = past_seen_token_num = request.max_beam_num_tokens - 1
             if self.mapping.has_cp_helix():
                 position_id = request.total_input_len_cp + request.py_decoding_iter - 1
+                if request_has_previous_tensor:
+                    position_id += 1
                 past_seen_token_num = request.seqlen_this_rank_cp
                 if not request.py_helix_is_inactive_rank:
                     past_seen_token_num -= 1
 """
 
+V2_FILE = "kv_cache/kv_cache_manager_v2.py"
+V2 = """
+class KVCacheManagerV2(BaseResourceManager):
+    def __init__(self, kv_cache_config: KvCacheConfig, mapping: Mapping):
+        self.impl = tensorrt_llm.bindings.make(kv_cache_config)
+
+    def _helix_local_len(self, global_len: int) -> int:
+        t, before = self.tokens_per_block, self._helix_cp_rank * self.tokens_per_block
+        blocks = range(0, global_len, self._ledger_tokens_per_block)
+        return sum(min(t, max(0, global_len - first - before)) for first in blocks)
+
+    def _set_helix_rank_fields(self, req: LlmRequest) -> None:
+        position = req.total_input_len_cp + req.py_helix_decode_group_index
+        owner = position // self.tokens_per_block % self._helix_cp_size
+        req.py_helix_is_inactive_rank = owner != self._helix_cp_rank
+        held = self._helix_local_len(position)
+        req.seqlen_this_rank_cp = held if req.py_helix_is_inactive_rank else held + 1
+
+    def try_allocate_generation(self, req: LlmRequest) -> bool:
+        cache = self.kv_cache_map[req.py_request_id]
+        helix = self._has_cp_helix and not req.is_dummy_request
+        if helix:
+            self._set_helix_rank_fields(req)
+        if not cache.resize(self._required_gen_capacity(req, cache.capacity)):
+            return False
+        self._allocated_draft_lens[req.py_request_id] = self._effective_draft_len(req)
+        if helix:
+            req.py_helix_decode_group_index += 1
+        return True
+
+    def revert_allocate_generation(self, req: LlmRequest) -> None:
+        cache = self.kv_cache_map[req.py_request_id]
+        cache.resize(cache.capacity - 1 - self._allocated_draft_lens.pop(req.py_request_id))
+        req.py_helix_decode_group_index -= 1
+"""
+NO_HELIX_V2 = """
+class KVCacheManagerV2(BaseResourceManager):
+    def try_allocate_generation(self, req):
+        return self.kv_cache_map[req.py_request_id].resize(1)
+"""
+COUNTED_BY_ITERATION = V2.replace(
+    "req.py_helix_decode_group_index\n        owner",
+    "max(1, req.py_decoding_iter) - 1\n        owner",
+)
+
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Writes stand-ins for the three files; returns the checkout's place."""
+    """Writes stand-ins for the files; returns the checkout's place."""
 
-    def write(partition=CONTIGUOUS, gate=GATE, positions=POSITIONS):
-        (tmp_path / FOLDER).mkdir(parents=True)
-        names = ("request_utils.py", "resource_manager.py", "model_engine.py")
-        for name, text in zip(names, (partition, gate, positions), strict=True):
-            (tmp_path / FOLDER / name).write_text(IMPORTS + text)
+    def write(partition=CONTIGUOUS, gate=GATE, positions=POSITIONS, v2=None, v2_file=V2_FILE):
+        texts = {
+            "request_utils.py": partition,
+            "resource_manager.py": gate,
+            "model_engine.py": positions,
+            v2_file: v2,
+        }
+        for name, text in texts.items():
+            if text is not None:
+                path = tmp_path / FOLDER / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(IMPORTS + text)
         return str(tmp_path)
 
     return write
@@ -96,18 +151,19 @@ class ExecutorRequestQueue:
             ))
         return made
 """
+LAGGING = POSITIONS.replace("position_id += 1", "pass")
 LAST_RANK = GATE.replace(
     "turn % self.mapping.cp_size != self.mapping.cp_rank",
     "self.mapping.cp_rank != self.mapping.cp_size - 1",
 )
 
 
-def failure_of(engine, layout, known=None):
+def failure_of(engine, layout, known=None, profiles=PROFILES):
     """What random traces of a layout find, beside what is known."""
     driver = LocalDriver(engine)
-    strategy = layout_traces(driver, layout, PROFILES, cp_sizes=(1, 2, 3, 4))
+    strategy = layout_traces(driver, layout, profiles, cp_sizes=(1, 2, 3, 4))
     return random_traces(
-        driver, strategy, PROFILES, examples=40, seed=1, tally=Tally(), known=known
+        driver, strategy, profiles, examples=40, seed=1, tally=Tally(), known=known
     )
 
 
@@ -171,6 +227,60 @@ def test_a_count_off_by_one_is_named(checkout):
     assert "LEN-1" in {violation.invariant for violation in failure.violations}
 
 
+@pytest.mark.parametrize("v2_file", [V2_FILE, "kv_cache_manager_v2.py"])
+def test_the_newer_manager_decides_where_it_knows_helix(checkout, v2_file):
+    """KVCacheManagerV2 is read at both its places, and passes with steps skipped and overlapped."""
+    engine = load_engine(f"trtllm:{checkout(ROUND_ROBIN, v2=V2, v2_file=v2_file)}")
+    assert "pr17866" == engine.settings["layout"]
+    assert "position, by KVCacheManagerV2.try_alloc" in engine.settings["owner"]
+    assert None is failure_of(engine, "pr17866", profiles=OVERLAP)
+
+
+def test_a_newer_manager_without_helix_leaves_the_rule_to_the_older(checkout):
+    """A KVCacheManagerV2 of before Helix came to it is passed over."""
+    engine = engine_of(checkout(v2=NO_HELIX_V2))
+    assert "prepare_resources" in engine.settings["owner"]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "invariant"),
+    [
+        ("held + 1", "held", "LEN-1"),
+        ("else held + 1", "else held + 2", "LEN-2"),
+        ("% self._helix_cp_size", "% 2", "OWN-3"),
+        ("        req.py_helix_decode_group_index -= 1\n", "", "LEN-2"),
+        ("global_len - first - before", "global_len - first - before + 1", "LEN-1"),
+    ],
+)
+def test_a_broken_newer_manager_is_named(checkout, right, wrong, invariant):
+    """A KVCacheManagerV2 that counts, deals or gives back wrongly breaks what says so."""
+    assert right in V2
+    engine = engine_of(checkout(ROUND_ROBIN, v2=V2.replace(right, wrong)))
+    failure = failure_of(engine, "pr17866")
+    assert failure is not None
+    assert invariant in {violation.invariant for violation in failure.violations}
+
+
+@pytest.mark.parametrize(
+    ("parts", "layout", "invariants"),
+    [
+        ({"partition": ROUND_ROBIN, "v2": COUNTED_BY_ITERATION}, "pr17866", {"OWN-1", "LEN-2"}),
+        ({"partition": ROUND_ROBIN, "v2": V2, "positions": LAGGING}, "pr17866", {"POS-1"}),
+        ({}, "pr9757", {"OWN-3"}),
+    ],
+)
+def test_a_counter_that_lags_under_the_overlap_scheduler_is_named(
+    checkout, parts, layout, invariants
+):
+    """py_decoding_iter is one behind before sampling; without overlap who reads it passes."""
+    engine = engine_of(checkout(**parts))
+    assert None is failure_of(engine, layout)
+    failure = failure_of(engine, layout, profiles=OVERLAP)
+    assert failure is not None
+    assert invariants <= {violation.invariant for violation in failure.violations}
+    assert 3 == len(failure.trace.events)
+
+
 @pytest.mark.parametrize(
     ("parts", "sentence"),
     [
@@ -179,10 +289,16 @@ def test_a_count_off_by_one_is_named(checkout):
         ({"partition": "def broken("}, "is not Python"),
         ({"partition": ROUND_ROBIN.replace("== cp_rank", "!= cp_rank")}, "neither contiguous nor"),
         ({"gate": "x = 1"}, "has no loop in prepare_resources"),
-        ({"gate": GATE.replace("// self.tokens_per_block", "")}, "neither the step rule nor"),
+        ({"gate": GATE.replace("// self.tokens_per_block", "")}, "is no rule of these"),
         ({"positions": "x = 1"}, "does not compute positions"),
         ({"positions": POSITIONS.replace("py_decoding_iter - 1", "py_decoding_iter")}, "known is"),
         ({"positions": POSITIONS.replace("iter - 1", "iter - offset")}, "reads something else"),
+        ({"positions": POSITIONS.replace("id += 1", "id += lag")}, "reads something else"),
+        ({"v2": V2}, "No layout has contiguous prompts and position"),
+        ({"v2": V2.replace("def revert", "def undo")}, "has no revert_allocate_generation"),
+        ({"v2": V2.replace("_ledger_tokens", "_super_tokens")}, "reads something else"),
+        ({"v2": V2.replace("-= 1", "-= lag")}, "reads something else"),
+        ({"v2": "def broken("}, "is not Python"),
     ],
 )
 def test_what_is_not_recognised_is_refused_before_any_work(checkout, parts, sentence):
@@ -208,4 +324,5 @@ def test_the_real_rules_place_every_token():
     """The rules of a real checkout are recognised, and wrong in nothing but short prompts."""
     engine = engine_of(str(Path(os.environ["TRTLLM_SOURCE"])))
     known = Known.read(Path(__file__).parents[1] / "known" / "trtllm.toml")
-    assert None is failure_of(engine, engine.settings["layout"], known)
+    layout = engine.settings["layout"]
+    assert None is failure_of(engine, layout, known, OVERLAP - known.left_out(layout))

@@ -2,45 +2,67 @@
 
 `--engine trtllm:PATH` reads the functions that place tokens from the user's checkout, by their
 syntax trees: the package is never imported. They are run as they stand, with small stand-ins for
-what is compiled (`impl.add_token` counts). What is found decides the layout:
+what is compiled (`impl.add_token` and `resize` count). What is found decides the layout:
 
 | rule | where | found as |
 |---|---|---|
 | prompt | `partition_context_for_helix` in `request_utils.py`, or the older | contiguous or |
 | | `_merge_helix_requests` in `executor_request_queue.py` | round_robin |
-| owner | the loop of `prepare_resources` in `resource_manager.py` | step or last_rank |
-| positions, past lengths | `model_engine.py`, where `total_input_len_cp` is read | |
+| owner | `try_allocate_generation` of `KVCacheManagerV2`, with the helpers of | step or position |
+| | `LEDGER`, in `kv_cache_manager_v2.py` | |
+| | or, where that knows nothing of Helix, the loop of `prepare_resources` | step or last_rank |
+| | in `resource_manager.py` | |
+| positions, past lengths | the file that reads `total_input_len_cp` under `has_cp_helix` | |
 
-A checkout in which one of them is missing, or does something else, is refused before any work; so
-is one whose rules are those of `KVCacheManagerV2`, which are not read.
-Pages are taken by compiled code, so the layout is the `lazy` one and `pages` is not declared; the
-slots are this module's own, of the local index that the counts give.
+A checkout in which one of them is missing, or does something else, is refused before any work.
+Pages are taken by compiled code, so `pages` is not declared; the slots are this module's own, of
+the local index that the counts give. So is the order in which an executor calls these functions:
+a request is scheduled, then its positions are computed, and `py_decoding_iter` advances when its
+token is sampled, which with the overlap scheduler may be after the next step was prepared.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Protocol
 
 from helix_spec.configs import Config, config_problem
-from helix_spec.events import Admit, Decode, Event, Outcome, RankView, Reason, Release, Skip
+from helix_spec.events import (
+    Admit,
+    Decode,
+    Event,
+    Outcome,
+    RankView,
+    Reason,
+    Release,
+    Sampled,
+    Skip,
+)
 
 FOLDER: Final = Path("tensorrt_llm/_torch/pyexecutor")
 PARTITION: Final = "partition_context_for_helix"
 OLDER_PARTITION: Final = "_merge_helix_requests"
+ALLOCATE: Final = "try_allocate_generation"
+REVERT: Final = "revert_allocate_generation"
+LEDGER: Final = frozenset({ALLOCATE, REVERT, "_set_helix_rank_fields", "_helix_local_len"})
+"""The methods of KVCacheManagerV2 that are run."""
 LAYOUTS: Final = {
     ("contiguous", "last_rank"): "before_9757",
     ("contiguous", "step"): "pr9757",
     ("round_robin", "step"): "pr13180",
+    ("round_robin", "position"): "pr17866",
 }
 """The layout of each prompt split and owner rule that can be found."""
 APART: Final = 10**6
 """Pages kept for each request: this engine allocates none."""
 
 Partition = Callable[[list[int], int, int, int], tuple[list[int], list[int], int, int]]
+Positions = Callable[[Any, bool], tuple[int, int]]
+"""Position and past length of a request's next token; given whether the one before is unsampled."""
 
 
 class SourceError(ValueError):
@@ -56,7 +78,7 @@ class Sources:
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
         self.partition = self._partition()
-        self.gate = self._gate()
+        self.manager = self._manager()
         self.positions = self._positions()
         self.split, self.owner = self._split(), self._owner()
         self._check_positions()
@@ -64,7 +86,7 @@ class Sources:
             raise SourceError(f"No layout has {self.split} prompts and {self.owner} owners.")
         self.layout = LAYOUTS[self.split, self.owner]
 
-    def _tree(self, name: str, *, missing_is_fine: bool = False) -> ast.Module:
+    def _tree(self, name: str | Path, *, missing_is_fine: bool = False) -> ast.Module:
         path = self.checkout / FOLDER / name
         if missing_is_fine and not path.exists():
             return ast.Module([], [])
@@ -97,30 +119,48 @@ class Sources:
             f"{OLDER_PARTITION} in {older}; PATH must be a checkout of TensorRT-LLM with Helix."
         )
 
-    def _gate(self) -> Callable[[Any, list[Any]], None]:
-        """The loop over generation requests that says which rank is active."""
+    def _manager(self) -> type[Manager]:
+        """The manager of KV caches that decides which rank is active."""
+        for path in sorted((self.checkout / FOLDER).rglob("kv_cache_manager_v2.py")):
+            methods = _methods(self._tree(path), "KVCacheManagerV2")
+            if "py_helix_is_inactive_rank" not in {n for m in methods for n in _names(m)}:
+                continue
+            missing = {ALLOCATE, REVERT} - {method.name for method in methods}
+            if missing:
+                raise SourceError(f"KVCacheManagerV2 in {path} has no {' and no '.join(missing)}.")
+            self.owner_rule = f"KVCacheManagerV2.{ALLOCATE} in {path.name}"
+            return type("Ledger", (Ledger,), {m.name: _compiled(m, {}) for m in methods})
         for loop in _loops(self._tree("resource_manager.py"), "prepare_resources"):
             if "py_helix_is_inactive_rank" in _names(loop):
+                self.owner_rule = "prepare_resources in resource_manager.py"
                 loop.iter = ast.Name("requests", ast.Load())
-                gate: Callable[[Any, list[Any]], None] = _function(
+                gate = _function(
                     "gate", ["self", "requests"], [loop], {"get_draft_token_length": lambda _: 0}
                 )
-                return gate
+                return type("Gate", (Gate,), {"gate": gate})
         raise SourceError(
-            f"{self.checkout / FOLDER / 'resource_manager.py'} has no loop in prepare_resources "
-            "that sets py_helix_is_inactive_rank; an owner rule kept elsewhere is not known."
+            f"{self.checkout / FOLDER} has no {ALLOCATE} of KVCacheManagerV2, and its "
+            "resource_manager.py has no loop in prepare_resources, that sets "
+            "py_helix_is_inactive_rank; an owner rule kept elsewhere is not known."
         )
 
-    def _positions(self) -> Callable[[Any], tuple[int, int]]:
+    def _positions(self) -> Positions:
         """The arithmetic of positions and past lengths."""
-        for node in ast.walk(self._tree("model_engine.py")):
-            if isinstance(node, ast.If) and "has_cp_helix" in ast.dump(node.test):
-                names = _names(node)
-                if {"total_input_len_cp", "py_decoding_iter", "seqlen_this_rank_cp"} <= names:
+        reads = {"total_input_len_cp", "py_decoding_iter", "seqlen_this_rank_cp"}
+        folder = self.checkout / FOLDER
+        for path in sorted(folder.rglob("*.py")):
+            text = path.read_bytes()
+            if not all(name.encode() in text for name in reads):
+                continue
+            for node in ast.walk(self._tree(path)):
+                if not isinstance(node, ast.If) or "has_cp_helix" not in ast.dump(node.test):
+                    continue
+                if reads <= _names(node):
+                    self.position_rule = str(path.relative_to(folder))
                     return _arithmetic(node)
         raise SourceError(
-            f"{self.checkout / FOLDER / 'model_engine.py'} does not compute positions from "
-            "total_input_len_cp and py_decoding_iter under has_cp_helix; its rule is not known."
+            f"{folder} does not compute positions from total_input_len_cp and py_decoding_iter "
+            "under has_cp_helix, in any file; its rule is not known."
         )
 
     def _split(self) -> str:
@@ -139,27 +179,35 @@ class Sources:
         )
 
     def _owner(self) -> str:
-        """Which of the owner rules it is: two ranks, pages of 2, the first five steps."""
-        found = []
-        for rank in range(2):
-            steps = []
-            for step in range(5):
-                request = _request(0, 0)
-                request.py_decoding_iter = step + 1
-                self.gate(_manager(rank, 2, 2), [request])
-                steps.append(int(not request.py_helix_is_inactive_rank))
-            found.append(steps)
+        """Which of the owner rules it is: a prompt of 3, two ranks, pages of 2, five steps."""
+        try:
+            found = [self._active(rank) for rank in range(2)]
+        except (NameError, AttributeError) as error:
+            raise SourceError(f"{self.owner_rule} reads something else: {error}.") from error
         known = {
             "step": [[1, 1, 0, 0, 1], [0, 0, 1, 1, 0]],
+            "position": [[0, 1, 1, 0, 0], [1, 0, 0, 1, 1]],
             "last_rank": [[0, 0, 0, 0, 0], [1, 1, 1, 1, 1]],
         }
         for owner, right in known.items():
             if found == right:
                 return owner
         raise SourceError(
-            f"prepare_resources makes ranks 0 and 1 active, with pages of 2, in steps {found}; "
-            "that is neither the step rule nor the last rank."
+            f"{self.owner_rule} makes ranks 0 and 1 active, with pages of 2 and a prompt of 3, in "
+            f"steps {found}; that is no rule of these: step, position, last_rank."
         )
+
+    def _active(self, rank: int) -> list[int]:
+        """Whether a rank of two is active, in each of five steps."""
+        manager = self.manager(rank, 2, 2)
+        request = manager.request(3, 2 - rank)
+        steps = []
+        for _ in range(5):
+            manager.schedule(request)
+            request.py_decoding_iter = max(1, request.py_decoding_iter) + 1
+            steps.append(int(not request.py_helix_is_inactive_rank))
+        manager.skip(manager.request(3, 2 - rank))  # reads what it reads
+        return steps
 
     def _check_positions(self) -> None:
         """Position and past length of the second step of a request, active and not."""
@@ -168,14 +216,15 @@ class Sources:
             request = _request(5, 3)
             request.py_decoding_iter, request.py_helix_is_inactive_rank = 2, inactive
             try:
-                found.append(self.positions(request))
+                found.append(self.positions(request, False))
+                self.positions(request, True)  # reads what it reads
             except (NameError, AttributeError) as error:
                 raise SourceError(
-                    f"model_engine.py reads something else for its positions: {error}."
+                    f"{self.position_rule} reads something else for its positions: {error}."
                 ) from error
         if found != [(6, 2), (6, 3)]:
             raise SourceError(
-                "model_engine.py gives position and past length "
+                f"{self.position_rule} gives position and past length "
                 f"{found} for step 1 of a prompt of 5 with 3 tokens on the rank, active and not; "
                 "known is (6, 2) and (6, 3)."
             )
@@ -190,7 +239,8 @@ class Sources:
         return {
             "checkout": str(self.checkout),
             "prompt": f"{self.split}, by {self.prompt_rule}",
-            "owner": f"{self.owner}, by prepare_resources in resource_manager.py",
+            "owner": f"{self.owner}, by {self.owner_rule}",
+            "positions": self.position_rule,
             "layout": self.layout,
         }
 
@@ -240,7 +290,7 @@ def _as_partition(merge: Callable[..., Any]) -> Partition:
     return partition
 
 
-def _arithmetic(node: ast.If) -> Callable[[Any], tuple[int, int]]:
+def _arithmetic(node: ast.If) -> Positions:
     """Position and past length of a request's next token, by the statements under this `if`."""
     lists = ast.parse("helix_is_inactive_rank, helix_position_offsets = [], []").body
     told = ast.parse("return position_id, past_seen_token_num").body
@@ -248,7 +298,18 @@ def _arithmetic(node: ast.If) -> Callable[[Any], tuple[int, int]]:
         "positions", ["request", "beam_width", "request_has_previous_tensor"],
         [*lists, *node.body, *told], {},
     )  # fmt: skip
-    return lambda request: tuple(function(request, 1, False))
+    return lambda request, unsampled: tuple(function(request, 1, unsampled))
+
+
+def _methods(tree: ast.Module, name: str) -> list[ast.FunctionDef]:
+    """Those of LEDGER that the class of this name has."""
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    return [
+        node
+        for found in classes
+        for node in found.body
+        if isinstance(node, ast.FunctionDef) and node.name in LEDGER
+    ]
 
 
 def _loops(tree: ast.Module, name: str) -> Iterator[ast.For]:
@@ -263,14 +324,97 @@ def _names(node: ast.AST) -> set[str]:
     return {inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)}
 
 
-def _manager(rank: int, size: int, block: int) -> Any:
-    """Stands in for KVCacheManager: the attributes that the loop reads, and a counter."""
-    mapping = SimpleNamespace(has_cp_helix=lambda: True, cp_rank=rank, cp_size=size)
-    manager = SimpleNamespace(
-        mapping=mapping, tokens_per_block=block, _kv_reserve_draft_tokens=0, added=[]
-    )
-    manager.impl = SimpleNamespace(add_token=manager.added.append)
-    return manager
+class Manager(Protocol):
+    """One rank's manager of KV caches, as far as it places tokens."""
+
+    def __init__(self, rank: int, size: int, block: int) -> None: ...
+
+    def request(self, prompt_len: int, mine: int) -> Any:
+        """A request as admission leaves it; `mine` of its prompt's tokens are on this rank."""
+
+    def schedule(self, request: Any) -> None:
+        """Says whether this rank is active in the request's next step, and counts its token."""
+
+    def skip(self, request: Any) -> None:
+        """A step is prepared, as far as a step is that is never run."""
+
+
+class Gate:
+    """Stands in for KVCacheManager: the attributes that its loop reads, and a counter."""
+
+    gate: ClassVar[Callable[[Any, list[Any]], None]]
+
+    def __init__(self, rank: int, size: int, block: int) -> None:
+        self.mapping = SimpleNamespace(has_cp_helix=lambda: True, cp_rank=rank, cp_size=size)
+        self.tokens_per_block = block
+        self._kv_reserve_draft_tokens = 0
+        self.impl = SimpleNamespace(add_token=lambda _: None)
+
+    def request(self, prompt_len: int, mine: int) -> Any:
+        """A request whose prompt has arrived."""
+        request = _request(prompt_len, mine)
+        request.py_decoding_iter = 1  # the end of the prompt's transfer sets it
+        return request
+
+    def schedule(self, request: Any) -> None:
+        """One turn of the loop."""
+        self.gate([request])
+
+    def skip(self, request: Any) -> None:
+        """Nothing: prepare_resources is called for steps that run."""
+
+
+class Ledger:
+    """Stands in for KVCacheManagerV2: what its methods read, and a cache that counts tokens."""
+
+    try_allocate_generation: ClassVar[Callable[[Any, Any], bool]]
+    revert_allocate_generation: ClassVar[Callable[[Any, Any], None]]
+
+    def __init__(self, rank: int, size: int, block: int) -> None:
+        self._has_cp_helix, self.is_draft = True, False
+        self._helix_cp_rank, self._helix_cp_size = rank, size
+        self.tokens_per_block, self._ledger_tokens_per_block = block, block * size
+        self._allocated_draft_lens: dict[int, int] = {}
+        self.kv_cache_map: dict[int, Cache] = {}
+
+    def _effective_draft_len(self, _request: Any) -> int:
+        return 0
+
+    _generation_draft_slots = _effective_draft_len
+
+    def _required_gen_capacity(self, _request: Any, capacity: int) -> int:
+        return capacity + 1
+
+    def request(self, prompt_len: int, mine: int) -> Any:
+        """A request, and the cache that its prompt fills."""
+        request = _request(prompt_len, mine)
+        request.py_request_id = len(self.kv_cache_map)
+        self.kv_cache_map[request.py_request_id] = Cache(prompt_len)
+        return request
+
+    def schedule(self, request: Any) -> None:
+        """The scheduler takes room for a token."""
+        if not self.try_allocate_generation(request):
+            raise RuntimeError(f"{ALLOCATE} refused a token, though its cache never refuses one.")
+
+    def skip(self, request: Any) -> None:
+        """The scheduler took a step's token and gives it back."""
+        self.schedule(request)
+        self.revert_allocate_generation(request)
+
+
+class Cache:
+    """Stands in for the compiled cache of one request: it has room for any number of tokens."""
+
+    is_active = True
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    def resize(self, capacity: int | None, history_length: int | None = None) -> bool:
+        """Grows or shrinks the cache; always can."""
+        self.capacity = self.capacity if capacity is None else capacity
+        return True
 
 
 def _request(prompt_len: int, mine: int) -> Any:
@@ -278,16 +422,32 @@ def _request(prompt_len: int, mine: int) -> Any:
     return SimpleNamespace(
         py_request_id=0,
         py_decoding_iter=0,
+        py_helix_decode_group_index=0,
         total_input_len_cp=prompt_len,
         seqlen_this_rank_cp=mine,
         py_helix_is_inactive_rank=False,
+        is_dummy_request=False,
     )
+
+
+@dataclass(slots=True)
+class Held:
+    """A live request on one rank."""
+
+    request: Any
+    first_page: int
+    local_len: int
+    """What the checkout counted when this request's last step ran: a step that is prepared and
+    never run may leave its token in the count until the next is scheduled."""
+    decoded: int = 0
+    unsampled: int = 0
+    """Decodes outstanding, with the overlap scheduler."""
 
 
 class TrtllmEngine:
     """One rank that places tokens by the rules of a checkout; `engine_of` fills in which."""
 
-    profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths"})
+    profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths", "overlap"})
     needs_processes: ClassVar[bool] = False
     sources: ClassVar[Sources]
     settings: ClassVar[dict[str, str]] = {}
@@ -303,10 +463,9 @@ class TrtllmEngine:
             return Outcome(Reason.BAD_CONFIG)
         layout = config.rules
         self.max_len, self.size, self.t = config.max_len, layout.cp_size, layout.tokens_per_block
-        self.manager = _manager(self.rank % self.size, self.size, self.t)
-        self.requests: dict[int, Any] = {}
-        self.places: dict[int, int] = {}
-        """Where the slots of each request begin, in pages."""
+        self.overlap = config.overlap
+        self.manager = self.sources.manager(self.rank % self.size, self.size, self.t)
+        self.requests: dict[int, Held] = {}
         self.admitted = 0
         return Outcome()
 
@@ -320,6 +479,13 @@ class TrtllmEngine:
                 return self._admit(id, prompt_len)
             case Decode(ids):
                 return self._decode(ids)
+            case Skip(ids):
+                for id in ids:
+                    self.manager.skip(self.requests[id].request)
+            case Sampled(ids):
+                for id in ids:
+                    self.requests[id].unsampled -= 1
+                    self.requests[id].request.py_decoding_iter += 1
             case Release(id):
                 del self.requests[id]
         return Outcome()
@@ -327,11 +493,7 @@ class TrtllmEngine:
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
         """The tokens that the checkout counts on this rank."""
         return RankView(
-            {
-                id: request.seqlen_this_rank_cp
-                for id, request in self.requests.items()
-                if ids is None or id in ids
-            }
+            {id: held.local_len for id, held in self.requests.items() if ids is None or id in ids}
         )
 
     def _admit(self, id: int, prompt_len: int) -> Outcome:
@@ -342,27 +504,40 @@ class TrtllmEngine:
             )
         except ValueError:  # the one thing that it refuses: fewer blocks than ranks
             return Outcome(Reason.UNSUPPORTED)
-        self.requests[id] = _request(total, len(mine))
-        self.places[id] = APART * self.admitted
+        request = self.manager.request(total, len(mine))
+        self.requests[id] = Held(request, APART * self.admitted, len(mine))
         self.admitted += 1
         return Outcome()
 
     def _decode(self, ids: list[int]) -> Outcome:
-        batch = [self.requests[id] for id in ids]
-        for request in batch:
-            request.py_decoding_iter += 1
-        self.sources.gate(self.manager, batch)
-        told = [self.sources.positions(request) for request in batch]
-        active = [not request.py_helix_is_inactive_rank for request in batch]
-        slots = [
-            self._slot(id, past) if mine else -1
-            for id, (_, past), mine in zip(ids, told, active, strict=True)
-        ]
-        positions = [position for position, _ in told]
-        return Outcome(None, [past for _, past in told], positions, active, slots)
+        told = Outcome(None, [], [], [], [])
+        for id in ids:
+            held = self.requests[id]
+            past, position = self._step(held)
+            active = not held.request.py_helix_is_inactive_rank
+            told.past_len.append(past)
+            told.position_ids.append(position)
+            told.active.append(active)
+            told.slots.append(self._slot(held, past) if active else -1)
+        return told
 
-    def _slot(self, id: int, index: int) -> int:
-        return (self.places[id] + index // self.t) * self.t + index % self.t
+    def _step(self, held: Held) -> tuple[int, int]:
+        """One step of a request: its past length and position."""
+        request = held.request
+        self.manager.schedule(request)
+        # Before the first step runs, the end of the prompt's transfer sets it to 1.
+        request.py_decoding_iter = max(1, request.py_decoding_iter)
+        position, past = self.sources.positions(request, held.unsampled > 0)
+        held.local_len = request.seqlen_this_rank_cp
+        held.decoded += 1
+        if self.overlap:
+            held.unsampled += 1
+        else:
+            request.py_decoding_iter += 1
+        return past, position
+
+    def _slot(self, held: Held, index: int) -> int:
+        return (held.first_page + index // self.t) * self.t + index % self.t
 
     def _refusal(self, event: Event) -> Reason | None:
         """SPEC.md, section 6: not the checkout's, whose scheduler is compiled."""
@@ -379,18 +554,29 @@ class TrtllmEngine:
                     return Reason.UNSUPPORTED
                 if not ids or query_lens != [1] * len(ids) or pad < 0:
                     return Reason.BAD_COUNT
+                known = [self.requests[id] for id in ids if id in self.requests]
+                if any(held.unsampled == 2 for held in known):
+                    return Reason.BAD_COUNT
+                if len(set(ids)) < len(ids):
+                    return Reason.DUPLICATE_REQUEST
+                if len(known) < len(ids):
+                    return Reason.UNKNOWN_REQUEST
+                return Reason.TOO_LONG if any(map(self._is_full, known)) else None
+            case Sampled(ids) if self.overlap:
+                if not ids:
+                    return Reason.BAD_COUNT
                 if len(set(ids)) < len(ids):
                     return Reason.DUPLICATE_REQUEST
                 if not set(ids) <= self.requests.keys():
                     return Reason.UNKNOWN_REQUEST
-                return Reason.TOO_LONG if any(map(self._is_full, ids)) else None
+                open_ = all(self.requests[id].unsampled for id in ids)
+                return None if open_ else Reason.NOTHING_OPEN
             case Release(id):
                 return None if id in self.requests else Reason.UNKNOWN_REQUEST
         return Reason.UNSUPPORTED
 
-    def _is_full(self, id: int) -> bool:
-        request = self.requests[id]
-        full: bool = request.total_input_len_cp + request.py_decoding_iter >= self.max_len
+    def _is_full(self, held: Held) -> bool:
+        full: bool = held.request.total_input_len_cp + held.decoded >= self.max_len
         return full
 
 
