@@ -72,9 +72,8 @@ conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; FI
 	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40
 	$(VLLM)/python -m helix_conformance.engines.vllm_findings
 
-sweep: .venv/installed ## Every one-process mutant under ten seeds: the worst of each
-	$(BIN)/helix-conformance zoo --tier one-process --sweep
-	$(BIN)/helix-conformance zoo --tier corners --sweep
+sweep: .venv/installed ## Every mutant under ten seeds: the worst of each
+	$(BIN)/helix-conformance zoo --tier all --sweep
 
 faults: .venv/installed ## Ranks killed, stopped and slowed; pools and memory exhausted; broken input
 	$(BIN)/pytest conformance/faults -s

@@ -2,11 +2,15 @@
 
 cosmic-ray says which small mistakes there are (another operator, a number off by one, a condition
 negated, a loop that never runs); each is tried on its own, in a fork of this process that has
-everything but `helix_gpu` loaded already. First the suite plays stored-up random traces, then the
-unit tests of the module run; a mistake that neither notices has survived.
+everything but `helix_gpu` loaded already, two at a time. First the suite plays stored-up random
+traces, then the unit tests of the module run; a mistake that neither notices has survived. Traces
+and tests that noticed others come first. What takes far more of a processor's time than without a
+mistake is given up, and has been noticed: it loops for ever.
 
 Prints each module's score and every survivor with its line. The exit status is 1 when fewer than
-90 in 100 are killed, or when a survivor is not explained in `conformance/MUTATION.md`.
+90 in 100 are killed, or when a survivor is not explained in `conformance/MUTATION.md`. A run that
+was broken off goes on where it stopped: fates are kept in `.mutation/`, for the very sources,
+tests and suite that they were found with.
 """
 
 from __future__ import annotations
@@ -18,12 +22,15 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import unified_diff
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -52,8 +59,16 @@ ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "gpu_impl" / "helix_gpu"
 EXPLAINED: Final = ROOT / "conformance" / "MUTATION.md"
 WANTED: Final = 0.9
-LIMIT_S: Final = 120.0
-"""A mutant that runs longer loops for ever: killed. An unmutated run takes a tenth of it."""
+KEPT: Final = ROOT / ".mutation" / "fates.jsonl"
+AT_ONCE: Final = 2
+"""Mistakes that are tried at the same time."""
+SLOWER, MORE_S = 5.0, 2.0
+"""A trace or a test that takes so many times the processor time that it takes without a mistake,
+and so many seconds more, loops for ever."""
+ASLEEP_S: Final = 300.0
+"""A mistake that is not through by then waits for what never comes."""
+MORE_BYTES: Final = 2**32
+"""Memory that a mistake may make us take; beyond, a MemoryError is raised, and seen."""
 
 MODULES: Final[dict[str, tuple[str, ...]]] = {
     "allocator": ("test_allocator.py", "test_bookkeeping.py"),
@@ -154,38 +169,140 @@ def stored_traces(engine: Any, names: Sequence[str], examples: int) -> list[tupl
     return [(engine, trace) for trace in kept]
 
 
-def killed_by(mistake: Mistake, traces: Sequence[tuple[str, Trace]]) -> str | None:
-    """What notices the mistake: `suite`, `tests` or `time`; None when nothing does."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.close(reading)
-            os.write(writing, _noticed(mistake, traces).encode())
-        finally:
-            os._exit(0)
-    os.close(writing)
-    ends = time.monotonic() + LIMIT_S
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        if time.monotonic() > ends:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(reading)
+class Fate(msgspec.Struct, frozen=True):
+    """What became of one mistake."""
+
+    state: str
+    """Digest of all that it was tried with."""
+    mistake: str
+    """Digest of the module with the mistake."""
+    how: str | None
+    """What noticed it: `suite`, `tests` or `time`; None when nothing did."""
+
+
+class Unit(msgspec.Struct, frozen=True):
+    """A trace or a test, and the seconds of processor time that it took."""
+
+    name: str
+    seconds: float
+
+
+class Report(msgspec.Struct):
+    """What a child says when it is through."""
+
+    red: Unit | None = None
+    units: list[Unit] = []
+
+
+class Trials:
+    """One module's mistakes, tried in children of this process."""
+
+    def __init__(self, module: str, traces: Sequence[tuple[str, Trace]]) -> None:
+        self.traces = {f"trace {number}": trace for number, trace in enumerate(traces)}
+        self.tests = [ROOT / "gpu_impl" / "tests" / name for name in MODULES[module]]
+        self.noticed: Counter[str] = Counter()
+        """Mistakes that each trace and test was the first to notice."""
+        self.seconds: dict[str, float] = {}
+        """What each took without a mistake."""
+        unchanged = (PACKAGE / f"{module}.py").read_text()
+        for _ in range(2):  # the first time tests compile and import what the next ones find
+            ((_, red),) = self.of([Mistake(module, "none", 0, "", "", unchanged)])
+            if red is not None:
+                raise SystemExit(f"{module}: without any mistake the {red} is red already.")
+
+    def of(self, mistakes: Iterable[Mistake]) -> Iterator[tuple[Mistake, str | None]]:
+        """Each mistake, and what notices it: `suite`, `tests` or `time`; None when nothing does."""
+        waiting, running = iter(mistakes), list[_Child]()
+        while True:
+            while len(running) < AT_ONCE and (mistake := next(waiting, None)) is not None:
+                running.append(_Child(mistake, self))
+            if not running:
+                return
+            for child in [child for child in running if child.is_over()]:
+                running.remove(child)
+                yield child.mistake, self._fate(child)
+            time.sleep(0.005)
+
+    def rank(self, name: str) -> tuple[int, float]:
+        """By this the likeliest to notice come first, and of those alike the shortest."""
+        return -self.noticed[name], self.seconds.get(name, 0.0)
+
+    def limit(self, name: str) -> float:
+        """Seconds of processor time that a trace or a test may take."""
+        known = self.seconds.get(name)
+        return ASLEEP_S if known is None else MORE_S + SLOWER * known
+
+    def _fate(self, child: _Child) -> str | None:
+        if child.looped:
             return "time"
-        time.sleep(0.005)
-    with os.fdopen(reading, "rb") as pipe:
-        word = pipe.read().decode()
-    return {"": "suite", "nothing": None}.get(word, word)  # silence: the child itself died
+        if child.report is None:
+            return "suite"  # it died
+        red = child.report.red
+        if red is None:
+            self.seconds.update({unit.name: unit.seconds for unit in child.report.units})
+            return None
+        self.noticed[red.name] += 1
+        return "suite" if red.name in self.traces else "tests"
 
 
-def _noticed(mistake: Mistake, traces: Sequence[tuple[str, Trace]]) -> str:
+class _Child:
+    """A fork of this process that tries one mistake."""
+
+    def __init__(self, mistake: Mistake, trials: Trials) -> None:
+        self.mistake = mistake
+        self.report: Report | None = None
+        self.looped = False
+        self.ends = time.monotonic() + ASLEEP_S
+        self.reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self.reading)
+                report = msgspec.json.encode(_tried(mistake, trials))
+                while report:
+                    report = report[os.write(writing, report) :]
+            finally:
+                os._exit(0)
+        os.close(writing)
+        os.set_blocking(self.reading, False)
+        self.words = b""
+
+    def is_over(self) -> bool:
+        """Whether it has ended; then its report is there, if it made one."""
+        with contextlib.suppress(BlockingIOError):
+            while more := os.read(self.reading, 2**16):
+                self.words += more
+        if time.monotonic() > self.ends:
+            os.kill(self.pid, signal.SIGKILL)
+            self.looped = True
+        pid, status = os.waitpid(self.pid, 0 if self.looped else os.WNOHANG)
+        if pid == 0:
+            return False
+        with contextlib.suppress(BlockingIOError):
+            while more := os.read(self.reading, 2**16):
+                self.words += more
+        os.close(self.reading)
+        self.looped |= os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF
+        if self.words:
+            self.report = msgspec.json.decode(self.words, type=Report)
+        return True
+
+
+def _tried(mistake: Mistake, trials: Trials) -> Report:
     """In the child: bind the mistake, and look whether anything is red."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    words = Path("/proc/self/statm").read_text().split()
+    most = int(words[0]) * resource.getpagesize() + MORE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     sys.meta_path.insert(0, _Binding(mistake))
-    if any(map(_is_red, traces)):
-        return "suite"
+    watched = _Watched(trials)
+    for name in sorted(trials.traces, key=trials.rank):
+        with watched.unit(name):
+            red = _is_red(trials.traces[name])
+        if red:
+            return Report(watched.units[-1], watched.units)
     hypothesis.settings.register_profile(
         "mutation",
         deadline=None,  # a busy machine must not count as a kill
@@ -196,10 +313,91 @@ def _noticed(mistake: Mistake, traces: Sequence[tuple[str, Trace]]) -> str:
         report_multiple_bugs=False,
     )
     hypothesis.settings.load_profile("mutation")
-    tests = [ROOT / "gpu_impl" / "tests" / name for name in MODULES[mistake.module]]
-    words = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--rootdir={ROOT}"]
-    status = pytest.main([*words, *map(str, tests)])
-    return "nothing" if status == pytest.ExitCode.OK else "tests"
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--rootdir={ROOT}"]
+    status = pytest.main([*options, *map(str, trials.tests)], plugins=[watched])
+    if status != pytest.ExitCode.OK and watched.red is None:
+        watched.red = Unit("what is outside all tests", 0.0)  # a module that cannot be imported
+    return Report(watched.red, watched.units)
+
+
+class _Watched:
+    """Traces and tests, each with a limit to its processor time: beyond it the process ends.
+
+    For pytest it is a plugin, that lets the likeliest tests come first.
+    """
+
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+        self.units = list[Unit]()
+        self.red: Unit | None = None
+
+    @contextlib.contextmanager
+    def unit(self, name: str) -> Iterator[None]:
+        """While it runs, SIGPROF waits."""
+        began = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, self.trials.limit(name))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            self.units.append(Unit(name, round(time.process_time() - began, 3)))
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Sort the tests."""
+        items.sort(key=lambda item: self.trials.rank(item.nodeid))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """One test, with its fixtures."""
+        with self.unit(item.nodeid):
+            return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Remember what is red."""
+        if report.failed:
+            self.red = Unit(report.nodeid, 0.0)
+
+
+def state_of(module: str) -> str:
+    """Digest of all that decides what becomes of a mistake in this module, but for the mistake."""
+    digest = sha256()
+    packages = ("spec/helix_spec", "reference/helix_reference", "conformance/helix_conformance")
+    files = [file for package in packages for file in sorted((ROOT / package).rglob("*.py"))]
+    files += [file for file in sorted(PACKAGE.glob("*.py")) if file.stem != module]
+    tests = ROOT / "gpu_impl" / "tests"
+    files += [tests / name for name in (*MODULES[module], "conftest.py")]
+    for file in (*files, ROOT / "conftest.py", Path(__file__)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept_fates() -> list[Fate]:
+    """The fates of earlier runs; a line that was cut off is none."""
+    fates = []
+    if KEPT.exists():
+        for line in KEPT.read_bytes().splitlines():
+            with contextlib.suppress(msgspec.MsgspecError):
+                fates.append(msgspec.json.decode(line, type=Fate))
+    return fates
+
+
+def fates_of(
+    module: str, found: Sequence[Mistake], traces: Sequence[tuple[str, Trace]]
+) -> Iterator[tuple[Mistake, str | None]]:
+    """Each mistake, and what notices it; what is known already is not tried again."""
+    state, digests = state_of(module), {m: sha256(m.source.encode()).hexdigest() for m in found}
+    known = {fate.mistake: fate.how for fate in kept_fates() if fate.state == state}
+    for mistake in found:
+        if digests[mistake] in known:
+            yield mistake, known[digests[mistake]]
+    rest = [mistake for mistake in found if digests[mistake] not in known]
+    if not rest:
+        return
+    KEPT.parent.mkdir(exist_ok=True)
+    with KEPT.open("ab", buffering=0) as kept:
+        for mistake, how in Trials(module, traces).of(rest):
+            kept.write(msgspec.json.encode(Fate(state, digests[mistake], how)) + b"\n")
+            yield mistake, how
 
 
 def _is_red(played: tuple[str, Trace]) -> bool:
@@ -270,18 +468,14 @@ def main(modules: Sequence[str], sample: int | None, json_path: Path | None) -> 
             traces = whole_traces
         if module == "transfer":
             traces = []
-        unchanged = (PACKAGE / f"{module}.py").read_text()
-        control = Mistake(module, "none", 0, "", "", unchanged)
-        red = killed_by(control, traces)
-        if red is not None:
-            raise SystemExit(f"{module}: without any mistake the {red} is red already.")
         found = list(mistakes(module))
         if sample is not None:
             found = Random(0).sample(found, min(sample, len(found)))
         by = []
-        for mistake in track(found, module, console=console):
-            by.append(killed_by(mistake, traces))
-            if by[-1] is None:
+        fates = fates_of(module, found, traces)
+        for mistake, how in track(fates, module, total=len(found), console=console):
+            by.append(how)
+            if how is None:
                 survivors.append(mistake)
                 console.print(_line(mistake, "survives"), markup=False, highlight=False)
         dead = sum(how is not None for how in by)

@@ -60,11 +60,12 @@ def test_from_a_single_rank() -> None:
     ] == transfer(single, pair)
 
 
-def test_two_prompts_do_not_match() -> None:
-    """Hands of two lengths are an error."""
+@pytest.mark.parametrize(("here", "there"), [(5, 6), (6, 5)])
+def test_two_prompts_do_not_match(here: int, there: int) -> None:
+    """Hands of two lengths are an error, whichever is the longer."""
     layout = parse_layout("pr9757/1:C=2,T=2")
-    with pytest.raises(ValueError, match="deals 5 tokens and the target 6"):
-        transfer(deal_prompt(layout, 5, 0), deal_prompt(layout, 6, 0))
+    with pytest.raises(ValueError, match=f"deals {here} tokens and the target {there}"):
+        transfer(deal_prompt(layout, here, 0), deal_prompt(layout, there, 0))
 
 
 def caches(text: str) -> list[HelixCache]:

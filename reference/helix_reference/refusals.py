@@ -135,8 +135,7 @@ def _not_live(model: Model, ids: Sequence[int]) -> Reason | None:
 def _prompt_pages(model: Model, prompt_len: int, shift: int) -> Reason | None:
     if not model.allocates:
         return None
-    slots = sum(model.config.pages) * model.layout.tokens_per_block
-    if prompt_len > slots:
+    if prompt_len > _slots(model):
         return Reason.OUT_OF_PAGES  # not even one token a slot fits: do not deal the lists
     ranks = deal_prompt(model.layout, prompt_len, shift)
     return _too_many(model, model.pages_for_prompt(ranks))
@@ -146,6 +145,8 @@ def _decode_pages(model: Model, ids: list[int], query_lens: list[int]) -> Reason
     """Count the batch's need in its order: a copy taken by one request may spare the next."""
     if not model.allocates:
         return None
+    if sum(query_lens) > _slots(model):
+        return Reason.OUT_OF_PAGES
     wanted = [0] * model.layout.cp_size
     let_go: Counter[Page] = Counter()
     for id, query_len in zip(ids, query_lens, strict=True):
@@ -156,6 +157,10 @@ def _decode_pages(model: Model, ids: list[int], query_lens: list[int]) -> Reason
                 wanted[growth.rank] += 1
                 let_go[page] += 1
     return _too_many(model, wanted)
+
+
+def _slots(model: Model) -> int:
+    return sum(model.config.pages) * model.layout.tokens_per_block
 
 
 def _too_many(model: Model, wanted: list[int]) -> Reason | None:

@@ -28,10 +28,10 @@ from helix_spec.events import (
 from helix_spec.layouts import Layout
 
 
-def model_of(layout: str, *events, pages=None, **settings) -> Model:
+def model_of(layout: str, *events, pages=None, max_len=2000, **settings) -> Model:
     """A model to which these events have happened."""
     cp_size = int(layout.partition("C=")[2].partition(",")[0])
-    config = Config(layout=layout, pages=pages or [50] * cp_size, max_len=2000, **settings)
+    config = Config(layout=layout, pages=pages or [50] * cp_size, max_len=max_len, **settings)
     model = Model(config)
     for event in events:
         assert None is model.apply(event), event
@@ -180,6 +180,13 @@ def test_order_of_the_reasons():
         (Sampled([]), Reason.UNSUPPORTED),
     ):
         assert expected == model.apply(event), event
+
+
+def test_what_no_pool_could_hold_is_refused_before_it_is_dealt():
+    """A prompt, a group and a skipped group of two billion tokens cost nothing."""
+    model = model_of("pr9757/1:C=2,T=2", Admit(0, 2), pages=[9, 9], max_len=2**31 - 1)
+    for event in (Admit(1, 2**31 - 2), Decode([0], [2**31 - 4]), Skip([0], [2**31 - 4])):
+        assert Reason.OUT_OF_PAGES == model.apply(event)
 
 
 def test_overlap_allows_one_outstanding_decode():

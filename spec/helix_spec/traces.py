@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.resources import files
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
 from helix_spec.configs import Config, config_problem
-from helix_spec.events import Event, Merge
+from helix_spec.events import Admit, Decode, Event, Fork, Merge, Release, Skip
 from helix_spec.layouts import LayoutError
+
+MOST_RANKS: Final = 2**12
+MOST_PAGES: Final = 2**23
+MOST_TOKENS: Final = 2**23
+MOST_NUMBERS: Final = 2**28
+"""What a file may ask for: ranks; pages in all pools; tokens of all requests at one time; numbers
+of Q, K and V for a page of tokens. The reference keeps a list of all pages, and of all tokens."""
 
 
 class TraceError(ValueError):
@@ -45,8 +53,9 @@ def dump_trace(trace: Trace) -> bytes:
 def load_trace(path: Path) -> Trace:
     """The trace in a file.
 
-    Raises TraceError, naming file, line and field, when the file is no trace, or when it has
-    events and no engine may start with its configuration. Without events it may say that.
+    Raises TraceError, naming file, line and field, when the file is no trace, when it asks for
+    more than fits in memory, or when it has events and no engine may start with its
+    configuration. Without events it may say that.
     """
     try:
         data = path.read_bytes()
@@ -67,6 +76,11 @@ def load_trace(path: Path) -> Trace:
     if problem is not None and (trace.events or not _names_a_layout(trace.config)):
         line = line_of(data.decode(), "$.config")
         raise TraceError(f"{path}, line {line}, field $.config: {problem}")
+    demand = too_much(trace.config, trace.events)
+    if demand is not None:
+        field, what = demand
+        line = line_of(data.decode(), field)
+        raise TraceError(f"{path}, line {line}, field {field}: {what}")
     for index, event in enumerate(trace.events):
         if isinstance(event, Merge) and len(event.levels) != trace.config.rules.cp_size:
             field = f"$.events[{index}].levels"
@@ -76,6 +90,50 @@ def load_trace(path: Path) -> Trace:
                 f"{trace.config.rules.cp_size} cp_ranks."
             )
     return trace
+
+
+def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
+    """What a file asks for beyond the limits above: field and sentence; None when it does not.
+
+    The configuration must name a layout. No request has more tokens than are counted here, where
+    no event is refused, a request reaches max_len at most, and no group is cut short.
+    """
+    model = config.model
+    numbers = model.q_heads * model.key_dim + model.kv_heads * (model.key_dim + model.value_dim)
+    numbers *= model.layers * config.rules.tokens_per_block
+    for field, asked, most, unit in (
+        ("$.config", config.world_size, MOST_RANKS, "ranks"),
+        ("$.config.pages", sum(config.pages), MOST_PAGES, "pages in all pools"),
+        ("$.config.model", numbers, MOST_NUMBERS, "numbers in a page"),
+    ):
+        if asked > most:
+            return field, f"It asks for {asked} {unit}; a file may ask for {most}."
+    tokens, total = dict[int, int](), 0
+    for index, event in enumerate(events):
+        for id, most in _tokens_after(event, tokens):
+            before = tokens.get(id, 0)
+            tokens[id] = max(before, min(most, config.max_len))
+            total += tokens[id] - before
+        if isinstance(event, Release):
+            total -= tokens.pop(event.id, 0)
+        if total > MOST_TOKENS:
+            what = f"Requests may have {total} tokens by now; a file may ask for {MOST_TOKENS}."
+            return f"$.events[{index}]", what
+    return None
+
+
+def _tokens_after(event: Event, tokens: dict[int, int]) -> list[tuple[int, int]]:
+    """The most tokens that requests have after an event; only those to which it may add some."""
+    match event:
+        case Admit(id, prompt_len):
+            return [(id, prompt_len)]
+        case Decode(ids, query_lens) | Skip(ids, query_lens):
+            pairs = zip(ids, query_lens, strict=False)
+            return [(id, tokens[id] + more) for id, more in pairs if id in tokens]
+        case Fork(parent, child):
+            return [(child, tokens.get(parent, 0))]
+        case _:
+            return []
 
 
 def _names_a_layout(config: Config) -> bool:

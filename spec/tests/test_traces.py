@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]  # it ships no types
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_spec.configs import Config
+from helix_spec.configs import Config, ModelShape
 from helix_spec.events import (
     Accept,
     Admit,
@@ -222,6 +223,44 @@ def test_a_bad_value_before_broken_text_is_still_a_trace_error(
     path.write_bytes(content)
     with pytest.raises(TraceError, match=r"line 1, field \$\.format"):
         load_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "events", "field", "complaint"),
+    [
+        ({"pages": [2**31 - 1, 1]}, [], "$.config.pages", "2147483648 pages in all pools"),
+        ({"tp_size": 4096}, [], "$.config", "8192 ranks"),
+        ({"layers": 2**31 - 1}, [], "$.config.model", "numbers in a page; .* 268435456"),
+        ({"layout": "pr9757/1:C=2,T=999999999"}, [], "$.config.model", "numbers in a page"),
+        ({}, [Admit(0, 2**31 - 1)], "$.events[0]", "2147483647 tokens by now"),
+        ({}, [Admit(0, 1), Decode([0], [2**24])], "$.events[1]", "16777217 tokens"),
+        ({}, [Admit(0, 1), Skip([0], [2**24])], "$.events[1]", "16777217 tokens"),
+        ({}, [Admit(0, 1), Admit(0, 2**24)], "$.events[1]", "16777216 tokens"),
+        ({}, [Admit(0, 2**22), Fork(0, 1), Fork(1, 2)], "$.events[2]", "12582912 tokens"),
+    ],
+)
+def test_a_file_that_asks_for_too_much_is_refused(
+    tmp_path: Path, config: dict[str, Any], events: list[Event], field: str, complaint: str
+) -> None:
+    """Neither pools nor requests of a stranger's file can fill the memory; field and limit told."""
+    model = ModelShape(q_heads=8192, kv_heads=4096, layers=config.pop("layers", 1), head_dim=2)
+    wanted = {"layout": CONFIG.layout, "pages": [9, 9], "max_len": 2**31 - 1, "model": model}
+    path = tmp_path / "large.json"
+    path.write_bytes(dump_trace(Trace(config=Config(**wanted | config), events=events)))
+    with pytest.raises(TraceError, match=complaint) as caught:
+        load_trace(path)
+    assert f"field {field}: " in str(caught.value)
+
+
+def test_what_is_large_and_refused_for_its_counts_may_be_asked(tmp_path: Path) -> None:
+    """Counts that no request can reach are wrong on purpose; requests that end make room."""
+    turns = [event for _ in range(9) for event in (Admit(0, 2**22), Release(0))]
+    wrong = [Admit(1, 2**53), Decode([7], [2**53]), Decode([7], [-1])]
+    config = Config(layout=CONFIG.layout, pages=[2**22, 2**22], max_len=2**22)
+    trace = Trace(config=config, events=[*turns, *wrong])
+    path = tmp_path / "wrong.json"
+    path.write_bytes(dump_trace(trace))
+    assert trace == load_trace(path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from helix_spec.configs import Config, config_problem
 from helix_spec.events import Decode, Event, Merge, Reason, RequestId
 from helix_spec.layouts import LayoutError
-from helix_spec.traces import Trace, line_of, unindented
+from helix_spec.traces import Trace, line_of, too_much, unindented
 
 FORMAT: Final = "helix-vector/1"
 SCHEMA_FILE: Final = "vector.schema.json"
@@ -207,6 +207,11 @@ def _problems(name: str, vector: Vector) -> Iterator[tuple[str, str]]:
     problem = config_problem(vector.config)
     if (problem is not None) != (vector.refused is not None):
         yield "$.refused", f"it is {vector.refused}, and of the configuration holds: {problem}"
+    demand = too_much(vector.config, [step.event for step in vector.steps])
+    if demand is not None:
+        field, what = demand
+        yield field.replace("$.events", "$.steps"), what.rstrip(".")
+        return  # some checks below count out what is asked for
     if vector.refused and vector.steps:
         yield "$.steps", "there are steps after a start that is refused"
     for index, step in enumerate(vector.steps):
