@@ -17,11 +17,12 @@ def mla_kernel(  # type: ignore[no-untyped-def]
     q, pool, tables, lengths,
     partial_out, partial_lse2,
     scale_log2e,
-    q_row, q_head, pool_page, pool_token, table_row,
+    q_row, q_head, pool_page, table_row,
     out_split, out_row, lse_split, lse_row,
     heads,
     LATENT: tl.constexpr, ROPE: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    POOL_TOKEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    UPCAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_HEADS query heads, one split, one row; see `decode_kernel`.
 
@@ -49,8 +50,11 @@ def mla_kernel(  # type: ignore[no-untyped-def]
 
     table = tables + row * table_row
     pages = read_pages(table, begin, end, TOKENS_PER_PAGE, BLOCK)
-    for start in range(begin, end, BLOCK):
-        keys_at = key_pointers(pool, pages, start, pool_page, pool_token, TOKENS_PER_PAGE, BLOCK)
+    # The sums leave few registers. What is the same in every turn of the loop, the addresses of q's
+    # tiles above all, would take them and spill, were it computed before (Triton 3.9, 280 bytes a
+    # thread); so would one address for each key, were the stride between keys not known.
+    for start in tl.range(begin, end, BLOCK, disable_licm=True):
+        keys_at = key_pointers(pool, pages, start, pool_page, POOL_TOKEN, TOKENS_PER_PAGE, BLOCK)
         pages = read_pages(table, start + BLOCK, end, TOKENS_PER_PAGE, BLOCK)
         seen = start + tl.arange(0, BLOCK) < end
         latent = tl.load(keys_at + in_latent[None, :], mask=seen[:, None], other=0.0)
@@ -108,12 +112,12 @@ def decode_latent(
     mla_kernel[(-(-heads // block_heads), partial_out.shape[0], n)](
         q, pool, tables, lengths, partial_out, partial_lse2,
         scale * LOG2_E,
-        q.stride(0), q.stride(1), pool.stride(0), pool.stride(1), tables.stride(0),
+        q.stride(0), q.stride(1), pool.stride(0), tables.stride(0),
         partial_out.stride(0), partial_out.stride(1),
         partial_lse2.stride(0), partial_lse2.stride(1),
         heads,
         LATENT=latent, ROPE=dim - latent, TOKENS_PER_PAGE=pool.shape[1],
-        BLOCK=settings.block, BLOCK_HEADS=block_heads,
+        POOL_TOKEN=pool.stride(1), BLOCK=settings.block, BLOCK_HEADS=block_heads,
         UPCAST=interpreted(mla_kernel) and q.dtype == torch.bfloat16, WIDE=wide,
         num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=FUSION,
     )  # fmt: skip

