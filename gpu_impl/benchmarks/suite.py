@@ -21,18 +21,70 @@ import torch
 from helix_conformance import runs
 from helix_conformance.drivers.threads import ThreadDriver
 from helix_conformance.engines import gpu
+from helix_conformance.numbers import Tokens, queries
 from helix_conformance.report import failure_text
 from helix_conformance.strategies import LAYOUT_NAMES
+from helix_gpu.cache import DecodeStep
+from helix_gpu.graphs import Replay, StepGraph, cuda_graph
 from helix_gpu.kernels import merge, step
+from helix_spec.configs import Config
+from helix_spec.events import Outcome
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_TURN = threading.Lock()
+
+
+def again(work: Callable[[], None]) -> Replay:
+    """What stands in for a CUDA graph where there is none: doing it again."""
+    work()
+    return work
+
+
+CAPTURE = cuda_graph if DEVICE == "cuda" else again
 
 
 class KernelEngine(gpu.GpuEngine):
     """`HelixCache` whose steps are the kernels'."""
 
     backend = "triton"
+
+
+class GraphEngine(KernelEngine):
+    """Every decode replays the CUDA graph of its number of rows; one rank, no exchange."""
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        self.graphs = dict[int, StepGraph]()
+        self.exchange = None  # one rank sends nothing; the driver's stand-in is not to be captured
+        return super().start(config, profiles)
+
+    def _decode(self, ids: list[int], query_lens: list[int], pad: int) -> Outcome:
+        # Captured first: the step that begins next lies in the buffers of the graph.
+        rows = sum(query_lens) + pad
+        if rows > 0 and rows not in self.graphs:  # else the step will be refused
+            self.graphs[rows] = StepGraph(self.cache, rows, CAPTURE)
+        return super()._decode(ids, query_lens, pad)
+
+    def _attend(self, step: DecodeStep, tokens: Tokens) -> torch.Tensor:
+        graph = self.graphs.get(len(step.lengths))
+        if graph is None:
+            return super()._attend(step, tokens)
+        q = self._tensor(queries(self.config.model, self.config.seed, tokens, self.q_heads))
+        return graph.replay(q, *self._kv(tokens))
+
+
+class HopBEngine(KernelEngine, gpu.HopBEngine):
+    """Every step attends in halves, one while the other's partials travel on a second stream."""
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        if (exchange := self.exchange) is not None:
+            # Ranks launch on streams of their own; through the host, they wait for each other's.
+            self.exchange = lambda send: exchange(send.cpu()).to(send.device)
+        return super().start(config, profiles)
+
+
+ENGINES = {"kernels": KernelEngine, "graphs": GraphEngine, "hop-b": HopBEngine}
 
 
 def in_turn(launch: Callable[..., None]) -> Callable[..., None]:
@@ -51,18 +103,20 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=120, help="nothing is begun after these")
     parser.add_argument("--cp", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--engine", choices=ENGINES, default="kernels", help="graphs: with --cp 1")
+    parser.add_argument("--seed", default="0")
     parser.add_argument("--out", type=Path, help="also write JSON here")
     arguments = parser.parse_args()
     step.attend_shard = in_turn(step.attend_shard)
     merge.merge_received = in_turn(merge.merge_received)
     gpu._device = lambda: DEVICE
-    driver = ThreadDriver(KernelEngine)
+    driver = ThreadDriver(ENGINES[arguments.engine])
     profiles = runs.profiles_to_check(driver.profiles, ())
     print(f"{DEVICE}; profiles {', '.join(sorted(profiles))}", flush=True)
     begun, rows = time.monotonic(), list[dict[str, Any]]()
     for cp_size in arguments.cp:
         for name in LAYOUT_NAMES:
-            row: dict[str, Any] = {"layout": name, "cp": cp_size}
+            row: dict[str, Any] = {"engine": arguments.engine, "layout": name, "cp": cp_size}
             rows.append(row)
             if time.monotonic() - begun > arguments.seconds:
                 row["verdict"] = "not run"
@@ -73,7 +127,7 @@ def main() -> None:
                     runs.layout_traces(driver, name, profiles, cp_sizes=[cp_size]),
                     profiles,
                     examples=arguments.examples,
-                    seed=f"0 {name}",  # type: ignore[arg-type,unused-ignore]
+                    seed=f"{arguments.seed} {name}",  # type: ignore[arg-type,unused-ignore]
                     tally=tally,
                 )
                 row |= {"verdict": failure.verdict if failure else "pass"}

@@ -328,8 +328,10 @@ class HelixCache:
         tokens are. `attend` returns all `rows` for it. A step is good until the next one of as many
         rows begins: attend to all its layers, or replay, before that. Tables are made for the
         longest request that the configuration allows, and for those HOP-B is decided. Reserving
-        again gives the same buffers.
+        again gives the same buffers. Raises ValueError for less than one row.
         """
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; a step has at least one.")
         if rows not in self._reserved:
             t, pages = self.book.layout.tokens_per_block, self.pool.shape[1]
             longest = self.config.max_len
@@ -528,7 +530,8 @@ class HelixCache:
     def _clear(self, pages: list[int]) -> None:
         """With `poison`, fill pages just taken with NaN: whoever reads an unwritten slot shows."""
         if self.config.poison and pages:
-            self.pool[:, self._put(np.array(pages))] = torch.nan
+            nan = self.pool.new_full((), torch.nan)  # on the device: a number would be waited for
+            self.pool[:, self._put(np.array(pages))] = nan
 
     def _copy(self, copies: list[PageCopy]) -> None:
         """Copy on write, before anything is appended; slots not yet used stay as they are."""

@@ -78,15 +78,31 @@ class StepGraph:
         tokens = len(ids) if query_lens is None else sum(query_lens)
         if tokens > self.rows:
             raise ValueError(f"The batch has {tokens} new tokens; this graph holds {self.rows}.")
-        inputs = [(self._q, q), (self._k, k), *([] if self._v is None else [(self._v, v)])]
-        for buffer, given in inputs:
-            want = (buffer.shape[0], tokens, *buffer.shape[2:])
-            if given is None or tuple(given.shape) != want:
-                shape = None if given is None else tuple(given.shape)
-                raise ValueError(f"An input has shape {shape}; it must have {want}.")
+        self._check(tokens, q, k, v)
         self.cache.begin(ids, query_lens, pad=self.rows - tokens)
-        for buffer, given in inputs:
+        return self.replay(q, k, v)
+
+    @torch.no_grad()
+    def replay(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
+        """All layers of the step that `HelixCache.begin` has begun last, of `rows` rows.
+
+        Arguments, output and errors as `decode` has them; rows that are not given are dummies.
+        """
+        tokens = q.shape[1]
+        self._check(tokens, q, k, v)
+        for buffer, given in self._inputs(q, k, v):
             assert given is not None
             buffer[:, :tokens].copy_(given)
         self._replay()
         return self._output[:, :tokens]
+
+    def _inputs(self, q: Tensor, k: Tensor, v: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+        """The graph's buffers, each with what is given for it."""
+        return [(self._q, q), (self._k, k), *([] if self._v is None else [(self._v, v)])]
+
+    def _check(self, tokens: int, q: Tensor, k: Tensor, v: Tensor | None) -> None:
+        for buffer, given in self._inputs(q, k, v):
+            want = (buffer.shape[0], tokens, *buffer.shape[2:])
+            if given is None or tuple(given.shape) != want:
+                shape = None if given is None else tuple(given.shape)
+                raise ValueError(f"An input has shape {shape}; it must have {want}.")

@@ -319,5 +319,7 @@ def test_what_a_graph_does_not_hold() -> None:
         graph.decode([7, 2], q, k, v)
     with pytest.raises(ValueError, match="has shape None; it must have"):
         graph.decode([7], q[:, :1], k[:, :1], None)
+    with pytest.raises(ValueError, match="rows is 0; a step has at least one"):
+        StepGraph(cache, 0, capture=stand_in)
     with pytest.raises(ValueError, match="The backend is torch"):
         StepGraph(HelixCache(config, rank=0), 1, capture=stand_in)
