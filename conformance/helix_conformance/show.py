@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+import msgspec
+from msgspec import NODEFAULT
+
 from helix_reference.model import Model, Request
+from helix_spec.configs import Config, config_problem
 from helix_spec.events import Event, Merge
 from helix_spec.traces import Trace
 
@@ -13,13 +17,26 @@ from helix_spec.traces import Trace
 def trace_text(trace: Trace) -> Iterator[str]:
     """Lines: the configuration, each event with its refusal, and the placement at the end."""
     model = Model(trace.config)
-    yield f"{trace.config.layout}, pools of {trace.config.pages} pages"
+    settings = "".join(f", {setting}" for setting in _set_apart(trace.config))
+    yield f"{trace.config.layout}, pools of {trace.config.pages} pages{settings}"
+    problem = config_problem(trace.config)
+    if problem is not None:
+        yield f"must be refused: {problem}"
     for index, event in enumerate(trace.events):
         reason = model.apply(event)
         yield f"event {index}: {event_text(event)}" + (f" -> refused: {reason}" if reason else "")
     for id, request in model.requests.items():
         yield ""
         yield from placement_text(id, request, model)
+
+
+def _set_apart(config: Config) -> Iterator[str]:
+    """Whatever is not as by default, beside what every configuration says."""
+    for part in (config, config.model):
+        for field in msgspec.structs.fields(part):
+            value = getattr(part, field.name)
+            if field.name not in ("model", "seed") and field.default not in (NODEFAULT, value):
+                yield f"{field.name}={value}"
 
 
 def event_text(event: Event) -> str:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_spec.configs import Config
+from helix_spec.configs import Config, ModelShape
 from helix_spec.events import FEATURES, Admit, Decode
 from helix_spec.traces import Trace, dump_trace, load_trace
 
@@ -127,6 +127,18 @@ def test_show_prints_the_seeds_example(tmp_path):
     result = call("show", tmp_path / "t.json")
     assert 0 == result.exit_code
     assert "rank 1, 200 tokens: 100-199 (page 8) | 500-599 (page 7)" in result.output
+
+
+def test_show_tells_what_is_set_apart_and_why_nobody_may_start(tmp_path):
+    """Settings other than the defaults are told, and the rule that a bad configuration breaks."""
+    model = ModelShape(q_heads=17)
+    config = Config(layout="pr9757/1:C=2,T=1", pages=[9] * 2, max_len=9, overlap=True, model=model)
+    (tmp_path / "t.json").write_bytes(dump_trace(Trace(config=config, events=[])))
+    result = call("show", tmp_path / "t.json")
+    assert 0 == result.exit_code
+    told, refused = result.output.splitlines()
+    assert "pr9757/1:C=2,T=1, pools of [9, 9] pages, overlap=True, q_heads=17" == told
+    assert refused.startswith("must be refused: 17 query heads do not divide into 2 KV heads")
 
 
 @pytest.mark.parametrize(
