@@ -8,8 +8,7 @@ what is compiled (`impl.add_token` and `resize` count). What is found decides th
 |---|---|---|
 | prompt | `partition_context_for_helix` in `request_utils.py`, or the older | contiguous or |
 | | `_merge_helix_requests` in `executor_request_queue.py` | round_robin |
-| owner | `try_allocate_generation` of `KVCacheManagerV2`, with the helpers of | step or position |
-| | `LEDGER`, in `kv_cache_manager_v2.py` | |
+| owner | `try_allocate_generation` of `KVCacheManagerV2`, | step or position |
 | | or, where that knows nothing of Helix, the loop of `prepare_resources` | step or last_rank |
 | | in `resource_manager.py` | |
 | positions, past lengths | the file that reads `total_input_len_cp` under `has_cp_helix` | |
