@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from helix_conformance.drivers import messages, wire
+from helix_conformance.drivers import group, messages, serve, wire
 from helix_conformance.drivers.asking import AnswerError
+from helix_conformance.drivers.base import EngineFailure, Played
+from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.known import Known, LedgerError
-from helix_conformance.protocol import Answer
+from helix_conformance.protocol import PROFILES, Answer, Watch
+from helix_conformance.runs import check_trace
 from helix_conformance.vectors.format import VectorError, load_vector
 from helix_conformance.workloads import WorkloadError, read_workload
-from helix_spec.configs import Config
-from helix_spec.events import Accept, Admit, Decode, Fork, Outcome, RankView, Release, Skip
+from helix_reference.engine import ReferenceEngine
+from helix_spec.configs import Config, ModelShape
+from helix_spec.events import Accept, Admit, Decode, Event, Fork, Outcome, RankView, Release, Skip
 from helix_spec.layouts import LayoutError, parse_layout
 from helix_spec.traces import Trace, TraceError, dump_trace, load_trace
 
@@ -67,6 +71,87 @@ _DONE: Final = wire.Done(
         Answer(Outcome(), RankView({0: 3}, {0: [1, 2]}, [], 7)),
     ]
 )
+_PLAY: Final = wire.Play(_CONFIG, ["placement"], _TRACE.events, Watch(every=2), "gpu-ledger", 7)
+_START: Final = messages.Start(3, 1, 2, _CONFIG, _CONFIG.rules, ["placement", "lengths"])
+
+
+class Obliging:
+    """An engine that takes everything: what is tried is what hands it the requests."""
+
+    profiles = frozenset({"placement"})
+    needs_processes = False
+
+    def __init__(self, rank: int) -> None: ...
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready."""
+        return Outcome()
+
+    def apply(self, event: Event) -> Outcome:
+        """Accepted."""
+        return Outcome()
+
+    def observe(self, ids: list[int] | None = None) -> RankView:
+        """Empty."""
+        return RankView(dict.fromkeys(ids or (), 0))
+
+
+_SERVER: Final = serve.Server(f"{__name__}:Obliging")
+
+
+class JudgedError(Exception):
+    """What the suite says of answers that it could read, and that are not right."""
+
+
+_ONE_RANK: Final = Trace(
+    config=Config(
+        layout="pr9757/1:C=1,T=2",
+        pages=[4],
+        max_len=90,
+        model=ModelShape(q_heads=2, kv_heads=1, head_dim=2),
+    ),
+    events=[Admit(0, 1), Decode([0], [2], 1), Accept(0, 1), Fork(0, 1), Decode([1], [1])],
+)
+
+
+class _Told(LocalDriver):
+    """One rank whose answers to a whole trace came in one frame, as from a pool of workers."""
+
+    def __init__(self, told: wire.Ready | wire.Done) -> None:
+        super().__init__(ReferenceEngine)
+        self.profiles, self.told, self.rank = frozenset(PROFILES), told, 0
+
+    def play(
+        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+    ) -> Iterator[Played]:
+        """Hand out what was told."""
+        play = wire.Play(config, [], list(events), watch)
+        rows = group._rows(self, self.told, play)
+        yield from zip([None, *play.events, None], ([row] for row in rows), strict=False)
+
+    def failure(self, what: str) -> EngineFailure:
+        """As `Rank.failure` says it."""
+        return EngineFailure(0, None, what)
+
+
+def _judged(frame: bytes) -> None:
+    """The answers of a frame, judged. Raises FrameError and JudgedError."""
+    told = wire.unpack_from_engine(frame)
+    if not isinstance(told, wire.Ready | wire.Done):
+        raise JudgedError(f"{told} is no answer to a trace")
+    failure = check_trace(_Told(told), _ONE_RANK, frozenset(PROFILES) - {"overlap"})
+    if failure is not None:
+        raise JudgedError(failure.engine_failure or str(failure.violations))
+
+
+def _right_answers() -> bytes:
+    driver = LocalDriver(ReferenceEngine)
+    played = driver.play(
+        _ONE_RANK.config, driver.profiles, _ONE_RANK.events, Watch(every=1, touched=False)
+    )
+    return wire.pack(wire.Done([answers[0] for _, answers in played]))
+
+
 _VECTOR: Final = min(SHIPPED.rglob("*.json"), key=lambda path: path.stat().st_size)
 _KNOWN: Final = b"""[[difference]]
 kind = "answers_wrongly"
@@ -107,8 +192,24 @@ PARSERS: Final = [
     Parser(
         "frame-from-engine",
         wire.unpack_from_engine,
-        (msgspec.MsgspecError, ValueError, RecursionError),  # what `EngineProcess.receive` takes
+        (wire.FrameError,),
         wire.pack(_DONE),
+    ),
+    Parser(
+        "frame-to-engine", wire.unpack_to_engine, (wire.FrameError,), wire.pack(_PLAY)
+    ),
+    Parser("answers-judged", _judged, (wire.FrameError, JudgedError), _right_answers()),
+    Parser(
+        "line-to-engine",
+        lambda line: serve.reply(_SERVER, line),
+        (messages.RequestError,),
+        messages.line_of(_START),
+    ),
+    Parser(
+        "event-to-engine",
+        lambda line: serve.reply(_SERVER, line),
+        (messages.RequestError,),
+        messages.line_of(messages.Apply(4, Decode([0, 3], [1, 2], 1))),
     ),
     Parser(
         "line-from-engine",
@@ -157,6 +258,16 @@ def bounded_but_large() -> list[tuple[str, bytes]]:
         ("layout", b"pr9757/" + b"1" * 10**5 + b":C=2,T=2"),
         ("line-from-engine", b'{"type":"view","seq":1,"local_len":' + b'{"0":' * 10**5),
         ("frame-from-engine", b"\xdd\x7f\xff\xff\xff" * 10**5),
+        ("frame-to-engine", b"\xdd\x7f\xff\xff\xff" * 10**5),
+        ("frame-to-engine", wire.pack(_PLAY) + b"\xc1" * 10**7),
+        (
+            "frame-to-engine",
+            wire.pack(msgspec.structs.replace(_PLAY, events=_TRACE.events * 10**5)),
+        ),
+        ("line-to-engine", messages.line_of(_START)[:-3] + b"[" * 10**6),
+        ("line-to-engine", b'{"type":"observe","seq":1,"ids":[' + b"7," * 10**6 + b"7]}"),
+        ("event-to-engine", b'{"type":"apply","seq":' + b"9" * 10**6 + b"}"),
+        ("answers-judged", wire.pack(wire.Done([Answer(Outcome())] * 10**5))),
     ]
 
 

@@ -6,9 +6,10 @@ a time; tests hold the two together. Axes: n tokens, heads, dim; S keys.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -281,9 +282,18 @@ def exact_merge(model: ModelShape, outputs: Array, lses: Array) -> tuple[Array, 
     return output, np.sqrt(squares)
 
 
+_NUMBERS: Final = re.compile("[<>|=]?[fiub][1248]")
+"""What numpy calls the types of numbers; its other types can be much: text, records, objects."""
+
+
 def as_array(rows: Any) -> Array:
-    """What an engine handed over (an array, nested lists, or an encoded array) as float64."""
+    """What an engine handed over (an array, nested lists, or an encoded array) as float64.
+
+    Raises TypeError, ValueError, KeyError or OverflowError when it is no array of numbers.
+    """
     if isinstance(rows, dict):
+        if not _NUMBERS.fullmatch(str(rows["dtype"])):
+            raise ValueError(f"its elements are of type {rows['dtype']!r}, which is no number")
         flat = np.frombuffer(rows["data"], dtype=rows["dtype"])
         return flat.reshape(rows["shape"]).astype(np.float64)
     return np.asarray(rows, dtype=np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Final, Protocol
+from typing import Annotated, Any, ClassVar, Final, Protocol
 
 import msgspec
 
@@ -176,7 +176,7 @@ class Watch(msgspec.Struct, frozen=True):
     In between, with `touched`, the requests that the event names.
     """
 
-    every: int = 1
+    every: Annotated[int, msgspec.Meta(ge=1)] = 1
     touched: bool = True
 
     def whole(self, index: int) -> bool:

@@ -156,6 +156,11 @@ _BY_REQUEST: Final = (("pages", "block_tables"), ("cache", "keys"), ("cache", "v
 
 _encode = msgspec.json.Encoder()
 _from_engine: msgspec.json.Decoder[FromEngine] = msgspec.json.Decoder(FromEngine)
+_to_engine: msgspec.json.Decoder[ToEngine] = msgspec.json.Decoder(ToEngine)
+
+
+class RequestError(ValueError):
+    """A line that is no request, in a sentence."""
 
 
 def line_of(message: ToEngine) -> bytes:
@@ -168,8 +173,20 @@ def answer_of(line: bytes) -> FromEngine:
     try:
         return _from_engine.decode(line)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        start = line[:80].decode(errors="replace").strip()
-        raise AnswerError(f"{error}, in the line that begins {start!r}") from error
+        raise AnswerError(f"{error}, in the line that begins {_start(line)!r}") from error
+
+
+def request_of(line: bytes) -> ToEngine:
+    """The suite's message in a line. Raises RequestError when it is none."""
+    try:
+        return _to_engine.decode(line)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        sentence = f"The line that begins {_start(line)!r} is no request of {PROTOCOL}: {error}."
+        raise RequestError(sentence) from error
+
+
+def _start(line: bytes) -> str:
+    return line[:80].decode(errors="replace").strip()
 
 
 def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]) -> SpecOutcome:

@@ -22,6 +22,7 @@ from helix_conformance.drivers.wire import (
     At,
     Done,
     Failed,
+    FrameError,
     Play,
     Ready,
     Stuck,
@@ -144,7 +145,7 @@ class EngineProcess:
             raise self.failure("answered garbage: a frame that did not end") from None
         except (EOFError, OSError):
             raise self.failure(self._death(), "died") from None
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        except FrameError as error:
             raise self.failure(f"answered garbage: {error}") from None
         self.heard = time.monotonic()
         match message:

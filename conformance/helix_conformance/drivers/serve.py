@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-from helix_conformance.drivers.asking import words
+from helix_conformance.drivers.asking import ReportedError, words
 from helix_conformance.drivers.messages import (
     PROTOCOL,
     Apply,
@@ -24,13 +24,16 @@ from helix_conformance.drivers.messages import (
     Hello,
     Outcome,
     Ready,
+    RequestError,
     Start,
     ToEngine,
     View,
+    request_of,
 )
 from helix_conformance.protocol import Engine, EngineSpecError, engine_settings, load_engine
 
-_to_engine: msgspec.json.Decoder[ToEngine] = msgspec.json.Decoder(ToEngine)
+LONGEST_LINE: Final = 2**28
+"""Bytes of one request."""
 
 
 class Server:
@@ -62,7 +65,8 @@ class Server:
             self.engine = self.engine_class(request.rank)
             outcome: Any = self.engine.start(request.config, frozenset(request.profiles))
             return Outcome(seq, **_fields(outcome))
-        assert self.engine is not None, "nothing has been started"
+        if self.engine is None:
+            raise ReportedError("was asked before it was started")
         if isinstance(request, Apply):
             return Outcome(seq, **_fields(self.engine.apply(request.event)))
         return View(seq, **_fields(self.engine.observe(request.ids)))
@@ -83,6 +87,9 @@ def _as_message(x: Any) -> Any:
     raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
 
 
+_encode = msgspec.json.Encoder(enc_hook=_as_message).encode
+
+
 def main(spec: str) -> None:
     """Serve until stdin ends. What the engine prints goes to stderr: stdout is for answers."""
     answers = os.fdopen(os.dup(1), "wb")
@@ -91,16 +98,23 @@ def main(spec: str) -> None:
         server = Server(spec)
     except EngineSpecError as error:
         sys.exit(str(error))
-    encode = msgspec.json.Encoder(enc_hook=_as_message).encode
-    for line in sys.stdin.buffer:
-        request = _to_engine.decode(line)
-        answer = server.answer(request)
+    while line := sys.stdin.buffer.readline(LONGEST_LINE):
         try:
-            text = encode(answer)
-        except (TypeError, ValueError, OverflowError) as error:
-            text = encode(Failed(request.seq, f"answered garbage: {error}"))
-        answers.write(text + b"\n")
+            answers.write(reply(server, line))
+        except RequestError as error:
+            sys.exit(str(error))
         answers.flush()
+
+
+def reply(server: Server, line: bytes) -> bytes:
+    """The line that answers a line. Raises RequestError when that is none."""
+    request = request_of(line)
+    answer = server.answer(request)
+    try:
+        text = _encode(answer)
+    except (TypeError, ValueError, OverflowError) as error:
+        text = _encode(Failed(request.seq, f"answered garbage: {error}"))
+    return text + b"\n"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from helix_conformance.drivers.wire import (
     At,
     Done,
     Failed,
+    FrameError,
     Play,
     Ready,
     Stop,
@@ -106,6 +107,8 @@ class RemoteRank:
             message = unpack_from_engine(self.channel.receive())
         except (EOFError, OSError):
             raise self._lost("has a supervisor that was ended") from None
+        except FrameError as error:
+            raise self._lost(f"has a supervisor that sent garbage: {error}") from None
         self.heard = time.monotonic()
         if isinstance(message, Failed):
             self.at = message.event
@@ -197,6 +200,12 @@ def _hand_to_and_fro(child: EngineProcess, line: Line) -> Stop | None:
                     told = time.monotonic()
                     line.send(pack(At(child.at or 0)))
         except (EOFError, OSError):
+            return None
+        except FrameError as error:
+            with suppress(OSError):
+                line.send(
+                    pack(Failed(child.at, f"has a supervisor that was sent garbage: {error}"))
+                )
             return None
 
 

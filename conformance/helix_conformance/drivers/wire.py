@@ -5,6 +5,8 @@ Frames are msgpack of the types below, never pickled; arrays travel as type, sha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -77,6 +79,11 @@ class Stuck(msgspec.Struct, frozen=True, tag="stuck"):
 ToEngine = Play | Ask | Stop
 FromEngine = Ready | At | Done | Failed | Stuck
 
+
+class FrameError(ValueError):
+    """A frame that is no message; the text says what is wrong with it."""
+
+
 _encode = msgspec.msgpack.Encoder(enc_hook=encode_array)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -88,13 +95,23 @@ def pack(message: ToEngine | FromEngine) -> bytes:
 
 
 def unpack_from_engine(frame: bytes) -> FromEngine:
-    """The message of a frame. Raises msgspec.DecodeError when it is none."""
-    return _from_engine.decode(frame)
+    """The message of a frame. Raises FrameError when it is none."""
+    with _refusing():
+        return _from_engine.decode(frame)
 
 
 def unpack_to_engine(frame: bytes) -> ToEngine:
-    """The message of a frame. Raises msgspec.DecodeError when it is none."""
-    return _to_engine.decode(frame)
+    """The message of a frame. Raises FrameError when it is none."""
+    with _refusing():
+        return _to_engine.decode(frame)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FrameError(str(error)) from None
 
 
 def send(connection: Connection, message: ToEngine | FromEngine) -> None:

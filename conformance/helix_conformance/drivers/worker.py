@@ -14,7 +14,7 @@ import signal
 import sys
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Final
+from typing import Final, NoReturn
 
 import msgspec
 
@@ -23,6 +23,7 @@ from helix_conformance.drivers.wire import (
     At,
     Done,
     Failed,
+    FrameError,
     Play,
     Ready,
     pack,
@@ -67,10 +68,19 @@ def main(setup: Setup) -> None:
             frame = channel.recv_bytes()
         except EOFError:
             os._exit(0)  # without the process group's farewell: peers may be gone already
-        play = unpack_to_engine(frame)
-        assert isinstance(play, Play)  # the rest is for supervisors
-        playing = load_engine(play.engine) if play.engine else engine_class
-        channel.send_bytes(_packed(_play(channel, playing, setup.rank, play)))
+        try:
+            play = unpack_to_engine(frame)
+        except FrameError as error:
+            _leave(f"Rank {setup.rank} was sent garbage: {error}.")
+        if not isinstance(play, Play):
+            _leave(f"Rank {setup.rank} was sent {play}, which is for supervisors.")
+        channel.send_bytes(_packed(_play(channel, engine_class, setup.rank, play)))
+
+
+def _leave(sentence: str) -> NoReturn:
+    """End at once, without the process group's farewell."""
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end_with_the_supervisor() -> None:
@@ -101,7 +111,8 @@ def _join_group(setup: Setup) -> None:
 def _play(channel: Connection, engine_class: type[Engine], rank: int, play: Play) -> Done | Failed:
     at: int | None = None
     try:
-        engine = engine_class(rank)
+        playing = load_engine(play.engine) if play.engine else engine_class
+        engine = playing(rank)
         answers = [start(engine, play.config, frozenset(play.profiles))]
         if answers[0].outcome.reason is not None:
             return Done(answers, play.number)  # it has not started: there is nothing more to ask
