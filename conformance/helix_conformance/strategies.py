@@ -45,6 +45,9 @@ from helix_spec.traces import Trace
 BLOCK_SIZES: Final = (1, 2, 3, 4, 8, 16)
 AMPLE: Final = 100
 """Pages of a pool that random traces rarely exhaust."""
+MAX_LENS: Final = (200, 24, 2000)
+FAR_MAX_LEN: Final = 70_000
+"""Where contents are not looked at: positions, steps and pages that 16 or 8 bits do not hold."""
 LAYOUT_NAMES: Final = (*NAMED_LAYOUTS, "custom")
 _LOCKSTEP_RULES: Final[list[tuple[PromptSplit, DecodeOwner]]] = [
     ("round_robin", "position"),
@@ -149,22 +152,25 @@ def configs(
     layout = draw(layouts(names=names, cp_sizes=fitting))
     c = layout.cp_size
     tp_size = draw(st.sampled_from([p for p in tp_sizes if p * c <= world]))
+    max_len = draw(st.sampled_from([*MAX_LENS, *(() if contents else (FAR_MAX_LEN,))]))
     # Ample first: a trace that shrinks keeps small pools only where the failure needs them.
     some = st.integers(1, max_pages)
-    match draw(st.sampled_from(["ample", "alike", "each its own", "more than small ids"])):
+    match draw(st.sampled_from(["ample", "alike", "each its own", "many", "the longest request"])):
         case "ample":
             pages = [AMPLE] * c
         case "alike":
             pages = [draw(some)] * c
         case "each its own":
             pages = draw(st.lists(some, min_size=c, max_size=c))
-        case _:
+        case "many":
             pages = [40 + count for count in draw(st.lists(some, min_size=c, max_size=c))]
+        case _:
+            pages = [-(-max_len // layout.tokens_per_block) + draw(some)] * c
     shapes = model_shapes(cp_size=c, tp_size=tp_size)
     return Config(
         layout=format_layout(layout),
         pages=pages,
-        max_len=draw(st.sampled_from([200, 24, 2000])),
+        max_len=max_len,
         model=draw(shapes)
         if contents
         else ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size),
@@ -212,7 +218,8 @@ _KINDS: Final[dict[str, str | None]] = {
 }
 """Kinds of wishes for an event that may well be accepted, with the feature that each needs."""
 EVENTS: Final = tuple(_KINDS)
-"""Kinds of events."""
+"""Kinds of events. Other wishes: `wrong`; `again`, the event before once more, as a scheduler that
+has missed the answer sends it; `leap`, one long group."""
 _SHORT: Final = st.integers(1, 40)
 LONG: Final = 100
 """Prompts of more tokens are admitted one at a time."""
@@ -225,13 +232,15 @@ def intents(
     features: Collection[str] = FEATURES,
     undeclared: Collection[str] = (),
     prompt_lens: st.SearchStrategy[int] = _SHORT,
+    leaps: Collection[int] = (8, 17),
 ) -> st.SearchStrategy[Intent]:
-    """Wishes that an engine of these features can be asked to fulfil.
+    """Wishes that an engine of these features can be asked to fulfil; `leaps` are long groups.
 
     Now and then an event is wrong, or needs one of the features that the engine does not
     declare. Only what a kind of wish uses is drawn: simpler to shrink, and faster.
     """
     kinds = [kind for kind, needs in _KINDS.items() if needs is None or needs in features]
+    kinds += ["again", "leap"] if "speculative" in features else ["again"]
     askable = {None, "overlap", *features, *undeclared}
     lens = [1, 1, 1, 0, -1] + ([2, 9] if "speculative" in askable else [])
     one = st.tuples(st.integers(0, 7))
@@ -246,7 +255,7 @@ def intents(
         "times": st.sampled_from([1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
     }
     if "padding" in features:
-        steps["pad"] = st.sampled_from([0, 0, 1, 2, 3])
+        steps["pad"] = st.sampled_from([0, 0, 0, 1, 2, 3, 20])
     wishes: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "admit": {
             "size": prompt_lens,
@@ -254,6 +263,8 @@ def intents(
             "far": st.sampled_from([False, False, False, True]),
         },
         "decode": steps,
+        "leap": {"picks": one, "query_lens": st.tuples(st.sampled_from(sorted(leaps)))},
+        "again": {},
         "skip": {"picks": batch, "query_lens": groups},
         "accept": {"picks": one, "kept": st.integers(1, 7)},
         "fork": {"picks": one, "times": st.sampled_from([1, 1, 2, 3])},
@@ -290,6 +301,11 @@ def prompt_lengths(*, super_block: int, max_len: int) -> st.SearchStrategy[int]:
     return _SHORT | st.sampled_from(sorted(near - {0}))
 
 
+def long_groups(*, super_block: int, max_len: int) -> set[int]:
+    """Lengths of groups about as long as a super-block, after which turns repeat; one longer."""
+    return {super_block + by for by in (-1, 0, 1, super_block)} - {0} | {1 + max_len // 200}
+
+
 def realise(model: Model, intent: Intent) -> list[Event]:
     """The events that an intent means in this state of the model; none when it fits none."""
     requests = model.requests
@@ -318,7 +334,7 @@ def realise(model: Model, intent: Intent) -> list[Event]:
     lens = [intent.query_lens[i % len(intent.query_lens)] for i in range(len(picked))]
     id = picked[0]
     match intent.kind:
-        case "decode":
+        case "decode" | "leap":
             return _repeated(model, Decode(picked, lens, intent.pad), intent.times)
         case "skip":
             return [Skip(picked, lens)]
@@ -388,7 +404,7 @@ def realised(config: Config, features: Collection[str], wishes: Sequence[Intent]
     """
     model, events = Model(config, features), list[Event]()
     for wish in wishes:
-        for event in realise(model, wish):
+        for event in events[-1:] if wish.kind == "again" else realise(model, wish):
             events.append(event)
             if model.apply(event) is not None:
                 break
@@ -458,7 +474,12 @@ def traces(
     config = draw(configs)
     super_block = config.rules.cp_size * config.rules.tokens_per_block
     prompt_lens = prompt_lengths(super_block=super_block, max_len=config.max_len)
-    intent = intents(features=features, undeclared=undeclared, prompt_lens=prompt_lens)
+    intent = intents(
+        features=features,
+        undeclared=undeclared,
+        prompt_lens=prompt_lens,
+        leaps=long_groups(super_block=super_block, max_len=config.max_len),
+    )
     wishes = st.lists(intent, max_size=max_wishes)
     begin = st.lists(prompt_lens, min_size=1, max_size=3)
     admissions = [Intent("admit", size=size) for size in draw(begin)]

@@ -8,7 +8,7 @@ such corners, which mutants of a single wrong formula do not.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from helix_conformance.zoo.on_cache import attending
-from helix_conformance.zoo.parts import OverCache, OverLedger, mutant
+from helix_conformance.zoo.parts import STEP_RULE, OverCache, OverLedger, mutant
+from helix_gpu.allocator import PageAllocator
 from helix_gpu.attention import attend_pages
+from helix_gpu.block_tables import BlockTables
 from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
 from helix_gpu.cache import DecodeStep, HelixCache
-from helix_gpu.ledger import Admission, Ints, Ledger, Rewind, Step
+from helix_gpu.ledger import Admission, Ints, Ledger, Rewind, SharedWrite, Step
 from helix_gpu.refusals import Refused
 from helix_gpu.rope import rope_table
 from helix_spec.configs import Config
@@ -130,7 +132,93 @@ class WorldTakenForGroup(OverLedger):
         return outcome
 
 
+@corner("own: a rewind that looks back one turn", "OWN-3", "LEN-1",
+        features=["speculative"])  # fmt: skip
+class RewindCrossesOneBoundary(OverLedger):
+    """A group cut short by more than one turn leaves the rank before the last as the next owner."""
+
+    class Wrong(Ledger):
+        def plan_accept(self, id: int, kept: int) -> Rewind:
+            plan = super().plan_accept(id, kept)
+            row, c = self._rows[plan.row], self.layout.cp_size
+            if int(row["total"]) - plan.total > self._chunk and row["owner"] != plan.owner:
+                return dataclasses.replace(plan, owner=(int(row["owner"]) - 1) % c)
+            return plan
+
+    ledger_class = Wrong
+
+
+@corner("own: a long group in pieces", "OWN-3", "LEN-1", features=["speculative"])
+class LongGroupInPieces(OverLedger):
+    """A group of more than 64 tokens is launched in pieces, and its end begins a turn anew."""
+
+    class Wrong(Ledger):
+        def advance(self, step: Step) -> None:
+            super().advance(step)
+            self._rows["left"][step.rows[step.query_lens > 64]] = self._chunk
+
+    ledger_class = Wrong
+
+
+@corner("own: a step index of eight bits", "OWN-3", "LEN-1",
+        features=["speculative"], layouts=STEP_RULE)  # fmt: skip
+class StepsInAByte(OverLedger):
+    """Where turns go by the step index, they begin again with step 256."""
+
+    class Wrong(Ledger):
+        def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
+            super().__init__(layout, pages, max_len)
+            self.begun: dict[int, int] = {}
+
+        def admit(self, plan: Admission) -> int:
+            row = super().admit(plan)
+            self.begun[row] = plan.prompt_len
+            return row
+
+        def fork(self, parent: int, child: int) -> None:
+            super().fork(parent, child)
+            source, row = self.rows([parent, child]).tolist()
+            self.begun[row] = self.begun[source]
+
+        def advance(self, step: Step) -> None:
+            super().advance(step)
+            for row, query_len in zip(step.rows.tolist(), step.query_lens.tolist(), strict=True):
+                steps = int(self._rows["total"][row]) - self.begun[row]
+                if steps % 256 < query_len:  # it has just passed
+                    turns, used = divmod(steps % 256, self._chunk)
+                    self._rows["owner"][row] = turns % self.layout.cp_size
+                    self._rows["left"][row] = self._chunk - used
+
+    ledger_class = Wrong
+
+
+@corner("own: admissions counted in three bits", "LEN-1", layouts=["balanced"])
+class AdmissionsInThreeBits(OverLedger):
+    """Under `rotated` the ninth admission starts where the first did, whatever cp_size."""
+
+    class Wrong(Ledger):
+        def admit(self, plan: Admission) -> int:
+            row = super().admit(plan)
+            self.admitted %= 8
+            return row
+
+    ledger_class = Wrong
+
+
 # Positions
+
+
+@corner("own: positions in 16 bits", "POS-1")
+class PositionsIn16Bits(OverLedger):
+    """Position ids travel in a signed type of 16 bits, and from 32768 on are negative."""
+
+    class Book(RankBook):
+        def advance(self, step: Step) -> RankStep:
+            right = super().advance(step)
+            narrow = right.position_ids.astype(np.int16).astype(np.int64)
+            return dataclasses.replace(right, position_ids=narrow)
+
+    book_class = Book
 
 
 @corner("own: a rewind is forgotten by a resume", "POS-1",
@@ -188,6 +276,69 @@ class RefusedCopyLeaks(OverLedger):
                 raise
 
     book_class = Book
+
+
+@corner("own: a group that is kept whole stays open", "REF-2", features=["speculative"])
+class WholeGroupStaysOpen(OverLedger):
+    """An acceptance of all tokens changes nothing, so that it can be asked again."""
+
+    class Wrong(Ledger):
+        def accept(self, plan: Rewind) -> None:
+            if plan.total != self._rows["total"][plan.row]:
+                super().accept(plan)
+
+    ledger_class = Wrong
+
+
+@corner("own: dummies beyond a bucket", "PAGE-3", "DUM-1", features=["padding"])
+class DummiesBeyondABucket(OverLedger):
+    """Four dummies have a place of their own; for more a page is taken, and kept."""
+
+    class Book(RankBook):
+        def advance(self, step: Step) -> RankStep:
+            right = super().advance(step)
+            if step.pad > 4 and self._allocator.free:
+                self._allocator.take(1)
+            return right
+
+    book_class = Book
+
+
+@corner("own: page ids in eight bits", "PAGE-2", "PAGE-1", "OWN-1")
+class PageIdsInAByte(OverLedger):
+    """Block tables keep eight bits of a page's number: the 257th page is taken for the first."""
+
+    class Bytes(BlockTables):
+        def begin(self, row: int, pages: Sequence[int]) -> None:
+            super().begin(row, [page % 256 for page in pages])
+
+        def write(self, rows: Ints, columns: Ints, pages: Sequence[int]) -> None:
+            super().write(rows, columns, [page % 256 for page in pages])
+
+    class Forgiving(PageAllocator):
+        def give_back(self, pages: Iterable[int]) -> None:
+            super().give_back({page for page in pages if page in self._holders})
+
+    tables_class = Bytes
+    allocator_class = Forgiving
+
+
+@corner("own: copies decided in the order of admission", "OWN-1", "GROW-1", "PAGE-2",
+        features=["fork"])  # fmt: skip
+class CopiesByAdmission(OverLedger):
+    """Of the holders of a page in one batch the youngest writes in place, not the batch's last."""
+
+    class Wrong(Ledger):
+        def _shared_writes(self, rows: Ints, requests: Ints, owners: Ints) -> list[SharedWrite]:
+            writes = super()._shared_writes(rows, requests, owners)
+            writes.sort(key=lambda write: int(rows[write.place]))
+            tags = [int(self._rows["tag"][rows[write.place], write.rank]) for write in writes]
+            copies = self._open_pages.must_copy(tags)
+            decided = zip(writes, copies, strict=True)
+            again = [dataclasses.replace(write, copies=it) for write, it in decided]
+            return sorted(again, key=lambda write: (write.place, write.rank))
+
+    ledger_class = Wrong
 
 
 @corner("own: a skip asks less than its decode", "REF-2", features=["overlap"])
@@ -318,6 +469,20 @@ class CopyOfOneLayer(OverCache):
             others = self.pool[1:].clone()
             super()._copy(copies)
             self.pool[1:] = others
+
+    cache_class = Cache
+
+
+@corner("own: copy on write of what are values", "POS-2", "ATT-1", features=["fork"])
+class CopyOfTheLatentPart(OverCache):
+    """Of a latent page that is copied the rotated part, behind the values, stays blank."""
+
+    class Cache(HelixCache):
+        def _copy(self, copies: list[PageCopy]) -> None:
+            behind = self.pool[..., self.config.model.value_dim :]
+            blank = behind.clone()
+            super()._copy(copies)
+            behind.copy_(blank)
 
     cache_class = Cache
 
