@@ -481,9 +481,15 @@ class HelixCache:
         return replace(step, buffers=self._step_buffers(*step.tables.shape))
 
     def _step_buffers(self, rows: int, width: int) -> StepBuffers:
+        from helix_gpu.kernels.settings import decode_settings, latent_settings
         from helix_gpu.kernels.step import StepBuffers
 
         model, ranks = self.config.model, self.book.layout.cp_size
+        product = getattr(torch, model.product_dtype)
+        if model.latent:
+            settings = latent_settings(product, self.pool.dtype)
+        else:
+            settings = decode_settings(model.head_dim, product, self.pool.dtype)
         return StepBuffers.allocate(
             rows,
             self.q_heads,
@@ -495,6 +501,7 @@ class HelixCache:
             # One rank sends nothing: what it merges with nothing is not rounded for the way.
             wire=self._wire if ranks > 1 else torch.float32,
             device=self.device,
+            resident=settings.resident,
         )
 
     def _launch(

@@ -94,6 +94,8 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1}
         ("fp32", "fp32", 256, 64, True),
         ("bf16", "bf16", 128, 64, True),
         ("bf16", "fp8e4nv", 128, 64, False),
+        ("bf16", "fp8e4nv", 256, 64, False),
+        ("bf16", "fp8e4nv", 128, 16, False),
         ("fp16", "fp8e4nv", 64, 16, False),
     ],
 )
@@ -113,7 +115,9 @@ def test_decode(dtype: str, cached: str, dim: int, page: int, wide: bool, tmp_pa
         },
         warps=settings.warps, stages=settings.stages, odd=("group", "head_blocks", "table_row"),
     )  # fmt: skip
-    copies = re.findall(r"\bLDGSTS\.(\S+)", check_resources(kernel, tmp_path))
+    code = check_resources(kernel, tmp_path)
+    copies = re.findall(r"\bLDGSTS\.(\S+)", code)
+    assert "F2F.BF16.F16" not in code, "8 bits are converted by one of Hopper's slow ways"
     # A warp's share of a small block of 8 bits is less than 16 bytes a thread.
     assert copies and all(copy.endswith((".128", ".64")[: 1 + bool(narrow)]) for copy in copies)
     # One block of K and V for every stage but the one that is worked on.
@@ -137,7 +141,7 @@ def test_decode_latent(cached: str, page: int, tmp_path: Path) -> None:
         warps=settings.warps, stages=settings.stages, odd=("table_row",),
     )  # fmt: skip
     code = check_resources(kernel, tmp_path)
-    assert "LDGSTS.E" in code and "HGMMA" in code
+    assert "LDGSTS.E" in code and "HGMMA" in code and "F2F.BF16.F16" not in code
 
 
 def test_append(tmp_path: Path) -> None:

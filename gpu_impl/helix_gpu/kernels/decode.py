@@ -8,7 +8,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 
 from helix_gpu.kernels.common import FUSION, LOG2_E, check_layout, interpreted, power_of_2
-from helix_gpu.kernels.paging import key_pointers, read_pages, split_bounds
+from helix_gpu.kernels.paging import converted, key_pointers, read_pages, split_bounds
 from helix_gpu.kernels.settings import DecodeSettings, decode_settings
 
 
@@ -67,7 +67,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         # silence. Every block has at least one key, so `new_top` is finite.
         seen = start + tl.arange(0, BLOCK) < end
         readable = seen[:, None] & (dim < DIM)[None, :]
-        keys = tl.load(keys_at, mask=readable, other=0.0).to(q.dtype.element_ty)
+        keys = converted(tl.load(keys_at, mask=readable, other=0.0), q.dtype.element_ty)
         if UPCAST:
             keys = keys.to(tl.float32)
         scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale_log2e
@@ -77,7 +77,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         fade = tl.exp2(top - new_top)
         total = total * fade + tl.sum(weights, 1)
 
-        values = tl.load(keys_at + pool_part, mask=readable, other=0.0).to(q.dtype.element_ty)
+        values = tl.load(keys_at + pool_part, mask=readable, other=0.0)
+        values = converted(values, q.dtype.element_ty)
         if UPCAST or WIDE:
             values = values.to(tl.float32)
         weights = weights.to(values.dtype)

@@ -8,7 +8,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 
 from helix_gpu.kernels.common import FUSION, LOG2_E, check_layout, interpreted
-from helix_gpu.kernels.paging import key_pointers, read_pages, split_bounds
+from helix_gpu.kernels.paging import converted, key_pointers, read_pages, split_bounds
 from helix_gpu.kernels.settings import DecodeSettings, latent_settings
 
 
@@ -59,7 +59,8 @@ def mla_kernel(  # type: ignore[no-untyped-def]
         seen = start + tl.arange(0, BLOCK) < end
         latent = tl.load(keys_at + in_latent[None, :], mask=seen[:, None], other=0.0)
         rope = tl.load(keys_at + LATENT + in_rope[None, :], mask=seen[:, None], other=0.0)
-        latent, rope = latent.to(q.dtype.element_ty), rope.to(q.dtype.element_ty)
+        latent = converted(latent, q.dtype.element_ty)
+        rope = converted(rope, q.dtype.element_ty)
         values = latent
         if UPCAST:
             latent, rope = latent.to(tl.float32), rope.to(tl.float32)

@@ -24,13 +24,14 @@ class DecodeSettings:
 
     `block` keys are taken at a time by `warps` warps, and `stages - 1` blocks of K and V are on
     their way from memory while one is worked on. A program takes up to `heads` query heads that
-    share a KV head.
+    share a KV head. A multiprocessor is to hold `resident` programs at a time.
     """
 
     block: int
     warps: int
     stages: int
     heads: int = 64
+    resident: int = 1
 
     def heads_of(self, group: int) -> int:
         """Query heads a program has room for, in a group of `group`: matrix units want 16."""
@@ -45,13 +46,15 @@ def decode_settings(
     Chosen by table 3 of benchmarks/results/h200.txt, for 128 dimensions: within 0.4 percent of the
     best of pages of 16, 64 and 128 each, with the splits that `splits_for` gives. It is one program
     a multiprocessor, with 128 KiB of K and V on their way; more dimensions keep to those bytes.
-    Those of an 8-bit cache spill no register (Triton 3.9); they were not measured.
+    Elements of 8 bits are converted first, which takes longer than to read them: four programs
+    convert beside each other.
     """
     if dtype == torch.float32:
         # No matrix unit multiplies float32 exactly: small blocks keep operands in registers.
         return DecodeSettings(block=16, warps=4, stages=2)
     if cached is not None and cached.itemsize == 1:
-        return DecodeSettings(block=64, warps=8, stages=5)
+        block = 32 if head_dim > 128 else 64
+        return DecodeSettings(block=block, warps=4, stages=3, resident=4)
     return DecodeSettings(block=64 if head_dim > 128 else 128, warps=8, stages=3)
 
 
@@ -68,10 +71,12 @@ def latent_settings(dtype: torch.dtype, cached: torch.dtype | None = None) -> De
     return DecodeSettings(block=64, warps=8, stages=2, heads=64)
 
 
-def splits_for(rows: int, kv_heads: int, longest: int, *, multiprocessors: int = 132) -> int:
+def splits_for(
+    rows: int, kv_heads: int, longest: int, *, resident: int = 1, multiprocessors: int = 132
+) -> int:
     """Splits that take least time for `rows` requests of up to `longest` local keys.
 
-    Programs run in turns of one a multiprocessor, and each takes the time of its keys and of
+    Programs run in turns of `resident` a multiprocessor, and each takes the time of its keys and of
     START_KEYS more. `kv_heads` are the programs of a row and split: for a latent cache, one for
     every 64 heads. It belongs to a captured graph, so it depends on the bucket and never on the
     lengths: those are divided on the device.
@@ -79,7 +84,7 @@ def splits_for(rows: int, kv_heads: int, longest: int, *, multiprocessors: int =
     most = min(MAX_SPLITS, max(1, -(-longest // LEAST_KEYS)))
 
     def time(splits: int) -> float:
-        turns = -(-rows * kv_heads * splits // multiprocessors)
+        turns = -(-rows * kv_heads * splits // (resident * multiprocessors))
         return turns * (longest / splits + START_KEYS)
 
     return min(range(1, most + 1), key=time)

@@ -52,13 +52,15 @@ class StepBuffers:
         wire: torch.dtype,
         device: torch.device | str,
         splits: int | None = None,
+        resident: int = 1,
     ) -> StepBuffers:
         """Buffers for steps of `rows` rows with up to `longest` keys on a rank.
 
         `value_dim` is head_dim, or the latent's 512. `splits` is chosen by `splits_for` unless
-        given, for which `kv_heads` alone is needed: with a latent cache, one for every 64 heads.
+        given, for which alone are needed `resident`, of the settings that `decode` will use, and
+        `kv_heads`: with a latent cache, one for every 64 heads.
         """
-        splits = splits or splits_for(rows, kv_heads, longest)
+        splits = splits or splits_for(rows, kv_heads, longest, resident=resident)
         heads = q_heads // ranks
         row_bytes = rows * heads * (value_dim * wire.itemsize + 4)
 
