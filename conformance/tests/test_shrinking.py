@@ -13,7 +13,7 @@ from helix_conformance.drivers.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.reduction import reduced
 from helix_conformance.runs import Failure, Tally, profiles_to_check, random_traces
-from helix_conformance.strategies import configs, traces
+from helix_conformance.strategies import LAYOUT_NAMES, configs, traces
 from helix_conformance.zoo.parts import Stored
 from helix_reference.engine import ReferenceEngine
 from helix_spec.configs import Config
@@ -50,6 +50,7 @@ class Placement(Broken):
     """Rank 1 claims every token."""
 
     asked = ("placement",)
+    layouts = ("pr9757",)  # under others the first token may be its own
 
     def wrong(self, event, outcome):
         active = [True] * len(outcome.active) if self.rank == 1 else outcome.active
@@ -185,7 +186,12 @@ def found(engine: type) -> Failure:
     profiles = profiles_to_check(driver.profiles, engine.asked)
     features = [feature for feature in FEATURES if feature in profiles]
     strategy = traces(
-        configs=configs(cp_sizes=(1, 2, 3, 4), features=features, contents="cache" in profiles),
+        configs=configs(
+            names=getattr(engine, "layouts", LAYOUT_NAMES),
+            cp_sizes=(1, 2, 3, 4),
+            features=features,
+            contents="cache" in profiles,
+        ),
         features=features,
     )
     failure = random_traces(driver, strategy, profiles, examples=400, seed=2, tally=Tally())
