@@ -60,6 +60,8 @@ LIMIT = 520.0
 DIM = 16 if DRY else 128
 TYPE = torch.float16 if DRY else torch.bfloat16
 """What is timed. The interpreter does not round to bfloat16, it cuts."""
+NARROW = torch.float8_e4m3fn
+"""The cache of 8 bits that is timed beside it."""
 TO_COMPILE = 1 if DRY else 12
 """Threads that compile at once. The interpreter allows one."""
 
@@ -345,20 +347,22 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_latent(dtype: torch.dtype) -> dict[str, Any]:
+def check_latent(dtype: torch.dtype, cached: torch.dtype) -> dict[str, Any]:
     """The latent kernel at DeepSeek's size."""
     heads, latent, rope, page = (16, 64, 16, 16) if DRY else (128, 512, 64, 64)
     lengths = [0, 1, page + 1, *(() if DRY else (1000,))]
     scale, n = 192**-0.5, len(lengths)
     generator = torch.Generator().manual_seed(0)
     q = random(n, heads, latent + rope, dtype=dtype)
-    rows = [random(length, 1, latent + rope, dtype=dtype) for length in lengths]
+    rows = [
+        random(length, 1, latent + rope, dtype=dtype).to(cached).to(dtype) for length in lengths
+    ]
     pool, tables, counts = filled_pool([(row, row) for row in rows], page, generator)
     buffers = StepBuffers.allocate(
         n, heads, 1, latent, ranks=1, longest=1000, dtype=dtype, wire=torch.float32,
         device=DEVICE, splits=3,
     )  # fmt: skip
-    part = pool[:, 0, :, 0].to(dtype).contiguous()
+    part = pool[:, 0, :, 0].to(cached).contiguous()
     decode_latent(q, part, tables, counts, buffers.partial_out, buffers.partial_lse2, scale=scale)
     reduce_pack(buffers.partial_out, buffers.partial_lse2, buffers.send, torch.float32)
     output, _ = unpack(buffers.send, n, heads, latent, torch.float32)
@@ -367,7 +371,10 @@ def check_latent(dtype: torch.dtype) -> dict[str, Any]:
         o, _, bound = exact(q[row], key, key[..., :latent], dtype, scale, drift=True)
         share = ((o - output[0][row]).norm(dim=-1) / bound).max()
         worst = max(worst, float(share.nan_to_num(float("inf"))))
-    return {"dtype": short(dtype), "heads": heads, "latent": latent, "error_over_bound": worst}
+    return {
+        "dtype": short(dtype), "cache": short(cached), "heads": heads, "latent": latent,
+        "error_over_bound": worst,
+    }  # fmt: skip
 
 
 def check_small_kernels() -> list[dict[str, Any]]:
@@ -428,7 +435,8 @@ def correctness(report: Report, found: dict[str, Any]) -> None:
         "append (elements that differ), reduce_pack and merge (rounding units)",
         [{"kernel": k, "dtype": d, "error": e} for (k, d), e in worst.items()],
     )
-    found["latent"] = [check_latent(dtype) for dtype in UNIT]
+    caches = [(dtype, dtype) for dtype in UNIT] + [(TYPE, NARROW)]
+    found["latent"] = [check_latent(dtype, cached) for dtype, cached in caches]
     report.table("latent decode: error over bound", found["latent"])
     found["decode"] = in_threads(check_decode, list(cases()))
     by_type: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -562,15 +570,19 @@ PAGES = (16, 64) if DRY else (64, 16, 128)
 
 
 @functools.cache
-def storage() -> Tensor:
-    """16-bit K and V for the largest shape, as one run of elements."""
+def storage(cached: torch.dtype = TYPE) -> Tensor:
+    """K and V for the largest shape, as one run of elements."""
+    if cached != TYPE:
+        return storage().to(cached)
     return random(max(shape.kv_bytes for shape in SHAPES) // 2)
 
 
-def paged(shape: Shape, page: int, *, in_order: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def paged(
+    shape: Shape, page: int, cached: torch.dtype = TYPE, *, in_order: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Pool, tables and lengths of a shape over the common storage; pages in random order."""
     pages = shape.rows * shape.tokens // page
-    pool = storage()[: shape.kv_bytes // 2].view(pages, 2, page, shape.kv_heads, DIM)
+    pool = storage(cached)[: shape.kv_bytes // 2].view(pages, 2, page, shape.kv_heads, DIM)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(page))
     if in_order:
         order = order.sort()[0]
@@ -618,7 +630,34 @@ def split_counts(shape: Shape) -> list[int]:
 
 
 def sweep(report: Report, found: dict[str, Any]) -> None:
-    """Section 3: every way to compile and to split, on every shape and page size."""
+    """Section 3: ways to compile and to split, for decode and for latents, 16 and 8 bits."""
+    ceiling = read_ceiling(report)
+    chosen = found["chosen"] = dict[int, Any]()
+    for cached, pages, seconds in ((TYPE, PAGES, 110), (NARROW, PAGES[:1], 35)):
+        points = found[f"points, {short(cached)}"] = list[dict[str, Any]]()
+        decode_sweep(report, found, points, cached, pages, time.monotonic() + seconds)
+        ranked = {page: best_overall([p for p in points if p["page"] == page]) for page in pages}
+        report.table(
+            f"sweep, {short(cached)} cache: settings best over all shapes (geometric mean of each "
+            "shape's best split)",
+            [{"page": page, "rank": i + 1} | row
+             for page in pages for i, row in enumerate(ranked[page][:4])],
+        )  # fmt: skip
+        if cached == TYPE:
+            chosen |= ranked
+    for cached in (TYPE, NARROW):
+        latent_sweep(report, found, ceiling, cached)
+
+
+def decode_sweep(
+    report: Report,
+    found: dict[str, Any],
+    points: list[dict[str, Any]],
+    cached: torch.dtype,
+    pages: Sequence[int],
+    deadline: float,
+) -> None:
+    """Fill `points` until the deadline: every setting and number of splits, by page and shape."""
     ceiling = read_ceiling(report)
     options = (
         [DecodeSettings(16, 4, 2), DecodeSettings(32, 4, 2)]
@@ -630,37 +669,33 @@ def sweep(report: Report, found: dict[str, Any]) -> None:
             for stages in (3, 2, 4, 5)
         ]
     )
-    deadline = time.monotonic() + 150
     # Threads compile what the loop below launches: the same types and constants, and strides as
     # divisible, since Triton compiles anew where a 16 divides another argument.
     small = Shape(1, 64 if DRY else 4096, SHAPES[0].heads, SHAPES[0].kv_heads)
+    refused: list[dict[str, Any]] = []
 
     def warm(option: tuple[DecodeSettings, int]) -> tuple[DecodeSettings, int] | None:
+        settings, page = option
         try:
-            attention_run(small, paged(small, option[1]), option[0], 2)()
+            attention_run(small, paged(small, page, cached), settings, 2)()
         except Exception as error:  # too much shared memory for some
-            refused.append({"settings": str(option[0]), "page": option[1], "why": str(error)[:200]})
+            refused.append({"settings": str(settings), "page": page, "why": str(error)[:200]})
             return None
         return option
 
-    refused: list[dict[str, Any]] = []
     begun = time.monotonic()
-    storage()
-    compiled = in_threads(warm, [(option, page) for page in PAGES for option in options])
-    usable = {page: [o[0] for o in compiled if o and o[1] == page] for page in PAGES}
-    found["compile_seconds"] = time.monotonic() - begun
-    found["refused"] = refused
-
-    points: list[dict[str, Any]] = []
-    found["points"] = points
-    for page, shape in itertools.product(PAGES, SHAPES):
-        paging = paged(shape, page)
+    storage(cached)
+    compiled = in_threads(warm, [(option, page) for page in pages for option in options])
+    usable = {page: [o[0] for o in compiled if o and o[1] == page] for page in pages}
+    size = cached.itemsize / 2
+    for page, shape in itertools.product(pages, SHAPES):
+        paging = paged(shape, page, cached)
         for settings, splits in itertools.product(usable[page], split_counts(shape)):
             if time.monotonic() > deadline:
                 found["not_run"] = f"out of time after {len(points)} points"
                 break
             us = timed({"it": captured(attention_run(shape, paging, settings, splits))}, 4)
-            rate = shape.kv_bytes / us["it"]["us"] / 1e3
+            rate = shape.kv_bytes * size / us["it"]["us"] / 1e3
             points.append(
                 {
                     "shape": str(shape), "page": page, "block": settings.block,
@@ -669,28 +704,23 @@ def sweep(report: Report, found: dict[str, Any]) -> None:
                 }
             )  # fmt: skip
         report.save()
-    found["sweep_seconds"] = time.monotonic() - begun
-    report.say(f"{len(points)} points, {len(refused)} refused to compile or launch")
+    report.say(
+        f"{short(cached)} cache: {len(points)} points, {len(refused)} refused to compile or "
+        f"launch, {time.monotonic() - begun:.0f} s"
+    )
+    found[f"refused, {short(cached)}"] = refused
     report.table(
-        "sweep: the best of each shape and page size (decode + reduce, coarse times)",
+        f"sweep, {short(cached)} cache: the best of each shape and page size (decode + reduce, "
+        "coarse times)",
         [
             max(
                 (p for p in points if p["shape"] == str(shape) and p["page"] == page),
                 key=lambda p: p["of_ceiling"],
             )
-            for shape, page in itertools.product(SHAPES, PAGES)
+            for shape, page in itertools.product(SHAPES, pages)
             if any(p["shape"] == str(shape) and p["page"] == page for p in points)
         ],
     )
-    found["chosen"] = chosen = {
-        page: best_overall([p for p in points if p["page"] == page]) for page in PAGES
-    }
-    report.table(
-        "sweep: settings best over all shapes (geometric mean of each shape's best split)",
-        [{"page": page, "rank": i + 1} | row
-         for page in PAGES for i, row in enumerate(chosen[page][:4])],
-    )  # fmt: skip
-    latent_sweep(report, found, ceiling)
 
 
 def best_overall(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -710,7 +740,9 @@ def best_overall(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["shapes"], -row["of_ceiling"]))
 
 
-def latent_sweep(report: Report, found: dict[str, Any], ceiling: float) -> None:
+def latent_sweep(
+    report: Report, found: dict[str, Any], ceiling: float, cached: torch.dtype
+) -> None:
     """MLA of 128 heads: bytes are few and products many, so both shares are given."""
     heads, latent, dim, page = (16, 64, 80, 4) if DRY else (128, 512, 576, 64)
     shapes = [(2, 32)] if DRY else [(8, 32768), (32, 8192)]
@@ -727,7 +759,7 @@ def latent_sweep(report: Report, found: dict[str, Any], ceiling: float) -> None:
     refused: list[str] = []
 
     def runner(rows: int, tokens: int, settings: DecodeSettings, splits: int) -> Callable[[], Any]:
-        pool = storage()[: rows * tokens * dim].view(-1, page, dim)
+        pool = storage(cached)[: rows * tokens * dim].view(-1, page, dim)
         tables = torch.randperm(len(pool)).view(rows, -1).to(torch.int32).to(DEVICE)
         lengths = torch.full((rows,), tokens, dtype=torch.int32, device=DEVICE)
         q = random(rows, heads, dim)
@@ -754,7 +786,7 @@ def latent_sweep(report: Report, found: dict[str, Any], ceiling: float) -> None:
         return settings
 
     usable = [s for s in in_threads(warm, options) if s]
-    deadline = time.monotonic() + 35
+    deadline = time.monotonic() + 20
     matrix = report.document.get("2 ceilings", {}).get("bf16_tflop_s", 800.0)
     points = []
     for (rows, tokens), settings in itertools.product(shapes, usable):
@@ -768,13 +800,14 @@ def latent_sweep(report: Report, found: dict[str, Any], ceiling: float) -> None:
                 {
                     "rows": rows, "tokens": tokens, **dataclasses.asdict(settings),
                     "splits": splits, "us": us,
-                    "of_read": rows * tokens * dim * 2 / us / 1e3 / ceiling,
+                    "of_read": rows * tokens * dim * cached.itemsize / us / 1e3 / ceiling,
                     "of_matrix": 2 * rows * tokens * heads * (dim + latent) / us / 1e6 / matrix,
                 }
             )  # fmt: skip
-    found["latent"], found["latent_refused"] = points, refused
+    found[f"latent, {short(cached)}"] = {"points": points, "refused": refused}
     report.table(
-        f"MLA, {heads} heads, {latent} + {dim - latent}: the best three of each shape",
+        f"MLA, {heads} heads, {latent} + {dim - latent}, {short(cached)} cache: the best three of "
+        "each shape",
         [
             point
             for shape in shapes
@@ -794,7 +827,7 @@ def best_settings(report: Report, shape: Shape, page: int) -> tuple[DecodeSettin
         return decode_settings(DIM, TYPE), splits
     best = {key: ranked[0][key] for key in ("block", "warps", "stages")}
     fitting = [
-        p for p in section["points"]
+        p for p in section[f"points, {short(TYPE)}"]
         if p["shape"] == str(shape) and p["page"] == page and best.items() <= p.items()
     ]  # fmt: skip
     top = max(fitting, key=lambda p: p["of_ceiling"])
@@ -1030,11 +1063,12 @@ def time_peers(place: Path) -> None:
     rows = [
         {
             "shape": str(shape), "mib": shape.kv_bytes >> 20, "who": name, **taken,
-            "gb_s": shape.kv_bytes / taken["us"] / 1e3,
-            "of_ceiling": shape.kv_bytes / taken["us"] / 1e3 / ceiling,
+            "gb_s": bytes_read / taken["us"] / 1e3,
+            "of_ceiling": bytes_read / taken["us"] / 1e3 / ceiling,
             "over_ours": taken["us"] / ours,
         }
         for name, taken in times.items()
+        for bytes_read in [shape.kv_bytes // (2 if "8-bit" in name else 1)]
     ]  # fmt: skip
     note(rows=rows, goals=goals(shape, times, ceiling) | {"repeat": again / ours - 1})
 
@@ -1045,7 +1079,7 @@ def contenders(
     """What is compared, by name: calls that make a call. `ours` is as shipped."""
     page = 32 if DRY else 64
     paging = paged(shape, page)
-    settings = decode_settings(DIM, TYPE)
+    settings, narrow = decode_settings(DIM, TYPE), decode_settings(DIM, TYPE, NARROW)
     splits = splits_for(shape.rows, shape.kv_heads, shape.tokens)
     whole = paged(shape, shape.tokens, in_order=True)
     calls = {
@@ -1063,6 +1097,10 @@ def contenders(
         ),
         "ours, heads first": lambda: attention_run(
             shape, heads_first(paging), settings, splits
+        ),
+        "ours, 8-bit cache": lambda: attention_run(
+            shape, paged(shape, page, NARROW), narrow,
+            splits_for(shape.rows, shape.kv_heads, shape.tokens, resident=narrow.resident),
         ),
         "ours, best of section 3": lambda: attention_run(shape, paging, best, best_splits),
         "FlashInfer": lambda: flashinfer_run(shape, paging, tensor_cores=False),
@@ -1095,12 +1133,39 @@ def agreement(shape: Shape, answers: dict[str, Any]) -> dict[str, Any]:
         "error_over_bound": float(((o - ours[0, :group]).norm(dim=-1) / bound).max()),
         "lse_error": float((lse - our_lse[0, :group]).abs().max()),
     }
+    if "FlashInfer" in answers:
+        found |= adapted(shape, ours, our_lse)
     for name in ("FlashInfer", "FlashInfer, tensor cores"):
         if name in answers:
             out, lse2 = answers[name]
             found[name] = float((out.float() - ours).norm() / ours.norm())
             found[f"{name}, lse"] = float((lse2 * float(np.log(2)) - our_lse).abs().max())
     return found
+
+
+def adapted(shape: Shape, ours: Tensor, our_lse: Tensor) -> dict[str, float]:
+    """`helix_gpu.backends.flashinfer` against ours, behind the batch a row without keys."""
+    from helix_gpu.backends.flashinfer import FlashInfer
+    from helix_spec.configs import ModelShape
+
+    types: dict[str, Any] = {"dtype": short(TYPE), "product_dtype": short(TYPE)}
+    attends = FlashInfer(
+        ModelShape(
+            q_heads=shape.heads, kv_heads=shape.kv_heads, head_dim=DIM,
+            partial_dtype=short(TYPE), **types,
+        )
+    )  # fmt: skip
+    pool, tables, lengths = paged(shape, 64)
+    q = query(shape)
+    out, lse = attends(
+        torch.cat([q, q[:1]]), pool,
+        torch.cat([tables, tables[:1]]), torch.cat([lengths, lengths[:1] * 0]),
+    )  # fmt: skip
+    empty = bool((out[-1] == 0).all() and (lse[-1] == -torch.inf).all())
+    return {
+        "adapter": float((out[:-1] - ours).norm() / ours.norm()) if empty else float("inf"),
+        "adapter, lse": float((lse[:-1] - our_lse).abs().max()),
+    }
 
 
 def heads_first(paging: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
