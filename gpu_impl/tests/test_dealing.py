@@ -1,5 +1,7 @@
 """Dealing a prompt: DESIGN's worked examples, and that nothing is lost or dealt twice."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +18,14 @@ def positions(text: str, prompt_len: int, shift: int = 0) -> list[list[int]]:
     return [
         hand.positions().tolist() for hand in deal_prompt(parse_layout(text), prompt_len, shift)
     ]
+
+
+def test_a_hand_cannot_be_changed() -> None:
+    """Hands go from plan to plan: no field can be set."""
+    hand = deal_prompt(parse_layout("pr9757/1:C=2,T=2"), 3, 0)[0]
+    for field in dataclasses.fields(hand):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(hand, field.name, None)
 
 
 def test_contiguous_example() -> None:

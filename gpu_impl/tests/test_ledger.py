@@ -1,6 +1,7 @@
 """The ledger: worked examples, invariants under random traffic, and refusals."""
 
 import copy
+import dataclasses
 from typing import Any, get_args
 
 import numpy as np
@@ -247,6 +248,33 @@ def test_a_plan_changes_nothing() -> None:
     book.plan_step([0], [1], pad=5)
     book.plan_admit(1, 7)
     assert before == state(book)
+
+
+def test_a_plan_cannot_be_changed() -> None:
+    """What was decided about every refusal is what is applied: no field can be set."""
+    book = ledger("pr9757/1:C=2,T=2")
+    admission = book.plan_admit(0, 3)
+    book.admit(admission)
+    book.fork(0, 1)
+    step = book.plan_step([0], [3])
+    book.advance(step)
+    for plan in (admission, step, step.shared[0], book.plan_accept(0, 1)):
+        for field in dataclasses.fields(plan):
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(plan, field.name, None)
+
+
+def test_a_refusal_names_the_first_that_it_is_about() -> None:
+    """Of several ranks without pages, and of several requests with nothing to sample."""
+    book = ledger("pr9757/1:C=3,T=2", pages=[9, 1, 1])
+    book.overlap = True
+    with pytest.raises(Refused, match="cp_rank 1 would need 2 pages and has 1 free"):
+        book.plan_admit(0, 12)
+    for id in (5, 7, 8):
+        book.admit(book.plan_admit(id, 1))
+    decode(book, 5)
+    with pytest.raises(Refused, match="Request 7 has no decode that is outstanding"):
+        book.sampled([5, 7, 8])
 
 
 def test_rows_are_recycled() -> None:

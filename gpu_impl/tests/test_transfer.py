@@ -1,5 +1,6 @@
 """Resharding a prompt: the plan, and caches of N ranks that fill those of M."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,14 @@ def test_from_a_single_rank() -> None:
         Move(0, 0, 8, 1, 8, 5),
         Move(0, 1, 9, 1, 9, 3),
     ] == transfer(single, pair)
+
+
+def test_a_move_cannot_be_changed() -> None:
+    """A plan is sent to both sides: no field can be set."""
+    hands = deal_prompt(parse_layout("pr9757/1:C=2,T=2"), 3, 0)
+    for field in dataclasses.fields(Move):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(transfer(hands, hands)[0], field.name, 1)
 
 
 @pytest.mark.parametrize(("here", "there"), [(5, 6), (6, 5)])
