@@ -52,6 +52,7 @@ SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
     "ownership wrap": (RANKS, TURNS),
     "page boundary inside a group": ("profile speculative",),
     "ownership boundary inside a group": (RANKS, TURNS, "profile speculative"),
+    "group longer than a super-block": ("profile speculative", RANDOM),
     "rewind over a boundary": ("profile speculative",),
     "padded batch": ("profile padding",),
     "skip, then decode": (RANDOM,),
@@ -63,6 +64,7 @@ SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
     "high page ids": (),
     "one pool exhausted alone": (RANKS, PAGES),
     "refusal, then retry": (PAGES,),
+    "accepted, then told again and refused": (RANDOM,),
     "max_len reached": (RANDOM,),
     **{name: (RANDOM,) for name in _REFUSED.values()},
     _REFUSED[Reason.PREEMPTED_REQUEST]: (RANDOM, "profile preempt"),
@@ -138,6 +140,8 @@ class _Trace:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.cp, self.t = model.layout.cp_size, model.layout.tokens_per_block
+        self.accepted: Event | None = None
+        """The event before, when it was."""
         self.ever: set[int] = set()
         """Ids ever admitted."""
         self.skipped: set[int] = set()
@@ -153,8 +157,10 @@ class _Trace:
 
     def saw(self, event: Event, reason: Reason | None) -> set[str]:
         """The situations that this event was in."""
+        before, self.accepted = self.accepted, event if reason is None else None
         if reason is not None:
-            return set(self._refusal(event, reason))
+            twice = ["accepted, then told again and refused"] if event == before else []
+            return {*self._refusal(event, reason), *twice}
         found: set[str] = set()
         if self.refused:
             again = {(type(event), id) for id in ids_of(event)} & self.refused
@@ -239,6 +245,8 @@ class _Trace:
     def _grouped(self, step: Step, found: set[str]) -> None:
         """A group of several tokens, and the boundaries inside it."""
         held = list(step.past_len)
+        if len(step.owners) > self.cp * self.t:
+            found.add("group longer than a super-block")
         for place, owner in enumerate(step.owners):
             if held[owner] and held[owner] % self.t == 0:
                 found.add("page boundary")

@@ -117,6 +117,13 @@ def test_each_situation_is_known_when_it_occurs() -> None:
     assert owners not in visited([Admit(0, 1), Decode([0], [2])])
     assert pages in visited([Admit(0, 1), Decode([0], [2])])
     assert pages not in visited([Admit(0, 2), Decode([0], [2])])
+    whole = "group longer than a super-block"
+    assert whole in visited([Admit(0, 1), Decode([0], [5])])
+    assert whole not in visited([Admit(0, 1), Decode([0], [4])])
+    again = "accepted, then told again and refused"
+    assert again in visited([Admit(0, 1), Admit(0, 1)])
+    assert again not in visited([Admit(0, 1), Admit(0, 2)])
+    assert again not in visited([Admit(0, 0), Admit(0, 0)])
     rewound = "rewind over a boundary"
     assert rewound in visited([Admit(0, 1), Decode([0], [3]), Accept(0, 1)])
     assert rewound not in visited([Admit(0, 1), Decode([0], [3]), Accept(0, 3)])
