@@ -4,8 +4,8 @@
 with `--backend nccl`, on GPUs. For a batch of new tokens with 32 query heads of dimension 128, each
 rank packs its partials, exchanges them, and merges those of its own heads; every time includes all
 three. `two all-to-alls` sends outputs and log-sum-exps apart. `tree_attn_decode` is the outside
-peer (`pip install ring-attention-pytorch`): it does attention too, so it and ours have a row with
-256 keys a rank. A step takes as long as its slowest rank.
+peer (`pip install ring-attention-pytorch`): it does attention too, so beside it stand ours with
+attention by torch and in C++, over 256 keys a rank. A step takes as long as its slowest rank.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu import exchange as exchanges
+from helix_gpu import native
 from helix_gpu.attention import attend_pages
 from helix_gpu.exchange import MakeExchange, pack, unpack
 from helix_gpu.merge import merge
@@ -30,8 +31,11 @@ from helix_spec.configs import ModelShape
 
 HEADS, DIM, KEYS, PAGE = 32, 128, 256, 64
 BATCHES = (1, 8, 64, 256)
+OURS = "all_to_all"
+"""What the others are compared with."""
 ROUNDS, WARM_UP = 40, 3
 Run = Callable[[], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def merged_by(make: MakeExchange, output: Tensor, lse: Tensor) -> Run:
@@ -63,7 +67,7 @@ def two_all_to_alls(output: Tensor, lse: Tensor) -> Run:
     return run
 
 
-def ours_with_attention(q: Tensor, k: Tensor, v: Tensor) -> Run:
+def ours_with_attention(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Run:
     """Local attention over pages, packed all-to-all, merge."""
     n, ranks, width = len(q), dist.get_world_size(), KEYS // PAGE
     pages = torch.stack((k, v), 1).view(n, 2, HEADS, width, PAGE, DIM)
@@ -74,7 +78,7 @@ def ours_with_attention(q: Tensor, k: Tensor, v: Tensor) -> Run:
     exchange = exchanges.all_to_all(group, ModelShape(q_heads=HEADS, kv_heads=HEADS, head_dim=DIM))
 
     def run() -> Tensor:
-        output, lse = attend_pages(q, pages, tables, lengths)
+        output, lse = attend(q, pages, tables, lengths)
         received = exchange(pack(output, lse, ranks, torch.float32))
         return merge(*unpack(received, n, HEADS // ranks, DIM, torch.float32))[0]
 
@@ -114,7 +118,7 @@ def runs_for(batch: int, device: torch.device) -> dict[str, dict[str, Run]]:
     makes = (exchanges.all_to_all, exchanges.all_gather, exchanges.reduce_scatter)
     merges = {make.__name__: merged_by(make, output, lse) for make in makes}
     merges["two all-to-alls"] = two_all_to_alls(output, lse)
-    expected = merges["all_to_all"]()
+    expected = merges[OURS]()
     for name, run in merges.items():
         if not torch.allclose(expected, run().view_as(expected), rtol=1e-5, atol=1e-6):
             raise SystemExit(f"{name} merges to something else.")
@@ -125,14 +129,15 @@ def runs_for(batch: int, device: torch.device) -> dict[str, dict[str, Run]]:
         q = torch.randn(batch, HEADS, DIM)
         peer = tree_attention(q, k, v)
         if peer is not None:
-            ours, mine = ours_with_attention(q, k, v), dist.get_rank() * HEADS
-            heads = slice(mine // dist.get_world_size(), None)
-            theirs = peer()[:, heads, 0][:, : HEADS // dist.get_world_size()]
-            if not torch.allclose(theirs, ours(), rtol=1e-4, atol=1e-5):
-                raise SystemExit("tree_attn_decode attends to something else.")
-            groups[f"with attention over {KEYS} keys a rank"] = {
-                "all_to_all": ours, "tree_attn_decode": peer
-            }  # fmt: skip
+            per_rank = HEADS // dist.get_world_size()
+            theirs = peer()[:, dist.get_rank() * per_rank :, 0][:, :per_rank]
+            ours = {OURS: ours_with_attention(attend_pages, q, k, v)}
+            if native.available():
+                ours["all_to_all, C++"] = ours_with_attention(native.attend_pages, q, k, v)
+            for name, run in ours.items():
+                if not torch.allclose(theirs, run(), rtol=1e-4, atol=1e-5):
+                    raise SystemExit(f"{name} and tree_attn_decode attend to different things.")
+            groups[f"with {KEYS} keys a rank"] = {**ours, "tree_attn_decode": peer}
     return groups
 
 
@@ -151,7 +156,7 @@ def main() -> None:
     for batch in BATCHES:
         for group, runs in runs_for(batch, device).items():
             measured = microseconds(runs, device)
-            base = statistics.median(measured["all_to_all"])
+            base = statistics.median(measured[OURS])
             for name, times in measured.items():
                 low, middle, high = statistics.quantiles(times, n=20)[::9]
                 figures.append(
@@ -163,10 +168,10 @@ def main() -> None:
         print(
             f"{ranks} ranks, {options.backend}, {HEADS} heads of {DIM}, microseconds, slowest rank"
         )
-        print(f"{'batch':>5}  {'':<34}{'':<18}{'median':>9}{'5 %':>9}{'95 %':>9}{'ratio':>7}")
+        print(f"{'batch':>5}  {'':<22}{'':<18}{'median':>9}{'5 %':>9}{'95 %':>9}{'ratio':>7}")
         for row in figures:
             print(
-                f"{row['batch']:>5}  {row['group']:<34}{row['name']:<18}{row['median_us']:>9.0f}"
+                f"{row['batch']:>5}  {row['group']:<22}{row['name']:<18}{row['median_us']:>9.0f}"
                 f"{row['q05_us']:>9.0f}{row['q95_us']:>9.0f}{row['over_all_to_all']:>7.2f}"
             )
         if options.json:

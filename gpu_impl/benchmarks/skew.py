@@ -2,11 +2,16 @@
 
 `torchrun --nproc-per-node=4 gpu_impl/benchmarks/skew.py [--json FILE]`, all of ours installed.
 
-Where ranks share cores their attention would take turns anyway, so it is made to: each rank attends
-alone while the others wait, and a step takes what its slowest rank takes, attention and all else.
-A fixed cost f and a cost a for each cached token come from `balanced`, from its emptiest and its
-fullest cache. Then the closed form of a step before pull request 9757 is f + a*S/C*(1 + C*x), that
-of an even spread f + a*S/C*(1 + x), for prompts of S tokens and x decoded ones for each of them;
+Ranks share cores here, and cores are shared with others. So each rank attends alone while the
+others wait, and two clocks are read, both without that waiting: the processor time of the rank's
+process for the whole step (bookkeeping, append, attention, exchange, merge), and the wall clock. A
+rank's time is its median over rounds, in each of which every layout has a step of every kind, in
+turn; a step takes what its slowest rank takes. The claim is judged by processor time: what the
+step costs, wherever the system made it wait.
+
+A fixed cost f and a cost a for each cached token are the line through the steps of `balanced`.
+Then the closed form of a step before pull request 9757 is f + a*S/C*(1 + C*x), that of an even
+spread f + a*S/C*(1 + x), for prompts of S tokens and x decoded ones for each of them;
 `helix-conformance plan` must say so too when it is given these constants.
 """
 
@@ -33,64 +38,104 @@ from helix_spec.layouts import named_layout
 
 LAYOUTS = ("before_9757", "pr9757", "pr17866", "balanced")
 FRACTIONS = (0.0, 0.5, 1.0, 2.0)
-BATCH, PROMPT, PAGE, STEPS = 4, 16384, 64, 25
+BATCH, PROMPT, PAGE, ROUNDS, WARM_UP = 4, 16384, 64, 40, 2
 MODEL = ModelShape(layers=1, q_heads=16, kv_heads=4, head_dim=64, dtype="float32")
+CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
+
+
+def read_clocks() -> Tensor:
+    """Seconds on every clock."""
+    return torch.tensor([clock() for clock in CLOCKS.values()], dtype=torch.float64)
 
 
 class Turns:
-    """Attention of one rank at a time; `seconds` is how long this rank's last one took."""
+    """Attention of one rank at a time; `waited` is what the last one cost beyond attending."""
 
     def __init__(self) -> None:
-        self.seconds = self.waited = 0.0
+        self.waited = read_clocks()
 
     def __call__(self, *args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """Attend when it is this rank's turn."""
-        begun, partial = time.perf_counter(), None
+        begun, partial, alone = read_clocks(), None, read_clocks()
         for rank in range(dist.get_world_size()):
             dist.barrier()
             if rank == dist.get_rank():
-                alone = time.perf_counter()
+                alone = read_clocks()
                 partial = native.attend_pages(*args, **options)
-                self.seconds = time.perf_counter() - alone
+                alone = read_clocks() - alone
         dist.barrier()
-        self.waited = time.perf_counter() - begun
+        self.waited = read_clocks() - begun - alone
         assert partial is not None
         return partial
 
 
-def step_seconds(cache: HelixCache, turns: Turns) -> float:
-    """One token for each request: this rank's attention and all else of the step, waiting out."""
-    q = torch.zeros(1, BATCH, MODEL.q_heads, MODEL.head_dim)
-    kv = torch.zeros(1, BATCH, MODEL.kv_heads, MODEL.head_dim)
-    begun = time.perf_counter()
-    cache.decode(list(range(BATCH)), q, kv, kv)
-    return time.perf_counter() - begun - turns.waited + turns.seconds
+class Steps:
+    """Steps of one layout, for a batch at each of the FRACTIONS of decoded / prompt tokens.
+
+    Batches are forks of each other, so that they share their prompts and what was decoded first.
+    """
+
+    def __init__(self, name: str) -> None:
+        c = dist.get_world_size()
+        self.turns = Turns()
+        config = Config(
+            layout=f"{name}/1:C={c},T={PAGE}",
+            pages=[BATCH * (int(PROMPT * (1 + max(FRACTIONS))) // PAGE + 2 * len(FRACTIONS))] * c,
+            max_len=2**20,
+            model=MODEL,
+            poison=False,
+        )
+        self.cache = HelixCache.on(config, helix_mesh(config), backend=self.turns)
+        empty = torch.zeros(1, PROMPT, MODEL.kv_heads, MODEL.head_dim)
+        for id in range(BATCH):
+            self.cache.admit(id, PROMPT, lambda at: (empty[:, at], empty[:, at]))
+        self.batches, ids, decoded = list[list[int]](), list(range(BATCH)), 0
+        for x in FRACTIONS:
+            while decoded < x * PROMPT:
+                self.cache.begin(ids, [PAGE] * BATCH)
+                decoded += PAGE
+            self.batches.append(ids)
+            grown, ids = ids, [id + BATCH for id in ids]
+            for parent, child in zip(grown, ids, strict=True):
+                self.cache.fork(parent, child)
+        self.cache.pool.normal_()  # decoded tokens that no step wrote
+
+    def seconds(self, ids: list[int]) -> Tensor:
+        """One token for each of these: this rank's time on every clock, without waiting."""
+        q = torch.zeros(1, BATCH, MODEL.q_heads, MODEL.head_dim)
+        kv = torch.zeros(1, BATCH, MODEL.kv_heads, MODEL.head_dim)
+        begun = read_clocks()
+        self.cache.decode(ids, q, kv, kv)
+        return read_clocks() - begun - self.turns.waited
 
 
-def slowest(name: str, fractions: tuple[float, ...]) -> list[float]:
-    """Median seconds of a step on its slowest rank, at each decoded / prompt tokens."""
-    c, turns = dist.get_world_size(), Turns()
-    most = PROMPT * (1 + max(fractions)) + PAGE * c
-    config = Config(
-        layout=f"{name}/1:C={c},T={PAGE}",
-        pages=[BATCH * int(most) // PAGE] * c,
-        max_len=2**20,
-        model=MODEL,
-    )
-    cache = HelixCache.on(config, helix_mesh(config), backend=turns)
-    cache.pool.normal_()  # decoded tokens that no step wrote
-    empty = torch.zeros(1, PROMPT, MODEL.kv_heads, MODEL.head_dim)
-    for id in range(BATCH):
-        cache.admit(id, PROMPT, lambda at: (empty[:, at], empty[:, at]))
-    found, decoded = [], 0
-    for x in fractions:
-        while decoded < x * PROMPT:
-            cache.begin(list(range(BATCH)), [PAGE] * BATCH)
-            decoded += PAGE
-        times = torch.tensor([step_seconds(cache, turns) for _ in range(STEPS + 2)][2:])
-        dist.all_reduce(times, dist.ReduceOp.MAX)
-        found.append(statistics.median(times.tolist()))
-    return found
+Figures = dict[str, list[float]]
+"""By layout, one for each of the FRACTIONS."""
+
+
+def measure() -> dict[str, tuple[Figures, Figures]]:
+    """By clock: the largest of the ranks' median seconds, and the largest of their spreads.
+
+    A spread is what lies between the quartiles, over the median.
+    """
+    layouts = [Steps(name) for name in LAYOUTS]
+    times = torch.zeros(ROUNDS, len(LAYOUTS), len(FRACTIONS), len(CLOCKS), dtype=torch.float64)
+    for turn in range(-WARM_UP, ROUNDS):
+        for place in range(len(layouts)):
+            layout = (place + turn) % len(layouts)  # none always comes after the same other one
+            for fraction, ids in enumerate(layouts[layout].batches):
+                times[max(turn, 0), layout, fraction] = layouts[layout].seconds(ids)
+    low, slowest, high = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 0)
+    spread = (high - low) / slowest
+    for figures in (slowest, spread):
+        dist.all_reduce(figures, dist.ReduceOp.MAX)
+    return {
+        clock: (
+            dict(zip(LAYOUTS, slowest[..., place].tolist(), strict=True)),
+            dict(zip(LAYOUTS, spread[..., place].tolist(), strict=True)),
+        )
+        for place, clock in enumerate(CLOCKS)
+    }
 
 
 def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
@@ -112,6 +157,28 @@ def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     return before / even
 
 
+def judged(steps: Figures, spread: Figures, c: int) -> dict[str, Any]:
+    """What the closed form says of one clock's steps, and how far the measured ones are off."""
+    even, share = steps["balanced"], PROMPT / c
+    a, f = statistics.linear_regression([share * (1 + x) for x in FRACTIONS], even)
+    closed = [(f + a * share * (1 + c * x)) / (f + a * share * (1 + x)) for x in FRACTIONS]
+    ratios = {
+        name: [step / base for step, base in zip(of, even, strict=True)]
+        for name, of in steps.items()
+    }
+    off = [r / form - 1 for r, form in zip(ratios["before_9757"], closed, strict=True)]
+    return {
+        "fixed": f, "per_token": a, "closed": closed, "ratios": ratios, "off": off,
+        "planned": [planned_ratio(c, f, a, x) for x in FRACTIONS], "seconds": steps,
+        "spread": spread,
+    }  # fmt: skip
+
+
+def row(name: str, figures: list[float], form: str = ".3f") -> str:
+    """A line of the table."""
+    return f"{name:<30}" + "".join(f"{figure:>12{form}}" for figure in figures)
+
+
 def main() -> None:
     """Measure on all ranks, print on the first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,32 +187,28 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     c = dist.get_world_size()
-    measured = {name: slowest(name, FRACTIONS) for name in LAYOUTS}
-    share, even = PROMPT / c, measured["balanced"]
-    a = (even[-1] - even[0]) / (share * (FRACTIONS[-1] - FRACTIONS[0]))
-    f = even[0] - a * share * (1 + FRACTIONS[0])
+    found = {clock: judged(*figures, c) for clock, figures in measure().items()}
     if dist.get_rank() == 0:
-        print(f"{c} gloo ranks, {BATCH} requests of {PROMPT} tokens and x times as many decoded")
-        print(f"slowest rank: fixed {f * 1e3:.2f} ms, {a * 1e9:.0f} ns for each token of a request")
-        print(
-            f"{'step / even, in closed form':<30}" + "".join(f"{f'x = {x}':>12}" for x in FRACTIONS)
-        )
-        closed = [(f + a * share * (1 + c * x)) / (f + a * share * (1 + x)) for x in FRACTIONS]
-        planned = [planned_ratio(c, f, a, x) for x in FRACTIONS]
-        print(f"{'before_9757':<30}" + "".join(f"{ratio:>12.3f}" for ratio in closed))
-        print(f"{'the same by helix plan':<30}" + "".join(f"{ratio:>12.3f}" for ratio in planned))
-        print(f"{'step / balanced, measured':<30}")
-        for name, steps in measured.items():
-            ratios = [step / base for step, base in zip(steps, even, strict=True)]
-            print(f"{name:<30}" + "".join(f"{ratio:>12.3f}" for ratio in ratios))
-        off = [
-            step / base / ratio - 1
-            for step, base, ratio in zip(measured["before_9757"], even, closed, strict=True)
-        ]
-        print(f"{'before_9757 off its form by':<30}" + "".join(f"{part:>12.1%}" for part in off))
+        print(f"{c} gloo ranks, {BATCH} requests of {PROMPT} tokens and x times as many decoded;")
+        print(f"a step is its slowest rank's median of {ROUNDS}, waiting for others left out")
+        print("spread: between the quartiles, over the median, of the rank that varies most")
+        for clock, one in found.items():
+            print(
+                f"\n{clock} time: fixed {one['fixed'] * 1e3:.2f} ms, {one['per_token'] * 1e9:.0f} "
+                "ns for each token of a request"
+            )
+            print(f"{'step / even, in closed form':<30}", end="")
+            print("".join(f"{f'x = {x}':>12}" for x in FRACTIONS))
+            print(row("before_9757", one["closed"]))
+            print(row("the same by helix plan", one["planned"]))
+            print("step / balanced, measured")
+            for name, ratios in one["ratios"].items():
+                print(row(name, ratios))
+            print(row("before_9757 off its form by", one["off"], ".1%"))
+            print(row("spread of before_9757", one["spread"]["before_9757"], ".1%"))
+            print(row("spread of balanced", one["spread"]["balanced"], ".1%"))
         if options.json:
-            figures = {"fixed": f, "per_token": a, "x": FRACTIONS, "seconds": measured, "off": off}
-            options.json.write_text(json.dumps(figures, indent=1))
+            options.json.write_text(json.dumps({"x": FRACTIONS, "clocks": found}, indent=1))
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Final
 
 import torch
@@ -12,8 +13,9 @@ from helix_gpu.merge import merge
 TOKENS_AT_ONCE: Final = 512
 """Slots of each token gathered at a time. It bounds the scratch memory, and does not depend
 on the batch, so that dummy requests leave the order of summation alone."""
-ROWS_AT_ONCE: Final = 16
-"""Tokens that are gathered for at a time: what they see should still be in the caches."""
+BYTES_AT_ONCE: Final = 2**23
+"""Keys and values gathered at a time, for as many tokens as they suffice for: they should still be
+in the caches when they are used, and memory of this size is not fetched anew for each call."""
 
 VECTOR: Final = 16
 """Torch's operation takes so many scores at a time; of the odd ones at the end it is less exact,
@@ -47,12 +49,15 @@ def attend_pages(
     output = query.new_zeros((*query.shape[:3], value_dim))
     lse = query.new_full(query.shape[:3], -torch.inf)
     pages_at_once = max(1, TOKENS_AT_ONCE // t)
-    gather = _Gather(pages, min(ROWS_AT_ONCE, len(q)), min(pages_at_once, tables.shape[1]))
+    most = min(pages_at_once, tables.shape[1])
+    of_a_row = most * prod(pages.shape[1:]) * torch.float32.itemsize
+    rows_at_once = max(1, BYTES_AT_ONCE // max(1, of_a_row))
+    gather = _Gather(pages, min(rows_at_once, len(q)), most)
     for first in range(0, tables.shape[1], pages_at_once):
         # Torch's operation ends the process when it is given no keys: such rows are left out.
         seeing = (lengths > first * t).nonzero()[:, 0]
-        for begin in range(0, len(seeing), ROWS_AT_ONCE):
-            rows = seeing[begin : begin + ROWS_AT_ONCE]
+        for begin in range(0, len(seeing), rows_at_once):
+            rows = seeing[begin : begin + rows_at_once]
             seen = (lengths[rows] - first * t).clamp(max=pages_at_once * t)
             width = -(-int(seen.max()) // t)
             table = tables[rows, first : first + width]
