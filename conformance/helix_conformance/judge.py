@@ -114,15 +114,18 @@ class Judge:
     # The outcome of an accepted decode
 
     def _decoded(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        expected = [self.model.outcome(rank, None) for rank in range(self.cp)]
-        for rank, outcome in enumerate(outcomes):
-            wanted = expected[rank % self.cp]
+        expected = [
+            self.model.decoded(rank % self.cp, pairing.number)
+            for rank, pairing in enumerate(self.pairings)
+        ]
+        for rank, (outcome, wanted) in enumerate(zip(outcomes, expected, strict=True)):
             _check_columns(rank, outcome, wanted, self.profiles)
             yield from self._columns(rank, outcome, wanted)
-        if any(o.active != expected[rank % self.cp].active for rank, o in enumerate(outcomes)):
-            yield from self._owners(outcomes, expected)
+        if any(o.active != wanted.active for o, wanted in zip(outcomes, expected, strict=True)):
+            yield from self._owners(outcomes, expected[: self.cp])
             yield from self._balance(outcomes[: self.cp])
-        yield from self._slots(outcomes)
+        if any(o.slots != wanted.slots for o, wanted in zip(outcomes, expected, strict=True)):
+            yield from self._slots(outcomes)  # also when a page is seen for the first time
 
     def _columns(self, rank: int, outcome: Outcome, wanted: Outcome) -> Iterator[Violation]:
         """LEN-2, POS-1, LEN-3 and PAGE-4 of one rank."""
@@ -136,6 +139,8 @@ class Judge:
         if (reported or "attention" in self.profiles) and outcome.visible != wanted.visible:
             what = "keys on this rank that each new token's query sees"
             yield Violation("LEN-3", what, wanted.visible, outcome.visible, rank)
+        if outcome.active == wanted.active and outcome.slots == wanted.slots:
+            return
         for active, slot in zip(outcome.active, outcome.slots, strict=True):
             if slot >= 0 and not active:
                 what = "slot of a token that this rank does not own"
@@ -229,16 +234,14 @@ class Judge:
         slices = [
             self._slice(rank, outcome.output, tokens) for rank, outcome in enumerate(outcomes)
         ]
-        merged, token, wrong = np.concatenate(slices, axis=2), 0, list[_WrongOutput]()
-        for step in self.model.last_steps:
-            for place in range(len(step.owners)):
-                exact, bound = self.oracle.attention(step, place)
-                error = np.sqrt(((merged[:, token] - exact) ** 2).sum(-1))
-                right = error <= bound  # a NaN is not within the bound either
-                if not right.all():
-                    output = merged[:, token]
-                    wrong.append(_WrongOutput(step, place, output, exact, bound, error, ~right))
-                token += 1
+        merged, wrong = np.concatenate(slices, axis=2), list[_WrongOutput]()
+        attention = self.oracle.attention(self.model.last_steps)
+        for token, (step, place, exact, bound) in enumerate(attention):
+            error = np.sqrt(((merged[:, token] - exact) ** 2).sum(-1))
+            right = error <= bound  # a NaN is not within the bound either
+            if not right.all():
+                output = merged[:, token]
+                wrong.append(_WrongOutput(step, place, output, exact, bound, error, ~right))
         if wrong:
             numbers = ["ATT-1", "ATT-4"]
             if all(one.has_other_heads() for one in wrong):
@@ -330,8 +333,9 @@ class Judge:
         present = [view for view in views if view is not None]
         if len(present) < len(views):
             return found
-        live = set(self._live())
-        preempted = sorted(self.model.requests.keys() - live)
+        preempted = [id for id, request in self.model.requests.items() if request.preempted]
+        preempted.sort()
+        live = self.model.requests.keys() - preempted
         for rank, view in enumerate(present):
             found += _known(rank, view, live, preempted)
         if found:
@@ -355,6 +359,12 @@ class Judge:
 
     def _lengths(self, views: Sequence[RankView], ids: set[int]) -> Iterator[Violation]:
         """LEN-1, BAL-1 and MAP-1 of these requests, in each group of cp_size ranks."""
+        requests = self.model.requests
+        if all(
+            view.local_len == {id: len(requests[id].ranks[rank % self.cp]) for id in ids}
+            for rank, view in enumerate(views)
+        ):
+            return
         for id in sorted(ids):
             request = self.model.requests[id]
             expected = [len(positions) for positions in request.ranks]
@@ -401,10 +411,9 @@ class Judge:
     def _pages(self, rank: int, view: RankView, whole: bool) -> Iterator[Violation]:
         """PAGE-1, PAGE-2, PAGE-3 and GROW-1 on one rank."""
         cp_rank, pairing = rank % self.cp, self.pairings[rank]
-        for id in view.local_len:
-            table, twins = view.block_tables.get(id, []), self.model.requests[id].tables[cp_rank]
-            if pairing.stays(id, table, twins):
-                continue
+        twins_of = {id: self.model.requests[id].tables[cp_rank] for id in view.local_len}
+        for id in pairing.changed(view.block_tables, twins_of):
+            table, twins = view.block_tables.get(id, []), twins_of[id]
             if len(table) != len(twins):
                 what = f"pages of request {id}"
                 yield Violation("PAGE-1", what, len(twins), len(table), rank, id)
@@ -511,11 +520,17 @@ def _known(rank: int, view: RankView, live: set[int], preempted: list[int]) -> I
 
 def _check_columns(rank: int, outcome: Outcome, wanted: Outcome, profiles: frozenset[str]) -> None:
     """Raises GarbageError when a decode's columns have other lengths than its batch."""
-    columns = ("position_ids", "active", "slots")
-    for name in ("past_len", *columns) if "lengths" in profiles else columns:
-        size, right = len(getattr(outcome, name)), len(getattr(wanted, name))
-        if size != right:
-            raise GarbageError(rank, f"its {name} has {size} entries, not {right}")
+    tokens = len(wanted.active)
+    _check_column(rank, "position_ids", outcome.position_ids, tokens)
+    _check_column(rank, "active", outcome.active, tokens)
+    _check_column(rank, "slots", outcome.slots, tokens)
+    if "lengths" in profiles:
+        _check_column(rank, "past_len", outcome.past_len, len(wanted.past_len))
+
+
+def _check_column(rank: int, name: str, column: Sequence[Any], right: int) -> None:
+    if len(column) != right:
+        raise GarbageError(rank, f"its {name} has {len(column)} entries, not {right}")
 
 
 def _decoded_before(request: Request, step: Step) -> list[int]:

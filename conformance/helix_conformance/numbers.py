@@ -125,6 +125,16 @@ class Rotated:
         """Per entry, how far apart two honest roundings may lie."""
         return self.most - self.least
 
+    def followed_by(self, rows: Rotated, first: int) -> Rotated:
+        """The first so many tokens of these rows, and others behind them."""
+        pairs = (
+            (self.exact, rows.exact),
+            (self.stored, rows.stored),
+            (self.least, rows.least),
+            (self.most, rows.most),
+        )
+        return Rotated(*(np.concatenate([a[:, :first], b], axis=1) for a, b in pairs))
+
 
 def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
     """RoPE of rows (layers, n, heads, dim) at global positions (n), kept in these types in turn.
@@ -208,13 +218,14 @@ def exact_attention(
     moved = (p[..., None] * scale * k).transpose(0, 2, 1) @ apart
     squares += _in_doubt(q_doubt * _norm(moved), model.dtype) ** 2
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
-    for rank in np.unique(ranks):
-        mine = ranks == rank
-        weight = p[:, mine].sum(-1)
-        part = (p[:, None, mine] @ v[:, mine])[:, 0] / np.maximum(weight, 1e-300)[:, None]
-        part_lse = lse + np.log(np.maximum(weight, 1e-300))
-        squares += (weight * _norm(part) * u_wire) ** 2
-        squares += (weight * (np.abs(part_lse) + 1) * 2 * U32 * _norm(part - output)) ** 2
+    mine = (ranks == np.arange(ranks.max() + 1)[:, None])[:, None]  # (ranks, 1, S)
+    share = p * mine  # (ranks, q_heads, S)
+    weight = share.sum(-1)
+    heavy = np.maximum(weight, 1e-300)
+    part = (share.transpose(1, 0, 2) @ v).transpose(1, 0, 2) / heavy[..., None]
+    squares += ((weight * _norm(part) * u_wire) ** 2).sum(0)
+    doubt = (np.abs(lse + np.log(heavy)) + 1) * 2 * U32
+    squares += ((weight * doubt * _norm(part - output)) ** 2).sum(0)
     squares += (u_out * _norm(output)) ** 2
     mass = (p[:, None, :] @ np.abs(v))[:, 0]
     squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2

@@ -8,9 +8,13 @@ on write included.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from helix_conformance.violations import Violation
 from helix_reference.model import Page
+
+UNPAIRED: Final = -(2**62)
+"""Stands for a page that no physical page stands for yet: no slot is in it."""
 
 
 class Pairing:
@@ -26,12 +30,20 @@ class Pairing:
         self.tables: dict[int, tuple[list[int], list[Page]]] = {}
         """What was last seen of each request, to look again only at what changed."""
 
-    def stays(self, id: int, table: list[int], twins: list[Page]) -> bool:
-        """Whether a request's block table is what it was, and stands for the same pages."""
-        return self.tables.get(id) == (table, twins)
+    def number(self, twin: Page) -> int:
+        """The physical page that stands for this page of the model; UNPAIRED when none does."""
+        return self.numbers.get(twin, UNPAIRED)
+
+    def changed(self, tables: dict[int, list[int]], twins: dict[int, list[Page]]) -> list[int]:
+        """Those of the requests with these `twins` whose block tables are not what they were.
+
+        All others stand for the same pages as when they were last looked at.
+        """
+        kept = self.tables
+        return [id for id, pages in twins.items() if kept.get(id) != (tables.get(id, []), pages)]
 
     def table(self, rank: int, id: int, table: list[int], twins: list[Page]) -> Iterator[Violation]:
-        """One request's block table, when it does not stay."""
+        """One request's block table, when it has changed."""
         for page, twin in zip(table, twins, strict=False):
             yield from self.pair(rank, id, page, twin)
         extra = table[len(twins) :]

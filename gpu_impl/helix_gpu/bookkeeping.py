@@ -95,9 +95,9 @@ class RankBook:
         """Pages of this rank's pool that no request holds."""
         return self._allocator.free
 
-    def is_live(self, id: int) -> bool:
-        """Whether a request of this id is live."""
-        return self.ledger.is_live(id)
+    def live(self, ids: Sequence[int]) -> list[int]:
+        """Those of the requests that are live, in their order."""
+        return self.ledger.live(ids)
 
     def local_len(self, id: int) -> int:
         """Tokens of a live request on this rank. Raises Refused."""
@@ -176,9 +176,9 @@ class RankBook:
         t = self.layout.tokens_per_block
         index = step.past_lens[:, self.cp_rank]
         active = step.owners == self.cp_rank
-        slots = np.full(len(rows), -1)
-        own = index[active]
-        slots[active] = self.tables.page(rows[active], own // t) * t + own % t
+        slots, mine = np.full(len(rows), -1), active.nonzero()[0]
+        own = index[mine]
+        slots[mine] = self.tables.page(rows[mine], own // t) * t + own % t
         return RankStep(
             index[step.firsts], step.positions, active, slots, index + active, rows, taken, copied,
             step.pad,

@@ -137,9 +137,9 @@ class Ledger:
         """Live requests, in the order in which they were placed."""
         return list(self._row_of)
 
-    def is_live(self, id: int) -> bool:
-        """Whether a request of this id is live."""
-        return id in self._row_of
+    def live(self, ids: Sequence[int]) -> list[int]:
+        """Those of the requests that are live."""
+        return [id for id in ids if id in self._row_of]
 
     def rows(self, ids: Sequence[int]) -> Ints:
         """[n] where the ledger keeps live requests. Raises Refused(unknown or preempted)."""
@@ -212,12 +212,13 @@ class Ledger:
         requests, firsts, positions, owners, past_lens = self._deal(rows, lens, tokens)
         c, t = self.layout.cp_size, self.layout.tokens_per_block
         if self.layout.pages == "lockstep":
-            number, offset = np.divmod(positions, t * c)
-            opening = (offset == 0).nonzero()[0]
+            held, block = positions, t * c
+        else:
+            held, block = past_lens[np.arange(tokens), owners], t
+        opening = (held % block == 0).nonzero()[0]
+        if self.layout.pages == "lockstep":
             pages = np.full(c, len(opening))
         else:
-            number, offset = np.divmod(past_lens[np.arange(tokens), owners], t)
-            opening = (offset == 0).nonzero()[0]
             pages = np.bincount(owners[opening], minlength=c)
         shared = self._shared_writes(rows, requests, owners) if self._open_pages.holders else []
         for write in shared:
@@ -225,7 +226,7 @@ class Ledger:
         self._check_pages(pages)
         return Step(
             rows, lens, requests, firsts, positions, owners, past_lens,
-            opening, number[opening], shared, pages, pad,
+            opening, held[opening] // block, shared, pages, pad,
         )  # fmt: skip
 
     def advance(self, step: Step) -> None:

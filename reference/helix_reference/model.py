@@ -8,9 +8,11 @@ it may happen at all, so that a refused event changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from operator import attrgetter
+from typing import NamedTuple
 
 from helix_reference.dealing import deal_prompt, decode_owner
 from helix_reference.refusals import refusal
@@ -91,8 +93,7 @@ class Request:
         return len(self.tokens) - self.prompt_len
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """What one accepted decode did for one request of its batch."""
 
     id: int
@@ -102,10 +103,11 @@ class Step:
     """cp_rank of each new token."""
     past_len: list[int]
     """Tokens on each cp_rank before the step."""
+    held: list[list[int]]
+    """For each new token, tokens on each cp_rank once it was placed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
+class Growth(NamedTuple):
     """Pages that one rank needs for a request's new tokens."""
 
     rank: int
@@ -195,14 +197,11 @@ class Model:
         place = 0
         for id, query_len in zip(ids, query_lens, strict=True):
             request = self.requests[id]
-            step = Step(
-                id,
-                len(request.tokens),
-                self.owners(request, query_len),
-                [len(positions) for positions in request.ranks],
-            )
-            for owner in step.owners:
+            owners = self.owners(request, query_len)
+            step = Step(id, len(request.tokens), owners, _lengths(request), [])
+            for owner in owners:
                 self._append(request, (self.events_seen, place), owner)
+                step.held.append(_lengths(request))
                 place += 1
             request.open_group = query_len
             request.outstanding += self.config.overlap
@@ -320,17 +319,31 @@ class Model:
         """What cp_rank `rank` answers to the last event, without the attention output."""
         if reason is not None or not self.last_steps:
             return Outcome(reason)
-        past_len, position_ids, active, slots, visible = [], [], [], [], []
+        return self.decoded(rank, attrgetter("number"))
+
+    def decoded(self, rank: int, number_of: Callable[[Page], int]) -> Outcome:
+        """What cp_rank `rank` answers to the decode just accepted, with its pages so numbered."""
+        return Outcome(
+            None,
+            [step.past_len[rank] for step in self.last_steps],
+            [step.first + place for step in self.last_steps for place in range(len(step.owners))],
+            [owner == rank for step in self.last_steps for owner in step.owners],
+            self._slots_written(rank, number_of),
+            [held[rank] for step in self.last_steps for held in step.held],
+        )
+
+    def _slots_written(self, rank: int, number_of: Callable[[Page], int]) -> list[int]:
+        """The slots in which a rank wrote the last event's tokens; -1 where it wrote none."""
+        slots, t = [], self.layout.tokens_per_block
         for step in self.last_steps:
-            held = step.past_len[rank]
-            past_len.append(held)
-            for place, owner in enumerate(step.owners):
-                position_ids.append(step.first + place)
-                active.append(owner == rank)
-                slots.append(self.slot(step.id, rank, held) if owner == rank else -1)
-                held += owner == rank
-                visible.append(held)
-        return Outcome(None, past_len, position_ids, active, slots, visible)
+            table = self.requests[step.id].tables[rank]
+            for owner, held in zip(step.owners, step.held, strict=True):
+                slot = -1
+                if owner == rank:
+                    index = held[rank] - 1
+                    slot = number_of(table[index // t]) * t + index % t
+                slots.append(slot)
+        return slots
 
     def slot(self, id: int, rank: int, index: int) -> int:
         """Slot of a request's local index on a rank."""
@@ -347,6 +360,11 @@ class Model:
             sorted(id for id, request in self.requests.items() if request.preempted),
             len(self.pools[rank].free),
         )
+
+
+def _lengths(request: Request) -> list[int]:
+    """Tokens of a request on each cp_rank."""
+    return [len(positions) for positions in request.ranks]
 
 
 def _growth(rank: int, table: list[Page], held: int, more: int, block: int) -> Growth:

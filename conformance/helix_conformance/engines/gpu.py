@@ -370,7 +370,7 @@ def _outcome(step: RankStep) -> Outcome:
 
 
 def _view(book: RankBook, ids: Sequence[int] | None) -> RankView:
-    asked = book.request_ids if ids is None else [id for id in ids if book.is_live(id)]
+    asked = book.request_ids if ids is None else book.live(ids)
     lengths, tables = book.holdings(asked)
     return RankView(
         dict(zip(asked, lengths, strict=True)),
