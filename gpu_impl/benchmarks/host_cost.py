@@ -120,8 +120,9 @@ def main() -> None:
                 f"{middle / requests:>11.2f}"
             )
             figures.append(
-                {"name": name, "requests": requests, "context": context, "median_us": middle}
-            )
+                {"name": name, "requests": requests, "context": context, "median_us": middle,
+                 "q05_us": low, "q95_us": high}
+            )  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 

@@ -11,6 +11,8 @@ import ctypes
 import functools
 import os
 import shutil
+import subprocess
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,8 +74,13 @@ def attend_pages(
     if pages.stride()[-2:] != (key_dim, 1):
         pages = pages.contiguous()
     parts, t, kv_heads = pages.shape[1:4]
-    q, tables, lengths = q.float().contiguous(), tables.contiguous(), lengths.contiguous()
-    output, lse = q.new_empty((n, q_heads, value_dim)), q.new_empty((n, q_heads))
+    if q.dtype == pages.dtype == torch.bfloat16:
+        name += "_alike"  # a processor may multiply them as they are
+    else:
+        q = q.float()
+    q, tables, lengths = q.contiguous(), tables.contiguous(), lengths.contiguous()
+    output = torch.empty((n, q_heads, value_dim), dtype=torch.float32)
+    lse = torch.empty((n, q_heads), dtype=torch.float32)
     sizes = _Sizes(
         n, tables.shape[1], q_heads, kv_heads, q_heads // kv_heads, key_dim, value_dim, t,
         pages.stride(0), pages.stride(1) * (parts - 1), pages.stride(2),
@@ -90,10 +97,20 @@ def _library() -> Any:
     from torch.utils.cpp_extension import load
 
     path = load(
-        # Built for this very kind of processor, while the cache of builds may be shared.
-        f"helix_gpu_native_{torch.backends.cpu.get_cpu_capability().lower()}",
+        f"helix_gpu_native_{_processor()}",
         [str(Path(__file__).with_name("attend_pages.cpp"))],
         extra_cflags=["-O3", "-march=native", "-std=c++20"],
         is_python_module=False,
     )
     return ctypes.CDLL(path)
+
+
+def _processor() -> str:
+    """A name for what is built here: for this very processor, while the cache may be shared."""
+    compiler = os.environ.get("CXX", "c++")
+    macros = subprocess.run(
+        [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
+        capture_output=True,
+        check=True,
+    ).stdout
+    return sha256(macros).hexdigest()[:8]

@@ -4,15 +4,21 @@
 // does not change the order of any sum; the pieces are worked on in parallel and merged in order.
 // Within a piece, tiles of LANES tokens: all heads' scores (K is read once, front to back, while V
 // is fetched ahead), an online softmax for each head, then the weighted sum of V. All arithmetic
-// is float32, whatever the type of the cache.
+// is float32, whatever the type of the cache. Where query and cache are bfloat16 the processor may
+// take their products in pairs: these are exact, and their sums are float32 too, each rounded.
 
 #include <ATen/Parallel.h>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -39,7 +45,11 @@ inline Floats load(const float* from) {
 inline Floats load(const BFloat16* from) {
   Uppers bits;
   std::memcpy(&bits, from, sizeof(bits));
+#ifdef __AVX512F__  // gcc 12 takes half a dozen instructions for what this one does
+  return (Floats)((Ints)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#else
   return (Floats)(__builtin_convertvector(bits, Ints) << 16);
+#endif
 }
 
 inline Floats load(const _Float16* from) {
@@ -125,11 +135,33 @@ struct Sizes {
   int64_t page_stride, part_stride, token_stride;  // in elements
 };
 
+#ifdef __AVX512BF16__
+inline __m512bh load_pairs(const BFloat16* from) {
+  __m512bh x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+// Adds the products of two neighbours to each lane.
+inline Floats multiply_add(Floats sum, __m512bh a, __m512bh b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, a, b);
+}
+#endif
+
 // Scores of `heads` query heads that share a key.
-template <int heads, typename T>
-inline void scores(const float* q, const T* key, int64_t dim, float* to) {
+template <int heads, typename Q, typename T>
+inline void scores(const Q* q, const T* key, int64_t dim, float* to) {
   Floats dot[heads] = {};
-  for (int64_t d = 0; d < dim; d += LANES) {
+  int64_t d = 0;
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<Q, BFloat16>) {
+    for (; d + 2 * LANES <= dim; d += 2 * LANES) {
+      const __m512bh k = load_pairs(key + d);
+      for (int i = 0; i < heads; i++) dot[i] = multiply_add(dot[i], load_pairs(q + i * dim + d), k);
+    }
+  }
+#endif
+  for (; d < dim; d += LANES) {
     const Floats k = load(key + d);
     for (int i = 0; i < heads; i++) dot[i] += k * load(q + i * dim + d);
   }
@@ -137,8 +169,8 @@ inline void scores(const float* q, const T* key, int64_t dim, float* to) {
 }
 
 // All heads' scores for a token: K is read front to back while V is fetched ahead.
-template <typename T>
-inline void score_token(const Sizes& s, const float* q, const T* key, const T* value, float* to) {
+template <typename Q, typename T>
+inline void score_token(const Sizes& s, const Q* q, const T* key, const T* value, float* to) {
   for (int64_t h = 0; h < s.kv_heads; h++, key += s.key_dim, value += s.key_dim) {
     for (int64_t d = 0; d < s.value_dim; d += 64 / sizeof(T)) __builtin_prefetch(value + d);
     int64_t head = h * s.group;
@@ -180,8 +212,8 @@ inline void weigh_all(const float* weights, const T* const* values, int64_t offs
 }
 
 // One piece of one row: sums relative to the largest score, per query head.
-template <typename T>
-void attend(const Sizes& s, float scale, const float* q, const T* pages, const int64_t* table,
+template <typename Q, typename T>
+void attend(const Sizes& s, float scale, const Q* q, const T* pages, const int64_t* table,
             int64_t first, int64_t last, float* output, float* most, float* total) {
   std::vector<float> weights(s.q_heads * LANES, NONE);
   std::fill_n(output, s.q_heads * s.value_dim, 0.0f);
@@ -225,8 +257,8 @@ void attend(const Sizes& s, float scale, const float* q, const T* pages, const i
   }
 }
 
-template <typename T>
-void attend_rows(const Sizes& s, float scale, const float* q, const T* pages,
+template <typename Q, typename T>
+void attend_rows(const Sizes& s, float scale, const Q* q, const T* pages,
                  const int64_t* tables, const int64_t* lengths, float* output, float* lse) {
   struct Piece {
     int64_t row, first, last;
@@ -271,13 +303,14 @@ void attend_rows(const Sizes& s, float scale, const float* q, const T* pages,
 
 }  // namespace
 
-// Sizes, types and layout are checked by the caller; a name for each type of cache.
-#define ATTEND_PAGES(name, T)                                                                  \
-  extern "C" void name(const Sizes* s, float scale, const float* q, const void* pages,         \
+// Sizes, types and layout are checked by the caller; a name for each type of query and cache.
+#define ATTEND_PAGES(name, Q, T)                                                               \
+  extern "C" void name(const Sizes* s, float scale, const void* q, const void* pages,          \
                        const int64_t* tables, const int64_t* lengths, float* output,           \
                        float* lse) {                                                           \
-    attend_rows(*s, scale, q, (const T*)pages, tables, lengths, output, lse);                  \
+    attend_rows(*s, scale, (const Q*)q, (const T*)pages, tables, lengths, output, lse);        \
   }
-ATTEND_PAGES(attend_float32, float)
-ATTEND_PAGES(attend_bfloat16, BFloat16)
-ATTEND_PAGES(attend_float16, _Float16)
+ATTEND_PAGES(attend_float32, float, float)
+ATTEND_PAGES(attend_bfloat16, float, BFloat16)
+ATTEND_PAGES(attend_bfloat16_alike, BFloat16, BFloat16)
+ATTEND_PAGES(attend_float16, float, _Float16)
