@@ -5,9 +5,9 @@
 Ranks share cores here, and cores are shared with others. So each rank attends alone while the
 others wait, and two clocks are read, both without that waiting: the processor time of the rank's
 process for the whole step (bookkeeping, append, attention, exchange, merge), and the wall clock. A
-rank's time is its median over rounds, in each of which every layout has a step of every kind, in
-turn; a step takes what its slowest rank takes. The claim is judged by processor time: what the
-step costs, wherever the system made it wait.
+rank's time is its median over rounds, in each of which every layout, in a random order, has a step
+of every kind; a step takes what its slowest rank takes. The claim is judged by processor time: what
+the step costs, wherever the system made it wait.
 
 A fixed cost f and a cost a for each cached token are the line through the steps of `balanced`.
 Then the closed form of a step before pull request 9757 is f + a*S/C*(1 + C*x), that of an even
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import time
 from pathlib import Path
@@ -35,10 +36,11 @@ from helix_gpu.cache import HelixCache
 from helix_gpu.mesh import helix_mesh
 from helix_spec.configs import Config, ModelShape
 from helix_spec.layouts import named_layout
+from helix_spec.placement import pages_needed
 
 LAYOUTS = ("before_9757", "pr9757", "pr17866", "balanced")
 FRACTIONS = (0.0, 0.5, 1.0, 2.0)
-BATCH, PROMPT, PAGE, ROUNDS, WARM_UP = 4, 16384, 64, 40, 2
+BATCH, PROMPT, PAGE, ROUNDS, WARM_UP = 4, 16384, 64, 60, 2
 MODEL = ModelShape(layers=1, q_heads=16, kv_heads=4, head_dim=64, dtype="float32")
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 
@@ -78,9 +80,19 @@ class Steps:
     def __init__(self, name: str) -> None:
         c = dist.get_world_size()
         self.turns = Turns()
+        rules = named_layout(name, cp_size=c, tokens_per_block=PAGE)
+        most = int(PROMPT * max(FRACTIONS))
         config = Config(
             layout=f"{name}/1:C={c},T={PAGE}",
-            pages=[BATCH * (int(PROMPT * (1 + max(FRACTIONS))) // PAGE + 2 * len(FRACTIONS))] * c,
+            # As many as the longest batch fills, and one that each request opens when measured.
+            pages=[
+                sum(
+                    pages_needed(rules, PROMPT, most, rank, id if name == "balanced" else 0)
+                    + len(FRACTIONS)
+                    for id in range(BATCH)
+                )
+                for rank in range(c)
+            ],
             max_len=2**20,
             model=MODEL,
             poison=False,
@@ -121,8 +133,7 @@ def measure() -> dict[str, tuple[Figures, Figures]]:
     layouts = [Steps(name) for name in LAYOUTS]
     times = torch.zeros(ROUNDS, len(LAYOUTS), len(FRACTIONS), len(CLOCKS), dtype=torch.float64)
     for turn in range(-WARM_UP, ROUNDS):
-        for place in range(len(layouts)):
-            layout = (place + turn) % len(layouts)  # none always comes after the same other one
+        for layout in random.Random(turn).sample(range(len(layouts)), len(layouts)):
             for fraction, ids in enumerate(layouts[layout].batches):
                 times[max(turn, 0), layout, fraction] = layouts[layout].seconds(ids)
     low, slowest, high = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), 0)
