@@ -72,7 +72,7 @@ def main() -> None:
     speeds = events_per_second(
         LocalDriver(LedgerEngine), bookkeeping, Watch(every=100, touched=True), 5
     )
-    results.append(("bookkeeping, 1 process, C=4, batch 8 of 64", 2000, speeds))
+    results.append(("bookkeeping, 1 process, C=4, batch 8 of 64", 5000, speeds))
     attention = Trace(
         config=Config(
             layout="pr9757/1:C=4,T=4",
@@ -90,7 +90,7 @@ def main() -> None:
         speeds = events_per_second(driver, attention, Watch(), 5)
     finally:
         driver.close()
-    results.append(("attention, 4 gloo ranks, batch 4", 50, speeds))
+    results.append(("attention, 4 gloo ranks, batch 4", 100, speeds))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"{'setting':45} {'events/s':>10} {'least':>8} {'most':>8} {'/ goal':>8}")
     for name, goal, runs in results:
