@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from helix_conformance.zoo.on_cache import attending
-from helix_conformance.zoo.parts import STEP_RULE, OverCache, OverLedger, mutant
+from helix_conformance.zoo.parts import NAMED_LAZY, STEP_RULE, OverCache, OverLedger, mutant
 from helix_gpu.allocator import PageAllocator
 from helix_gpu.attention import attend_pages
 from helix_gpu.block_tables import BlockTables
@@ -37,9 +37,12 @@ corner = partial(mutant, corner=True)
 
 
 @corner("own: a division that is off for three ranks and pages of one token", "OWN-3",
-        features=["speculative"])  # fmt: skip
+        features=["speculative"], layouts=NAMED_LAZY)  # fmt: skip
 class ThreeRanksOneToken(OverLedger):
-    """The last token of a group of three or more goes to the next rank at C=3, T=1."""
+    """The last token of a group of three or more goes to the next rank at C=3, T=1.
+
+    Under `lockstep` it may die of that: the token's slot is in a page not taken.
+    """
 
     class Wrong(Ledger):
         def _turn(self, owner: Ints, left: Ints, tokens: Ints) -> tuple[Ints, Ints]:

@@ -51,9 +51,12 @@ class AppendToLastRank(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("TensorRT-LLM #9757, #17866", "OWN-2", layouts=STEP_RULE)
+@mutant("TensorRT-LLM #9757, #17866", "OWN-2", "REF-1", layouts=STEP_RULE)
 class OwnerRulesMixed(OverLedger):
-    """The last rank follows the position rule, the others the step rule."""
+    """The last rank follows the position rule, the others the step rule.
+
+    Where a pool is full it may refuse alone what the others take.
+    """
 
     def started(self, config: Config) -> None:
         """Swap the rule of one rank."""
@@ -76,11 +79,12 @@ class TwoRanksWrite(OverLedger):
     book_class = Book
 
 
-@mutant("vLLM 0.33.0, --dcp-kv-cache-interleave-size without a KV connector", "OWN-3",
+@mutant("vLLM 0.33.0, --dcp-kv-cache-interleave-size without a KV connector", "OWN-3", "OWN-1",
         depth="placement", layouts=["vllm_dcp"])  # fmt: skip
 class InterleaveIgnored(OverLedger):
     """The configured interleave never takes effect: tokens are dealt one by one.
 
+    A token that comes to the right rank by chance has a wrong slot there.
     As it shows in the metadata of a step, which vLLM makes without allocating anything.
     """
 
@@ -184,9 +188,7 @@ class HeadroomByLocalPage(OverLedger):
 
     class Flat(BlockTables):
         stride = 1
-
-        def __init__(self) -> None:
-            self._flat: Ints = np.zeros(10_000, dtype=np.int64)
+        _flat: Ints
 
         def begin(self, row: int, pages: Sequence[int]) -> None:
             self._flat[row * self.stride :][: len(pages)] = pages
@@ -208,7 +210,9 @@ class HeadroomByLocalPage(OverLedger):
         """Size the rows."""
         layout = config.rules
         block = layout.tokens_per_block * layout.cp_size
-        self.book.tables.stride = max(1, config.max_len // block)  # type: ignore[attr-defined]
+        tables: Any = self.book.tables
+        tables.stride = max(1, config.max_len // block)
+        tables._flat = np.zeros(100 * tables.stride, dtype=np.int64)
 
 
 @mutant("SGLang #36886", "PAGE-1")
