@@ -420,17 +420,20 @@ class HelixCache:
 
     def _begun(self, book: RankStep) -> DecodeStep:
         """The tensors of a step, in the buffers reserved for its number of rows if there are."""
-        tokens, pad = len(book.rows), (0, book.pad)
+        tokens, rows = len(book.rows), len(book.rows) + book.pad
         width = -(-int(book.visible.max()) // self.book.layout.tokens_per_block)
-        rows, seen = tokens + book.pad, int(book.position_ids.sum()) + tokens
+        seen = int(book.position_ids.sum()) + tokens
         step = self._reserved.get(rows) or self._blank(rows, width, seen)
         model = self.config.model
-        positions = self._put(np.pad(book.position_ids, pad))
+        places = np.zeros((3, rows), dtype=np.int64)  # dummies: position 0, no key, no slot
+        places[2] = -1
+        places[:, :tokens] = book.position_ids, book.visible, book.slots
+        positions, lengths, slots = self._put(places)
         cos, sin = rope_table(positions, model.rope_dim, model.rope_base)
         step.cos.copy_(cos)
         step.sin.copy_(sin)
-        step.lengths.copy_(self._put(np.pad(book.visible, pad)))
-        step.slots.copy_(self._put(np.pad(book.slots, pad, constant_values=-1)))
+        step.lengths.copy_(lengths)
+        step.slots.copy_(slots)
         tables = self.book.tables.read(book.rows, width)
         step.tables[:tokens, :width] = self._put(tables)
         return replace(step, book=book, outputs=tokens)
