@@ -139,9 +139,7 @@ def replays(name: str, model: ModelShape) -> dict[str, Any]:
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
     live, gone = list(range(len(PROMPTS))), list[int]()
     for step in range(REPLAYS):
-        if (
-            step % LEAVING == LEAVING // 2
-        ):  # between pages and within them, as their lengths have it
+        if step % LEAVING == LEAVING // 2:
             gone.append(live.pop(0))
             twins.release(gone[-1])
         if step % LEAVING == LEAVING - 1:

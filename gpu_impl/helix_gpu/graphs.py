@@ -76,11 +76,9 @@ class StepGraph:
         the next call. Raises as `HelixCache.decode` does, and ValueError for too many tokens.
         """
         tokens = len(ids) if query_lens is None else sum(query_lens)
-        if tokens > self.rows:
-            raise ValueError(f"The batch has {tokens} new tokens; this graph holds {self.rows}.")
-        self._check(tokens, q, k, v)
+        inputs = self._inputs(tokens, q, k, v)
         self.cache.begin(ids, query_lens, pad=self.rows - tokens)
-        return self.replay(q, k, v)
+        return self._replayed(tokens, inputs)
 
     @torch.no_grad()
     def replay(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
@@ -89,20 +87,27 @@ class StepGraph:
         Arguments, output and errors as `decode` has them; rows that are not given are dummies.
         """
         tokens = q.shape[1]
-        self._check(tokens, q, k, v)
-        for buffer, given in self._inputs(q, k, v):
-            assert given is not None
-            buffer[:, :tokens].copy_(given)
-        self._replay()
-        return self._output[:, :tokens]
+        return self._replayed(tokens, self._inputs(tokens, q, k, v))
 
-    def _inputs(self, q: Tensor, k: Tensor, v: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-        """The graph's buffers, each with what is given for it."""
-        return [(self._q, q), (self._k, k), *([] if self._v is None else [(self._v, v)])]
-
-    def _check(self, tokens: int, q: Tensor, k: Tensor, v: Tensor | None) -> None:
-        for buffer, given in self._inputs(q, k, v):
+    def _inputs(
+        self, tokens: int, q: Tensor, k: Tensor, v: Tensor | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The graph's buffers, each with what is given for it. Raises ValueError if it misfits."""
+        if tokens > self.rows:
+            raise ValueError(f"The batch has {tokens} new tokens; this graph holds {self.rows}.")
+        inputs = list[tuple[Tensor, Tensor]]()
+        for buffer, given in ((self._q, q), (self._k, k), (self._v, v)):
+            if buffer is None:
+                continue
             want = (buffer.shape[0], tokens, *buffer.shape[2:])
             if given is None or tuple(given.shape) != want:
                 shape = None if given is None else tuple(given.shape)
                 raise ValueError(f"An input has shape {shape}; it must have {want}.")
+            inputs.append((buffer, given))
+        return inputs
+
+    def _replayed(self, tokens: int, inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        for buffer, given in inputs:
+            buffer[:, :tokens].copy_(given)
+        self._replay()
+        return self._output[:, :tokens]

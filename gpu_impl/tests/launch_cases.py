@@ -317,6 +317,8 @@ def test_what_a_graph_does_not_hold() -> None:
     q, k, v = inputs(config, 0)
     with pytest.raises(ValueError, match="2 new tokens; this graph holds 1"):
         graph.decode([7, 2], q, k, v)
+    with pytest.raises(ValueError, match="2 new tokens; this graph holds 1"):
+        graph.replay(q[:, :2], k[:, :2], None if v is None else v[:, :2])
     with pytest.raises(ValueError, match="has shape None; it must have"):
         graph.decode([7], q[:, :1], k[:, :1], None)
     with pytest.raises(ValueError, match="rows is 0; a step has at least one"):
