@@ -129,3 +129,20 @@ def test_gathering_in_pieces_changes_only_rounding(
     output, _ = attention.attend_pages(q, *scattered([shard], 4))
     o, _, bound = exact(q[0], [shard], torch.float32, torch.float32)
     assert ((o - output[0]).norm(dim=-1) <= bound).all()
+
+
+def test_threads_change_no_bit(values: Fixture) -> None:
+    """Pieces of 2,048 tokens are merged in order, however many threads work on them in C++."""
+    if not native.available():
+        pytest.skip("There is no C++ compiler or no ninja on the PATH.")
+    shards = [(values((n, 2, 32), 1, n), values((n, 2, 32), 2, n)) for n in (6200, 5, 4097)]
+    q, threads, seen = values((3, 4, 32), 0), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            seen.append(native.attend_pages(q, *scattered(shards, 16)))
+    finally:
+        torch.set_num_threads(threads)
+    for output, lse in seen[1:]:
+        assert torch.equal(seen[0][0], output)
+        assert torch.equal(seen[0][1], lse)

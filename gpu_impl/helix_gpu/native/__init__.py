@@ -45,7 +45,7 @@ class _Sizes(ctypes.Structure):
 
 @functools.cache
 def available() -> bool:
-    """Whether the operation is built, or can be: it takes a C++ compiler and ninja."""
+    """Whether the operation is built, or can be: it takes ninja and a C++ compiler with OpenMP."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or shutil.which("ninja") is None:
         return False
@@ -99,7 +99,7 @@ def _library() -> Any:
     path = load(
         f"helix_gpu_native_{_processor()}",
         [str(Path(__file__).with_name("attend_pages.cpp"))],
-        extra_cflags=["-O3", "-march=native", "-std=c++20"],
+        extra_cflags=["-O3", "-march=native", "-std=c++20", "-fopenmp"],
         is_python_module=False,
     )
     return ctypes.CDLL(path)

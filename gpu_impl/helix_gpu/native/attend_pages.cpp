@@ -13,6 +13,10 @@
 #include <immintrin.h>
 #endif
 
+#ifndef _OPENMP
+#error "Without OpenMP at::parallel_for works on the pieces one after the other: give -fopenmp."
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
