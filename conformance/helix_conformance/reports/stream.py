@@ -158,9 +158,11 @@ class MutantKill(msgspec.Struct, frozen=True):
     events: int
     """Events of the minimal trace."""
     examples: int
-    """Traces until the first that failed."""
+    """Traces until the one that was named so; without those by which it was made smaller."""
     seconds: float
     """Seconds until then."""
+    failures: int = 1
+    """Failures until then; those before the last one named other invariants."""
 
 
 class ZooVisit(_Line, frozen=True, kw_only=True, tag="zoo"):

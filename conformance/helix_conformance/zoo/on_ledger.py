@@ -51,12 +51,9 @@ class AppendToLastRank(OverLedger):
     ledger_class = Wrong
 
 
-@mutant("TensorRT-LLM #9757, #17866", "OWN-2", "REF-1", layouts=STEP_RULE)
+@mutant("TensorRT-LLM #9757, #17866", "OWN-2", layouts=STEP_RULE)
 class OwnerRulesMixed(OverLedger):
-    """The last rank follows the position rule, the others the step rule.
-
-    Where a pool is full it may refuse alone what the others take.
-    """
+    """The last rank follows the position rule, the others the step rule."""
 
     def started(self, config: Config) -> None:
         """Swap the rule of one rank."""
@@ -79,12 +76,11 @@ class TwoRanksWrite(OverLedger):
     book_class = Book
 
 
-@mutant("vLLM 0.33.0, --dcp-kv-cache-interleave-size without a KV connector", "OWN-3", "OWN-1",
+@mutant("vLLM 0.33.0, --dcp-kv-cache-interleave-size without a KV connector", "OWN-3",
         depth="placement", layouts=["vllm_dcp"])  # fmt: skip
 class InterleaveIgnored(OverLedger):
     """The configured interleave never takes effect: tokens are dealt one by one.
 
-    A token that comes to the right rank by chance has a wrong slot there.
     As it shows in the metadata of a step, which vLLM makes without allocating anything.
     """
 

@@ -24,7 +24,7 @@ from helix_conformance.drivers.pool import PoolDriver
 from helix_conformance.drivers.threads import ThreadDriver
 from helix_conformance.protocol import PROFILES, load_engine
 from helix_conformance.reports.stream import MutantKill, ZooVisit, append_line
-from helix_conformance.runs import Failure, Tally, profiles_to_check, random_traces
+from helix_conformance.runs import Failure, Needed, Tally, profiles_to_check, random_traces
 from helix_conformance.strategies import configs, traces
 from helix_conformance.zoo.parts import MUTANTS, Mutant, Stored
 from helix_spec.events import FEATURES
@@ -78,20 +78,34 @@ CONTROLS: Final = (
 
 
 def hunt(mutant: Mutant, *, seed: int) -> MutantKill:
-    """The suite against one mutant."""
-    tally, traces = Tally(), _PLAYS[mutant.tier].mutant_traces * (_CORNER if mutant.corner else 1)
+    """The suite against one mutant, until a failure names its row or its traces are used up.
+
+    A failure that names something else has caught the mutant, and said less of what is wrong:
+    the hunt goes on with other traces.
+    """
+    left = _PLAYS[mutant.tier].mutant_traces * (_CORNER if mutant.corner else 1)
+    failure: Failure | None = None
+    failures, examples, seconds = 0, 0, 0.0
     with _driver(mutant.engine, mutant.tier, _MUTANT_DEADLINE_S) as driver:
-        failure = _played(driver, mutant, traces, seed, tally)
-    by = _named(failure)
-    needed = tally.needed
+        while examples < left and driver.survives_failure:
+            tally, other = Tally(), f"{seed}, {failures}" if failures else seed
+            found = _played(driver, mutant, left - examples, other, tally)
+            needed = tally.needed or Needed(tally.traces, tally.seconds)
+            examples, seconds = examples + needed.traces, seconds + needed.seconds
+            if found is None:
+                break
+            failure, failures = found, failures + 1
+            if _is_named(mutant, failure):
+                break
     return MutantKill(
         name=mutant.name,
         source=mutant.source,
-        killed=bool(set(by) & set(mutant.row)),
-        by=by,
+        killed=_is_named(mutant, failure),
+        by=_named(failure),
         events=0 if failure is None else len(failure.trace.events),
-        examples=tally.traces if needed is None else needed.traces,
-        seconds=round(tally.seconds if needed is None else needed.seconds, 3),
+        examples=examples,
+        seconds=round(seconds, 3),
+        failures=failures,
     )
 
 
@@ -110,7 +124,7 @@ _DEEP: Final = ("cache", "attention")
 
 
 def _played(
-    driver: Driver, mutant: Mutant, examples: int, seed: int, tally: Tally
+    driver: Driver, mutant: Mutant, examples: int, seed: int | str, tally: Tally
 ) -> Failure | None:
     profiles = profiles_to_check(driver.profiles, mutant.profiles)
     features = [feature for feature in FEATURES if feature in profiles]
@@ -128,6 +142,10 @@ def _played(
         undeclared=set(FEATURES) - driver.profiles,
     )
     return random_traces(driver, strategy, profiles, examples=examples, seed=seed, tally=tally)
+
+
+def _is_named(mutant: Mutant, failure: Failure | None) -> bool:
+    return not set(mutant.row).isdisjoint(_named(failure))
 
 
 def _named(failure: Failure | None) -> list[str]:
@@ -214,8 +232,9 @@ def zoo(json_path: Path | None, tier: str, seed: int, stream_path: Path | None =
     )
     small = sum(kill.events <= 6 for kill in seen.mutants)
     console.print(
-        f"score {seen.score}; median {examples:g} examples, {seconds:.2f} s; "
-        f"{small} of {len(seen.mutants)} minimal traces have at most 6 events"
+        f"score {seen.score}, {_at_once(seen.mutants)} by the first failure; median {examples:g} "
+        f"examples, {seconds:.2f} s; {small} of {len(seen.mutants)} minimal traces have at most 6 "
+        "events"
     )
     if json_path is not None:
         whole = {"mutants": seen.mutants, "controls": seen.controls, "score": seen.score}
@@ -263,7 +282,9 @@ def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
             seed: list(_hunted(pool, mutants, seed))
             for seed in track(seeds, "Seeds", console=console)
         }
-    table = Table("mutant", "killed", "most examples", "most seconds", "most events")
+    table = Table(
+        "mutant", "killed", "most examples", "most seconds", "most events", "most failures"
+    )
     for place, mutant in enumerate(mutants):
         of_mutant = [found[place] for found in kills.values()]
         killed = sum(kill.killed for kill in of_mutant)
@@ -273,6 +294,7 @@ def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
             str(max(kill.examples for kill in of_mutant)),
             f"{max(kill.seconds for kill in of_mutant):.2f}",
             str(max(kill.events for kill in of_mutant)),
+            str(max(kill.failures for kill in of_mutant)),
         )
     console.print(table)
     worst = min(seeds, key=lambda seed: _strength(kills[seed]))
@@ -280,10 +302,17 @@ def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
     examples = sum(kill.examples for kill in kills[worst])
     console.print(
         f"worst seed {worst}: {len(mutants) - len(survived)}/{len(mutants)} killed by name, "
-        f"{examples} examples in all{'; not: ' if survived else ''}{', '.join(survived)}"
+        f"{_at_once(kills[worst])} by the first failure, {examples} examples in all"
+        f"{'; not: ' if survived else ''}{', '.join(survived)}"
     )
     return 0 if all(kill.killed for found in kills.values() for kill in found) else 1
 
 
-def _strength(found: Sequence[MutantKill]) -> tuple[int, int]:
-    return sum(kill.killed for kill in found), -sum(kill.examples for kill in found)
+def _at_once(found: Sequence[MutantKill]) -> int:
+    """How many were killed by name by the first failure that was seen of them."""
+    return sum(kill.killed and kill.failures == 1 for kill in found)
+
+
+def _strength(found: Sequence[MutantKill]) -> tuple[int, int, int]:
+    killed, examples = sum(kill.killed for kill in found), sum(kill.examples for kill in found)
+    return killed, _at_once(found), -examples
