@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from typing import Any, Final, get_args
 
 import msgspec
@@ -455,6 +456,25 @@ def illegal_configs(draw: st.DrawFn, *, configs: st.SearchStrategy[Config]) -> C
     return draw(st.sampled_from(illegal))
 
 
+@lru_cache(maxsize=256)  # strategies are slow to make, and the same for many configurations
+def _beginnings_and_wishes(
+    features: frozenset[str],
+    undeclared: frozenset[str],
+    super_block: int,
+    max_len: int,
+    max_wishes: int,
+) -> tuple[st.SearchStrategy[list[int]], st.SearchStrategy[list[Intent]]]:
+    """Lengths of a trace's first prompts, and what else is wished for."""
+    prompt_lens = prompt_lengths(super_block=super_block, max_len=max_len)
+    intent = intents(
+        features=features,
+        undeclared=undeclared,
+        prompt_lens=prompt_lens,
+        leaps=long_groups(super_block=super_block, max_len=max_len),
+    )
+    return st.lists(prompt_lens, min_size=1, max_size=3), st.lists(intent, max_size=max_wishes)
+
+
 @st.composite
 def traces(
     draw: st.DrawFn,
@@ -473,15 +493,9 @@ def traces(
         return Trace(config=draw(illegal_configs(configs=configs)), events=[])
     config = draw(configs)
     super_block = config.rules.cp_size * config.rules.tokens_per_block
-    prompt_lens = prompt_lengths(super_block=super_block, max_len=config.max_len)
-    intent = intents(
-        features=features,
-        undeclared=undeclared,
-        prompt_lens=prompt_lens,
-        leaps=long_groups(super_block=super_block, max_len=config.max_len),
+    begin, wishes = _beginnings_and_wishes(
+        frozenset(features), frozenset(undeclared), super_block, config.max_len, max_wishes
     )
-    wishes = st.lists(intent, max_size=max_wishes)
-    begin = st.lists(prompt_lens, min_size=1, max_size=3)
     admissions = [Intent("admit", size=size) for size in draw(begin)]
     # Two lists in a row: twice the length at the same cost of shrinking.
     return realised(config, features, admissions + draw(wishes) + draw(wishes))
