@@ -125,15 +125,18 @@ class Rotated:
         """Per entry, how far apart two honest roundings may lie."""
         return self.most - self.least
 
-    def followed_by(self, rows: Rotated, first: int) -> Rotated:
-        """The first so many tokens of these rows, and others behind them."""
-        pairs = (
-            (self.exact, rows.exact),
-            (self.stored, rows.stored),
-            (self.least, rows.least),
-            (self.most, rows.most),
-        )
-        return Rotated(*(np.concatenate([a[:, :first], b], axis=1) for a, b in pairs))
+    def between(self, first: int, end: int) -> Rotated:
+        """The rows of some of the tokens."""
+        return Rotated(*(part[:, first:end] for part in self._parts))
+
+    def followed_by(self, rows: Rotated) -> Rotated:
+        """The rows of these tokens, and those of others behind them."""
+        pairs = zip(self._parts, rows._parts, strict=True)
+        return Rotated(*(np.concatenate(pair, axis=1) for pair in pairs))
+
+    @property
+    def _parts(self) -> tuple[Array, Array, Array, Array]:
+        return self.exact, self.stored, self.least, self.most
 
 
 def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
@@ -323,5 +326,5 @@ def _in_doubt(effects: Array, dtype: CacheDType) -> Array:
 
 
 def _norm(x: Array) -> Array:
-    norm: Array = np.sqrt((x * x).sum(-1))
+    norm: Array = np.sqrt(np.einsum("...i,...i->...", x, x))
     return norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,28 +16,23 @@ from helix_conformance.numbers import (
     cached_values,
     exact_attention,
     rotated_queries,
-    tokens_of,
 )
 from helix_reference.model import Identity, Model, Step
 from helix_spec.configs import Config
 
 
+@dataclass(frozen=True)
 class Exact:
-    """K and V of a request's tokens as they are cached.
+    """K and V of a request's tokens as they are cached."""
 
-    Those of the tokens that `kept` begins with alike are taken from there.
-    """
+    tokens: list[Identity]
+    keys: Rotated
+    values: Array
 
-    def __init__(self, config: Config, tokens: list[Identity], kept: Exact | None = None) -> None:
-        self.tokens = tokens
-        shape = config.model
-        same = 0 if kept is None else _alike(kept.tokens, tokens)
-        columns, heads = tokens_of(tokens[same:], same), range(shape.kv_heads)
-        self.keys = cached_keys(shape, config.seed, columns, heads)
-        self.values = cached_values(shape, config.seed, columns, heads)
-        if kept is not None:
-            self.keys = kept.keys.followed_by(self.keys, same)
-            self.values = np.concatenate([kept.values[:, :same], self.values], axis=1)
+
+def _columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
+    """Tokens by event, place in it, and position."""
+    return Tokens(*np.array(tokens, dtype=np.int64).reshape(-1, 3).T)
 
 
 def _alike(some: list[Identity], others: list[Identity]) -> int:
@@ -57,11 +53,36 @@ class Oracle:
 
     def of(self, id: int) -> Exact:
         """K and V of all tokens of a live request."""
-        tokens = self.model.requests[id].tokens
-        exact = self.kept.get(id)
-        if exact is None or exact.tokens != tokens:
-            exact = self.kept[id] = Exact(self.config, list(tokens), exact)
-        return exact
+        if not self._knows(id):
+            batch = {id, *(step.id for step in self.model.last_steps)}
+            self._work_out([one for one in batch if not self._knows(one)])
+        return self.kept[id]
+
+    def _knows(self, id: int) -> bool:
+        return id in self.kept and self.kept[id].tokens == self.model.requests[id].tokens
+
+    def _work_out(self, ids: Sequence[int]) -> None:
+        """K and V of the tokens of these requests that are new, of all in one go."""
+        shape, heads = self.config.model, range(self.config.model.kv_heads)
+        tokens = [self.model.requests[id].tokens for id in ids]
+        same = [
+            _alike(self.kept[id].tokens, now) if id in self.kept else 0
+            for id, now in zip(ids, tokens, strict=True)
+        ]
+        fresh = _columns(
+            [(*now[place], place) for now, first in zip(tokens, same, strict=True)
+             for place in range(first, len(now))]
+        )  # fmt: skip
+        keys = cached_keys(shape, self.config.seed, fresh, heads)
+        values = cached_values(shape, self.config.seed, fresh, heads)
+        end = 0
+        for id, now, first in zip(ids, tokens, same, strict=True):
+            begin, end = end, end + len(now) - first
+            k, v = keys.between(begin, end), values[:, begin:end]
+            if first:
+                k = self.kept[id].keys.between(0, first).followed_by(k)
+                v = np.concatenate([self.kept[id].values[:, :first], v], axis=1)
+            self.kept[id] = Exact(list(now), k, v)
 
     def forget(self, id: int) -> None:
         """A request was released."""
@@ -82,8 +103,7 @@ class Oracle:
         for step in steps:
             for position in range(step.first, step.first + len(step.owners)):
                 columns.append((*self.model.requests[step.id].tokens[position], position))
-        tokens = Tokens(*np.array(columns, dtype=np.int64).T)
-        return rotated_queries(shape, self.config.seed, tokens, range(shape.q_heads))
+        return rotated_queries(shape, self.config.seed, _columns(columns), range(shape.q_heads))
 
     def attention(self, steps: Sequence[Step]) -> Iterator[tuple[Step, int, Array, Array]]:
         """Each new token, as its step and its place there, with its attention.
