@@ -117,6 +117,18 @@ def with_room(trace: Trace) -> Trace:
     return _set(trace, config=_set(trace.config, pages=ample))
 
 
+def gone_on(trace: Trace) -> Trace:
+    """The trace, and whoever lives at its end decoded until every rank has had two turns."""
+    model = Model(trace.config)
+    for event in trace.events:
+        model.apply(event)
+    ids = [id for id, request in model.requests.items() if not request.preempted]
+    waiting = [id for id in ids if model.requests[id].outstanding]
+    turns = 2 * trace.config.rules.cp_size * trace.config.rules.tokens_per_block
+    more = [Decode(ids, [1] * len(ids)), *([Sampled(ids)] if trace.config.overlap else [])] * turns
+    return _set(trace, events=[*trace.events, *([Sampled([id]) for id in waiting] * 2), *more])
+
+
 def _without(events: list[Event], places: range) -> list[Event]:
     """The events without those at these places."""
     return events[: places.start] + events[places.stop :]

@@ -6,14 +6,23 @@ from typing import ClassVar
 
 import msgspec
 import pytest
+from hypothesis import strategies as st
 
 from helix_conformance.drivers.base import Driver
 from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.drivers.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.reduction import reduced
-from helix_conformance.runs import Failure, Tally, profiles_to_check, random_traces
+from helix_conformance.runs import (
+    Failure,
+    Tally,
+    check_trace,
+    numbers_of,
+    profiles_to_check,
+    random_traces,
+)
 from helix_conformance.strategies import LAYOUT_NAMES, configs, traces
+from helix_conformance.zoo.on_ledger import OwnerRulesMixed
 from helix_conformance.zoo.parts import Stored
 from helix_reference.engine import ReferenceEngine
 from helix_spec.configs import Config
@@ -225,6 +234,19 @@ def test_each_profile_is_told_by_its_smallest_trace(
     assert (ranks, 1) == (layout.cp_size, layout.tokens_per_block)
     if events is not None:
         assert events == failure.trace.events
+
+
+def test_ranks_that_disagree_about_room_are_told_by_what_else_they_disagree_about() -> None:
+    """Where one rank alone refuses, the trace goes on with more room until a token shows why."""
+    config = Config(layout="pr9757/1:C=2,T=2", pages=[1, 1], max_len=20)
+    trace = Trace(config=config, events=[Admit(0, 2), Decode([0], [1])])
+    driver = LocalDriver(OwnerRulesMixed)
+    profiles = frozenset({"placement", "lengths", "pages"})
+    refused = check_trace(driver, trace, profiles)
+    assert refused is not None and {"REF-1", "REF-2"} == numbers_of(refused)
+    told = random_traces(driver, st.just(trace), profiles, examples=1, seed=0, tally=Tally())
+    assert told is not None and "OWN-2" in numbers_of(told)
+    assert [100, 100] == told.trace.config.pages
 
 
 def test_a_fault_on_rank_1_needs_no_more_tokens_than_reach_it() -> None:
