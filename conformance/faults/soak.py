@@ -54,7 +54,7 @@ def wish(random: Random, known: int) -> Intent:
         picks=tuple(random.randrange(LIVE) for _ in range(random.randint(1, 4))),
         query_lens=tuple(random.randint(1, 5) for _ in range(2)),
         times=random.choice([1, 1, 1, 2, 5]) if kind == "decode" else 1,
-        far=random.random() < 0.1,
+        far=random.choice([0] * 9 + [2**32]),
         pad=random.choice([0, 0, 1, 3]),
         kept=random.randint(1, 5),
         event=random.choice(EVENTS),

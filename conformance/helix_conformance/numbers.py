@@ -305,12 +305,13 @@ def as_array(rows: Any) -> Array:
 
     Raises TypeError, ValueError, KeyError or OverflowError when it is no array of numbers.
     """
-    if isinstance(rows, dict):
-        if not _NUMBERS.fullmatch(str(rows["dtype"])):
-            raise ValueError(f"its elements are of type {rows['dtype']!r}, which is no number")
-        flat = np.frombuffer(rows["data"], dtype=rows["dtype"])
-        return flat.reshape(rows["shape"]).astype(np.float64)
-    return np.asarray(rows, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # memory that nobody wrote to may hold signalling NaNs
+        if isinstance(rows, dict):
+            if not _NUMBERS.fullmatch(str(rows["dtype"])):
+                raise ValueError(f"its elements are of type {rows['dtype']!r}, which is no number")
+            flat = np.frombuffer(rows["data"], dtype=rows["dtype"])
+            return flat.reshape(rows["shape"]).astype(np.float64)
+        return np.asarray(rows, dtype=np.float64)
 
 
 def encode_array(x: Any) -> Any:

@@ -296,6 +296,8 @@ def random_traces(
         small = _made_small(driver, *found[0], profiles, tally, known)
         return _made_sure(driver, small, profiles, tally, known)
     except hypothesis.errors.Flaky:
+        if not found:
+            raise
         note = "This failure did not repeat when the same trace was played again."
         failure = found[0][1]
         trace = msgspec.structs.replace(failure.trace, note=note)
@@ -367,7 +369,10 @@ def layout_traces(
     if "placement" not in profiles:
         return merging
     placing = traces(
-        configs=some_configs, features=features, undeclared=set(FEATURES) - driver.profiles
+        configs=some_configs,
+        features=features,
+        undeclared={*FEATURES, MERGE} - driver.profiles,
+        contents="cache" in profiles,
     )
     if MERGE not in profiles:
         return placing

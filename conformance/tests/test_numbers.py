@@ -249,3 +249,11 @@ def test_one_missing_key_of_4096_is_caught_at_the_probe(dtype):
     probes = [head for head in range(8) if values.is_probe(head, 4, 4095)]
     for missing in (0, 1000, 3000, 4095):
         assert 1 < sharded.errors(missing=missing)[probes].max()
+
+
+def test_memory_that_nobody_wrote_to_is_read_without_a_warning() -> None:
+    """A signalling NaN, which any bits may be, is a NaN like others."""
+    bits = np.array([0x7FA00000, 0x3F800000], dtype=np.uint32).view(np.float32)
+    for told in (bits, numbers.encode_array(bits)):
+        with np.errstate(invalid="raise"):
+            assert [True, False] == np.isnan(numbers.as_array(told)).tolist()

@@ -278,7 +278,7 @@ class Stored(OverModel):
 Numbers = list[list[float]]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2**14)
 def _numbers(
     shape: ModelShape, seed: int, row: Row | None, layer: int, heads: tuple[int, ...]
 ) -> tuple[Numbers, Numbers]:

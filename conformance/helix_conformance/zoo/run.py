@@ -27,9 +27,9 @@ from helix_conformance.reports.stream import MutantKill, ZooVisit, append_line
 from helix_conformance.runs import Failure, Needed, Tally, profiles_to_check, random_traces
 from helix_conformance.strategies import configs, traces
 from helix_conformance.zoo.parts import MUTANTS, Mutant, Stored
-from helix_spec.events import FEATURES
+from helix_spec.events import FEATURES, MERGE
 
-for _module in ("on_ledger", "on_model", "on_cache", "on_corners"):
+for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges"):
     importlib.import_module(f"helix_conformance.zoo.{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
@@ -57,8 +57,8 @@ class _Play(msgspec.Struct, frozen=True):
 
 _PLAYS: Final = {
     "bookkeeping": _Play((1, 2, 3, 4, 8), 8, 1000, 150),
-    "contents": _Play((1, 2, 3, 4), 8, 400, 15),
-    "threads": _Play((1, 2, 3, 4), 4, 400, 40),
+    "contents": _Play((1, 2, 3, 4), 8, 400, 10),
+    "threads": _Play((1, 2, 3, 4), 4, 400, 30),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
 _CORNER: Final = 4
@@ -139,7 +139,8 @@ def _played(
             contents="cache" in profiles,
         ),
         features=features,
-        undeclared=set(FEATURES) - driver.profiles,
+        undeclared={*FEATURES, MERGE} - driver.profiles,
+        contents="cache" in profiles,
     )
     return random_traces(driver, strategy, profiles, examples=examples, seed=seed, tally=tally)
 
