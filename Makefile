@@ -64,8 +64,8 @@ VLLM := .venv-vllm/bin
 conform-vllm: export HELIX_START_LIMIT_S = 600
 CONFORM_VLLM = $(VLLM)/helix-conformance run --layout vllm_dcp --engine
 conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; FINDINGS.md says what it does otherwise
-	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 60 --known conformance/known/vllm.toml
-	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 60 --known conformance/known/vllm.toml
+	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 --known conformance/known/vllm.toml
+	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 --known conformance/known/vllm.toml
 	$(CONFORM_VLLM) vllm-v1 --cp 2 --cp 3 --cp 4 --examples 60 --profile lengths --profile speculative
 	$(CONFORM_VLLM) vllm-v2 --cp 2 --cp 3 --cp 4 --examples 60 --profile lengths --profile speculative
 	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40
