@@ -521,11 +521,11 @@ def _known(rank: int, view: RankView, live: set[int], preempted: list[int]) -> I
 def _check_columns(rank: int, outcome: Outcome, wanted: Outcome, profiles: frozenset[str]) -> None:
     """Raises GarbageError when a decode's columns have other lengths than its batch."""
     tokens = len(wanted.active)
+    if "lengths" in profiles:
+        _check_column(rank, "past_len", outcome.past_len, len(wanted.past_len))
     _check_column(rank, "position_ids", outcome.position_ids, tokens)
     _check_column(rank, "active", outcome.active, tokens)
     _check_column(rank, "slots", outcome.slots, tokens)
-    if "lengths" in profiles:
-        _check_column(rank, "past_len", outcome.past_len, len(wanted.past_len))
 
 
 def _check_column(rank: int, name: str, column: Sequence[Any], right: int) -> None:
