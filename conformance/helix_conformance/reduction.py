@@ -16,7 +16,17 @@ import msgspec
 from helix_conformance.strategies import AMPLE
 from helix_reference.model import Model
 from helix_spec.configs import Config, ModelShape, config_problem
-from helix_spec.events import Accept, Admit, Decode, Event, Merge, Sampled, Skip, ids_of
+from helix_spec.events import (
+    Accept,
+    Admit,
+    Decode,
+    Event,
+    Fork,
+    Merge,
+    Sampled,
+    Skip,
+    ids_of,
+)
 from helix_spec.layouts import Layout, format_layout
 from helix_spec.traces import Trace
 
@@ -241,6 +251,8 @@ def _simpler_events(event: Event) -> Iterator[Event]:
                     yield _set(
                         event, query_lens=[*query_lens[:place], shorter, *query_lens[place + 1 :]]
                     )
+        case Fork(_, child):
+            yield Admit(child, 1)  # where it does not matter what the child begins with
         case Sampled(ids):
             for place in range(len(ids) if len(ids) > 1 else 0):
                 yield Sampled(ids[:place] + ids[place + 1 :])

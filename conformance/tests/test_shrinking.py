@@ -25,6 +25,7 @@ from helix_conformance.strategies import LAYOUT_NAMES, configs, traces
 from helix_conformance.zoo.on_ledger import OwnerRulesMixed
 from helix_conformance.zoo.parts import Stored
 from helix_reference.engine import ReferenceEngine
+from helix_reference.model import Model
 from helix_spec.configs import Config
 from helix_spec.events import (
     FEATURES,
@@ -285,6 +286,17 @@ def test_decodes_become_a_longer_prompt_where_only_the_length_matters() -> None:
         ),
     )
     assert [Admit(0, 15)] == trace.events
+
+
+def test_a_fork_is_told_as_an_admission_where_that_is_enough() -> None:
+    """What its child does is all that matters; so the parent goes too."""
+
+    def some_decode_is_accepted(trace: Trace) -> bool:
+        model = Model(trace.config)
+        return any([model.apply(e) is None and isinstance(e, Decode) for e in trace.events])
+
+    trace = smallest([Admit(0, 5), Fork(0, 1), Decode([1], [1])], some_decode_is_accepted)
+    assert [Admit(0, 1), Decode([0], [1])] == trace.events
 
 
 def test_pools_stay_small_only_where_that_matters() -> None:
