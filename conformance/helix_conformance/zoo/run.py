@@ -87,7 +87,7 @@ def hunt(mutant: Mutant, *, seed: int) -> MutantKill:
     failure: Failure | None = None
     failures, examples, seconds = 0, 0, 0.0
     with _driver(mutant.engine, mutant.tier, _MUTANT_DEADLINE_S) as driver:
-        while examples < left and driver.survives_failure:
+        while examples < left and (not failures or driver.survives_failure):
             tally, other = Tally(), f"{seed}, {failures}" if failures else seed
             found = _played(driver, mutant, left - examples, other, tally)
             needed = tally.needed or Needed(tally.traces, tally.seconds)
