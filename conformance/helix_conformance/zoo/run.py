@@ -57,8 +57,8 @@ class _Play(msgspec.Struct, frozen=True):
 
 _PLAYS: Final = {
     "bookkeeping": _Play((1, 2, 3, 4, 8), 8, 1000, 150),
-    "contents": _Play((1, 2, 3, 4), 8, 400, 10),
-    "threads": _Play((1, 2, 3, 4), 4, 400, 30),
+    "contents": _Play((1, 2, 3, 4), 8, 400, 15),
+    "threads": _Play((1, 2, 3, 4), 4, 400, 40),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
 _CORNER: Final = 4
