@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helix_conformance.numbers import Array, as_array, exact_merge, supplied_partials
-from helix_conformance.oracle import Oracle
+from helix_conformance.oracle import Attended, Foresight, Oracle
 from helix_conformance.pairing import Pairing
 from helix_conformance.protocol import Answer
 from helix_conformance.violations import GarbageError, Violation, in_order
@@ -60,6 +60,7 @@ class Judge:
         pools = config.pages if "pages" in profiles else [None] * self.cp
         self.pairings = [Pairing(pools[rank % self.cp]) for rank in range(self.world)]
         self.oracle = Oracle(config, self.model)
+        self.foresight: Foresight | None = None
         self.sound: dict[tuple[int, int], tuple[Any, ...]] = {}
         """Per rank and request, cached rows that were found right, to look at what changed only."""
         self.reason: Reason | None = None
@@ -69,6 +70,22 @@ class Judge:
         self.merges: dict[bytes, Array] = {}
         """What came of each merge, to compare with when it comes again (ATT-2)."""
 
+    def foresee(self, event: Event) -> None:
+        """Begin to work out an event's attention, while the ranks are at work.
+
+        All events of a trace come here in order before the first is judged, or none do.
+        """
+        if "attention" in self.profiles:
+            if self.foresight is None:
+                model = Model(self.config, self.model.features, allocates=self.model.allocates)
+                self.foresight = Foresight(self.config, model)
+            self.foresight.add(event)
+
+    def close(self) -> None:
+        """Leave what was foreseen."""
+        if self.foresight is not None:
+            self.foresight.close()
+
     def started(self, answers: Sequence[Answer]) -> list[Violation]:
         """A legal configuration is accepted by every rank."""
         return wrong_reasons(None, [answer.outcome for answer in answers])
@@ -76,6 +93,7 @@ class Judge:
     def event(self, event: Event, answers: Sequence[Answer]) -> list[Violation]:
         """What is wrong with the ranks' answers to the next event of the trace."""
         reason = self.reason = self.model.apply(event)
+        foreseen = None if self.foresight is None else self.foresight.next()
         outcomes = [answer.outcome for answer in answers]
         found = wrong_reasons(reason, outcomes)
         if found:
@@ -85,7 +103,9 @@ class Judge:
         if self.model.last_steps:
             found += self._decoded(outcomes)
             if "attention" in self.profiles:
-                found += self._outputs(outcomes, all_else_right=not found + in_views)
+                steps = self.model.last_steps
+                exact = self.oracle.attention(steps) if foreseen is None else foreseen.result()
+                found += self._outputs(outcomes, exact, all_else_right=not found + in_views)
         if isinstance(event, Merge) and reason is None:
             found += self._merged(event, outcomes)
         if in_views and reason is not None:
@@ -228,14 +248,15 @@ class Judge:
 
     # Attention
 
-    def _outputs(self, outcomes: Sequence[Outcome], *, all_else_right: bool) -> Iterator[Violation]:
+    def _outputs(
+        self, outcomes: Sequence[Outcome], attention: Iterable[Attended], *, all_else_right: bool
+    ) -> Iterator[Violation]:
         """ATT-1, ATT-3, ATT-4 and MAP-1 of the merged outputs."""
         tokens = len(outcomes[0].position_ids)
         slices = [
             self._slice(rank, outcome.output, tokens) for rank, outcome in enumerate(outcomes)
         ]
         merged, wrong = np.concatenate(slices, axis=2), list[_WrongOutput]()
-        attention = self.oracle.attention(self.model.last_steps)
         for token, (step, place, exact, bound) in enumerate(attention):
             error = np.sqrt(((merged[:, token] - exact) ** 2).sum(-1))
             right = error <= bound  # a NaN is not within the bound either

@@ -22,6 +22,7 @@ from helix_spec.values import LEVELS, TENSOR_CODE, Tensor
 Array = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
 
 _PRECISION: dict[CacheDType, int] = {
     "float32": 24,
@@ -45,13 +46,16 @@ def round_to(x: Array, dtype: CacheDType) -> Array:
     return rounded
 
 
-def _fold(state: Ints, field: Ints) -> Ints:
-    x = (state + field + 0x9E3779B9) & 0xFFFFFFFF
-    x ^= x >> 16
-    x = (x * 0x7FEB352D) & 0xFFFFFFFF
-    x ^= x >> 15
-    x = (x * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+_16, _15, _M1, _M2 = (np.uint32(word) for word in (16, 15, 0x7FEB352D, 0x846CA68B))
+
+
+def _fold(state: Words, field: Ints) -> Words:
+    x = state + (field + 0x9E3779B9).astype(np.uint32)
+    x ^= x >> _16
+    x *= _M1
+    x ^= x >> _15
+    x *= _M2
+    return x ^ (x >> _16)
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,15 @@ def entries(
     seed: int, tokens: Tokens, layers: int, tensor: Tensor, heads: Sequence[int], dim: int
 ) -> Array:
     """Q, K or V before RoPE: shape (layers, n, heads, dim), multiples of 1/16 within +-4."""
-    with np.errstate(over="ignore"):  # products wrap in int64; only their low 32 bits count
-        state = _fold(np.array(0, dtype=np.int64), np.array(seed - 0x9E3779B9, dtype=np.int64))
+    with np.errstate(over="ignore"):  # sums and products wrap
+        state = _fold(np.zeros(1, dtype=np.uint32), np.array([seed - 0x9E3779B9], dtype=np.int64))
         for column in (tokens.events, tokens.places, tokens.positions):
             state = _fold(state, column)
         state = _fold(state, np.arange(layers, dtype=np.int64)[:, None])
         state = _fold(state, np.array(TENSOR_CODE[tensor], dtype=np.int64))
         state = _fold(state[:, :, None], np.array(heads, dtype=np.int64))
         state = _fold(state[..., None], np.arange(dim, dtype=np.int64))
-    entries: Array = (state % LEVELS - 64) / 16
+    entries: Array = (state % LEVELS).astype(np.float64) / 16 - 4
     return entries
 
 

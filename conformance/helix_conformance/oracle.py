@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from helix_conformance.numbers import (
 )
 from helix_reference.model import Identity, Model, Step
 from helix_spec.configs import Config
+from helix_spec.events import Event, Release
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Exact:
     tokens: list[Identity]
     keys: Rotated
     values: Array
+
+
+Attended = tuple[Step, int, Array, Array]
+"""A new token, as its step and its place there; its exact output (layers, q_heads, value_dim) and
+the bound E (layers, q_heads)."""
 
 
 def _columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
@@ -105,11 +113,8 @@ class Oracle:
                 columns.append((*self.model.requests[step.id].tokens[position], position))
         return rotated_queries(shape, self.config.seed, _columns(columns), range(shape.q_heads))
 
-    def attention(self, steps: Sequence[Step]) -> Iterator[tuple[Step, int, Array, Array]]:
-        """Each new token, as its step and its place there, with its attention.
-
-        That is the exact output (layers, q_heads, value_dim) and its bound E (layers, q_heads).
-        """
+    def attention(self, steps: Sequence[Step]) -> Iterator[Attended]:
+        """Each new token with its attention."""
         shape, q, token = self.config.model, self.queries(steps), 0
         for step in steps:
             request, exact = self.model.requests[step.id], self.of(step.id)
@@ -139,3 +144,30 @@ class Oracle:
                     np.stack([e for _, e in layers]),
                 )
                 token += 1
+
+
+class Foresight:
+    """The attention of a trace's events, worked out in a thread while the ranks play them."""
+
+    def __init__(self, config: Config, model: Model) -> None:
+        self.oracle = Oracle(config, model)
+        self.thread = ThreadPoolExecutor(1)
+        self.events: deque[Future[list[Attended]]] = deque()
+
+    def add(self, event: Event) -> None:
+        """The next event of the trace."""
+        self.events.append(self.thread.submit(self._after, event))
+
+    def next(self) -> Future[list[Attended]]:
+        """What `Oracle.attention` says of the first event that this was not yet asked for."""
+        return self.events.popleft()
+
+    def close(self) -> None:
+        """Leave the rest."""
+        self.thread.shutdown(cancel_futures=True)
+
+    def _after(self, event: Event) -> list[Attended]:
+        refused = self.oracle.model.apply(event) is not None
+        if isinstance(event, Release) and not refused:
+            self.oracle.forget(event.id)
+        return list(self.oracle.attention(self.oracle.model.last_steps))

@@ -173,6 +173,8 @@ def _played(
     def drawing() -> Iterator[Event]:
         for event in events:
             drawn.append(event)
+            if not driver.streams:
+                judge.foresee(event)
             yield event
 
     try:
@@ -209,6 +211,7 @@ def _played(
             failure(died.event, []), engine_failure=str(died), rank=garbage.rank
         )
     finally:
+        judge.close()
         tally.traces += 1
         tally.events += len(seen)
         tally.layouts.add(config.layout)
@@ -277,6 +280,7 @@ def random_traces(
         backend=EVENLY,
         report_multiple_bugs=False,
         print_blob=False,
+        verbosity=hypothesis.Verbosity.quiet,  # else it advises a seed of its own
     )
     @hypothesis.given(strategy)
     def every_answer_is_right(trace: Trace) -> None:

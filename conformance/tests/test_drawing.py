@@ -9,7 +9,7 @@ from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.runs import Tally, profiles_to_check, random_traces
 from helix_conformance.strategies import configs, traces
-from helix_spec.events import FEATURES
+from helix_spec.events import FEATURES, Event, Outcome
 from helix_spec.traces import Trace
 
 PROFILES = profiles_to_check(LedgerEngine.profiles, [])
@@ -39,6 +39,22 @@ def test_traces_are_drawn_one_by_one() -> None:
     """No trace is a variation of the one before, from the very beginning."""
     layouts = [(trace.config.layout, trace.config.pages) for trace in drawn(0)]
     assert 25 <= len(set(map(str, layouts)))
+
+
+def test_a_run_that_an_engine_ends_advises_nothing_of_its_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Hypothesis's advice to add a seed, which no user of the suite could, is not printed."""
+
+    class Raises(LedgerEngine):
+        def apply(self, event: Event) -> Outcome:
+            raise RuntimeError("lost")
+
+    driver, strategy = LocalDriver(Raises), traces(configs=configs(contents=False))
+    driver.survives_failure = False
+    failure = random_traces(driver, strategy, PROFILES, examples=30, seed=0, tally=Tally())
+    assert failure is not None and "error" == failure.verdict
+    assert ("", "") == capsys.readouterr()
 
 
 def test_what_no_trace_holds_is_refused() -> None:
