@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: conform test test-browser test-peers lint drivers workloads zoo conform-vllm prove bench clean
-.PHONY: sweep faults soak fuzz mutation
+.PHONY: sweep faults soak fuzz mutation bench-vllm
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -117,6 +117,12 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/python gpu_impl/benchmarks/ledger.py --json $(FIGURES)/ledger.json
 	$(BIN)/python gpu_impl/benchmarks/host_cost.py --json $(FIGURES)/host_cost.json
 	$(BIN)/python conformance/benchmarks/events.py --json $(FIGURES)/events.json
+	$(BIN)/helix-conformance zoo --tier one-process --json $(FIGURES)/zoo.json
+	$(BIN)/helix-conformance prove --json $(FIGURES)/prove.json
+
+bench-vllm: .venv-vllm/installed ## The host cost of a step beside vLLM 0.33.0's
+	mkdir -p $(FIGURES)
+	$(VLLM)/python gpu_impl/benchmarks/host_cost.py --json $(FIGURES)/host_cost_vllm.json
 
 clean:
 	rm -rf .venv .venv-vllm .peers build dist

@@ -1,11 +1,11 @@
 """Events a second that the suite plays and judges; printed, not asserted.
 
-`python conformance/benchmarks/events.py [--json FILE]`. Two settings, each several times:
+`python conformance/benchmarks/events.py [--json FILE]`. Tier by tier, each several times:
 
 - bookkeeping: one process, cp_size 4, 64 live requests, 8 of them in each decode; the requests
   that an event names are compared after it, everything every 100 events and at the end;
-- attention: 4 gloo ranks, every output and all state compared after every event; the trace goes
-  out whole, and one gather brings the answers back.
+- attention, 4 threads of one process, and 4 gloo ranks: every output and all state compared after
+  every event. To gloo ranks the trace goes out whole, and one gather brings the answers back.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pathlib import Path
 from helix_conformance.drivers.base import Driver
 from helix_conformance.drivers.local import LocalDriver
 from helix_conformance.drivers.pool import PoolDriver
-from helix_conformance.engines.gpu import LedgerEngine
+from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_conformance.protocol import Watch
 from helix_conformance.runs import check_trace
 from helix_spec.configs import Config, ModelShape
@@ -59,20 +60,15 @@ def events_per_second(driver: Driver, trace: Trace, watch: Watch, repeats: int) 
 
 
 def main() -> None:
-    """Run both and print their medians and spread."""
+    """Run all and print their medians and spread."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results = []
     gc.freeze()  # as the command line does
     bookkeeping = Trace(
         config=Config(layout="pr9757/1:C=4,T=16", pages=[4000] * 4, max_len=100_000),
         events=list(rolling(64, 8, 5000)),
     )
-    speeds = events_per_second(
-        LocalDriver(LedgerEngine), bookkeeping, Watch(every=100, touched=True), 5
-    )
-    results.append(("bookkeeping, 1 process, C=4, batch 8 of 64", 5000, speeds))
     attention = Trace(
         config=Config(
             layout="pr9757/1:C=4,T=4",
@@ -85,17 +81,24 @@ def main() -> None:
             *([Decode([0, 1, 2, 3], [1] * 4)] * 96),
         ],
     )
-    driver = PoolDriver("gpu", 4)
-    try:
-        speeds = events_per_second(driver, attention, Watch(), 5)
-    finally:
-        driver.close()
-    results.append(("attention, 4 gloo ranks, batch 4", 100, speeds))
+    settings: list[tuple[str, int | None, Driver, Trace, Watch]] = [
+        ("bookkeeping, 1 process, C=4, batch 8 of 64", 5000, LocalDriver(LedgerEngine),
+         bookkeeping, Watch(every=100, touched=True)),
+        ("attention, 4 threads, batch 4", None, ThreadDriver(GpuEngine), attention, Watch()),
+        ("attention, 4 gloo ranks, batch 4", 100, PoolDriver("gpu", 4), attention, Watch()),
+    ]  # fmt: skip
+    results = []
+    for name, goal, driver, trace, watch in settings:
+        try:
+            results.append((name, goal, events_per_second(driver, trace, watch, 5)))
+        finally:
+            driver.close()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"{'setting':45} {'events/s':>10} {'least':>8} {'most':>8} {'/ goal':>8}")
     for name, goal, runs in results:
         median = statistics.median(runs)
-        print(f"{name:45} {median:10,.0f} {min(runs):8,.0f} {max(runs):8,.0f} {median / goal:8.2f}")
+        of_goal = f"{median / goal:8.2f}" if goal else f"{'-':>8}"
+        print(f"{name:45} {median:10,.0f} {min(runs):8,.0f} {max(runs):8,.0f} {of_goal}")
     if options.json:
         rows = [{"setting": n, "goal": g, "events_per_s": r} for n, g, r in results]
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

