@@ -19,7 +19,7 @@ from helix_spec.configs import Config
 from helix_spec.events import Decode, Event, Outcome
 
 BEACONS = "HELIX_FAULTS_BEACONS"
-"""A folder in which each rank writes how many events it has begun."""
+"""A folder in which each rank's file grows by a byte with each event that it begins."""
 
 
 class Beacon(GpuEngine):
@@ -27,13 +27,14 @@ class Beacon(GpuEngine):
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
-        self.begun = 0
+        self.beacon = Path(os.environ[BEACONS], f"rank-{self.rank}")
+        self.beacon.unlink(missing_ok=True)
         return super().start(config, profiles)
 
     def apply(self, event: Event) -> Outcome:
         """Say so, then let the event happen."""
-        self.begun += 1
-        Path(os.environ[BEACONS], f"rank-{self.rank}").write_text(str(self.begun))
+        with self.beacon.open("ab") as beacon:  # whole, wherever the rank is killed
+            beacon.write(b".")
         return super().apply(event)
 
 

@@ -71,7 +71,7 @@ def _line(pid: int, parents: dict[int, int]) -> Iterator[int]:
 def where(rank: int) -> int:
     """Events that a rank has begun, by its beacon."""
     try:
-        return int(Path(os.environ["HELIX_FAULTS_BEACONS"], f"rank-{rank}").read_text() or 0)
+        return Path(os.environ["HELIX_FAULTS_BEACONS"], f"rank-{rank}").stat().st_size
     except OSError:
         return 0
 
