@@ -26,10 +26,10 @@ CP_SIZE, PAGE, STEPS = 8, 64, 200
 SIZES = (
     (1, 1_000), (1, 1_000_000), (1, 10_000_000),
     (64, 1_000), (64, 1_000_000), (64, 10_000_000),
-    (1024, 1_000), (1024, 100_000), (1024, 1_000_000),
-    (8192, 1_000), (8192, 100_000),
+    (1024, 1_000), (1024, 100_000), (1024, 10_000_000),
+    (8192, 1_000), (8192, 100_000), (8192, 1_000_000),
 )  # fmt: skip
-"""Live requests and the context of each: up to 20 million pages in all."""
+"""Live requests and the context of each: up to 20 million pages on this rank."""
 BESIDE_VLLM = ((1, 1_000), (64, 1_000), (64, 10_000), (1024, 1_000), (1024, 10_000))
 Step = Callable[[], object]
 
