@@ -46,6 +46,7 @@ def round_to(x: Array, dtype: CacheDType) -> Array:
     return rounded
 
 
+# As words of 32 bits, in which sums and products wrap.
 _16, _15, _M1, _M2 = (np.uint32(word) for word in (16, 15, 0x7FEB352D, 0x846CA68B))
 
 
