@@ -33,7 +33,12 @@ class BlockTables:
     def read(self, rows: Ints, width: int) -> Ints:
         """[n, width] the first `width` pages of rows that have begun; stale past their last."""
         self._grow(0, width)
-        return self._pages[rows, :width]
+        return self._pages[:, :width][rows]
+
+    def lists(self, rows: Ints, widths: Ints) -> list[list[int]]:
+        """The first `widths[i]` pages of row `rows[i]`, which it has been given."""
+        table = self._pages
+        return [table[r, :n].tolist() for r, n in zip(rows.tolist(), widths.tolist(), strict=True)]
 
     def copy(self, source: int, row: int) -> None:
         """Let `row` begin as a copy of row `source`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,7 @@ from helix_gpu.refusals import check_config
 from helix_spec.configs import Config
 
 
-@dataclass(frozen=True, slots=True)
-class RankStep:
+class RankStep(NamedTuple):
     """New tokens for each of n requests, m in all, seen from one rank (int64 unless said).
 
     Tokens stand request after request, in the order of the batch. Dummy requests have no entries;
@@ -49,8 +48,7 @@ class RankStep:
         return cls(none, none, none.astype(bool), none, none, none, [], [], pad)
 
 
-@dataclass(frozen=True, slots=True)
-class PageCopy:
+class PageCopy(NamedTuple):
     """Copy on write: the first `tokens` slots of page `source` go to page `target`."""
 
     source: int
@@ -79,6 +77,7 @@ class RankBook:
         self.ledger.overlap = config.overlap
         self.tables = BlockTables()
         self._allocator = PageAllocator(config.pages[cp_rank])
+        self._page_size = np.array(self.layout.tokens_per_block)  # as the ledger has its numbers
 
     @property
     def request_ids(self) -> list[int]:
@@ -111,9 +110,7 @@ class RankBook:
         """Tokens of live requests on this rank, and their block tables. Raises Refused."""
         rows = self.ledger.rows(ids)
         lengths, pages = self.ledger.on_rank(self.cp_rank, rows)
-        held: list[int] = pages.tolist()
-        tables: list[list[int]] = self.tables.read(rows, max(held, default=0)).tolist()
-        return lengths.tolist(), [table[:n] for table, n in zip(tables, held, strict=True)]
+        return lengths.tolist(), self.tables.lists(rows, pages)
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Deal a new request's prompt. Raises Refused; changes nothing."""
@@ -173,10 +170,10 @@ class RankBook:
         copied = self._copy_on_write(step, taken)
         self._open_pages(step, rows, taken[len(copied) :])
         self.ledger.advance(step)
-        t = self.layout.tokens_per_block
+        t = self._page_size
         index = step.past_lens[:, self.cp_rank]
         active = step.owners == self.cp_rank
-        slots, mine = np.full(len(rows), -1), active.nonzero()[0]
+        slots, mine = active - 1, active.nonzero()[0]  # -1 where another rank owns the token
         own = index[mine]
         slots[mine] = self.tables.page(rows[mine], own // t) * t + own % t
         return RankStep(
@@ -197,10 +194,10 @@ class RankBook:
     def accept(self, id: int, kept: int) -> None:
         """Rewind all but the first `kept` tokens of a request's open group. Raises Refused."""
         plan = self.ledger.plan_accept(id, kept)
-        held, stay = int(plan.held[self.cp_rank]), int(plan.kept[self.cp_rank])
-        table: list[int] = self.tables.read(np.array([plan.row]), held)[0].tolist()
+        mine = slice(self.cp_rank, self.cp_rank + 1)
+        (table,) = self.tables.lists(np.array([plan.row]), plan.held[mine])
         self.ledger.accept(plan)
-        self._allocator.give_back(table[stay:])
+        self._allocator.give_back(table[int(plan.kept[self.cp_rank]) :])
 
     def sampled(self, ids: Sequence[int]) -> None:
         """The tokens of each request's oldest outstanding decode are known. Raises Refused."""

@@ -8,8 +8,7 @@ decides every refusal and changes nothing; applying it cannot fail.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,7 @@ from helix_spec.layouts import Layout
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """An admission that will be accepted. `hands[r]`, `pages[r]`: tokens and pages of rank r."""
 
     id: int
@@ -34,11 +32,11 @@ class Admission:
     pages: Ints
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """New tokens for each of n requests, m in all, as all ranks see them (int64 unless said).
 
-    Tokens stand request after request, in the order of the batch.
+    Tokens stand request after request, in the order of the batch. A tuple, as all plans are:
+    a frozen dataclass of so many fields takes as long to make as two of numpy's operations.
     """
 
     rows: Ints
@@ -55,6 +53,8 @@ class Step:
     """[m] ranks that own them."""
     past_lens: Ints
     """[m, cp_size] tokens of the request on each rank before this one."""
+    indexes: Ints
+    """[m] local indexes of the new tokens on their owners."""
     opening: Ints
     """[k] places among the tokens of those that open a page."""
     opened: Ints
@@ -67,8 +67,7 @@ class Step:
     """Dummy requests behind the n."""
 
 
-@dataclass(frozen=True, slots=True)
-class SharedWrite:
+class SharedWrite(NamedTuple):
     """A request writes into its open page on a rank, which a fork has shared."""
 
     place: int
@@ -78,8 +77,7 @@ class SharedWrite:
     """Whether it takes a copy; False for the last holder, who writes in place."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rewind:
+class Rewind(NamedTuple):
     """An acceptance that will be accepted: what a request has after it."""
 
     row: int
@@ -109,7 +107,11 @@ class Ledger:
         """[cp_size] pages of each rank that no request holds."""
         self.admitted = 0
         """Admissions accepted so far; under `rotated` it shifts the next one."""
-        self._chunk = owner_chunk(layout)
+        # Arrays of no dimension: to convert a Python number takes numpy as long as to add eight.
+        self._chunk, self._cp_size = np.array(owner_chunk(layout)), np.array(layout.cp_size)
+        lockstep, t = layout.pages == "lockstep", layout.tokens_per_block
+        self._block: Ints = np.array(t * layout.cp_size if lockstep else t)
+        """Tokens of a request, or under `lazy` of a rank, for which a page is opened."""
         self._row_of: dict[int, int] = {}
         self.preempted: dict[int, tuple[int, int]] = {}
         """Tokens and shift of each preempted request."""
@@ -144,7 +146,7 @@ class Ledger:
     def rows(self, ids: Sequence[int]) -> Ints:
         """[n] where the ledger keeps live requests. Raises Refused(unknown or preempted)."""
         try:
-            return np.array(list(map(self._row_of.__getitem__, ids)), dtype=np.int64)
+            return np.fromiter(map(self._row_of.__getitem__, ids), np.int64, len(ids))
         except KeyError as error:
             raise self._not_live(error.args[0]) from None
 
@@ -160,9 +162,9 @@ class Ledger:
 
     def on_rank(self, rank: int, rows: Ints) -> tuple[Ints, Ints]:
         """[n] tokens and [n] pages of the requests in these rows on one rank."""
-        local_len = self._rows["local_len"][rows, rank]
-        pages = self._pages_for(self._rows["total"][rows], local_len[:, None])
-        return local_len, pages[:, 0]
+        local_len: Ints = self._rows["local_len"][rows, rank]
+        held = self._rows["total"][rows] if self.layout.pages == "lockstep" else local_len
+        return local_len, -(-held // self._block)
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Deal a new request's prompt. Raises Refused; changes nothing."""
@@ -210,23 +212,21 @@ class Ledger:
         lens, tokens = np.array(query_lens, dtype=np.int64), sum(query_lens)
         self._check_room(ids, rows, lens, tokens)
         requests, firsts, positions, owners, past_lens = self._deal(rows, lens, tokens)
-        c, t = self.layout.cp_size, self.layout.tokens_per_block
-        if self.layout.pages == "lockstep":
-            held, block = positions, t * c
+        indexes = past_lens[np.arange(tokens), owners]
+        lockstep = self.layout.pages == "lockstep"
+        held = positions if lockstep else indexes
+        opening = (held % self._block == 0).nonzero()[0]
+        if lockstep:
+            pages = np.full(self.layout.cp_size, len(opening))
         else:
-            held, block = past_lens[np.arange(tokens), owners], t
-        opening = (held % block == 0).nonzero()[0]
-        if self.layout.pages == "lockstep":
-            pages = np.full(c, len(opening))
-        else:
-            pages = np.bincount(owners[opening], minlength=c)
+            pages = np.bincount(owners[opening], minlength=self.layout.cp_size)
         shared = self._shared_writes(rows, requests, owners) if self._open_pages.holders else []
         for write in shared:
             pages[write.rank] += write.copies
         self._check_pages(pages)
         return Step(
-            rows, lens, requests, firsts, positions, owners, past_lens,
-            opening, held[opening] // block, shared, pages, pad,
+            rows, lens, requests, firsts, positions, owners, past_lens, indexes,
+            opening, held[opening] // self._block, shared, pages, pad,
         )  # fmt: skip
 
     def advance(self, step: Step) -> None:
@@ -236,10 +236,8 @@ class Ledger:
             row = rows[write.place]
             self._open_pages.leave(int(state["tag"][row, write.rank]))
             state["tag"][row, write.rank] = 0
-        if len(step.owners) == len(rows):
-            state["local_len"][rows, step.owners] += 1
-        else:
-            np.add.at(state["local_len"], (rows[step.requests], step.owners), 1)
+        # Of several tokens of a request on one rank, the last one's length stays.
+        state["local_len"][rows[step.requests], step.owners] = step.indexes + 1
         state["total"][rows] += step.query_lens
         state["group"][rows] = step.query_lens
         if self.overlap:
@@ -431,7 +429,7 @@ class Ledger:
     def _turn(self, owner: Ints, left: Ints, tokens: Ints) -> tuple[Ints, Ints]:
         """Whose turn it is so many tokens later (earlier if negative), and what is left of it."""
         turns, used = np.divmod(self._chunk - left + tokens, self._chunk)
-        return (owner + turns) % self.layout.cp_size, self._chunk - used
+        return (owner + turns) % self._cp_size, self._chunk - used
 
     def _shared_writes(self, rows: Ints, requests: Ints, owners: Ints) -> list[SharedWrite]:
         """The shared open pages that a batch writes into, in its order.
@@ -449,18 +447,16 @@ class Ledger:
         ]
 
     def _pages_for(self, total: Ints, local_len: Ints) -> Ints:
-        """[..., ranks] pages under the policy, of totals [...] and lengths [..., ranks]."""
-        c, t = self.layout.cp_size, self.layout.tokens_per_block
+        """[..., cp_size] pages under the policy, of totals [...] and lengths [..., cp_size]."""
         if self.layout.pages == "lockstep":
-            return np.repeat(-(-total[..., None] // (t * c)), local_len.shape[-1], -1)
-        return -(-local_len // t)
+            return np.repeat(-(-total[..., None] // self._block), self.layout.cp_size, -1)
+        return -(-local_len // self._block)
 
     def _full_pages(self, total: Ints, local_len: Ints) -> Ints:
         """The same without open pages: those that a next token could go to."""
-        c, t = self.layout.cp_size, self.layout.tokens_per_block
         if self.layout.pages == "lockstep":
-            return np.repeat(total[..., None] // (t * c), c, -1)
-        return local_len // t
+            return np.repeat(total[..., None] // self._block, self.layout.cp_size, -1)
+        return local_len // self._block
 
     def _check_pages(self, pages: Ints) -> None:
         short = (pages > self.free).nonzero()[0]

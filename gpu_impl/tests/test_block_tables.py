@@ -21,6 +21,7 @@ def test_what_was_written_is_read() -> None:
     assert [5, 8, 4] == tables.page(ints(2, 0, 0), ints(1, 0, 1)).tolist()
     assert [[8, 4], [6, 5]] == tables.read(ints(0, 2), 2).tolist()
     assert 9 == tables.read(ints(5), 10)[0, 9]
+    assert [[6], [], [8, 4]] == tables.lists(ints(2, 5, 0), ints(1, 0, 2))
 
 
 def test_reading_beyond_what_was_written() -> None:

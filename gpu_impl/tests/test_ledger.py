@@ -1,7 +1,6 @@
 """The ledger: worked examples, invariants under random traffic, and refusals."""
 
 import copy
-import dataclasses
 from typing import Any, get_args
 
 import numpy as np
@@ -259,9 +258,9 @@ def test_a_plan_cannot_be_changed() -> None:
     step = book.plan_step([0], [3])
     book.advance(step)
     for plan in (admission, step, step.shared[0], book.plan_accept(0, 1)):
-        for field in dataclasses.fields(plan):
-            with pytest.raises(dataclasses.FrozenInstanceError):
-                setattr(plan, field.name, None)
+        for field in plan._fields:
+            with pytest.raises(AttributeError):
+                setattr(plan, field, None)
 
 
 def test_a_refusal_names_the_first_that_it_is_about() -> None:

@@ -64,7 +64,7 @@ class InactiveSeesNewToken(OverCache):
     class Book(RankBook):
         def advance(self, step: Step) -> RankStep:
             right = super().advance(step)
-            return dataclasses.replace(right, visible=right.past_len + 1)
+            return right._replace(visible=right.past_len + 1)
 
     book_class = Book
 
@@ -217,9 +217,7 @@ class CopyOneTokenShort(OverCache):
 
     class Cache(HelixCache):
         def _copy(self, copies: list[PageCopy]) -> None:
-            super()._copy(
-                [dataclasses.replace(copy, tokens=max(0, copy.tokens - 1)) for copy in copies]
-            )
+            super()._copy([copy._replace(tokens=max(0, copy.tokens - 1)) for copy in copies])
 
     cache_class = Cache
 

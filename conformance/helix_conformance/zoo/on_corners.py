@@ -145,7 +145,7 @@ class RewindCrossesOneBoundary(OverLedger):
             plan = super().plan_accept(id, kept)
             row, c = self._rows[plan.row], self.layout.cp_size
             if int(row["total"]) - plan.total > self._chunk and row["owner"] != plan.owner:
-                return dataclasses.replace(plan, owner=(int(row["owner"]) - 1) % c)
+                return plan._replace(owner=(int(row["owner"]) - 1) % c)
             return plan
 
     ledger_class = Wrong
@@ -219,7 +219,7 @@ class PositionsIn16Bits(OverLedger):
         def advance(self, step: Step) -> RankStep:
             right = super().advance(step)
             narrow = right.position_ids.astype(np.int16).astype(np.int64)
-            return dataclasses.replace(right, position_ids=narrow)
+            return right._replace(position_ids=narrow)
 
     book_class = Book
 
@@ -338,7 +338,7 @@ class CopiesByAdmission(OverLedger):
             tags = [int(self._rows["tag"][rows[write.place], write.rank]) for write in writes]
             copies = self._open_pages.must_copy(tags)
             decided = zip(writes, copies, strict=True)
-            again = [dataclasses.replace(write, copies=it) for write, it in decided]
+            again = [write._replace(copies=it) for write, it in decided]
             return sorted(again, key=lambda write: (write.place, write.rank))
 
     ledger_class = Wrong

@@ -6,7 +6,6 @@ says what holds it now.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +89,7 @@ class RewindToTheEdgeOfATurn(OverLedger):
             if plan.left < self._chunk or plan.total == self._rows["total"][plan.row]:
                 return plan
             before = (plan.owner - 1) % self.layout.cp_size
-            return dataclasses.replace(plan, owner=before, left=0)
+            return plan._replace(owner=before, left=0)
 
     ledger_class = Wrong
 

@@ -71,7 +71,7 @@ class TwoRanksWrite(OverLedger):
             right, t = super().advance(step), self.layout.tokens_per_block
             pages = self.tables.read(right.rows, int(right.past_len.max()) // t + 1)
             page = pages[np.arange(len(right.rows)), right.past_len // t]
-            return dataclasses.replace(right, slots=page * t + right.past_len % t)
+            return right._replace(slots=page * t + right.past_len % t)
 
     book_class = Book
 
@@ -158,7 +158,7 @@ class PageOfPreviousToken(OverLedger):
             late = right.active & (index > 0)
             page = self.tables.page(right.rows[late], (index[late] - 1) // t)
             slots[late] = page * t + index[late] % t
-            return dataclasses.replace(right, slots=slots)
+            return right._replace(slots=slots)
 
     book_class = Book
 
@@ -170,7 +170,7 @@ class SlotIdsOverflow(OverLedger):
     class Book(RankBook):
         def advance(self, step: Step) -> RankStep:
             right = super().advance(step)
-            return dataclasses.replace(right, slots=right.slots.astype(np.int8).astype(np.int64))
+            return right._replace(slots=right.slots.astype(np.int8).astype(np.int64))
 
     book_class = Book
 
@@ -195,6 +195,10 @@ class HeadroomByLocalPage(OverLedger):
         def read(self, rows: Ints, width: int) -> Ints:
             pages: Ints = self._flat[rows[:, None] * self.stride + np.arange(width)]
             return pages
+
+        def lists(self, rows: Ints, widths: Ints) -> list[list[int]]:
+            starts = zip((rows * self.stride).tolist(), widths.tolist(), strict=True)
+            return [self._flat[first : first + n].tolist() for first, n in starts]
 
         def page(self, rows: Ints, columns: Ints) -> Ints:
             pages: Ints = self._flat[rows * self.stride + columns]
