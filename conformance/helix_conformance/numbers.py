@@ -202,42 +202,42 @@ def exact_attention(
     q and q_doubt have shape (q_heads, key_dim); `ranks[j]` is the cp_rank that holds key j. The
     terms are those of `helix_reference.attention.error_bound`.
     """
-    width, scale = model.key_dim, model.scale
-    group = model.q_heads // model.kv_heads
-    k, dk, v = (
-        np.repeat(x.transpose(1, 0, 2), group, axis=0) for x in (kv.stored, kv.doubt, kv.values)
-    )  # (q_heads, S, key_dim or value_dim)
-    products = q[:, None, :] * k
-    scores = scale * products.sum(-1)
+    width, scale, heads = model.key_dim, model.scale, model.kv_heads
+    # The query heads of a group share a KV head: they are the rows of one matrix product.
+    q, q_doubt = (x.reshape(heads, -1, width) for x in (q, q_doubt))
+    k, dk, v = (x.transpose(1, 0, 2) for x in (kv.stored, kv.doubt, kv.values))
+    columns = k.transpose(0, 2, 1)
+    scores = scale * (q @ columns)  # (kv_heads, group, S)
     top = scores.max(-1, keepdims=True)
     weights = np.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     p = weights / total
-    lse = (top + np.log(total))[:, 0]
-    output = (p[:, None, :] @ v)[:, 0]
+    lse = (top + np.log(total))[..., 0]
+    output = p @ v
 
     largest = np.abs(scores).max(-1, keepdims=True)
-    rounding = np.sqrt(width) * scale * _norm(products) + np.sqrt(width / 3) * np.abs(scores)
+    products = np.sqrt(q**2 @ columns**2)
+    rounding = np.sqrt(width) * scale * products + np.sqrt(width / 3) * np.abs(scores)
     score_error = U32 * (rounding + 2 * np.abs(scores) + largest)
-    score_error += scale * _in_doubt(np.abs(q)[:, None, :] * dk, model.cached_dtype)
-    apart = v - output[:, None, :]
+    score_error += scale * _rotation(q, dk, model.cached_dtype)
+    apart = v[:, None] - output[:, :, None]
     squares = ((p * _norm(apart) * score_error) ** 2).sum(-1)
-    squares += ((p * _norm(v) * UNIT_ROUNDOFF[model.product_dtype]) ** 2).sum(-1)
-    moved = (p[..., None] * scale * k).transpose(0, 2, 1) @ apart
+    squares += ((p * _norm(v)[:, None] * UNIT_ROUNDOFF[model.product_dtype]) ** 2).sum(-1)
+    moved = ((scale * p)[:, :, None] * columns[:, None]) @ apart
     squares += _in_doubt(q_doubt * _norm(moved), model.dtype) ** 2
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
-    mine = (ranks == np.arange(ranks.max() + 1)[:, None])[:, None]  # (ranks, 1, S)
-    share = p * mine  # (ranks, q_heads, S)
+    mine = ranks == np.arange(ranks.max() + 1)[:, None, None, None]
+    share = p * mine  # (ranks, kv_heads, group, S)
     weight = share.sum(-1)
     heavy = np.maximum(weight, 1e-300)
-    part = (share.transpose(1, 0, 2) @ v).transpose(1, 0, 2) / heavy[..., None]
+    part = (share @ v) / heavy[..., None]
     squares += ((weight * _norm(part) * u_wire) ** 2).sum(0)
     doubt = (np.abs(lse + np.log(heavy)) + 1) * 2 * U32
     squares += ((weight * doubt * _norm(part - output)) ** 2).sum(0)
     squares += (u_out * _norm(output)) ** 2
-    mass = (p[:, None, :] @ np.abs(v))[:, 0]
+    mass = p @ np.abs(v)
     squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
-    return output, np.sqrt(squares)
+    return output.reshape(model.q_heads, -1), np.sqrt(squares).reshape(-1)
 
 
 def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tuple[Array, Array]:
@@ -329,6 +329,17 @@ def encode_array(x: Any) -> Any:
 def _in_doubt(effects: Array, dtype: CacheDType) -> Array:
     """What doubts about the entries of a vector do together: see the reference's `_in_doubt`."""
     return _norm(effects) if dtype == "float32" else effects.sum(-1)
+
+
+def _rotation(q: Array, doubts: Array, dtype: CacheDType) -> Array:
+    """What doubts about the entries of keys do to scores: `_in_doubt` of |q| times each key's.
+
+    q (heads, group, dim), doubts (heads, S, dim); returns (heads, group, S).
+    """
+    if dtype == "float32":
+        return np.sqrt(q**2 @ (doubts**2).transpose(0, 2, 1))
+    together: Array = np.abs(q) @ doubts.transpose(0, 2, 1)
+    return together
 
 
 def _norm(x: Array) -> Array:

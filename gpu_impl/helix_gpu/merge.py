@@ -16,7 +16,7 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """
     weights, lse = shares(lses)
     merged = torch.zeros_like(outputs[0], dtype=torch.float32)
-    for output, share in zip(outputs, weights, strict=True):
+    for output, share in zip(outputs.unbind(), weights.unbind(), strict=True):
         merged = merged + weighted(output, share)
     return merged, lse
 
@@ -35,9 +35,9 @@ def shares(lses: Tensor) -> tuple[Tensor, Tensor]:
     top = top.where(top != -torch.inf, 0)
     weights = (lses - top).exp()
     total = torch.zeros_like(top)
-    for weight in weights:
+    for weight in weights.unbind():
         total = total + weight
-    return weights / total.where(total != 0, 1), top + total.log()
+    return weights / total.clamp(min=1), top + total.log()  # the largest weight is 1, or none is
 
 
 def weighted(output: Tensor, share: Tensor) -> Tensor:
