@@ -23,6 +23,7 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_conformance.planning import Hardware, Load, ModelCard, plan
 from helix_gpu import native
 from helix_gpu.cache import HelixCache
 from helix_gpu.mesh import helix_mesh
@@ -71,45 +71,66 @@ class Turns:
         return partial
 
 
-class Steps:
-    """Steps of one layout, for a batch at each of the FRACTIONS of decoded / prompt tokens.
+def config_for(
+    name: str, c: int, model: ModelShape, batch: int, prompt: int, fractions: Sequence[float]
+) -> Config:
+    """A layout of `c` ranks with room for what `grown` makes of these."""
+    rules = named_layout(name, cp_size=c, tokens_per_block=PAGE)
+    most = int(prompt * max(fractions))
+    return Config(
+        layout=f"{name}/1:C={c},T={PAGE}",
+        # As many as the longest batch fills, and one that each request opens when measured.
+        pages=[
+            sum(
+                pages_needed(rules, prompt, most, rank, id if name == "balanced" else 0)
+                + len(fractions)
+                for id in range(batch)
+            )
+            for rank in range(c)
+        ],
+        max_len=prompt + most + 2 * PAGE,
+        model=model,
+        poison=False,
+    )
+
+
+def grown(
+    cache: HelixCache, batch: int, prompt: int, fractions: Sequence[float]
+) -> list[list[int]]:
+    """A batch of requests at each of the fractions of decoded / prompt tokens.
 
     Batches are forks of each other, so that they share their prompts and what was decoded first.
+    Prompts are zeros, and nothing is cached of decoded tokens: they have lengths and pages.
     """
+    model, none = cache.config.model, torch.zeros((), dtype=cache.dtype, device=cache.device)
+
+    def zeros(positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        k = none.expand(model.layers, len(positions), cache.kv_heads, model.key_dim)
+        return k, None if model.latent else k
+
+    for id in range(batch):
+        cache.admit(id, prompt, zeros, rotated=True)
+    batches, ids, decoded = list[list[int]](), list(range(batch)), 0
+    for place, x in enumerate(fractions):
+        if place:
+            parents, ids = ids, [id + batch for id in ids]
+            for parent, child in zip(parents, ids, strict=True):
+                cache.fork(parent, child)
+        while decoded < x * prompt:
+            cache.book.decode_step(ids, [PAGE] * batch)
+            decoded += PAGE
+        batches.append(ids)
+    return batches
+
+
+class Steps:
+    """Steps of one layout, for a batch at each of the FRACTIONS of decoded / prompt tokens."""
 
     def __init__(self, name: str) -> None:
-        c = dist.get_world_size()
         self.turns = Turns()
-        rules = named_layout(name, cp_size=c, tokens_per_block=PAGE)
-        most = int(PROMPT * max(FRACTIONS))
-        config = Config(
-            layout=f"{name}/1:C={c},T={PAGE}",
-            # As many as the longest batch fills, and one that each request opens when measured.
-            pages=[
-                sum(
-                    pages_needed(rules, PROMPT, most, rank, id if name == "balanced" else 0)
-                    + len(FRACTIONS)
-                    for id in range(BATCH)
-                )
-                for rank in range(c)
-            ],
-            max_len=2**20,
-            model=MODEL,
-            poison=False,
-        )
+        config = config_for(name, dist.get_world_size(), MODEL, BATCH, PROMPT, FRACTIONS)
         self.cache = HelixCache.on(config, helix_mesh(config), backend=self.turns)
-        empty = torch.zeros(1, PROMPT, MODEL.kv_heads, MODEL.head_dim)
-        for id in range(BATCH):
-            self.cache.admit(id, PROMPT, lambda at: (empty[:, at], empty[:, at]))
-        self.batches, ids, decoded = list[list[int]](), list(range(BATCH)), 0
-        for x in FRACTIONS:
-            while decoded < x * PROMPT:
-                self.cache.begin(ids, [PAGE] * BATCH)
-                decoded += PAGE
-            self.batches.append(ids)
-            grown, ids = ids, [id + BATCH for id in ids]
-            for parent, child in zip(grown, ids, strict=True):
-                self.cache.fork(parent, child)
+        self.batches = grown(self.cache, BATCH, PROMPT, FRACTIONS)
 
     def seconds(self, ids: list[int]) -> Tensor:
         """One token for each of these: this rank's time on every clock, without waiting."""
@@ -162,6 +183,9 @@ def measure() -> dict[str, tuple[Figures, Figures]]:
 
 def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     """What `helix-conformance plan` says, given this machine's own constants."""
+    # Only needed here: `ranks.py` takes the rest to machines without what the suite needs.
+    from helix_conformance.planning import Hardware, Load, ModelCard, plan
+
     numbers = 2 * MODEL.kv_heads * MODEL.head_dim
     card = ModelCard(MODEL.layers, 0, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim, 0, 0)
     machine = Hardware(
@@ -179,21 +203,17 @@ def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     return before / even
 
 
-def judged(steps: Figures, spread: Figures, c: int) -> dict[str, Any]:
+def judged(steps: Figures, c: int, prompt: int, fractions: Sequence[float]) -> dict[str, Any]:
     """What the closed form says of one clock's steps, and how far the measured ones are off."""
-    even, share = steps["balanced"], PROMPT / c
-    a, f = statistics.linear_regression([share * (1 + x) for x in FRACTIONS], even)
-    closed = [(f + a * share * (1 + c * x)) / (f + a * share * (1 + x)) for x in FRACTIONS]
+    even, share = steps["balanced"], prompt / c
+    a, f = statistics.linear_regression([share * (1 + x) for x in fractions], even)
+    closed = [(f + a * share * (1 + c * x)) / (f + a * share * (1 + x)) for x in fractions]
     ratios = {
         name: [step / base for step, base in zip(of, even, strict=True)]
         for name, of in steps.items()
     }
     off = [r / form - 1 for r, form in zip(ratios["before_9757"], closed, strict=True)]
-    return {
-        "fixed": f, "per_token": a, "closed": closed, "ratios": ratios, "off": off,
-        "planned": [planned_ratio(c, f, a, x) for x in FRACTIONS], "seconds": steps,
-        "spread": spread,
-    }  # fmt: skip
+    return {"fixed": f, "per_token": a, "closed": closed, "ratios": ratios, "off": off}
 
 
 def row(name: str, figures: list[float], form: str = ".3f") -> str:
@@ -209,7 +229,11 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     c = dist.get_world_size()
-    found = {clock: judged(*figures, c) for clock, figures in measure().items()}
+    found = {}
+    for clock, (steps, spread) in measure().items():
+        found[clock] = one = judged(steps, c, PROMPT, FRACTIONS)
+        planned = [planned_ratio(c, one["fixed"], one["per_token"], x) for x in FRACTIONS]
+        one |= {"planned": planned, "seconds": steps, "spread": spread}
     if dist.get_rank() == 0:
         print(f"{c} gloo ranks, {BATCH} requests of {PROMPT} tokens and x times as many decoded;")
         print(f"a step is its slowest rank's median of {ROUNDS}, waiting for others left out")
