@@ -94,10 +94,12 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor) -> Run | None:
     return lambda: tree_attn_decode(q[:, :, None], k, v, shard_kv_seq=False, use_triton=False)
 
 
-def microseconds(runs: dict[str, Run], device: torch.device) -> dict[str, list[float]]:
-    """Of each run, ROUNDS times in turn, the slowest rank's time."""
-    times = torch.zeros(ROUNDS, len(runs), dtype=torch.float64, device=device)
-    for turn in range(-WARM_UP, ROUNDS):
+def microseconds(
+    runs: dict[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+) -> dict[str, list[float]]:
+    """Of each run, `rounds` times in turn, the slowest rank's time, launching it included."""
+    times = torch.zeros(rounds, len(runs), dtype=torch.float64, device=device)
+    for turn in range(-WARM_UP, rounds):
         for place, run in enumerate(runs.values()):
             dist.barrier()
             begun = time.perf_counter()

@@ -70,33 +70,35 @@ TO_COMPILE = 1 if DRY else 12
 
 
 class Report:
-    """The results so far: a JSON document and text tables, rewritten after every section."""
+    """The results so far: a JSON document and text tables, rewritten after every section.
 
-    def __init__(self, folder: Path, commit: str) -> None:
-        self.folder = folder
+    `name` is that of both files. A report that is `silent`, as all but one of several ranks keep
+    it, prints and writes nothing.
+    """
+
+    def __init__(self, folder: Path, commit: str, name: str = "h200", silent: bool = False) -> None:
+        self.folder, self.name, self.silent = folder, name, silent
         self.document: dict[str, Any] = {"dry_run": DRY, "machine": machine(commit)}
         self.text: list[str] = [f"{k}: {v}" for k, v in self.document["machine"].items()]
         folder.mkdir(parents=True, exist_ok=True)
 
     def table(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows of equal keys as an aligned table, and print it."""
-        lines = ["", f"## {title}"]
-        if rows:
-            cells = [list(rows[0])] + [[shown(row.get(key)) for key in rows[0]] for row in rows]
-            widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-            lines += ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in cells]
-        self.say(*lines)
+        self.say("", f"## {title}", *aligned(rows))
 
     def say(self, *lines: str) -> None:
         """Add lines of text, and print them."""
         self.text += lines
-        print("\n".join(lines), flush=True)
+        if not self.silent:
+            print("\n".join(lines), flush=True)
 
     def save(self) -> None:
         """Write both files."""
+        if self.silent:
+            return
         document = json.dumps(self.document, indent=1, default=str)
-        (self.folder / "h200.json").write_text(document + "\n")
-        (self.folder / "h200.txt").write_text("\n".join(self.text) + "\n")
+        (self.folder / f"{self.name}.json").write_text(document + "\n")
+        (self.folder / f"{self.name}.txt").write_text("\n".join(self.text) + "\n")
 
     def section(self, name: str, body: Callable[[dict[str, Any]], None]) -> None:
         """Run a section; whatever it found is kept, also when it fails."""
@@ -115,6 +117,27 @@ class Report:
                 self.say(f"{name}: {problem}: {found[problem]}")
         found["seconds"] = round(time.monotonic() - begun, 1)
         self.save()
+
+    def end(self) -> bool:
+        """Say which sections failed, did not run or found something wrong; whether any did."""
+        bad = [
+            name
+            for name, found in self.document.items()
+            if isinstance(found, dict)
+            and any(found.get(k) for k in ("failure", "not_run", "wrong"))
+        ]
+        self.say("", f"{time.monotonic() - BEGUN:.0f} s; not as they should be: {bad or 'none'}")
+        self.save()
+        return bool(bad)
+
+
+def aligned(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows of equal keys as the lines of a table."""
+    if not rows:
+        return []
+    cells = [list(rows[0])] + [[shown(row.get(key)) for key in rows[0]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in cells]
 
 
 def shown(value: Any) -> str:
@@ -138,7 +161,7 @@ def machine(commit: str) -> dict[str, Any]:
             "l2_mib": getattr(properties, "L2_cache_size", 0) / 2**20,
             "cuda": torch.version.cuda,
             "driver": output_of(
-                "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+                "nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"
             ),
         }
     return facts
@@ -1553,13 +1576,7 @@ def main() -> None:
     for name, body in sections:
         if not arguments.only or name[0] in arguments.only:
             report.section(name, body)
-    bad = [
-        name
-        for name, found in report.document.items()
-        if isinstance(found, dict) and any(found.get(k) for k in ("failure", "not_run", "wrong"))
-    ]
-    report.say("", f"{time.monotonic() - BEGUN:.0f} s; not as they should be: {bad or 'none'}")
-    report.save()
+    bad = report.end()
     faulthandler.cancel_dump_traceback_later()
     sys.exit(1 if bad else 0)
 

@@ -27,8 +27,7 @@ if DRY:
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
+from h200 import aligned
 from torch import Tensor
 
 from helix_gpu.cache import HelixCache
@@ -182,46 +181,57 @@ def launched(twins: Twins, live: list[int], q: Tensor, k: Tensor, v: Tensor | No
     )
 
 
-def exchanged(name: str, make: MakeExchange) -> dict[str, Any]:
-    """An exchange of one rank with itself, captured: what arrives is what this replay sends."""
-    exchange = make(dist.group.WORLD, models()["grouped queries"])
+def exchanged(
+    name: str, make: MakeExchange, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """An exchange of all ranks, captured: what arrives is what this replay sends."""
+    exchange = make(group or dist.group.WORLD, models()["grouped queries"])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    send = torch.zeros(1, 4096, dtype=torch.uint8, device=DEVICE)
+    send = torch.zeros(ranks, 4096, dtype=torch.uint8, device=DEVICE)
     received = torch.zeros_like(send)
+    peers = torch.arange(ranks, device=DEVICE)[:, None]
+
+    def message(step: int, source: int | Tensor, target: int | Tensor) -> Tensor:
+        # No byte is the same one replay earlier or later, nor from or for another rank.
+        at = torch.arange(send.shape[1], device=DEVICE)
+        return ((37 * at + 11 * step + 101 * source + 53 * target) % 251).to(torch.uint8)
 
     def work() -> None:
         received.copy_(exchange(send))
 
     replay = again(work) if DRY else cuda_graph(work)
-    for _ in range(REPLAYS):
-        send.random_(0, 256)
+    for step in range(REPLAYS):
+        send.copy_(message(step, rank, peers))
         replay()
-        wrong += (received != send).sum()
+        wrong += (received != message(step, peers, rank)).sum()
+    dist.all_reduce(wrong)
     us = device_time(replay)
     return {"exchange": name, "replays": REPLAYS, "wrong bytes": int(wrong), "us": us}
 
 
 def device_time(run: Replay, times: int = 3 if DRY else 200) -> float:
     """Median microseconds of a run, from its start on the device to its end."""
+    return statistics.median(once(run) for _ in range(times))
+
+
+def once(run: Callable[[], object]) -> float:
+    """Microseconds of one run on the device; those of the host in a dry run."""
     if DRY:
-        return float("nan")
-    found = []
-    for _ in range(times):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begun = time.perf_counter()
         run()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(found)
+        return (time.perf_counter() - begun) * 1e6
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows of equal keys as a table."""
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
-    Console(width=160).print(table)
+    print("", f"## {title}", *aligned(rows), sep="\n", flush=True)
 
 
 def main() -> None:
@@ -232,14 +242,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     found = {"steps": [replays(name, model) for name, model in models().items()]}
-    show("Steps of all layers: replayed and launched", found["steps"])
+    show("steps of all layers: replayed and launched", found["steps"])
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group("gloo" if DRY else "nccl", store=store, rank=0, world_size=1)
         makers: dict[str, MakeExchange] = {"packed all-to-all": all_to_all, "push": push}
         found["exchanges"] = [exchanged(name, make) for name, make in makers.items()]
         dist.destroy_process_group()
-    show("Exchanges of one rank with itself", found["exchanges"])
+    show("exchanges of one rank with itself", found["exchanges"])
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     wrong = any(row["elements that differ"] or not row["caches equal"] for row in found["steps"])

@@ -34,6 +34,7 @@ import math
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_conformance.planning import Hardware, Load, ModelCard, plan
 from helix_gpu import native
 from helix_gpu.cache import HelixCache
 from helix_gpu.mesh import helix_mesh
@@ -83,45 +83,74 @@ class Turns:
         return partial
 
 
-class Steps:
-    """Steps of one layout, for a batch at each of the FRACTIONS of decoded / prompt tokens.
+def config_for(
+    name: str,
+    c: int,
+    model: ModelShape,
+    batch: int,
+    prompt: int,
+    fractions: Sequence[float],
+    steps: int = PAGE,
+) -> Config:
+    """A layout of `c` ranks with room for what `grown` makes of these, and so many more steps."""
+    rules = named_layout(name, cp_size=c, tokens_per_block=PAGE)
+    most = int(prompt * max(fractions))
+    return Config(
+        layout=f"{name}/1:C={c},T={PAGE}",
+        # As many as the longest batch fills, and those that requests open when measured.
+        pages=[
+            sum(
+                pages_needed(rules, prompt, most, rank, id if name == "balanced" else 0)
+                + len(fractions) * -(-steps // PAGE)
+                for id in range(batch)
+            )
+            for rank in range(c)
+        ],
+        max_len=prompt + most + PAGE + steps,
+        model=model,
+        poison=False,
+    )
+
+
+def grown(
+    cache: HelixCache, batch: int, prompt: int, fractions: Sequence[float]
+) -> list[list[int]]:
+    """A batch of requests at each of the fractions of decoded / prompt tokens.
 
     Batches are forks of each other, so that they share their prompts and what was decoded first.
+    Prompts are zeros, and nothing is cached of decoded tokens: they have lengths and pages.
     """
+    model, none = cache.config.model, torch.zeros((), dtype=cache.dtype, device=cache.device)
+
+    def zeros(positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        k = none.expand(model.layers, len(positions), cache.kv_heads, model.key_dim)
+        return k, None if model.latent else k
+
+    for id in range(batch):
+        cache.admit(id, prompt, zeros, rotated=True)
+    batches, ids, decoded = list[list[int]](), list(range(batch)), 0
+    for place, x in enumerate(fractions):
+        if place:
+            parents, ids = ids, [id + batch for id in ids]
+            for parent, child in zip(parents, ids, strict=True):
+                cache.fork(parent, child)
+        while decoded < x * prompt:
+            cache.book.decode_step(ids, [PAGE] * batch)
+            decoded += PAGE
+        batches.append(ids)
+    return batches
+
+
+class Steps:
+    """Steps of one layout, for a batch at each of the FRACTIONS of decoded / prompt tokens."""
 
     def __init__(self, name: str) -> None:
-        c = dist.get_world_size()
         self.turns = Turns()
-        rules = named_layout(name, cp_size=c, tokens_per_block=PAGE)
-        most, opened = int(PROMPT * max(FRACTIONS)), -(-(WARM_UP + ROUNDS) // PAGE)
-        config = Config(
-            layout=f"{name}/1:C={c},T={PAGE}",
-            # As many as the longest batch fills, and those that requests open when measured.
-            pages=[
-                sum(
-                    pages_needed(rules, PROMPT, most, rank, id if name == "balanced" else 0)
-                    + opened * len(FRACTIONS)
-                    for id in range(BATCH)
-                )
-                for rank in range(c)
-            ],
-            max_len=2**20,
-            model=MODEL,
-            poison=False,
+        config = config_for(
+            name, dist.get_world_size(), MODEL, BATCH, PROMPT, FRACTIONS, WARM_UP + ROUNDS
         )
         self.cache = HelixCache.on(config, helix_mesh(config), backend=self.turns)
-        empty = torch.zeros(1, PROMPT, MODEL.kv_heads, MODEL.head_dim)
-        for id in range(BATCH):
-            self.cache.admit(id, PROMPT, lambda at: (empty[:, at], empty[:, at]))
-        self.batches, ids, decoded = list[list[int]](), list(range(BATCH)), 0
-        for x in FRACTIONS:
-            while decoded < x * PROMPT:
-                self.cache.begin(ids, [PAGE] * BATCH)
-                decoded += PAGE
-            self.batches.append(ids)
-            grown, ids = ids, [id + BATCH for id in ids]
-            for parent, child in zip(grown, ids, strict=True):
-                self.cache.fork(parent, child)
+        self.batches = grown(self.cache, BATCH, PROMPT, FRACTIONS)
 
     def slowest(self, ids: list[int]) -> list[int]:
         """The ranks that hold most tokens of these requests."""
@@ -177,6 +206,9 @@ def measure() -> dict[str, dict[str, Tensor]]:
 
 def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     """What `helix-conformance plan` says, given this machine's own constants."""
+    # Only needed here: `ranks.py` takes the rest to machines without what the suite needs.
+    from helix_conformance.planning import Hardware, Load, ModelCard, plan
+
     numbers = 2 * MODEL.kv_heads * MODEL.head_dim
     card = ModelCard(MODEL.layers, 0, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim, 0, 0)
     machine = Hardware(
@@ -194,41 +226,44 @@ def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     return before / even
 
 
-def middle_mean(steps: Tensor) -> Tensor:
-    """The mean over the middle half of the rounds, which come first."""
-    rounds = len(steps)
-    return steps.sort(0).values[rounds // 4 : rounds - rounds // 4].mean(0)
+Figures = dict[str, list[float]]
+"""By layout, one for each of the fractions."""
 
 
-def closed_form(even: Tensor, c: int) -> tuple[float, float, Tensor]:
-    """A step's fixed cost and cost for each token, and ratios to these steps of an even spread."""
-    share, x = PROMPT / c, torch.tensor(FRACTIONS, dtype=torch.float64)
-    a, f = statistics.linear_regression((share * (1 + x)).tolist(), even.tolist())
-    return f, a, (f + a * share * (1 + c * x)) / (f + a * share * (1 + x))
+def judged(steps: Figures, c: int, prompt: int, fractions: Sequence[float]) -> dict[str, Any]:
+    """What the closed form says of the steps of one clock, and how far measured ones are off."""
+    even, share = steps["balanced"], prompt / c
+    a, f = statistics.linear_regression([share * (1 + x) for x in fractions], even)
+    closed = [(f + a * share * (1 + c * x)) / (f + a * share * (1 + x)) for x in fractions]
+    ratios = {
+        name: [step / base for step, base in zip(of, even, strict=True)]
+        for name, of in steps.items()
+    }
+    off = [r / form - 1 for r, form in zip(ratios["before_9757"], closed, strict=True)]
+    return {"fixed": f, "per_token": a, "closed": closed, "ratios": ratios, "off": off}
 
 
-def off_by(before: Tensor, even: Tensor, c: int) -> Tensor:
-    """How far the ratio of these steps is from its closed form, relatively: [fractions]."""
-    mean = middle_mean(even)
-    return middle_mean(before) / mean / closed_form(mean, c)[2] - 1
+def middle_means(steps: dict[str, Tensor]) -> Figures:
+    """Means over the middle half of the rounds, which come first."""
+    middle = slice(ROUNDS // 4, ROUNDS - ROUNDS // 4)
+    return {name: of.sort(0).values[middle].mean(0).tolist() for name, of in steps.items()}
 
 
-def judged(steps: dict[str, Tensor], c: int) -> dict[str, Any]:
-    """What the closed form says of one clock's steps, and how far the measured ones are off."""
-    before, even = steps["before_9757"], steps["balanced"]
+def with_interval(steps: dict[str, Tensor], c: int) -> dict[str, Any]:
+    """One clock's steps judged, and between which ends `off` lies when rounds are drawn again."""
     draws = torch.randint(ROUNDS, (RESAMPLED, ROUNDS), generator=torch.Generator().manual_seed(0))
-    again = torch.stack([off_by(before[draw], even[draw], c) for draw in draws])
-    fixed, per_token, closed = closed_form(middle_mean(even), c)
-    return {
-        "fixed": fixed,
-        "per_token": per_token,
-        "closed": closed.tolist(),
-        "planned": [planned_ratio(c, fixed, per_token, x) for x in FRACTIONS],
-        "ratios": {n: (middle_mean(of) / middle_mean(even)).tolist() for n, of in steps.items()},
-        "off": off_by(before, even, c).tolist(),
-        "least": again.quantile(0.025, 0).tolist(),
-        "most": again.quantile(0.975, 0).tolist(),
-        "seconds": {name: middle_mean(of).tolist() for name, of in steps.items()},
+    again = [
+        judged(middle_means({name: of[draw] for name, of in steps.items()}), c, PROMPT, FRACTIONS)
+        for draw in draws
+    ]
+    off = torch.tensor([one["off"] for one in again], dtype=torch.float64)
+    means = middle_means(steps)
+    one = judged(means, c, PROMPT, FRACTIONS)
+    return one | {
+        "planned": [planned_ratio(c, one["fixed"], one["per_token"], x) for x in FRACTIONS],
+        "least": off.quantile(0.025, 0).tolist(),
+        "most": off.quantile(0.975, 0).tolist(),
+        "seconds": means,
     }
 
 
@@ -255,7 +290,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     c = dist.get_world_size()
-    found = {clock: judged(steps, c) for clock, steps in measure().items()}
+    found = {clock: with_interval(steps, c) for clock, steps in measure().items()}
     if dist.get_rank() == 0:
         print(f"{c} gloo ranks, {BATCH} requests of {PROMPT} tokens and x times as many decoded;")
         print(f"middle means of {ROUNDS} steps of the slowest rank, waiting for others left out")

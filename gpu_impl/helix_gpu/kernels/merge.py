@@ -50,13 +50,20 @@ def merge_received(received: Tensor, out: Tensor, lse_out: Tensor, wire: torch.d
     keys give (0, -inf). Ranks are added in order, in float32, so that every run rounds alike.
     Raises ValueError for other strides.
     """
-    check_layout(rows={"received": received}, whole={"out": out, "lse_out": lse_out})
+    check_layout(rows={"received": received}, whole={})
+    border = out.numel() * wire.itemsize
+    merge_partials(
+        received[:, :border].view(wire), received[:, border:].view(torch.float32), out, lse_out
+    )
+
+
+def merge_partials(outputs: Tensor, lses: Tensor, out: Tensor, lse_out: Tensor) -> None:
+    """`merge_received` of outputs [ranks, n * heads * head_dim] and lses [ranks, n * heads]."""
+    check_layout(rows={"outputs": outputs, "lses": lses}, whole={"out": out, "lse_out": lse_out})
     n, heads, head_dim = out.shape
-    border = n * heads * head_dim * wire.itemsize
-    outputs, lses = received[:, :border].view(wire), received[:, border:].view(torch.float32)
     merge_kernel[(n * heads,)](
         outputs, lses, out, lse_out,
         outputs.stride(0), lses.stride(0),
-        RANKS=received.shape[0], DIM=head_dim, PADDED_DIM=power_of_2(head_dim),
+        RANKS=outputs.shape[0], DIM=head_dim, PADDED_DIM=power_of_2(head_dim),
         num_warps=1, enable_fp_fusion=FUSION,
     )  # fmt: skip
