@@ -284,10 +284,10 @@ class HelixCache:
         model, rows, pool = self.config.model, len(step.lengths), self.pool[layer]
         self._check("Q", q, (rows, self.q_heads, model.key_dim))
         self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
-        q, k = rotate(q, step.cos, step.sin), self._cached(rotate(k, step.cos, step.sin))
         v = None if v is None else self._cached(v)
         if self.backend == "triton":
             return self._launch(step, pool, q, k, v)[: step.outputs]
+        q, k = rotate(q, step.cos, step.sin), self._cached(rotate(k, step.cos, step.sin))
         own, t = (step.slots >= 0).nonzero()[:, 0], pool.shape[2]
         page, offset = step.slots[own] // t, step.slots[own] % t
         pool[page, 0, offset] = k[own]
@@ -512,9 +512,11 @@ class HelixCache:
     ) -> Tensor:
         """One layer by the kernels: nothing here waits for the device, or reads from it."""
         from helix_gpu.kernels.merge import merge_received
+        from helix_gpu.kernels.rope import rotated
         from helix_gpu.kernels.step import attend_shard
 
         model, merged = self.config.model, []
+        q, k = rotated(q, step.cos, step.sin), self._cached(rotated(k, step.cos, step.sin))
         for part, half in step.parts():
             buffers = half.buffers
             assert buffers is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,25 @@ from helix_gpu.exchange import Exchange
 from helix_spec.configs import Config
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def round_to_bfloat16() -> None:
+    """Let Triton's interpreter round float32 to bfloat16 as GPUs do, to the nearest; it cuts."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    cast = InterpreterBuilder.cast_impl
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, source, target)
+        rounded = torch.from_numpy(np.array(source.data)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), target.scalar)
+
+    InterpreterBuilder.cast_impl = cast_impl
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    round_to_bfloat16()
 
 
 class Table:

@@ -23,8 +23,10 @@ from helix_gpu.kernels.decode import decode
 from helix_gpu.kernels.merge import merge_received
 from helix_gpu.kernels.mla import decode_latent
 from helix_gpu.kernels.reduce_pack import reduce_pack
+from helix_gpu.kernels.rope import rotated
 from helix_gpu.kernels.settings import DecodeSettings, splits_for
 from helix_gpu.merge import merge
+from helix_gpu.rope import rope_table, rotate
 from helix_spec.configs import Config, ModelShape
 
 # Numpy, which computes what the kernels say, warns at log2(0) and NaN * 0.
@@ -125,6 +127,19 @@ def test_append_writes_the_owned_slots_alone(
     expected[slots[own] // t, 1, slots[own] % t] = v[own]
     append(k, v, pool, slots.to(torch.int32 if heads_first else torch.int64))
     torch.testing.assert_close(pool, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "dim", "turned"), [(1, 2, 2), (4, 64, 64), (3, 80, 80), (40, 128, 64), (1, 576, 64)]
+)
+def test_a_rotation_is_ropes_to_the_bit(
+    dtype: torch.dtype, heads: int, dim: int, turned: int, values: Values
+) -> None:
+    """All rows, heads and elements, those that stay included, at positions far apart."""
+    table = rope_table(torch.tensor([0, 7, 1_000_003]), turned, 10000.0)
+    rows = values((3, heads, 2 * dim), 0, dtype=dtype)[..., :dim]
+    assert torch.equal(rotate(rows, *table), rotated(rows, *table))
 
 
 def test_append_latent_writes_one_part(values: Values) -> None:
@@ -438,3 +453,5 @@ def test_layouts_that_kernels_would_misread_are_refused(values: Values) -> None:
         append(k, k, pool, torch.zeros(3, 2, dtype=torch.int64)[:, 0])
     with pytest.raises(ValueError, match="The last axis of v has stride 6"):
         append(k, values((3, 16, 6), 2).mT, pool, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"cos has strides .*; it must be contiguous"):
+        rotated(k, torch.zeros(3, 1, 16)[..., ::2], torch.zeros(3, 1, 8))

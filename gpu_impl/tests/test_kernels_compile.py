@@ -27,6 +27,7 @@ from helix_gpu.kernels.merge import merge_kernel
 from helix_gpu.kernels.mla import mla_kernel
 from helix_gpu.kernels.push import BLOCK, PARTS, put_kernel, take_kernel
 from helix_gpu.kernels.reduce_pack import reduce_pack_kernel
+from helix_gpu.kernels.rope import rotate_kernel
 from helix_gpu.kernels.settings import decode_settings, latent_settings
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -44,6 +45,7 @@ def compiled(
     warps: int,
     stages: int = 2,
     odd: tuple[str, ...] = (),
+    fusion: bool = True,
 ) -> Any:
     """The kernel for sm_90 as launched with these types: PTX, machine code and metadata.
 
@@ -61,7 +63,7 @@ def compiled(
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     # Triton 3.9 warns of a coming change where enable_fp_fusion is not given.
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fusion}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -154,6 +156,23 @@ def test_decode_latent(dtype: str, cached: str, page: int, wide: bool, tmp_path:
     code = check_resources(kernel, tmp_path)
     assert "F2F.BF16.F16" not in code, "8 bits are converted by one of Hopper's slow ways"
     assert wide or ("LDGSTS.E" in code and "HGMMA" in code)
+
+
+@pytest.mark.parametrize(("still", "half"), [(0, 64), (512, 32)])
+def test_rotate(still: int, half: int, tmp_path: Path) -> None:
+    """Products are rounded before they are added, as torch's are; stores are 16 bytes wide."""
+    kernel = compiled(
+        rotate_kernel,
+        {"x": "*bf16", "cos": "*fp32", "sin": "*fp32", "turned": "*bf16"},
+        {
+            "HEADS": 32, "STILL": still, "PADDED_STILL": max(still, 1),
+            "HALF": half, "PADDED_HALF": half, "BLOCK_HEADS": 16 if still == 0 else 2,
+        },
+        warps=4, fusion=False,
+    )  # fmt: skip
+    code = check_resources(kernel, tmp_path)
+    assert "FFMA" not in code and "FMUL" in code
+    assert "STG.E.128" in code
 
 
 def test_append(tmp_path: Path) -> None:
