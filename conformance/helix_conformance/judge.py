@@ -134,10 +134,7 @@ class Judge:
     # The outcome of an accepted decode
 
     def _decoded(self, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        expected = [
-            self.model.decoded(rank % self.cp, pairing.number)
-            for rank, pairing in enumerate(self.pairings)
-        ]
+        expected = self.model.decoded([pairing.number for pairing in self.pairings])
         for rank, (outcome, wanted) in enumerate(zip(outcomes, expected, strict=True)):
             _check_columns(rank, outcome, wanted, self.profiles)
             yield from self._columns(rank, outcome, wanted)
