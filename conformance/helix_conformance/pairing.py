@@ -7,7 +7,7 @@ on write included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from helix_conformance.violations import Violation
@@ -27,20 +27,35 @@ class Pairing:
         self.pool = pool
         self.twins: dict[int, Page] = {}
         self.numbers: dict[Page, int] = {}
-        self.tables: dict[int, tuple[list[int], list[Page]]] = {}
-        """What was last seen of each request, to look again only at what changed."""
+        self.tables: dict[int, list[int]] = {}
+        self.stood_for: dict[int, list[Page]] = {}
+        """Each request's block table and the model's pages, as last seen: to look again only at
+        what changed."""
 
     def number(self, twin: Page) -> int:
         """The physical page that stands for this page of the model; UNPAIRED when none does."""
         return self.numbers.get(twin, UNPAIRED)
 
-    def changed(self, tables: dict[int, list[int]], twins: dict[int, list[Page]]) -> list[int]:
-        """Those of the requests with these `twins` whose block tables are not what they were.
+    def knows(
+        self, ids: Sequence[int], tables: dict[int, list[int]], twins: Sequence[list[Page]]
+    ) -> bool:
+        """Whether these requests, with these `twins`, have the block tables that they had.
 
-        All others stand for the same pages as when they were last looked at.
+        They stand for the same pages then as when they were last looked at.
         """
-        kept = self.tables
-        return [id for id, pages in twins.items() if kept.get(id) != (tables.get(id, []), pages)]
+        return (
+            [*tables] == ids
+            and [*tables.values()] == [*map(self.tables.get, ids)]
+            and twins == (*map(self.stood_for.get, ids),)
+        )
+
+    def changed(self, tables: dict[int, list[int]], twins: dict[int, list[Page]]) -> list[int]:
+        """Those of the requests with these `twins` of which this is not so."""
+        return [
+            id
+            for id, pages in twins.items()
+            if self.tables.get(id) != tables.get(id, []) or self.stood_for.get(id) != pages
+        ]
 
     def table(self, rank: int, id: int, table: list[int], twins: list[Page]) -> Iterator[Violation]:
         """One request's block table, when it has changed."""
@@ -51,7 +66,7 @@ class Pairing:
         if len(set(table)) < len(table) or any(page in self.live() for page in extra):
             what = f"block table of request {id}"
             yield Violation("PAGE-2", what, "pages of its own", table, rank, id)
-        self.tables[id] = (list(table), list(twins))
+        self.tables[id], self.stood_for[id] = list(table), list(twins)
 
     def pair(
         self, rank: int, id: int, page: int, twin: Page, *, written: bool = False
@@ -89,6 +104,7 @@ class Pairing:
     def forget(self, id: int) -> None:
         """A request was released."""
         self.tables.pop(id, None)
+        self.stood_for.pop(id, None)
 
     def live(self) -> set[int]:
         """Physical pages that stand for a page in use."""

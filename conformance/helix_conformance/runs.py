@@ -189,6 +189,8 @@ def _played(
                     violations = judge.finished(answers) if seen else judge.started(answers)
                 if violations:
                     check_types(answers)
+            if not violations:
+                continue
             unknown = known.unknown(config.layout, violations)
             if unknown:
                 return failure(None if event is None else len(seen) - 1, unknown, answers)

@@ -197,11 +197,13 @@ class Model:
         place = 0
         for id, query_len in zip(ids, query_lens, strict=True):
             request = self.requests[id]
-            owners = self.owners(request, query_len)
-            step = Step(id, len(request.tokens), owners, _lengths(request), [])
+            owners, now = self.owners(request, query_len), _lengths(request)
+            step = Step(id, len(request.tokens), owners, now, [])
             for owner in owners:
                 self._append(request, (self.events_seen, place), owner)
-                step.held.append(_lengths(request))
+                now = [*now]
+                now[owner] = len(request.ranks[owner])
+                step.held.append(now)
                 place += 1
             request.open_group = query_len
             request.outstanding += self.config.overlap
@@ -209,16 +211,17 @@ class Model:
 
     def _append(self, request: Request, token: Identity, owner: int) -> None:
         """Place one more token on the rank that owns it, in a page that nobody else holds."""
-        position, t = len(request.tokens), self.layout.tokens_per_block
-        if self.layout.pages == "lockstep":
-            for rank in range(self.layout.cp_size):
-                self._make_room(request, rank, position % (t * self.layout.cp_size))
+        layout, position, mine = self.layout, len(request.tokens), request.ranks[owner]
+        if layout.pages == "lockstep":
+            filled = position % (layout.tokens_per_block * layout.cp_size)
+            for rank in range(layout.cp_size):
+                self._make_room(request, rank, filled)
         else:
-            self._make_room(request, owner, len(request.ranks[owner]) % t)
+            self._make_room(request, owner, len(mine) % layout.tokens_per_block)
         request.tokens.append(token)
-        request.ranks[owner].append(position)
-        held = len(request.ranks[owner])
-        request.high_water[owner] = max(request.high_water[owner], held)
+        mine.append(position)
+        if len(mine) > request.high_water[owner]:
+            request.high_water[owner] = len(mine)
 
     def _make_room(self, request: Request, rank: int, filled: int) -> None:
         """A page where the last one is full, a copy of the last one where others hold it too."""
@@ -279,8 +282,8 @@ class Model:
         """cp_rank of each of the next tokens."""
         steps, prompt_len, shift = request.steps, request.prompt_len, request.shift
         return [
-            decode_owner(self.layout, prompt_len, steps + place, shift)
-            for place in range(query_len)
+            decode_owner(self.layout, prompt_len, step, shift)
+            for step in range(steps, steps + query_len)
         ]
 
     def growth(self, request: Request, query_len: int) -> list[Growth]:
@@ -319,31 +322,29 @@ class Model:
         """What cp_rank `rank` answers to the last event, without the attention output."""
         if reason is not None or not self.last_steps:
             return Outcome(reason)
-        return self.decoded(rank, attrgetter("number"))
+        return self.decoded([attrgetter("number")] * self.layout.cp_size)[rank]
 
-    def decoded(self, rank: int, number_of: Callable[[Page], int]) -> Outcome:
-        """What cp_rank `rank` answers to the decode just accepted, with its pages so numbered."""
-        return Outcome(
-            None,
-            [step.past_len[rank] for step in self.last_steps],
-            [step.first + place for step in self.last_steps for place in range(len(step.owners))],
-            [owner == rank for step in self.last_steps for owner in step.owners],
-            self._slots_written(rank, number_of),
-            [held[rank] for step in self.last_steps for held in step.held],
-        )
-
-    def _slots_written(self, rank: int, number_of: Callable[[Page], int]) -> list[int]:
-        """The slots in which a rank wrote the last event's tokens; -1 where it wrote none."""
-        slots, t = [], self.layout.tokens_per_block
-        for step in self.last_steps:
-            table = self.requests[step.id].tables[rank]
-            for owner, held in zip(step.owners, step.held, strict=True):
-                slot = -1
-                if owner == rank:
-                    index = held[rank] - 1
-                    slot = number_of(table[index // t]) * t + index % t
-                slots.append(slot)
-        return slots
+    def decoded(self, numbers_of: Sequence[Callable[[Page], int]]) -> list[Outcome]:
+        """What each rank answers to the decode just accepted, with its pages numbered its way."""
+        t, c, ranks = self.layout.tokens_per_block, self.layout.cp_size, range(len(numbers_of))
+        tokens = [(step, place) for step in self.last_steps for place in range(len(step.owners))]
+        positions = [step.first + place for step, place in tokens]
+        past_len = list(zip(*[step.past_len for step in self.last_steps], strict=True))
+        visible = list(zip(*[step.held[place] for step, place in tokens], strict=True))
+        active = [[False] * len(tokens) for _ in ranks]
+        slots = [[-1] * len(tokens) for _ in ranks]
+        for token, (step, place) in enumerate(tokens):
+            owner = step.owners[place]
+            index = step.held[place][owner] - 1
+            page = self.requests[step.id].tables[owner][index // t]
+            for rank in ranks[owner::c]:
+                active[rank][token] = True
+                slots[rank][token] = numbers_of[rank](page) * t + index % t
+        outcomes = []
+        for rank in ranks:
+            past, seen = list(past_len[rank % c]), list(visible[rank % c])
+            outcomes.append(Outcome(None, past, positions, active[rank], slots[rank], seen))
+        return outcomes
 
     def slot(self, id: int, rank: int, index: int) -> int:
         """Slot of a request's local index on a rank."""
@@ -364,7 +365,7 @@ class Model:
 
 def _lengths(request: Request) -> list[int]:
     """Tokens of a request on each cp_rank."""
-    return [len(positions) for positions in request.ranks]
+    return list(map(len, request.ranks))
 
 
 def _growth(rank: int, table: list[Page], held: int, more: int, block: int) -> Growth:

@@ -74,7 +74,7 @@ def _decode(model: Model, ids: list[int], query_lens: list[int], pad: int) -> Re
     if not ids or len(ids) != len(query_lens) or min(query_lens) < 1 or pad < 0:
         return Reason.BAD_COUNT
     known = [model.requests[id] for id in ids if id in model.requests]
-    if any(request.outstanding == 2 for request in known):
+    if 2 in [request.outstanding for request in known]:
         return Reason.BAD_COUNT
     if len(set(ids)) < len(ids):
         return Reason.DUPLICATE_REQUEST
@@ -133,7 +133,7 @@ def _not_live(model: Model, ids: Sequence[int]) -> Reason | None:
 
 
 def _prompt_pages(model: Model, prompt_len: int, shift: int) -> Reason | None:
-    if not model.allocates:
+    if not model.allocates or _plenty(model, prompt_len):
         return None
     if prompt_len > _slots(model):
         return Reason.OUT_OF_PAGES  # not even one token a slot fits: do not deal the lists
@@ -143,7 +143,7 @@ def _prompt_pages(model: Model, prompt_len: int, shift: int) -> Reason | None:
 
 def _decode_pages(model: Model, ids: list[int], query_lens: list[int]) -> Reason | None:
     """Count the batch's need in its order: a copy taken by one request may spare the next."""
-    if not model.allocates:
+    if not model.allocates or _plenty(model, sum(query_lens)):
         return None
     if sum(query_lens) > _slots(model):
         return Reason.OUT_OF_PAGES
@@ -157,6 +157,11 @@ def _decode_pages(model: Model, ids: list[int], query_lens: list[int]) -> Reason
                 wanted[growth.rank] += 1
                 let_go[page] += 1
     return _too_many(model, wanted)
+
+
+def _plenty(model: Model, tokens: int) -> bool:
+    """Whether each rank has a page for each token: no token takes more, be it fresh or a copy."""
+    return tokens <= min([len(pool.free) for pool in model.pools])
 
 
 def _slots(model: Model) -> int:

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -253,6 +254,17 @@ def test_any_trace(trace):
         for rank, pool in enumerate(model.pools):
             used = {p.number for r in model.requests.values() for p in (r.tables or [[]] * 9)[rank]}
             assert sorted([*used, *pool.free]) == list(range(pool.size))
+
+
+@settings(deadline=None)
+@given(strategies.traces(configs=strategies.configs(cp_sizes=(1, 2, 3, 4))))
+def test_a_page_for_every_token_is_enough(trace):
+    """To count pages where each rank has one for each new token refuses nothing more."""
+    model, counting = Model(trace.config), Model(trace.config)
+    for event in trace.events:
+        with mock.patch("helix_reference.refusals._plenty", return_value=False):
+            expected = counting.apply(event)
+        assert expected == model.apply(event)
 
 
 @given(layout=strategies.layouts(), prompt_len=st.integers(1, 90), shift=st.integers(0, 3))
