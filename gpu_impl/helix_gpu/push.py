@@ -86,6 +86,9 @@ def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2*
     `message_bytes` bounds what a rank sends to one other in an exchange: rows * heads / C *
     (head_dim * element size + 4). Memory is taken for SLOTS * C of them. The ranks are on one
     host. Raises ValueError for a longer message, before any is written.
+
+    On CUDA every rank of the world calls it equally often, as the ranks of a mesh do: torch counts
+    rendezvous by process, and a rank that one left out hangs in the next (pytorch issue 196082).
     """
     capacity = -(-message_bytes // ALIGNMENT) * ALIGNMENT
     if "nccl" in dist.get_backend(group):

@@ -11,7 +11,7 @@ import numpy as np
 from helix_conformance.numbers import Tokens, entries, partial_of, queries, values
 from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.refusals import Refused, check_config
-from helix_spec.configs import Config
+from helix_spec.configs import Config, ModelShape
 from helix_spec.events import (
     FEATURES,
     MERGE,
@@ -125,8 +125,8 @@ class GpuEngine:
                 for first in range(0, world_size - cp_size + 1, cp_size)
             ]
 
-    @staticmethod
-    def make_exchange() -> MakeExchange:
+    @classmethod
+    def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group."""
         from helix_gpu.exchange import all_to_all
 
@@ -312,8 +312,8 @@ class GpuEngine:
 class AllGatherEngine(GpuEngine):
     """Partials travel by all-gather."""
 
-    @staticmethod
-    def make_exchange() -> MakeExchange:
+    @classmethod
+    def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group."""
         from helix_gpu.exchange import all_gather
 
@@ -323,8 +323,8 @@ class AllGatherEngine(GpuEngine):
 class ReduceScatterEngine(GpuEngine):
     """Log-sum-exps travel by all-gather, weighted outputs by reduce-scatter, in float32 always."""
 
-    @staticmethod
-    def make_exchange() -> MakeExchange:
+    @classmethod
+    def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group."""
         from helix_gpu.exchange import reduce_scatter
 
@@ -350,12 +350,33 @@ class HopBEngine(GpuEngine):
 class PushEngine(GpuEngine):
     """Each rank writes its partials into its peers' memory."""
 
-    @staticmethod
-    def make_exchange() -> MakeExchange:
-        """How partials travel in the group."""
+    windows: ClassVar[dict[int, Exchange]] = {}
+    """By cp_size, the exchange of this rank's group, for all traces."""
+
+    @classmethod
+    def join(cls, world_size: int) -> None:
+        """Make the windows of every cp_size, each rank as many, be it in a group of its own.
+
+        Torch counts rendezvous by process: a rank that one leaves out hangs in the next (pytorch
+        issue 196082).
+        """
+        import torch.distributed as dist
+
         from helix_gpu.push import push
 
-        return push
+        super().join(world_size)
+        alone = [dist.new_group([rank]) for rank in range(world_size)]
+        for cp_size, groups in cls.cp_groups.items():
+            place = dist.get_rank() // cp_size
+            group = groups[place] if place < len(groups) else alone[dist.get_rank()]
+            cls.windows[cp_size] = push(group, ModelShape())
+
+    @classmethod
+    def make_exchange(cls) -> MakeExchange:
+        """How partials travel in the group; by new windows where another engine joined."""
+        from helix_gpu.push import push
+
+        return lambda group, model: cls.windows.get(group.size()) or push(group, model)
 
 
 def _outcome(step: RankStep) -> Outcome:
