@@ -173,7 +173,8 @@ class RankBook:
         t = self._page_size
         index = step.past_lens[:, self.cp_rank]
         active = step.owners == self.cp_rank
-        slots, mine = active - 1, active.nonzero()[0]  # -1 where another rank owns the token
+        # -1 where another rank owns the token; 0 at first where this one does.
+        slots, mine = active - 1, active.nonzero()[0]
         own = index[mine]
         slots[mine] = self.tables.page(rows[mine], own // t) * t + own % t
         return RankStep(
