@@ -94,6 +94,8 @@ class Judge:
         """What is wrong with the ranks' answers to the next event of the trace."""
         reason = self.reason = self.model.apply(event)
         foreseen = None if self.foresight is None else self.foresight.next()
+        if foreseen is not None:
+            self.oracle.kept |= foreseen.exact
         outcomes = [answer.outcome for answer in answers]
         found = wrong_reasons(reason, outcomes)
         if found:
@@ -104,7 +106,7 @@ class Judge:
             found += self._decoded(outcomes)
             if "attention" in self.profiles:
                 steps = self.model.last_steps
-                exact = self.oracle.attention(steps) if foreseen is None else foreseen.result()
+                exact = self.oracle.attention(steps) if foreseen is None else foreseen.attention
                 found += self._outputs(outcomes, exact, all_else_right=not found + in_views)
         if isinstance(event, Merge) and reason is None:
             found += self._merged(event, outcomes)

@@ -146,28 +146,39 @@ class Oracle:
                 token += 1
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """What an event's batch attends to, and K and V of its requests after it."""
+
+    attention: list[Attended]
+    exact: dict[int, Exact]
+
+
 class Foresight:
     """The attention of a trace's events, worked out in a thread while the ranks play them."""
 
     def __init__(self, config: Config, model: Model) -> None:
         self.oracle = Oracle(config, model)
         self.thread = ThreadPoolExecutor(1)
-        self.events: deque[Future[list[Attended]]] = deque()
+        self.events: deque[Future[Foreseen]] = deque()
 
     def add(self, event: Event) -> None:
         """The next event of the trace."""
         self.events.append(self.thread.submit(self._after, event))
 
-    def next(self) -> Future[list[Attended]]:
-        """What `Oracle.attention` says of the first event that this was not yet asked for."""
-        return self.events.popleft()
+    def next(self) -> Foreseen:
+        """What there is to say of the first event that this was not yet asked for."""
+        return self.events.popleft().result()
 
     def close(self) -> None:
         """Leave the rest."""
         self.thread.shutdown(cancel_futures=True)
 
-    def _after(self, event: Event) -> list[Attended]:
-        refused = self.oracle.model.apply(event) is not None
+    def _after(self, event: Event) -> Foreseen:
+        oracle = self.oracle
+        refused = oracle.model.apply(event) is not None
         if isinstance(event, Release) and not refused:
-            self.oracle.forget(event.id)
-        return list(self.oracle.attention(self.oracle.model.last_steps))
+            oracle.forget(event.id)
+        steps = oracle.model.last_steps
+        attention = list(oracle.attention(steps))
+        return Foreseen(attention, {step.id: oracle.kept[step.id] for step in steps})

@@ -321,7 +321,7 @@ def test_what_was_foreseen_is_what_is_worked_out_later() -> None:
     for event in events:
         later.model.apply(event)
         expected = list(later.attention(later.model.last_steps))
-        observed = judge.foresight.next().result()
+        observed = judge.foresight.next().attention
         assert [one[:2] for one in expected] == [one[:2] for one in observed]
         for (*_, output, bound), (*_, foreseen, its_bound) in zip(expected, observed, strict=True):
             np.testing.assert_array_equal(output, foreseen)
