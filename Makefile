@@ -119,6 +119,9 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	$(BIN)/python conformance/benchmarks/events.py --json $(FIGURES)/events.json
 	$(BIN)/helix-conformance zoo --tier one-process --json $(FIGURES)/zoo.json
 	$(BIN)/helix-conformance prove --json $(FIGURES)/prove.json
+	$(BIN)/helix-conformance plan --model llama-405b --ranks 32 --json $(FIGURES)/plan_llama.json
+	$(BIN)/helix-conformance plan --model deepseek-r1 --ranks 64 --batch 64 --json $(FIGURES)/plan_deepseek.json
+	$(BIN)/helix-conformance plan --model deepseek-r1 --ranks 64 --context 100000000 --batch 1
 
 bench-vllm: .venv-vllm/installed ## The host cost of a step beside vLLM 0.33.0's
 	mkdir -p $(FIGURES)
