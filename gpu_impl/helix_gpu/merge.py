@@ -27,9 +27,8 @@ def shares(lses: Tensor) -> tuple[Tensor, Tensor]:
     `lses` float32 [C, ...], natural; so are the shares, which sum to 1, or are all 0 where no
     partial has a key. The log-sum-exp is [...], -inf there.
 
-    With M = max lse_r and w_r = exp(lse_r - M): share_r = w_r / sum w, lse = M + ln(sum w). The
-    comparisons with zero are written so that a NaN log-sum-exp, which no partial may have, stays
-    visible.
+    With M = max lse_r and w_r = exp(lse_r - M): share_r = w_r / sum w, lse = M + ln(sum w). A NaN
+    log-sum-exp, which no partial may have, stays visible.
     """
     top = lses.amax(0)
     top = top.where(top != -torch.inf, 0)
