@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from helix_conformance.generate.workload import Request, read_workload
 from helix_conformance.planning import HARDWARE, MODELS, Load, plan
-from helix_conformance.workloads import Request, read_workload
 from helix_gpu.ledger import Ledger
 from helix_gpu.refusals import Refused
 from helix_spec.layouts import Layout, named_layout

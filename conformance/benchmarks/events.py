@@ -20,16 +20,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from helix_conformance.drivers.base import Driver
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.pool import PoolDriver
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.drive.driver import Driver, Watch
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
-from helix_conformance.protocol import Watch
-from helix_conformance.runs import check_trace
-from helix_spec.configs import Config, ModelShape
+from helix_conformance.session import check_trace
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Release
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 
 def rolling(live: int, batch: int, events: int) -> Iterator[Event]:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from helix_spec.configs import Config
+from helix_spec.config import Config
 from helix_spec.events import Admit, Decode
-from helix_spec.traces import Trace, dump_trace, load_trace
+from helix_spec.trace import Trace, dump_trace, load_trace
 
 BROKEN = Path(__file__).parents[1] / "tests"
 BESIDE = Path(sys.executable).parent

@@ -15,8 +15,9 @@ import torch
 
 from helix_conformance.engines.gpu import GpuEngine
 from helix_gpu.cache import HelixCache
-from helix_spec.configs import Config
-from helix_spec.events import Decode, Event, Outcome
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
+from helix_spec.events import Decode, Event
 
 BEACONS = "HELIX_FAULTS_BEACONS"
 """A folder in which each rank's file grows by a byte with each event that it begins."""

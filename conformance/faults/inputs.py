@@ -11,22 +11,22 @@ from typing import Any, Final
 
 import msgspec
 
-from helix_conformance.drivers import group, messages, serve, wire
-from helix_conformance.drivers.asking import AnswerError
-from helix_conformance.drivers.base import EngineFailure, Played
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.known import Known, LedgerError
-from helix_conformance.protocol import PROFILES, Answer, Watch
-from helix_conformance.runs import check_trace
-from helix_conformance.vectors.format import VectorError, load_vector
-from helix_conformance.workloads import WorkloadError, read_workload
+from helix_conformance.drive import group, messages, serve, wire
+from helix_conformance.drive.asking import AnswerError
+from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.expect.vectors import VectorError, load_vector
+from helix_conformance.generate.workload import WorkloadError, read_workload
+from helix_conformance.judge.xfail import Known, LedgerError
+from helix_conformance.session import check_trace
 from helix_reference.engine import ReferenceEngine
-from helix_spec.configs import Config, ModelShape
-from helix_spec.events import Accept, Admit, Decode, Event, Fork, Outcome, RankView, Release, Skip
+from helix_spec.config import Config, ModelShape
+from helix_spec.engine import PROFILES, Outcome, RankView
+from helix_spec.events import Accept, Admit, Decode, Event, Fork, Release, Skip
 from helix_spec.layouts import LayoutError, parse_layout
-from helix_spec.traces import Trace, TraceError, dump_trace, load_trace
+from helix_spec.trace import Trace, TraceError, dump_trace, load_trace
 
-SHIPPED: Final = Path(messages.__file__).parents[1] / "vectors" / "shipped"
+SHIPPED: Final = Path(messages.__file__).parents[1] / "expect" / "shipped"
 _FOLDER: Final = tempfile.TemporaryDirectory(prefix="helix-inputs-")
 
 

@@ -47,13 +47,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.threads import ThreadDriver
-from helix_conformance.protocol import load_engine
-from helix_conformance.runs import Tally, check_trace, layout_traces, random_traces
-from helix_conformance.strategies import LAYOUT_NAMES
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.threads import ThreadDriver
+from helix_conformance.engines import load_engine
+from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
 from helix_reference.engine import ReferenceEngine
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGE: Final = ROOT / "gpu_impl" / "helix_gpu"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Preempt, Release, Resume
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 DEADLINE_S = 15.0
 
@@ -53,8 +53,8 @@ def worker(rank: int) -> int:
         except OSError:  # it has just ended
             continue
         parents[int(entry.name)] = int(stat[1])
-        if b"helix_conformance.drivers.worker" in words and stat[0] != "Z":
-            setup = json.loads(words[words.index(b"helix_conformance.drivers.worker") + 1])
+        if b"helix_conformance.drive.worker" in words and stat[0] != "Z":
+            setup = json.loads(words[words.index(b"helix_conformance.drive.worker") + 1])
             if setup["rank"] == rank:
                 found.append(int(entry.name))
     mine = [pid for pid in found if os.getpid() in _line(pid, parents)]

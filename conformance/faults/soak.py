@@ -21,18 +21,18 @@ import click
 import numpy as np
 from sabotage import worker
 
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.pool import PoolDriver
+from helix_conformance.drive.driver import Watch
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_conformance.judge import Judge
-from helix_conformance.protocol import Watch
-from helix_conformance.report import failure_text
-from helix_conformance.runs import Tally, check_trace
-from helix_conformance.strategies import EVENTS, Intent, realise
+from helix_conformance.generate.strategies import EVENTS, Intent, realise
+from helix_conformance.judge.judge import Judge
+from helix_conformance.report.text import failure_text
+from helix_conformance.session import Tally, check_trace
 from helix_reference.model import Model
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Event
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 MIB: Final = 2**20
 GROWTH_MIB: Final = 16.0

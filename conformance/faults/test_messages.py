@@ -10,15 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from helix_conformance.drivers.base import EngineFailure
-from helix_conformance.drivers.lines import Line
-from helix_conformance.drivers.messages import Hello, Observe, line_of
-from helix_conformance.drivers.process import EngineProcess
-from helix_conformance.drivers.supervised import RemoteRank, _hand_to_and_fro
-from helix_conformance.drivers.wire import Failed, Play, Ready, Stop, pack, unpack_from_engine
-from helix_conformance.drivers.worker import Setup
-from helix_conformance.protocol import Watch
-from helix_spec.configs import Config
+from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.lines import Line
+from helix_conformance.drive.messages import Hello, Observe, line_of
+from helix_conformance.drive.process import EngineProcess
+from helix_conformance.drive.supervised import RemoteRank, _hand_to_and_fro
+from helix_conformance.drive.wire import Failed, Play, Ready, Stop, pack, unpack_from_engine
+from helix_conformance.drive.worker import Setup
+from helix_spec.config import Config
 
 GARBAGE = b"\xc1rubbish"
 
@@ -67,7 +66,7 @@ def test_a_worker_is_asked_for_an_engine_that_there_is_not(worker: EngineProcess
 @pytest.mark.parametrize("line", [b"\n", b"{}\n", b"[" * 5000, b'{"type":"apply","seq":1}\n'])
 def test_a_served_engine_is_sent_no_request(line: bytes) -> None:
     """It answers what came before, says what the line is not, and ends."""
-    command = [sys.executable, "-m", "helix_conformance.drivers.serve", "gpu-ledger"]
+    command = [sys.executable, "-m", "helix_conformance.drive.serve", "gpu-ledger"]
     told = line_of(Hello(1)) + line_of(Observe(2)) + line + b"\n" + line_of(Hello(3))
     done = subprocess.run(command, input=told, capture_output=True, timeout=60)
     assert 1 == done.returncode

@@ -10,19 +10,18 @@ import torch
 from faulty_engines import BitFlipped, OutOfMemory
 from sabotage import DEADLINE_S, long_trace
 
-from helix_conformance.drivers.base import EngineFailure
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.pool import PoolDriver
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_conformance.judge import Judge
-from helix_conformance.protocol import Watch
-from helix_conformance.runs import check_trace
+from helix_conformance.judge.judge import Judge
+from helix_conformance.session import check_trace
 from helix_gpu.cache import HelixCache
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Fork, Preempt, Reason, Release, Resume
 from helix_spec.layouts import NAMED_LAYOUTS
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 SHAPE = ModelShape(q_heads=8, kv_heads=2)
 

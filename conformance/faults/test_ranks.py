@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from sabotage import DEADLINE_S, kill, long_trace, once_it_is_at, slow, stop, where, worker
 
-from helix_conformance.drivers.pool import PoolDriver
-from helix_conformance.drivers.wire import Done, pack
-from helix_conformance.protocol import Watch
-from helix_conformance.runs import check_trace
-from helix_spec.traces import Trace, dump_trace, load_trace
+from helix_conformance.drive.driver import Watch
+from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.wire import Done, pack
+from helix_conformance.session import check_trace
+from helix_spec.trace import Trace, dump_trace, load_trace
 
 AT = 30
 """The event in which it happens."""

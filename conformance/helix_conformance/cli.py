@@ -14,14 +14,19 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from helix_conformance import runs
-from helix_conformance.coverage import Coverage, at_hand
-from helix_conformance.drivers.base import Driver, EngineFailure
-from helix_conformance.drivers.launching import LAUNCHED, leave_verdict, take_part
-from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
-from helix_conformance.known import Known, LedgerError
-from helix_conformance.protocol import PROFILES, EngineSpecError
-from helix_conformance.report import (
+from helix_conformance import session
+from helix_conformance.drive.driver import Driver, EngineFailure
+from helix_conformance.drive.launching import LAUNCHED, leave_verdict, take_part
+from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.engines import EngineSpecError
+from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
+from helix_conformance.judge.coverage import Coverage, at_hand
+from helix_conformance.judge.xfail import Known, LedgerError
+from helix_conformance.report.command import report, write_file
+from helix_conformance.report.show import trace_text
+from helix_conformance.report.stream import Row
+from helix_conformance.report.text import (
     Stream,
     make_row,
     print_coverage,
@@ -30,15 +35,11 @@ from helix_conformance.report import (
     restrictions,
     save_failure,
 )
-from helix_conformance.reports.command import report, write_file
-from helix_conformance.reports.stream import Row
-from helix_conformance.runs import Failure, Tally
-from helix_conformance.show import trace_text
-from helix_conformance.strategies import LAYOUT_NAMES
-from helix_conformance.workloads import WorkloadError, read_workload, scaled
-from helix_spec.configs import Config, ModelShape, config_problem
+from helix_conformance.session import Failure, Tally
+from helix_spec.config import Config, ModelShape, config_problem
+from helix_spec.engine import PROFILES
 from helix_spec.layouts import LayoutError, format_layout, named_layout
-from helix_spec.traces import TraceError, load_trace
+from helix_spec.trace import TraceError, load_trace
 
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
 
@@ -263,9 +264,9 @@ def replay(**options: Any) -> None:
         tally = Tally()
         with _driver_of(stream, engine, driver_name, options) as driver:
             _check_world(driver, trace.config.world_size)
-            profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+            profiles = session.profiles_to_check(driver.profiles, options["asked"])
             declared = driver.profiles
-            failure = runs.check_trace(driver, trace, profiles, tally=tally)
+            failure = session.check_trace(driver, trace, profiles, tally=tally)
         row = make_row(
             trace.config.layout,
             engine,
@@ -304,7 +305,7 @@ def show(trace_path: Path, html_path: Path | None) -> None:
     """Print where the tokens of a trace belong: each request, rank by rank, page by page."""
     trace = _trace(trace_path)
     if html_path is not None:
-        from helix_conformance.reports.pages import show_page
+        from helix_conformance.report.html import show_page
 
         write_file(html_path, show_page(trace).encode())
         return
@@ -321,8 +322,8 @@ def vectors() -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 def vectors_export(folder: Path) -> None:
     """Write the vectors, their format page (FORMAT.md) and their JSON Schema into DIR."""
-    from helix_conformance.vectors.format import FORMAT_PAGE, VectorError
-    from helix_conformance.vectors.making import export
+    from helix_conformance.expect.making import export
+    from helix_conformance.expect.vectors import FORMAT_PAGE, VectorError
 
     try:
         count = len(export(folder))
@@ -353,8 +354,8 @@ def vectors_check(**options: Any) -> None:
     Only what the files say counts. Cases that need a profile which the engine does not declare,
     or which was not asked for, are named as not checked. Exit status as of `run`.
     """
-    from helix_conformance.vectors import command
-    from helix_conformance.vectors.format import VectorError
+    from helix_conformance import vectors_command as command
+    from helix_conformance.expect.vectors import VectorError
 
     try:
         cases = command.read(options["folder"], options["layouts"])
@@ -365,7 +366,7 @@ def vectors_check(**options: Any) -> None:
     stream.settings("vectors check", options["engine"], restrictions=command.ALONE)
     for engine, driver_name in _tiers(options["engine"], options["driver_name"], ()):
         with _driver_of(stream, engine, driver_name, options) as driver:
-            profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+            profiles = session.profiles_to_check(driver.profiles, options["asked"])
             command.check(stream, driver, engine, cases, profiles)
     _leave(stream.summary(options["engine"]))
 
@@ -478,7 +479,7 @@ def serve(engine: str) -> None:
     For an engine that lives in another environment, container or machine than the suite:
     --engine "stdio:ssh host helix-conformance serve --engine my_package.adapter:Engine".
     """
-    from helix_conformance.drivers.serve import main as be_a_rank
+    from helix_conformance.drive.serve import main as be_a_rank
 
     be_a_rank(engine)
 
@@ -581,7 +582,7 @@ def _play_random(
         for done, name in enumerate(names):
             progress.update(bar, description=f"{name} ({driver_name})", completed=done * examples)
             tally = Tally()
-            checked, failure = runs.layout_run(
+            checked, failure = session.layout_run(
                 driver,
                 name,
                 options["asked"],
@@ -637,7 +638,7 @@ def _play_workload(
     # Playing makes no cycles; a collector that walks millions of tokens costs a quarter more.
     gc.set_threshold(1_000_000)
     with _driver_of(stream, engine, driver_name, options) as driver, _progress() as progress:
-        profiles = runs.profiles_to_check(driver.profiles, options["asked"])
+        profiles = session.profiles_to_check(driver.profiles, options["asked"])
         coverage = Coverage(
             at_hand(
                 driver.profiles,
@@ -651,7 +652,7 @@ def _play_workload(
             bar = progress.add_task(config.layout, total=len(requests))
             tally = Tally()
             try:
-                failure = runs.workload(
+                failure = session.workload(
                     driver,
                     config,
                     requests,

@@ -104,7 +104,7 @@ def prove(
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     if stream_path is not None:
         # What is appended knows this report's type, so it cannot be imported before.
-        from helix_conformance.reports.stream import Proofs, append_line
+        from helix_conformance.report.stream import Proofs, append_line
 
         append_line(stream_path, Proofs(suite_version=__version__, report=report))
     _print(report, console)

@@ -9,17 +9,18 @@ from typing import Final
 
 import msgspec
 
-from helix_conformance.drivers.base import Driver, EngineFailure
-from helix_conformance.drivers.launching import LAUNCHED
-from helix_conformance.drivers.opening import DRIVERS, default_driver, open_driver
-from helix_conformance.known import PARTING, Difference, Known, LedgerError, void_sentence
-from helix_conformance.protocol import PROFILES, EngineSpecError
-from helix_conformance.report import failure_text
-from helix_conformance.runs import Failure, Tally, layout_run, numbers_of, profiles_to_check
-from helix_conformance.strategies import LAYOUT_NAMES
+from helix_conformance.drive.driver import Driver, EngineFailure
+from helix_conformance.drive.launching import LAUNCHED
+from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.engines import EngineSpecError
+from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.judge.xfail import PARTING, Difference, Known, LedgerError, void_sentence
+from helix_conformance.report.text import failure_text
+from helix_conformance.session import Failure, Tally, layout_run, numbers_of, profiles_to_check
+from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
-from helix_spec.traces import Trace, dump_trace
+from helix_spec.trace import Trace, dump_trace
 
 TRACES: Final = "traces"
 """Name of the test that no smallest failing trace has an event of a feature."""

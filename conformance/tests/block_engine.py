@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from helix_conformance.engines.gpu import GpuEngine
-from helix_spec.events import Outcome, RankView
+from helix_spec.engine import Outcome, RankView
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "gpu_impl/tests"))
 from test_block import Experts, Setting

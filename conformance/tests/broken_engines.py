@@ -12,10 +12,11 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from helix_conformance.drivers.wire import Done, send
+from helix_conformance.drive.wire import Done, send
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_reference.engine import ReferenceEngine
-from helix_spec.events import Decode, Outcome
+from helix_spec.engine import Outcome
+from helix_spec.events import Decode
 
 
 class Liar(LedgerEngine):

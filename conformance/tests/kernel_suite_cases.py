@@ -7,12 +7,12 @@ import threading
 import pytest
 from triton.runtime.interpreter import InterpretedFunction
 
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
-from helix_conformance.runs import check_trace
-from helix_spec.configs import Config, LatentShape, ModelShape
+from helix_conformance.session import check_trace
+from helix_spec.config import Config, LatentShape, ModelShape
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Resume
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 # Numpy, which computes what the kernels say, warns at log2(0) and NaN * 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -7,12 +7,12 @@ import sys
 import msgspec
 import pytest
 
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.runs import check_trace
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.session import check_trace
 from helix_reference.engine import ReferenceEngine
-from helix_spec.configs import Config
+from helix_spec.config import Config
 from helix_spec.events import Admit, Decode, Release
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 TRACE = Trace(
     config=Config(layout="pr9757/1:C=2,T=2", pages=[5, 5], max_len=50),
@@ -82,7 +82,7 @@ def test_answer_that_is_none(method, spoil, what):
 
 def test_answer_for_another_request():
     """A view that tells of a request that it was not asked for is an error."""
-    from helix_conformance.protocol import Watch
+    from helix_conformance.drive.driver import Watch
 
     class Other(Spoiled):
         def view(self, view):

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helix_conformance.numbers import as_array
-from helix_conformance.protocol import Watch
+from helix_conformance.drive.driver import Watch
+from helix_conformance.expect.arrays import as_array
 from helix_spec.events import Release
 
 

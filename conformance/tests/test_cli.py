@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import FEATURES, Admit, Decode
-from helix_spec.traces import Trace, dump_trace, load_trace
+from helix_spec.trace import Trace, dump_trace, load_trace
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_show_tells_what_is_set_apart_and_why_nobody_may_start(tmp_path):
 )
 def test_bad_usage(words, sentence, gpu_pool, monkeypatch):
     """Bad usage ends with status 2 and a sentence."""
-    from helix_conformance.drivers import pool
+    from helix_conformance.drive import pool
 
     monkeypatch.setattr(pool, "PoolDriver", lambda *_, **__: _Kept(gpu_pool))
     result = call(*words)

@@ -7,32 +7,22 @@ import json
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.coverage import ALL_NEEDS, SITUATIONS, Coverage, at_hand
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.runs import (
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.generate.strategies import configs, traces
+from helix_conformance.judge.coverage import ALL_NEEDS, SITUATIONS, Coverage, at_hand
+from helix_conformance.session import (
     Tally,
     check_trace,
     layout_traces,
     profiles_to_check,
     random_traces,
 )
-from helix_conformance.strategies import configs, traces
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model
-from helix_spec.configs import Config
-from helix_spec.events import (
-    FEATURES,
-    Accept,
-    Admit,
-    Decode,
-    Fork,
-    Outcome,
-    Preempt,
-    Release,
-    Resume,
-    Skip,
-)
-from helix_spec.traces import Trace
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
+from helix_spec.events import FEATURES, Accept, Admit, Decode, Fork, Preempt, Release, Resume, Skip
+from helix_spec.trace import Trace
 
 PROFILES = profiles_to_check(ReferenceEngine.profiles, ["pages", *FEATURES])
 

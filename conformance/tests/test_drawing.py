@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from helix_conformance.drawing import Evenly
-from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_conformance.runs import Tally, profiles_to_check, random_traces
-from helix_conformance.strategies import configs, traces
-from helix_spec.events import FEATURES, Event, Outcome
-from helix_spec.traces import Trace
+from helix_conformance.generate.drawing import Evenly
+from helix_conformance.generate.strategies import configs, traces
+from helix_conformance.session import Tally, profiles_to_check, random_traces
+from helix_spec.engine import Outcome
+from helix_spec.events import FEATURES, Event
+from helix_spec.trace import Trace
 
 PROFILES = profiles_to_check(LedgerEngine.profiles, [])
 

@@ -4,21 +4,21 @@ import hypothesis
 import msgspec
 import pytest
 
-from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_conformance.machine import engine_machine
-from helix_conformance.runs import (
+from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.session import (
     Tally,
     check_trace,
     layout_traces,
     profiles_to_check,
     random_traces,
 )
-from helix_conformance.strategies import LAYOUT_NAMES
+from helix_conformance.testing import engine_machine
 from helix_reference.engine import ReferenceEngine
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Release, Resume, Sampled, Skip
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 BOOKKEEPING = ("placement", "lengths", "pages")
 FEATURES = ("speculative", "fork", "preempt", "padding", "overlap")

@@ -38,7 +38,7 @@ def play(line):
         result = CliRunner().invoke(main, words[1:])
         return result.exit_code, result.output
     if words[0] == "pytest":
-        plugin = ["-p", "helix_conformance.plugin", "--helix-examples=5"]
+        plugin = ["-p", "helix_conformance.pytest_plugin", "--helix-examples=5"]
         env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         words = [sys.executable, "-m", *words, *plugin]
         done = subprocess.run(words, env=env, capture_output=True, text=True)
@@ -74,7 +74,7 @@ def test_the_guide_is_true(folder):
 
 def test_every_profile_is_in_the_guide():
     """Whoever follows it meets them all."""
-    from helix_conformance.protocol import PROFILES
+    from helix_spec.engine import PROFILES
 
     text = GUIDE.read_text()
     assert [] == [profile for profile in PROFILES if f"`{profile}`" not in text]

@@ -11,13 +11,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from helix_conformance.judge import Judge
-from helix_conformance.oracle import Oracle
-from helix_conformance.protocol import Answer
+from helix_conformance.drive.driver import Answer
+from helix_conformance.judge.judge import Judge
+from helix_conformance.judge.oracle import Oracle
 from helix_reference.attention import Token, key, raw, rope
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Fork, Reason, Release, Skip
 from helix_spec.invariants import NUMBERS
 

@@ -7,13 +7,13 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_conformance.known import Known, LedgerError
-from helix_conformance.protocol import PROFILES
-from helix_conformance.runs import Tally, layout_run
+from helix_conformance.judge.xfail import Known, LedgerError
+from helix_conformance.session import Tally, layout_run
 from helix_reference.engine import ReferenceEngine
-from helix_spec.events import FEATURES, Admit, Decode, Outcome, Reason
+from helix_spec.engine import PROFILES, Outcome
+from helix_spec.events import FEATURES, Admit, Decode, Reason
 from helix_spec.invariants import NUMBERS
 
 LINK = 'link = "https://example.org/issues/7"\ndoes = "it is wrong"\n'

@@ -8,16 +8,16 @@ import msgspec
 import pytest
 import torch
 
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
-from helix_conformance.runs import check_trace
+from helix_conformance.session import check_trace
 from helix_conformance.zoo.parts import rebound
 from helix_gpu.attention import attend_pages
 from helix_gpu.cache import HelixCache
 from helix_gpu.rope import rotate
-from helix_spec.configs import Config, LatentShape, ModelShape
+from helix_spec.config import Config, LatentShape, ModelShape
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Resume
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 DEEPSEEK = ModelShape(
     layers=2, q_heads=16, kv_heads=1, head_dim=192, latent=LatentShape(),

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from helix_conformance import protocol
-from helix_conformance.protocol import EngineSpecError, engine_names, load_engine
+from helix_conformance import engines as protocol
+from helix_conformance.engines import EngineSpecError, engine_names, load_engine
 from helix_reference.engine import ReferenceEngine
 
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from helix_conformance import numbers
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.runs import Tally, check_trace, layout_traces, random_traces
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.expect import arrays as numbers
+from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
 from helix_gpu.merge import merge
 from helix_reference import attention
 from helix_reference.engine import ReferenceEngine
-from helix_spec.configs import Config, ModelShape
-from helix_spec.events import Merge, Outcome, RankView
-from helix_spec.traces import Trace
+from helix_spec.config import Config, ModelShape
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Merge
+from helix_spec.trace import Trace
 
 DTYPES = ("float32", "float16", "bfloat16")
 JUST_MERGE = frozenset({"merge"})

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_conformance import numbers
+from helix_conformance.expect import arrays as numbers
 from helix_gpu.attention import attend_pages
 from helix_gpu.merge import merge
 from helix_gpu.rope import rope_table, rotate
 from helix_reference import attention
 from helix_spec import values
-from helix_spec.configs import LatentShape, ModelShape
+from helix_spec.config import LatentShape, ModelShape
 
 DTYPES = ("float32", "float16", "bfloat16")
 CACHED = (None, "float8_e4m3fn")

@@ -11,17 +11,18 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 
 from helix_conformance.cli import main
-from helix_conformance.protocol import Answer
-from helix_conformance.reports.pages import picture, seed_example
-from helix_conformance.reports.placement import MOST_REQUESTS, MOST_STOPS, Box, Panel, film
-from helix_conformance.reports.stream import FailureLine
-from helix_conformance.reports.wrong import scene
-from helix_conformance.strategies import configs, traces
-from helix_conformance.violations import Violation
+from helix_conformance.drive.driver import Answer
+from helix_conformance.generate.strategies import configs, traces
+from helix_conformance.judge.failure import Violation
+from helix_conformance.report.diagram import MOST_REQUESTS, MOST_STOPS, Box, Panel, film
+from helix_conformance.report.html import picture, seed_example
+from helix_conformance.report.stream import FailureLine
+from helix_conformance.report.wrong import scene
 from helix_reference.model import Model
-from helix_spec.configs import Config, config_problem
-from helix_spec.events import Accept, Admit, Decode, Fork, Outcome, RankView, Reason
-from helix_spec.traces import Trace, dump_trace
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Accept, Admit, Decode, Fork, Reason
+from helix_spec.trace import Trace, dump_trace
 
 ROOT = Path(__file__).parents[2]
 
@@ -215,6 +216,6 @@ def test_show_writes_a_page(tmp_path):
 
 
 def test_the_readmes_picture_is_drawn_by_this_code():
-    """`python -m helix_conformance.reports.pages` was run after the last change of the drawing."""
+    """`python -m helix_conformance.report.html` was run after the last change of the drawing."""
     assert picture(seed_example()) == (ROOT / "conformance" / "placement.svg").read_text()
     assert "conformance/placement.svg" in (ROOT / "README.md").read_text()

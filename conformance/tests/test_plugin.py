@@ -19,7 +19,8 @@ STAYS_IMPORTED = (Suite, gpu)
 ENGINES = '''
 import msgspec
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_spec.events import Admit, Decode, Outcome, Reason
+from helix_spec.events import Admit, Decode, Reason
+from helix_spec.engine import Outcome
 
 class Right(LedgerEngine):
     """As it should be."""
@@ -81,7 +82,7 @@ class Shallow(LedgerEngine):
 def session(pytester, monkeypatch):
     """Run pytest on an engine with these options; the outcome of each of its tests by name."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setenv("PYTEST_PLUGINS", "helix_conformance.plugin")
+    monkeypatch.setenv("PYTEST_PLUGINS", "helix_conformance.pytest_plugin")
     pytester.makepyfile(wrong=ENGINES)
     pytester.syspathinsert()
 
@@ -274,7 +275,7 @@ def test_without_an_engine_nothing_happens(session, pytester):
     result.assert_outcomes(passed=1)
     assert "helix:" not in result.stdout.str()
     program = (
-        "import sys, pytest, helix_conformance.plugin\n"
+        "import sys, pytest, helix_conformance.pytest_plugin\n"
         "costly = {'torch', 'numpy', 'hypothesis', 'msgspec', 'helix_conformance.suite'}\n"
         "assert not costly & set(sys.modules), costly & set(sys.modules)\n"
     )
@@ -285,4 +286,4 @@ def test_pytest_finds_the_plugin():
     """The project's entry point names this very module."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     points = project["project"]["entry-points"]["pytest11"]
-    assert ["helix_conformance.plugin"] == list(points.values())
+    assert ["helix_conformance.pytest_plugin"] == list(points.values())

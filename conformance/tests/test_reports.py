@@ -20,14 +20,13 @@ from junitparser import JUnitXml
 import helix_conformance
 from helix_conformance import prove
 from helix_conformance.cli import main
-from helix_conformance.coverage import SITUATIONS
-from helix_conformance.known import LAYOUTS
-from helix_conformance.protocol import PROFILES
+from helix_conformance.judge.coverage import SITUATIONS
+from helix_conformance.judge.failure import Violation
+from helix_conformance.judge.xfail import LAYOUTS
 from helix_conformance.prove import CONFIRMED, Kill, TheoremResult
-from helix_conformance.report import restrictions
-from helix_conformance.reports import views
-from helix_conformance.reports.pages import run_page
-from helix_conformance.reports.stream import (
+from helix_conformance.report import views
+from helix_conformance.report.html import run_page
+from helix_conformance.report.stream import (
     CoverageLine,
     FailureLine,
     KnownDifference,
@@ -44,11 +43,12 @@ from helix_conformance.reports.stream import (
     read_stream,
     stream_schema,
 )
-from helix_conformance.violations import Violation
-from helix_spec import traces
-from helix_spec.configs import Config
+from helix_conformance.report.text import restrictions
+from helix_spec import trace as traces
+from helix_spec.config import Config
+from helix_spec.engine import PROFILES
 from helix_spec.events import Admit, Decode, Merge
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 SETTINGS = Settings(
     command="run",
@@ -344,7 +344,7 @@ def test_junit_takes_text_that_xml_cannot_hold():
 
 
 def test_the_published_schema_is_the_generated_one():
-    """`python -m helix_conformance.reports.stream` was run after the last change of a type."""
+    """`python -m helix_conformance.report.stream` was run after the last change of a type."""
     assert stream_schema() == published_schema()
 
 

@@ -8,12 +8,13 @@ import msgspec
 import pytest
 from hypothesis import strategies as st
 
-from helix_conformance.drivers.base import Driver
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.drive.driver import Driver
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
-from helix_conformance.reduction import reduced
-from helix_conformance.runs import (
+from helix_conformance.generate.strategies import LAYOUT_NAMES, configs, traces
+from helix_conformance.judge.shrink import reduced
+from helix_conformance.session import (
     Failure,
     Tally,
     check_trace,
@@ -21,12 +22,12 @@ from helix_conformance.runs import (
     profiles_to_check,
     random_traces,
 )
-from helix_conformance.strategies import LAYOUT_NAMES, configs, traces
 from helix_conformance.zoo.on_ledger import OwnerRulesMixed
 from helix_conformance.zoo.parts import Stored
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model
-from helix_spec.configs import Config
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
 from helix_spec.events import (
     FEATURES,
     Accept,
@@ -34,12 +35,11 @@ from helix_spec.events import (
     Decode,
     Event,
     Fork,
-    Outcome,
     Preempt,
     Release,
     Resume,
 )
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 
 class Broken(ReferenceEngine):

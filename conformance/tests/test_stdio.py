@@ -13,16 +13,17 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.drivers import messages, stdio
-from helix_conformance.drivers.asking import AnswerError
-from helix_conformance.drivers.base import EngineFailure
-from helix_conformance.drivers.stdio import StdioDriver
-from helix_conformance.protocol import PROFILES, EngineSpecError
-from helix_conformance.runs import Tally, check_trace, layout_traces, random_traces
-from helix_conformance.strategies import LAYOUT_NAMES
-from helix_spec.configs import Config
+from helix_conformance.drive import messages, stdio
+from helix_conformance.drive.asking import AnswerError
+from helix_conformance.drive.driver import EngineFailure
+from helix_conformance.drive.stdio import StdioDriver
+from helix_conformance.engines import EngineSpecError
+from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
+from helix_spec.config import Config
+from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, Admit, Decode, Merge, Reason, Release
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 HERE = Path(__file__).parent
 PROTOCOL = Path(messages.__file__).parents[1] / "PROTOCOL.md"

@@ -6,17 +6,17 @@ from multiprocessing.connection import Pipe
 
 import pytest
 
-from helix_conformance.drivers import supervised
-from helix_conformance.drivers.base import EngineFailure
-from helix_conformance.drivers.group import GroupDriver
-from helix_conformance.drivers.lines import Line, Switchboard, call
-from helix_conformance.drivers.process import LastWords, collect
-from helix_conformance.drivers.supervised import RemoteRank
-from helix_conformance.drivers.wire import Ask, At, Done, Failed, Play, Ready, Stop, Stuck, pack
-from helix_conformance.drivers.wire import unpack_to_engine as unpack
-from helix_conformance.protocol import Answer, Watch
-from helix_spec.configs import Config
-from helix_spec.events import Admit, Outcome, RankView, Reason
+from helix_conformance.drive import supervised
+from helix_conformance.drive.driver import Answer, EngineFailure, Watch
+from helix_conformance.drive.group import GroupDriver
+from helix_conformance.drive.lines import Line, Switchboard, call
+from helix_conformance.drive.process import LastWords, collect
+from helix_conformance.drive.supervised import RemoteRank
+from helix_conformance.drive.wire import Ask, At, Done, Failed, Play, Ready, Stop, Stuck, pack
+from helix_conformance.drive.wire import unpack_to_engine as unpack
+from helix_spec.config import Config
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Admit, Reason
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from helix_conformance.drivers.base import EngineFailure
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.drive.driver import EngineFailure
+from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
-from helix_conformance.runs import check_trace
-from helix_spec.configs import Config, ModelShape
+from helix_conformance.session import check_trace
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 MODEL = ModelShape(q_heads=8, kv_heads=2, layers=2)
 CONFIG = Config(layout="pr9757/1:C=2,T=2", pages=[9, 9], max_len=50, model=MODEL, tp_size=2)
@@ -79,7 +79,7 @@ def test_a_rank_that_fails_is_named_and_its_peers_end(driver_of, engine, says) -
 
 def test_a_failure_is_an_engine_failure(driver_of) -> None:
     """`play` raises what every driver raises."""
-    from helix_conformance.protocol import Watch
+    from helix_conformance.drive.driver import Watch
 
     driver = driver_of(Raises)
     with pytest.raises(EngineFailure):

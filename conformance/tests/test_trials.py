@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from helix_conformance.trials import tried
-from helix_conformance.violations import Violation
-from helix_spec.configs import Config
+from helix_conformance.judge.causes import tried
+from helix_conformance.judge.failure import Violation
+from helix_spec.config import Config
 from helix_spec.events import Admit, Decode
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 CONFIG = Config(layout="pr9757/1:C=2,T=4", pages=[1, 1], max_len=10)
 PADDED = Trace(config=CONFIG, events=[Admit(0, 1), Decode([0], [1], 2)])

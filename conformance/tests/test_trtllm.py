@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from helix_conformance.drivers.local import LocalDriver
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.engines import EngineSpecError, load_engine
 from helix_conformance.engines.trtllm import FOLDER, SourceError, engine_of
-from helix_conformance.known import Known
-from helix_conformance.protocol import EngineSpecError, load_engine
-from helix_conformance.runs import Tally, check_trace, layout_traces, random_traces
-from helix_spec.configs import Config
+from helix_conformance.judge.xfail import Known
+from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
+from helix_spec.config import Config
 from helix_spec.events import Admit, Decode
-from helix_spec.traces import Trace
+from helix_spec.trace import Trace
 
 PROFILES = frozenset({"placement", "lengths"})
 OVERLAP = PROFILES | {"overlap"}

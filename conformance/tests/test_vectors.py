@@ -10,21 +10,21 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.threads import ThreadDriver
+from helix_conformance.engines import load_engine
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
-from helix_conformance.protocol import load_engine
-from helix_conformance.runs import Tally, numbers_of
-from helix_conformance.vectors.cases import MERGES
-from helix_conformance.vectors.checking import check_vector, lacking, load_vectors
-from helix_conformance.vectors.format import (
+from helix_conformance.expect.cases import MERGES
+from helix_conformance.expect.making import SHIPPED, make_all
+from helix_conformance.expect.vectors import (
     FORMAT_PAGE,
     SCHEMA_FILE,
     VectorError,
     load_vector,
     vector_schema,
 )
-from helix_conformance.vectors.making import SHIPPED, make_all
+from helix_conformance.judge.checking import check_vector, lacking, load_vectors
+from helix_conformance.session import Tally, numbers_of
 from helix_conformance.zoo import run as _zoo  # registers the mutants
 from helix_conformance.zoo.parts import MUTANTS
 from helix_reference.engine import ReferenceEngine
@@ -57,7 +57,7 @@ def failing(driver, vectors):
 
 
 def test_what_is_shipped_is_what_is_generated():
-    """Byte by byte; after a change `python -m helix_conformance.vectors` writes it anew."""
+    """Byte by byte; after a change `python -m helix_conformance.expect` writes it anew."""
     generated = make_all()
     assert sorted(generated) == sorted(path.name for path in SHIPPED.iterdir())
     stale = [name for name, data in generated.items() if data != (SHIPPED / name).read_bytes()]

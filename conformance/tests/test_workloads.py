@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_conformance.workloads import Request, WorkloadError, read_workload, scaled, schedule
+from helix_conformance.generate.workload import (
+    Request,
+    WorkloadError,
+    read_workload,
+    scaled,
+    schedule,
+)
 from helix_spec.events import Admit, Decode, Event, Reason, Release
 
 MOONCAKE = (

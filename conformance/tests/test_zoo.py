@@ -6,9 +6,10 @@ from statistics import median
 
 import pytest
 
-from helix_conformance.protocol import PROFILES, load_engine
+from helix_conformance.engines import load_engine
 from helix_conformance.zoo.parts import MUTANTS, rebound
 from helix_conformance.zoo.run import TIERS, Zoo, visit
+from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
 
 SEED = 0

@@ -27,7 +27,7 @@ from helix_gpu import native
 from helix_gpu.attention import attend_pages
 from helix_gpu.exchange import MakeExchange, pack, unpack
 from helix_gpu.merge import merge
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 HEADS, DIM, KEYS, PAGE = 32, 128, 256, 64
 BATCHES = (1, 8, 64, 256)

@@ -1169,7 +1169,7 @@ def agreement(shape: Shape, answers: dict[str, Any]) -> dict[str, Any]:
 def adapted(shape: Shape, ours: Tensor, our_lse: Tensor) -> dict[str, float]:
     """`helix_gpu.backends.flashinfer` against ours, behind the batch a row without keys."""
     from helix_gpu.backends.flashinfer import FlashInfer
-    from helix_spec.configs import ModelShape
+    from helix_spec.config import ModelShape
 
     types: dict[str, Any] = {"dtype": short(TYPE), "product_dtype": short(TYPE)}
     attends = FlashInfer(
@@ -1281,7 +1281,7 @@ class Shards:
         self, cp_size: int, prompts: Sequence[int], steps: int, heads: int, kv_heads: int
     ) -> None:
         from helix_gpu.bookkeeping import RankBook
-        from helix_spec.configs import Config, ModelShape
+        from helix_spec.config import Config, ModelShape
 
         self.page, self.cp_size, self.rows = 2 if DRY else 16, cp_size, len(prompts)
         self.longest = max(prompts) + steps

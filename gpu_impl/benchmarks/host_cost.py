@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from helix_gpu.bookkeeping import RankBook
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit
 
 CP_SIZE, PAGE, STEPS = 8, 64, 200

@@ -34,7 +34,7 @@ from helix_gpu.cache import HelixCache
 from helix_gpu.exchange import MakeExchange, all_to_all
 from helix_gpu.graphs import Replay, StepGraph, cuda_graph
 from helix_gpu.push import push
-from helix_spec.configs import Config, LatentShape, ModelShape
+from helix_spec.config import Config, LatentShape, ModelShape
 
 DEVICE = "cpu" if DRY else "cuda"
 REPLAYS = 8 if DRY else 1000

@@ -17,7 +17,7 @@ from helix_gpu.exchange import Exchange, MakeExchange, pack
 from helix_gpu.graphs import Replay
 from helix_gpu.kernels.merge import merge_partials, merge_received
 from helix_gpu.push import push
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 MODEL = models()["grouped queries"]
 

@@ -62,7 +62,7 @@ from helix_gpu.kernels.step import attend_shard
 from helix_gpu.mesh import helix_mesh
 from helix_gpu.push import push
 from helix_gpu.refusals import Refused
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 
 PUSH = "--without-push" not in sys.argv
 LATENT = models()["latents"]

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from helix_conformance import runs
-from helix_conformance.drivers.threads import ThreadDriver
+from helix_conformance import session
+from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import gpu
-from helix_conformance.numbers import Tokens, queries
-from helix_conformance.report import failure_text
-from helix_conformance.strategies import LAYOUT_NAMES
+from helix_conformance.expect.arrays import Tokens, queries
+from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.report.text import failure_text
 from helix_gpu.cache import DecodeStep
 from helix_gpu.graphs import Replay, StepGraph, cuda_graph
 from helix_gpu.kernels import merge, step
-from helix_spec.configs import Config
-from helix_spec.events import Outcome
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_TURN = threading.Lock()
@@ -112,7 +112,7 @@ def main() -> None:
     merge.merge_received = in_turn(merge.merge_received)
     gpu._device = lambda: DEVICE
     driver = ThreadDriver(ENGINES[arguments.engine])
-    profiles = runs.profiles_to_check(driver.profiles, ())
+    profiles = session.profiles_to_check(driver.profiles, ())
     print(f"{DEVICE}; profiles {', '.join(sorted(profiles))}", flush=True)
     begun, rows = time.monotonic(), list[dict[str, Any]]()
     for cp_size in arguments.cp:
@@ -122,10 +122,10 @@ def main() -> None:
             if time.monotonic() - begun > arguments.seconds:
                 row["verdict"] = "not run"
             else:
-                tally = runs.Tally()
-                failure = runs.random_traces(
+                tally = session.Tally()
+                failure = session.random_traces(
                     driver,
-                    runs.layout_traces(driver, name, profiles, cp_sizes=[cp_size]),
+                    session.layout_traces(driver, name, profiles, cp_sizes=[cp_size]),
                     profiles,
                     examples=arguments.examples,
                     seed=f"{arguments.seed} {name}",  # type: ignore[arg-type,unused-ignore]

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from helix_gpu.cache import DecodeStep, HelixCache
 from helix_gpu.mesh import slice_of, whole_group
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from helix_gpu.allocator import PageAllocator
 from helix_gpu.block_tables import BlockTables
 from helix_gpu.ledger import Admission, Ints, Ledger, Step
 from helix_gpu.refusals import check_config
-from helix_spec.configs import Config
+from helix_spec.config import Config
 
 
 class RankStep(NamedTuple):

@@ -22,7 +22,7 @@ from helix_gpu.merge import merge
 from helix_gpu.mesh import check_mesh, slice_of
 from helix_gpu.refusals import check_config
 from helix_gpu.rope import rope_table, rotate
-from helix_spec.configs import Config
+from helix_spec.config import Config
 
 if TYPE_CHECKING:
     from helix_gpu.kernels.step import StepBuffers

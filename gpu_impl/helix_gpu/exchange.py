@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.merge import shares, weighted
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 Exchange = Callable[[Tensor], Tensor]
 """From the message to each rank to the partials of this rank's own heads.

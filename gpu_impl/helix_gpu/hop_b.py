@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.exchange import Exchange
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 Work = Callable[..., Tensor]
 """Takes tensors."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from helix_gpu.refusals import check_config
-from helix_spec.configs import Config
+from helix_spec.config import Config
 
 AXES: Final = ("tp", "cp")
 """cp varies fastest: ranks that exchange partial attentions are neighbours (MAP-1)."""

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.exchange import Exchange
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 SLOTS: Final = 2
 ALIGNMENT: Final = 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helix_spec.configs import Config, config_problem
+from helix_spec.config import Config, config_problem
 from helix_spec.events import Reason
 
 

@@ -27,7 +27,7 @@ from helix_gpu.kernels.rope import rotated
 from helix_gpu.kernels.settings import DecodeSettings, splits_for
 from helix_gpu.merge import merge
 from helix_gpu.rope import rope_table, rotate
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 
 # Numpy, which computes what the kernels say, warns at log2(0) and NaN * 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

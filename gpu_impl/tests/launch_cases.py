@@ -25,7 +25,7 @@ from helix_gpu.cache import Backend, DecodeStep, HelixCache
 from helix_gpu.exchange import Exchange
 from helix_gpu.graphs import Replay, StepGraph
 from helix_gpu.hop_b import Costs, SameLane
-from helix_spec.configs import Config, LatentShape, ModelShape
+from helix_spec.config import Config, LatentShape, ModelShape
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -22,7 +22,7 @@ from helix_gpu.attention import attend_pages
 from helix_gpu.backends import discovered, load
 from helix_gpu.cache import HelixCache
 from helix_gpu.rope import rope_table, rotate
-from helix_spec.configs import Config, LatentShape, ModelShape
+from helix_spec.config import Config, LatentShape, ModelShape
 
 Fixture = Callable[..., Any]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

@@ -19,7 +19,7 @@ from torch import Tensor
 from helix_gpu.block import AttentionBlock, AttentionWeights, FeedForward, FeedForwardWeights
 from helix_gpu.cache import HelixCache
 from helix_gpu.mesh import helix_mesh, repurposed
-from helix_spec.configs import Config, DType, LatentShape, ModelShape
+from helix_spec.config import Config, DType, LatentShape, ModelShape
 
 sys.path.insert(0, str(Path(__file__).parent))
 from roundings import U32, UNIT, Roundings

@@ -5,7 +5,7 @@ import pytest
 
 from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.refusals import Refused
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Reason
 from helix_spec.layouts import NAMED_LAYOUTS
 

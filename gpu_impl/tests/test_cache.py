@@ -14,7 +14,7 @@ from helix_gpu.cache import HelixCache
 from helix_gpu.ledger import Ledger
 from helix_gpu.refusals import Refused
 from helix_gpu.rope import rope_table, rotate
-from helix_spec.configs import Config, DType, ModelShape
+from helix_spec.config import Config, DType, ModelShape
 from helix_spec.events import Reason
 
 Fixture = Callable[..., Any]

@@ -23,7 +23,7 @@ from helix_gpu.exchange import (
 )
 from helix_gpu.merge import merge
 from helix_gpu.push import push
-from helix_spec.configs import DType, ModelShape
+from helix_spec.config import DType, ModelShape
 
 OnRanks = Callable[[int, Callable[[int], Any]], list[Any]]
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

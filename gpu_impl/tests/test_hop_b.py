@@ -15,7 +15,7 @@ from helix_gpu.cache import DecodeStep, HelixCache
 from helix_gpu.exchange import MakeExchange, all_gather, all_to_all, reduce_scatter
 from helix_gpu.hop_b import Costs, Lane, fitted, measure
 from helix_gpu.push import push
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 
 MIB = 2.0**20
 H200 = Costs(latency=20e-6, exchange_speed=380e9, attention_speed=4.3e12, second_half=5e-6)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from helix_gpu.cache import HelixCache
 from helix_gpu.mesh import helix_mesh, repurposed, slice_of, whole_group
 from helix_gpu.refusals import Refused
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.events import Reason
 
 OnRanks = Callable[[int, Callable[[int], Any]], list[Any]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from helix_gpu.cache import HelixCache
 from helix_gpu.dealing import deal_prompt
 from helix_gpu.transfer import Move, transfer
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
 from helix_spec.layouts import parse_layout
 
 TEXTS = [

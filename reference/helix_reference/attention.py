@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helix_spec.configs import CacheDType, ModelShape
+from helix_spec.config import CacheDType, ModelShape
 from helix_spec.values import Tensor, entry, is_probe, token_state
 
 Vector = list[float]

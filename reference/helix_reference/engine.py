@@ -20,15 +20,16 @@ from helix_reference.attention import (
     value,
 )
 from helix_reference.model import Model, Request, Step
-from helix_spec.configs import Config, config_problem
-from helix_spec.events import FEATURES, MERGE, Event, Merge, Outcome, RankView, Reason
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import FEATURES, MERGE, Event, Merge, Reason
 
 Rows = list[list[list[Vector]]]
 """Nested lists of floats: layer, token or slot, head, dim."""
 
 
 class ReferenceEngine:
-    """One rank of the reference. See `helix_conformance.protocol.Engine`."""
+    """One rank of the reference. See `helix_spec.engine.Engine`."""
 
     profiles: ClassVar[frozenset[str]] = frozenset(
         {

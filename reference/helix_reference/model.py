@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from helix_reference.dealing import deal_prompt, decode_owner
 from helix_reference.refusals import refusal
-from helix_spec.configs import Config
+from helix_spec.config import Config
+from helix_spec.engine import Outcome, RankView
 from helix_spec.events import (
     FEATURES,
     MERGE,
@@ -26,9 +27,7 @@ from helix_spec.events import (
     Event,
     Fork,
     Merge,
-    Outcome,
     Preempt,
-    RankView,
     Reason,
     Release,
     Resume,

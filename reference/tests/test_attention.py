@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helix_reference.attention import Partial, Token, attend, key, merge, query, raw
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 SHAPE = ModelShape(q_heads=4, kv_heads=2, head_dim=4)
 EMPTY = Partial([0.0] * 4, -math.inf)

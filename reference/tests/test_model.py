@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helix_conformance import strategies
+from helix_conformance.generate import strategies
 from helix_reference.dealing import deal_prompt, decode_owner
 from helix_reference.model import Model
 from helix_spec import placement
-from helix_spec.configs import Config
+from helix_spec.config import Config
 from helix_spec.events import (
     Accept,
     Admit,
@@ -284,9 +284,9 @@ def test_spec_and_reference_need_no_torch():
     """Specification and reference import and run where torch and numpy are not."""
     code = (
         "import sys; sys.modules['torch'] = sys.modules['numpy'] = None\n"
-        "from helix_spec import invariants, traces, values\n"
+        "from helix_spec import invariants, trace, values\n"
         "from helix_reference.engine import ReferenceEngine\n"
-        "from helix_spec.configs import Config\n"
+        "from helix_spec.config import Config\n"
         "from helix_spec.events import Admit, Decode\n"
         "engine = ReferenceEngine(0)\n"
         "config = Config(layout='pr9757/1:C=2,T=2', pages=[3, 3], max_len=9)\n"

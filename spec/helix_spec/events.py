@@ -1,4 +1,4 @@
-"""The trace language: events, the reasons of refusals, and what an engine answers.
+"""The trace language: events and the reasons of refusals.
 
 SPEC.md section 5 says what each event does, section 6 when it is refused.
 """
@@ -6,7 +6,7 @@ SPEC.md section 5 says what each event does, section 6 when it is refused.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -169,45 +169,3 @@ class Reason(StrEnum):
     TOO_LONG = "too_long"
     OUT_OF_PAGES = "out_of_pages"
     BAD_CONFIG = "bad_config"
-
-
-class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One rank's answer to one event.
-
-    `reason` is None when the event was accepted. After an accepted decode the columns are
-    filled: `past_len` has an entry for each id of the batch, the others one for each new token,
-    request after request in the order of `ids`. Dummy requests have no entries.
-    """
-
-    reason: Reason | None = None
-    past_len: list[int] = []
-    """Tokens of the request on this rank before the step."""
-    position_ids: list[int] = []
-    """Global position of the new token."""
-    active: list[bool] = []
-    """Whether this rank owns the new token."""
-    slots: list[int] = []
-    """Slot written (physical page * tokens_per_block + offset), -1 where not owned."""
-    visible: list[int] | None = None
-    """Keys on this rank that the new token's query sees; None from an engine without them."""
-    output: Any = None
-    """With the `attention` profile: an array of shape (layers, new tokens, heads of this rank's
-    slice, value_dim), the merged attention output; of a `merge` (tokens, heads, value_dim)."""
-
-
-class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One rank's state between events, for the live requests that were asked for."""
-
-    local_len: dict[int, int]
-    """Tokens of each live request whose KV is on this rank."""
-    block_tables: dict[int, list[int]] = {}
-    """Physical page numbers of each live request, in local order (profile `pages`)."""
-    preempted: list[int] = []
-    """Preempted requests, in rising order, whichever requests were asked for."""
-    free_pages: int = 0
-    """Pages of this rank's pool that no request holds (profile `pages`)."""
-    keys: dict[int, Any] = {}
-    """With the `cache` profile: cached K of each request, an array of shape (layers, slots,
-    kv_heads of this tp rank, key_dim) that covers the request's pages in local order."""
-    values: dict[int, Any] = {}
-    """Cached V, as `keys`, of value_dim; of a latent cache, the first elements of the keys."""

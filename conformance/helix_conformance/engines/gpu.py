@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 import numpy as np
 
-from helix_conformance.numbers import Tokens, entries, partial_of, queries, values
+from helix_conformance.expect.arrays import Tokens, entries, partial_of, queries, values
 from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.refusals import Refused, check_config
-from helix_spec.configs import Config, ModelShape
+from helix_spec.config import Config, ModelShape
+from helix_spec.engine import Outcome, RankView
 from helix_spec.events import (
     FEATURES,
     MERGE,
@@ -21,9 +22,7 @@ from helix_spec.events import (
     Event,
     Fork,
     Merge,
-    Outcome,
     Preempt,
-    RankView,
     Reason,
     Release,
     Resume,

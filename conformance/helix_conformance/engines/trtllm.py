@@ -29,18 +29,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Final, Protocol
 
-from helix_spec.configs import Config, config_problem
-from helix_spec.events import (
-    Admit,
-    Decode,
-    Event,
-    Outcome,
-    RankView,
-    Reason,
-    Release,
-    Sampled,
-    Skip,
-)
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Admit, Decode, Event, Reason, Release, Sampled, Skip
 
 FOLDER: Final = Path("tensorrt_llm/_torch/pyexecutor")
 PARTITION: Final = "partition_context_for_helix"

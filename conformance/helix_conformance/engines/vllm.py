@@ -34,17 +34,16 @@ from vllm.platforms.cpu import CpuPlatform
 vllm.platforms._current_platform = CpuPlatform()
 
 from helix_conformance.engines import triton_on_cpu
-from helix_conformance.numbers import partial_of
-from helix_spec.configs import Config, config_problem
+from helix_conformance.expect.arrays import partial_of
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import Outcome, RankView
 from helix_spec.events import (
     Accept,
     Admit,
     Decode,
     Event,
     Merge,
-    Outcome,
     Preempt,
-    RankView,
     Reason,
     Release,
     Resume,

@@ -15,12 +15,12 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance.drivers.base import Driver
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.pool import PoolDriver
-from helix_conformance.protocol import load_engine
-from helix_conformance.runs import check_trace, numbers_of
-from helix_spec.traces import load_trace
+from helix_conformance.drive.driver import Driver
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.engines import load_engine
+from helix_conformance.session import check_trace, numbers_of
+from helix_spec.trace import load_trace
 
 FOLDER = Path(__file__).parents[2] / "findings"
 

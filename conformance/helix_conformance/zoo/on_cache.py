@@ -21,8 +21,8 @@ from helix_gpu.exchange import pack
 from helix_gpu.ledger import Admission, Step
 from helix_gpu.merge import merge
 from helix_gpu.rope import rope_table
-from helix_spec.configs import Config
-from helix_spec.events import Outcome
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 

@@ -27,8 +27,9 @@ from helix_gpu.cache import DecodeStep, HelixCache
 from helix_gpu.ledger import Admission, Ints, Ledger, Rewind, SharedWrite, Step
 from helix_gpu.refusals import Refused
 from helix_gpu.rope import rope_table
-from helix_spec.configs import Config
-from helix_spec.events import Accept, Decode, Event, Outcome, Preempt, Reason, Release, Resume
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
+from helix_spec.events import Accept, Decode, Event, Preempt, Reason, Release, Resume
 from helix_spec.layouts import Layout
 
 corner = partial(mutant, corner=True)

@@ -22,7 +22,8 @@ from helix_gpu.ledger import Admission, Ledger, Rewind
 from helix_gpu.refusals import Refused
 from helix_gpu.rope import rope_table
 from helix_gpu.sharing import Stem
-from helix_spec.events import Decode, Event, Merge, Outcome, Reason, Skip
+from helix_spec.engine import Outcome
+from helix_spec.events import Decode, Event, Merge, Reason, Skip
 
 # Histories
 

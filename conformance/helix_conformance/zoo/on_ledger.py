@@ -24,8 +24,9 @@ from helix_gpu.bookkeeping import RankBook, RankStep
 from helix_gpu.dealing import FOREVER
 from helix_gpu.ledger import Admission, Ints, Ledger, Step
 from helix_gpu.refusals import Refused
-from helix_spec.configs import Config, config_problem
-from helix_spec.events import FEATURES, Decode, Event, Outcome, RankView, Reason
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import FEATURES, Decode, Event, Reason
 from helix_spec.layouts import Layout
 
 

@@ -10,8 +10,9 @@ import msgspec
 from helix_conformance.zoo.parts import LOCKSTEP, NAMED_LAZY, OverModel, Stored, mutant
 from helix_reference.dealing import deal_prompt
 from helix_reference.model import Growth, Identity, Model, Page, Request
-from helix_spec.configs import Config
-from helix_spec.events import Decode, Event, Outcome, RankView, Reason, Sampled, Skip
+from helix_spec.config import Config
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Decode, Event, Reason, Sampled, Skip
 from helix_spec.layouts import Layout
 from helix_spec.placement import ceil_div, chunk_local_len
 

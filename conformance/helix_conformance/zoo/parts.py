@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
-from helix_conformance.strategies import LAYOUT_NAMES
+from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_gpu.allocator import PageAllocator
 from helix_gpu.block_tables import BlockTables
 from helix_gpu.bookkeeping import RankBook
@@ -18,8 +18,9 @@ from helix_gpu.ledger import Ledger
 from helix_reference.attention import Token, key, value
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model, Request
-from helix_spec.configs import Config, ModelShape
-from helix_spec.events import Admit, Decode, Event, Outcome, RankView, Resume
+from helix_spec.config import Config, ModelShape
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Admit, Decode, Event, Resume
 
 
 @dataclass(frozen=True, kw_only=True)

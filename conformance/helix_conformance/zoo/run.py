@@ -18,15 +18,16 @@ from rich.progress import track
 from rich.table import Table
 
 from helix_conformance import __version__
-from helix_conformance.drivers.base import Driver
-from helix_conformance.drivers.local import LocalDriver
-from helix_conformance.drivers.pool import PoolDriver
-from helix_conformance.drivers.threads import ThreadDriver
-from helix_conformance.protocol import PROFILES, load_engine
-from helix_conformance.reports.stream import MutantKill, ZooVisit, append_line
-from helix_conformance.runs import Failure, Needed, Tally, profiles_to_check, random_traces
-from helix_conformance.strategies import configs, traces
+from helix_conformance.drive.driver import Driver
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.threads import ThreadDriver
+from helix_conformance.engines import load_engine
+from helix_conformance.generate.strategies import configs, traces
+from helix_conformance.report.stream import MutantKill, ZooVisit, append_line
+from helix_conformance.session import Failure, Needed, Tally, profiles_to_check, random_traces
 from helix_conformance.zoo.parts import MUTANTS, Mutant, Stored
+from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE
 
 for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges"):

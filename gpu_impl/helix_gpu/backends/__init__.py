@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 PACKAGES: Final = {"flashinfer": "flashinfer-python"}
 """What can be asked for, by the name of its module, and the package that has it."""

@@ -16,7 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from helix_spec.configs import ModelShape
+from helix_spec.config import ModelShape
 
 WORKSPACE_BYTES: Final = 128 * 2**20
 """What FlashInfer's documentation recommends."""

@@ -1,0 +1,113 @@
+"""What a driver does, and how an engine's failure is reported."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Final, Literal, Protocol, get_args
+
+import msgspec
+
+from helix_spec.config import Config
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Event
+
+Kind = Literal["gone", "died", "hung", "raised", "stopped"]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+"""How a rank fails: its supervisor is gone, its process died, it hung, it raised or answered
+garbage, it was told to stop. What comes first is to blame for what comes later."""
+
+
+class EngineFailure(Exception):
+    """An engine died, hung or answered garbage (LIVE-1).
+
+    `event` is the index of the event in the trace, None at start or at the end.
+    """
+
+    def __init__(self, rank: int, event: int | None, what: str, how: Kind = "raised") -> None:
+        super().__init__(what)
+        self.rank = rank
+        self.event = event
+        self.what = what
+        self.how = how
+
+    def __str__(self) -> str:
+        where = "outside any event" if self.event is None else f"at event {self.event}"
+        return f"Rank {self.rank} {self.what} ({where})."
+
+
+def signal_name(number: int) -> str:
+    """`SIGSEGV`, or the number of a signal that has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """One rank's answer to one event, and its state afterwards when it was looked at."""
+
+    outcome: Outcome
+    view: RankView | None = None
+
+
+class Watch(msgspec.Struct, frozen=True):
+    """How often state is looked at: everything every `every` events and at the end.
+
+    In between, with `touched`, the requests that the event names.
+    """
+
+    every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    touched: bool = True
+
+    def whole(self, index: int) -> bool:
+        """Whether everything is looked at after the event with this index."""
+        return (index + 1) % self.every == 0
+
+    def looks(self, index: int) -> bool:
+        """Whether anything is looked at after the event with this index."""
+        return self.touched or self.whole(index)
+
+
+Played = tuple[Event | None, Sequence[Answer]]
+"""An event and the answers of all ranks to it; None stands for the start and the end."""
+
+
+class Driver(Protocol):
+    """Holds the ranks of an engine and plays traces on them."""
+
+    @property
+    def name(self) -> str:
+        """What `--driver` calls it."""
+
+    @property
+    def profiles(self) -> frozenset[str]:
+        """What the engine declares."""
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """What the engine says about how it is set up, for reports."""
+
+    @property
+    def largest_world(self) -> int | None:
+        """Most ranks it can hold; None when any number."""
+
+    @property
+    def survives_failure(self) -> bool:
+        """Whether a trace can be played again after an EngineFailure, so that it can shrink."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether `play` draws each event after it has yielded the answers to the one before."""
+
+    def play(
+        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+    ) -> Iterator[Played]:
+        """Start all ranks afresh and play events on them.
+
+        Yields the answers of all ranks to the start, to each event, and at last their whole
+        state. Raises EngineFailure.
+        """
+
+    def close(self) -> None:
+        """End the ranks."""

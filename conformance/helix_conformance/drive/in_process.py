@@ -1,0 +1,121 @@
+"""All ranks in this process: for engines whose ranks need none of their own.
+
+An engine that raises, exits or hangs in Python is named, and the run goes on or ends in order. One
+that crashes the process takes the run with it: `stdio` and `pool` hold any engine at arm's length.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn, TypeVar
+
+from helix_conformance.drive.asking import apply, finish, start, words
+from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
+from helix_conformance.engines import engine_settings
+from helix_spec.config import Config
+from helix_spec.engine import Engine
+from helix_spec.events import Event
+
+EXIT: Final = os._exit
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
+
+
+class LocalDriver:
+    """Plays each event on one rank after the other.
+
+    `deadline_s` is how long one call may take; without it there is no limit.
+    """
+
+    name = "local"
+    largest_world: int | None = None
+    streams = True
+
+    def __init__(self, engine: type[Engine], *, deadline_s: float | None = None) -> None:
+        self.engine = engine
+        self.profiles = frozenset(engine.profiles)
+        self.settings = engine_settings(engine)
+        self.deadline_s = deadline_s
+        self.survives_failure = True
+        self.process = os.getpid()
+        self.asked_at: float | None = None
+        """When the call that an engine is in began."""
+
+    def play(
+        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+    ) -> Iterator[Played]:
+        """See `Driver.play`."""
+        with self._alarm():
+            ranks = self._each(range(config.world_size), None, self.engine)
+            yield None, self._each(ranks, None, lambda engine: start(engine, config, profiles))
+            for index, event in enumerate(events):
+
+                def step(engine: Engine, index: int = index, event: Event = event) -> Answer:
+                    return apply(engine, index, event, watch)
+
+                yield event, self._each(ranks, index, step)
+            yield None, self._each(ranks, None, finish)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _each(
+        self, ranks: Sequence[Asked], index: int | None, ask: Callable[[Asked], Told]
+    ) -> list[Told]:
+        """Ask one rank after the other. Raises EngineFailure."""
+        told = []
+        os._exit = self._leave
+        try:
+            for engine in ranks:
+                self.asked_at = time.monotonic()
+                told.append(ask(engine))
+        except _HungError:
+            self.survives_failure = False  # to try again and again would take for ever
+            what = f"hung: it has not answered for {self.deadline_s:g} seconds"
+            raise EngineFailure(len(told), index, what) from None
+        except (Exception, SystemExit) as error:
+            raise EngineFailure(len(told), index, words(error)) from error
+        finally:
+            self.asked_at = None
+            os._exit = EXIT
+        return told
+
+    def _leave(self, status: int) -> NoReturn:
+        """Stands in for os._exit, by which an engine would end the run, and green if it chose to.
+
+        A child that an engine forks ends as ever.
+        """
+        if os.getpid() != self.process:
+            EXIT(status)
+        raise SystemExit(status)
+
+    @contextmanager
+    def _alarm(self) -> Iterator[None]:
+        """Look at the clock now and then, where no one else uses this process's alarm."""
+        free = threading.current_thread() is threading.main_thread() and (
+            signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+        )
+        if self.deadline_s is None or not free:
+            yield
+            return
+        signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, self.deadline_s / 4, self.deadline_s / 4)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    def _look(self, *_: Any) -> None:
+        since, limit = self.asked_at, self.deadline_s
+        if since is not None and limit is not None and time.monotonic() - since > limit:
+            raise _HungError
+
+
+class _HungError(BaseException):
+    """Raised inside an engine's call that takes too long; no engine catches it by accident."""

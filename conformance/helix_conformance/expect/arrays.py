@@ -1,0 +1,347 @@
+"""Q, K and V as arrays, exact attention and its error bound, in numpy and float64.
+
+The same definitions as `helix_spec.values` and `helix_reference.attention`, for whole arrays at
+a time; tests hold the two together. Axes: n tokens, heads, dim; S keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from helix_reference.attention import U32, UNIT_ROUNDOFF
+from helix_spec.config import CacheDType, Config, ModelShape
+from helix_spec.events import Merge
+from helix_spec.values import LEVELS, TENSOR_CODE, Tensor
+
+Array = npt.NDArray[np.float64]
+Singles = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
+
+_PRECISION: dict[CacheDType, int] = {
+    "float32": 24,
+    "float16": 11,
+    "bfloat16": 8,
+    "float8_e4m3fn": 4,
+}
+_LEAST_EXPONENT: dict[CacheDType, int] = {
+    "float32": -125,
+    "float16": -13,
+    "bfloat16": -125,
+    "float8_e4m3fn": -5,
+}
+
+
+def round_to(x: Array, dtype: CacheDType) -> Array:
+    """Each entry rounded to the type, ties to even, subnormals included."""
+    exponent = np.maximum(np.frexp(x)[1], _LEAST_EXPONENT[dtype])
+    step = np.ldexp(1.0, exponent - _PRECISION[dtype])
+    rounded: Array = np.rint(x / step) * step
+    return rounded
+
+
+# As words of 32 bits, in which sums and products wrap.
+_16, _15, _M1, _M2 = (np.uint32(word) for word in (16, 15, 0x7FEB352D, 0x846CA68B))
+
+
+def _fold(state: Words, field: Ints) -> Words:
+    x = state + (field + 0x9E3779B9).astype(np.uint32)
+    x ^= x >> _16
+    x *= _M1
+    x ^= x >> _15
+    x *= _M2
+    return x ^ (x >> _16)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Identity and global position of n tokens, as columns."""
+
+    events: Ints
+    places: Ints
+    positions: Ints
+
+
+def tokens_of(identities: Sequence[tuple[int, int]], first: int) -> Tokens:
+    """Tokens at consecutive positions from `first`."""
+    columns = np.array(identities, dtype=np.int64).reshape(-1, 2)
+    positions = np.arange(first, first + len(columns), dtype=np.int64)
+    return Tokens(columns[:, 0], columns[:, 1], positions)
+
+
+def entries(
+    seed: int, tokens: Tokens, layers: int, tensor: Tensor, heads: Sequence[int], dim: int
+) -> Array:
+    """Q, K or V before RoPE: shape (layers, n, heads, dim), multiples of 1/16 within +-4."""
+    with np.errstate(over="ignore"):  # sums and products wrap
+        state = _fold(np.zeros(1, dtype=np.uint32), np.array([seed - 0x9E3779B9], dtype=np.int64))
+        for column in (tokens.events, tokens.places, tokens.positions):
+            state = _fold(state, column)
+        state = _fold(state, np.arange(layers, dtype=np.int64)[:, None])
+        state = _fold(state, np.array(TENSOR_CODE[tensor], dtype=np.int64))
+        state = _fold(state[:, :, None], np.array(heads, dtype=np.int64))
+        state = _fold(state[..., None], np.arange(dim, dtype=np.int64))
+    entries: Array = (state % LEVELS).astype(np.float64) / 16 - 4
+    return entries
+
+
+def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+    """Q before RoPE, all zero where a head is a probe: shape (layers, n, heads, dim)."""
+    q = entries(seed, tokens, model.layers, "q", heads, model.key_dim)
+    group = model.q_heads // model.kv_heads
+    columns = np.array(heads)
+    if group > 1:
+        probe = np.broadcast_to(columns % group == 0, (len(tokens.positions), len(heads)))
+    else:
+        probe = (columns[None, :] + tokens.positions[:, None]) % 2 == 0
+    q[:, probe] = 0.0
+    return q
+
+
+def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+    """V before it is cached: shape (layers, n, heads, value_dim).
+
+    With a latent cache it is the latent part of K.
+    """
+    tensor: Tensor = "v" if model.latent is None else "k"
+    return entries(seed, tokens, model.layers, tensor, heads, model.value_dim)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Rows after RoPE: `exact` float64, `stored` as they are kept.
+
+    Honest roundings lie between `least` and `most`, which are kept in the same types.
+    """
+
+    exact: Array
+    stored: Array
+    least: Array
+    most: Array
+
+    @property
+    def doubt(self) -> Array:
+        """Per entry, how far apart two honest roundings may lie."""
+        return self.most - self.least
+
+    def between(self, first: int, end: int) -> Rotated:
+        """The rows of some of the tokens."""
+        return Rotated(*(part[:, first:end] for part in self._parts))
+
+    def followed_by(self, rows: Rotated) -> Rotated:
+        """The rows of these tokens, and those of others behind them."""
+        pairs = zip(self._parts, rows._parts, strict=True)
+        return Rotated(*(np.concatenate(pair, axis=1) for pair in pairs))
+
+    @property
+    def _parts(self) -> tuple[Array, Array, Array, Array]:
+        return self.exact, self.stored, self.least, self.most
+
+
+def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
+    """RoPE of rows (layers, n, heads, dim) at global positions (n), kept in these types in turn.
+
+    The first `still` entries of a row are not turned.
+    """
+    turned = x[..., still:]
+    half = turned.shape[-1] // 2
+    inverse = base ** (-2.0 * np.arange(half) / turned.shape[-1])
+    angle = positions[:, None, None] * inverse
+    cosine, sine = round_to(np.cos(angle), "float32"), round_to(np.sin(angle), "float32")
+    a, b = turned[..., :half], turned[..., half:]
+    exact = np.concatenate([x[..., :still], a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+    slack = np.zeros_like(x)
+    slack[..., still:] = 3 * U32 * np.tile(np.abs(a) + np.abs(b), 2)
+
+    def kept(row: Array) -> Array:
+        for dtype in dtypes:
+            row = round_to(row, dtype)
+        return row
+
+    return Rotated(exact, kept(exact), kept(exact - slack), kept(exact + slack))
+
+
+def rotated_queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
+    """Q as it meets the keys: shape (layers, n, heads, key_dim)."""
+    q, still = queries(model, seed, tokens, heads), model.key_dim - model.rope_dim
+    return rope(q, tokens.positions, model.rope_base, model.dtype, still=still)
+
+
+def cached_keys(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
+    """K as it is cached: shape (layers, n, heads, key_dim)."""
+    k = entries(seed, tokens, model.layers, "k", heads, model.key_dim)
+    types, still = (model.dtype, model.cached_dtype), model.key_dim - model.rope_dim
+    return rope(k, tokens.positions, model.rope_base, *types, still=still)
+
+
+def cached_values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+    """V as it is cached: shape (layers, n, heads, value_dim)."""
+    return round_to(values(model, seed, tokens, heads), model.cached_dtype)
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of S tokens in one layer: arrays (S, kv_heads, key_dim or value_dim)."""
+
+    stored: Array
+    doubt: Array
+    values: Array
+
+
+def exact_attention(
+    model: ModelShape, q: Array, q_doubt: Array, kv: KeysValues, ranks: Ints
+) -> tuple[Array, Array]:
+    """Attention of one token over S keys: output (q_heads, value_dim), bound E (q_heads) (ATT-4).
+
+    q and q_doubt have shape (q_heads, key_dim); `ranks[j]` is the cp_rank that holds key j. The
+    terms are those of `helix_reference.attention.error_bound`.
+    """
+    width, scale, heads = model.key_dim, model.scale, model.kv_heads
+    # The query heads of a group share a KV head: they are the rows of one matrix product.
+    q, q_doubt = (x.reshape(heads, -1, width) for x in (q, q_doubt))
+    k, dk, v = (x.transpose(1, 0, 2) for x in (kv.stored, kv.doubt, kv.values))
+    columns = k.transpose(0, 2, 1)
+    scores = scale * (q @ columns)  # (kv_heads, group, S)
+    top = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    p = weights / total
+    lse = (top + np.log(total))[..., 0]
+    output = p @ v
+
+    largest = np.abs(scores).max(-1, keepdims=True)
+    products = np.sqrt(q**2 @ columns**2)
+    rounding = np.sqrt(width) * scale * products + np.sqrt(width / 3) * np.abs(scores)
+    score_error = U32 * (rounding + 2 * np.abs(scores) + largest)
+    score_error += scale * _rotation(q, dk, model.cached_dtype)
+    apart = v[:, None] - output[:, :, None]
+    squares = ((p * _norm(apart) * score_error) ** 2).sum(-1)
+    squares += ((p * _norm(v)[:, None] * UNIT_ROUNDOFF[model.product_dtype]) ** 2).sum(-1)
+    moved = ((scale * p)[:, :, None] * columns[:, None]) @ apart
+    squares += _in_doubt(q_doubt * _norm(moved), model.dtype) ** 2
+    u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
+    mine = ranks == np.arange(ranks.max() + 1)[:, None, None, None]
+    share = p * mine  # (ranks, kv_heads, group, S)
+    weight = share.sum(-1)
+    heavy = np.maximum(weight, 1e-300)
+    part = (share @ v) / heavy[..., None]
+    squares += ((weight * _norm(part) * u_wire) ** 2).sum(0)
+    doubt = (np.abs(lse + np.log(heavy)) + 1) * 2 * U32
+    squares += ((weight * doubt * _norm(part - output)) ** 2).sum(0)
+    squares += (u_out * _norm(output)) ** 2
+    mass = p @ np.abs(v)
+    squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
+    return output.reshape(model.q_heads, -1), np.sqrt(squares).reshape(-1)
+
+
+def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tuple[Array, Array]:
+    """What a merge supplies, by partial: outputs (C, n, heads, dim), log-sum-exps (C, n, heads).
+
+    The log-sum-exp is the natural one, -inf where the partial is of no keys; the output is 0
+    there. Every entry is exact in float32, those of outputs in every type.
+    """
+    n, outputs, lses = len(event.levels[0]), [], []
+    for number, row in enumerate(event.levels):
+        columns = Tokens(np.full(n, number), np.arange(n), np.zeros(n, dtype=np.int64))
+        output = entries(config.seed, columns, 1, "output", heads, config.model.value_dim)[0]
+        lse = entries(config.seed, columns, 1, "lse", heads, 1)[0, ..., 0]
+        level = np.array([-np.inf if level is None else level for level in row])[:, None]
+        outputs.append(np.where(np.isinf(level)[..., None], 0.0, output))
+        lses.append(level + lse)
+    return np.stack(outputs), np.stack(lses)
+
+
+def partial_of(config: Config, event: Merge, rank: int) -> tuple[Singles, Singles]:
+    """What a merge hands to a global rank: its output and log-sum-exp, both float32.
+
+    Output (n, heads, dim) and log-sum-exp (n, heads) of the query heads of its tensor-parallel
+    shard. Where the partial is of no keys the log-sum-exp is -inf, and the output NaN under
+    `config.poison`: memory that nothing was written to.
+    """
+    tp_rank, cp_rank = divmod(rank, config.rules.cp_size)
+    per_shard = config.model.q_heads // config.tp_size
+    heads = range(tp_rank * per_shard, (tp_rank + 1) * per_shard)
+    outputs, lses = (
+        x[event.order[cp_rank]].astype(np.float32) for x in supplied_partials(config, event, heads)
+    )
+    if config.poison:
+        outputs[np.isinf(lses)] = np.nan
+    return outputs, lses
+
+
+def exact_merge(model: ModelShape, outputs: Array, lses: Array) -> tuple[Array, Array]:
+    """The merge of partials (C, n, heads, dim) with log-sum-exps (C, n, heads), and its bound E.
+
+    Returns (n, heads, dim) and (n, heads). The terms are those of
+    `helix_reference.attention.merge_bound`.
+    """
+    top = lses.max(0)
+    top = np.where(np.isinf(top), 0.0, top)
+    weights = np.exp(lses - top)
+    total = weights.sum(0)
+    held = np.isfinite(lses)
+    weights /= np.where(total > 0, total, 1.0)
+    lse = top + np.log(np.where(total > 0, total, 1.0))
+    output = (weights[..., None] * outputs).sum(0)
+
+    u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
+    doubt = (np.abs(np.where(held, lses, 0.0)) + 1) * 2 * U32
+    squares = ((weights * _norm(outputs) * u_wire) ** 2).sum(0)
+    squares += ((weights * doubt * _norm(outputs - output)) ** 2).sum(0)
+    squares += (u_out * _norm(output)) ** 2
+    squares += (U32 * (np.abs(lse) + 2) * _norm(output)) ** 2
+    mass = (weights[..., None] * np.abs(outputs)).sum(0)
+    squares += (U32 * (np.sqrt(held.sum(0)) + 2) * _norm(mass)) ** 2
+    return output, np.sqrt(squares)
+
+
+_NUMBERS: Final = re.compile("[<>|=]?[fiub][1248]")
+"""What numpy calls the types of numbers; its other types can be much: text, records, objects."""
+
+
+def as_array(rows: Any) -> Array:
+    """What an engine handed over (an array, nested lists, or an encoded array) as float64.
+
+    Raises TypeError, ValueError, KeyError or OverflowError when it is no array of numbers.
+    """
+    with np.errstate(invalid="ignore"):  # memory that nobody wrote to may hold signalling NaNs
+        if isinstance(rows, dict):
+            if not _NUMBERS.fullmatch(str(rows["dtype"])):
+                raise ValueError(f"its elements are of type {rows['dtype']!r}, which is no number")
+            flat = np.frombuffer(rows["data"], dtype=rows["dtype"])
+            return flat.reshape(rows["shape"]).astype(np.float64)
+        return np.asarray(rows, dtype=np.float64)
+
+
+def encode_array(x: Any) -> Any:
+    """The form in which arrays travel between processes; the inverse of `as_array`."""
+    if isinstance(x, np.ndarray):
+        return {"dtype": x.dtype.str, "shape": list(x.shape), "data": x.tobytes()}
+    raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
+
+
+def _in_doubt(effects: Array, dtype: CacheDType) -> Array:
+    """What doubts about the entries of a vector do together: see the reference's `_in_doubt`."""
+    return _norm(effects) if dtype == "float32" else effects.sum(-1)
+
+
+def _rotation(q: Array, doubts: Array, dtype: CacheDType) -> Array:
+    """What doubts about the entries of keys do to scores: `_in_doubt` of |q| times each key's.
+
+    q (heads, group, dim), doubts (heads, S, dim); returns (heads, group, S).
+    """
+    if dtype == "float32":
+        return np.sqrt(q**2 @ (doubts**2).transpose(0, 2, 1))
+    together: Array = np.abs(q) @ doubts.transpose(0, 2, 1)
+    return together
+
+
+def _norm(x: Array) -> Array:
+    norm: Array = np.sqrt(np.einsum("...i,...i->...", x, x))
+    return norm

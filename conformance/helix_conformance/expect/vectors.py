@@ -1,0 +1,276 @@
+"""What a vector is, and its JSON form; `shipped/FORMAT.md` says it for readers of the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from helix_spec.config import Config, config_problem
+from helix_spec.events import Decode, Event, Merge, Reason, RequestId
+from helix_spec.layouts import LayoutError
+from helix_spec.trace import Trace, line_of, too_much, unindented
+
+FORMAT: Final = "helix-vector/1"
+SCHEMA_FILE: Final = "vector.schema.json"
+FORMAT_PAGE: Final = "FORMAT.md"
+
+Numbers = list[float]
+Label = Annotated[int, msgspec.Meta(ge=0)]
+"""Stands for one page of one rank for as long as any request holds it; never used again."""
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class VectorError(ValueError):
+    """A file that is not a vector; the message names file, line and field."""
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """One token and query head: the exact output, and the bound E within which one is equal."""
+
+    exact: Numbers
+    bound: float
+
+
+class Decoded(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What the ranks answer to an accepted decode. New tokens stand request after request."""
+
+    past_len: list[list[Count]]
+    """For each id of the batch, by cp_rank: tokens held before the step."""
+    position_ids: list[Count]
+    """For each new token: its global position, on every rank."""
+    owners: list[Count]
+    """For each new token: the one cp_rank that is active."""
+    slots: list[tuple[Label, Count]]
+    """For each new token: label of the page and offset in it, on the owner; elsewhere slot -1."""
+    visible: list[list[Count]]
+    """For each new token, by cp_rank: keys that its query sees."""
+    output: list[list[list[Output]]] | None = None
+    """By layer, new token and query head of the whole model."""
+
+
+class Supplied(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """One token and query head of a partial: output and natural log-sum-exp; null without keys."""
+
+    output: Numbers | None
+    lse: float | None
+
+
+class Merged(_Part, frozen=True, kw_only=True):
+    """What a merge is supplied with, and what comes of it."""
+
+    partials: list[list[list[Supplied]]]
+    """By partial, token and query head of the whole model; rank r is handed partial order[r]."""
+    output: list[list[Output]]
+    """By token and query head of the whole model."""
+
+
+class State(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What the ranks hold after an event. Tensor-parallel peers hold the same."""
+
+    local_len: dict[RequestId, list[Count]]
+    """For each live request, by cp_rank."""
+    block_tables: dict[RequestId, list[list[Label]]]
+    """For each live request, by cp_rank: labels of its pages, in local order."""
+    free_pages: list[Count]
+    """By cp_rank."""
+    preempted: list[RequestId] = []
+    cached: dict[RequestId, list[list[Count]]] | None = None
+    """For each live request, by cp_rank: which of the vector's rows its slots hold, in order."""
+    unwritten_from: dict[RequestId, list[Count]] | None = None
+    """For each live request, by cp_rank: slots from this local index on were never written."""
+
+
+class Row(_Part, frozen=True, kw_only=True):
+    """K and V of one token as they are cached, by layer, KV head of the whole model, and dim."""
+
+    event: Count
+    place: Count
+    position: Count
+    least_keys: list[list[Numbers]]
+    """The least that each entry of K, after RoPE, may be."""
+    most_keys: list[list[Numbers]]
+    """The most that it may be."""
+    values: list[list[Numbers]]
+    """V: cached entries are equal."""
+
+
+class Step(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """An event and what follows it."""
+
+    event: Event
+    refused: Reason | None = None
+    """The reason, on every rank; absent when the event is accepted."""
+    decoded: Decoded | None = None
+    merged: Merged | None = None
+    state: State | None = None
+    """Absent where this step says nothing of it."""
+
+
+class Vector(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """One case: a header, what every rank is started with, and the steps."""
+
+    format: Literal["helix-vector/1"]
+    suite: str
+    """Version of the suite that wrote it."""
+    name: str
+    """That of the file, without `.json`."""
+    layout: str
+    """The layout's identifier, as in `config`."""
+    profiles: list[str]
+    """What an engine must declare for the case to be meant for it."""
+    invariants: list[str]
+    """Which rules of SPEC.md, section 7, the case is there for."""
+    notes: list[str]
+    """Why it exists."""
+    config: Config
+    refused: Literal["bad_config"] | None = None
+    """Why no engine may start with the configuration; absent when it must start."""
+    rows: list[Row] = []
+    steps: list[Step]
+
+    @property
+    def trace(self) -> Trace:
+        """Configuration and events alone."""
+        return Trace(note=self.name, config=self.config, events=[step.event for step in self.steps])
+
+
+def dump_vector(vector: Vector) -> bytes:
+    """The JSON form: a header, then one row and one step a line."""
+    head = msgspec.to_builtins(vector, str_keys=True)
+    head["config"] = _sparse(head["config"])
+    parts = [
+        f'  "{name}": [\n    ' + ",\n    ".join(map(_line, head.pop(name))) + "\n  ]"
+        for name in ("rows", "steps")
+        if head.get(name)
+    ]
+    head.pop("steps", None)
+    lines = [f'  "{name}": {_line(value)}' for name, value in head.items()]
+    if not vector.steps:
+        parts.append('  "steps": []')
+    return ("{\n" + ",\n".join(lines + parts) + "\n}\n").encode()
+
+
+def _sparse(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without the fields that have their defaults (SPEC.md, section 4)."""
+    usual = msgspec.to_builtins(Config(layout="", pages=[], max_len=1))
+    model = {k: v for k, v in config["model"].items() if v != usual["model"][k]}
+    fixed = ("layout", "pages", "max_len")
+    changed = {k: v for k, v in config.items() if k in fixed or v != usual[k]}
+    return changed | ({"model": model} if model else {})
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def load_vector(path: Path) -> Vector:
+    """The vector in a file. Raises VectorError, naming file, line and field."""
+    try:
+        data = path.read_bytes()
+        vector = msgspec.json.decode(data, type=Vector)
+    except OSError as error:
+        raise VectorError(f"{path}: cannot be read: {error.strerror}.") from error
+    except msgspec.ValidationError as error:
+        message, _, field = str(error).partition(" - at ")
+        raise _error(path, data, field.strip("`") or "$", message) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise VectorError(f"{path}: is not JSON: {error}.") from error
+    for field, message in _problems(path.stem, vector):
+        raise _error(path, data, field, message)
+    return vector
+
+
+def _error(path: Path, data: bytes, field: str, message: str) -> VectorError:
+    line = line_of(data.decode(errors="replace"), field)
+    return VectorError(f"{path}, line {line}, field {field}: {message}.")
+
+
+def _problems(name: str, vector: Vector) -> Iterator[tuple[str, str]]:
+    """Where the parts of a vector do not fit one another: field and message."""
+    if vector.name != name:
+        yield "$.name", f"it is {vector.name!r}, and the file is named {name!r}"
+    if vector.layout != vector.config.layout:
+        yield "$.layout", f"it is {vector.layout!r}, and the configuration says otherwise"
+    try:
+        ranks = vector.config.rules.cp_size
+    except LayoutError as error:
+        yield "$.config.layout", str(error).rstrip(".")
+        return
+    problem = config_problem(vector.config)
+    if (problem is not None) != (vector.refused is not None):
+        yield "$.refused", f"it is {vector.refused}, and of the configuration holds: {problem}"
+    demand = too_much(vector.config, [step.event for step in vector.steps])
+    if demand is not None:
+        field, what = demand
+        yield field.replace("$.events", "$.steps"), what.rstrip(".")
+        return  # some checks below count out what is asked for
+    if vector.refused and vector.steps:
+        yield "$.steps", "there are steps after a start that is refused"
+    for index, step in enumerate(vector.steps):
+        for field, message in _step_problems(step, ranks, len(vector.rows)):
+            yield f"$.steps[{index}]{field}", message
+
+
+def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str]]:
+    decoded, state = step.decoded, step.state
+    if isinstance(step.event, Decode) and step.refused is None and decoded is None:
+        yield "", "an accepted decode has no `decoded`"
+    if decoded is not None:
+        if not isinstance(step.event, Decode) or step.refused is not None:
+            yield ".decoded", "only an accepted decode has it"
+            return
+        tokens, ids = sum(step.event.query_lens), len(step.event.ids)
+        for field in ("position_ids", "owners", "slots", "visible"):
+            if len(getattr(decoded, field)) != tokens:
+                yield f".decoded.{field}", f"it does not have {tokens} entries, one for each token"
+        if len(decoded.past_len) != ids:
+            yield ".decoded.past_len", f"it does not have {ids} entries, one for each request"
+        if any(len(row) != ranks for row in decoded.past_len + decoded.visible):
+            yield ".decoded", f"a count is not given for each of {ranks} cp_ranks"
+        if any(owner >= ranks for owner in decoded.owners):
+            yield ".decoded.owners", f"a rank is not below {ranks}"
+    if (step.merged is None) == (isinstance(step.event, Merge) and step.refused is None):
+        yield ".merged", "an accepted merge has it, and nothing else has"
+    elif step.merged is not None and isinstance(step.event, Merge):
+        tokens = len(step.event.levels[0])
+        if len(step.merged.output) != tokens:
+            yield ".merged.output", f"it does not have {tokens} entries, one for each token"
+        if {len(by_token) for by_token in step.merged.partials} != {tokens}:
+            yield ".merged.partials", f"one does not have {tokens} entries, one for each token"
+        if len(step.event.levels) != ranks or len(step.merged.partials) != ranks:
+            yield ".merged.partials", f"there are not {ranks}, one for each cp_rank"
+    if state is None:
+        return
+    if len(state.free_pages) != ranks:
+        yield ".state.free_pages", f"it does not have {ranks} entries, one for each cp_rank"
+    live = state.local_len.keys()
+    for field in ("local_len", "block_tables", "cached", "unwritten_from"):
+        by_id = getattr(state, field)
+        if by_id is None:
+            continue
+        if by_id.keys() != live:
+            yield f".state.{field}", "its requests are not those of local_len"
+        if any(len(by_rank) != ranks for by_rank in by_id.values()):
+            yield (
+                f".state.{field}",
+                f"a request does not have {ranks} entries, one for each cp_rank",
+            )
+    if (state.cached is None) != (state.unwritten_from is None):
+        yield ".state", "`cached` and `unwritten_from` go together"
+    for by_rank in (state.cached or {}).values():
+        if any(row >= rows for held in by_rank for row in held):
+            yield ".state.cached", f"a row is not below {rows}"
+
+
+def vector_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a vector, generated from the types."""
+    schema: dict[str, Any] = unindented(msgspec.json.schema(Vector))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,1 @@
+"""What an engine is asked: random traces, workloads, and Hypothesis strategies of both."""

@@ -1,0 +1,90 @@
+"""Whether a suspicion holds: the failing trace once more, without what is blamed.
+
+Some invariants say that something must not matter: dummy requests (DUM-1), ranks without keys
+(ATT-3), the order of the ranks (ATT-2). One answer cannot show what it comes from; the same trace
+without them can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from helix_conformance.judge.failure import Violation, in_order
+from helix_conformance.judge.shrink import with_room
+from helix_spec.config import LARGEST_MAX_LEN
+from helix_spec.events import Admit, Decode, Event, Merge
+from helix_spec.trace import Trace
+
+_set = msgspec.structs.replace
+
+
+def tried(
+    trace: Trace, violations: Sequence[Violation], named_by: Callable[[Trace], set[str]]
+) -> list[Violation]:
+    """The violations of a failing trace, with DUM-1, ATT-2 and ATT-3 where trials bear them out.
+
+    `named_by` plays a trace and gives the invariants that fail then.
+    """
+    names = {violation.invariant for violation in violations}
+    if any(_padded(event) for event in trace.events):
+        others = names - {"DUM-1"}
+        if named_by(_without_dummies(trace)) & others:
+            names = others
+        elif "DUM-1" not in names:
+            what = "the same trace without its dummy requests is right"
+            violations = [*violations, Violation("DUM-1", what)]
+            names |= {"DUM-1"}
+    if "ATT-3" in names and "ATT-1" in named_by(_without_empty_ranks(trace)):
+        names -= {"ATT-3"}
+    if {"ATT-1", "ATT-2"} <= names and "ATT-1" in named_by(_in_rank_order(trace)):
+        names -= {"ATT-2"}
+    return in_order(violation for violation in violations if violation.invariant in names)
+
+
+def _padded(event: Event) -> bool:
+    return isinstance(event, Decode) and event.pad > 0
+
+
+def _without_dummies(trace: Trace) -> Trace:
+    events = [_set(event, pad=0) if _padded(event) else event for event in trace.events]
+    return _set(trace, events=events)
+
+
+def _without_empty_ranks(trace: Trace) -> Trace:
+    """The trace with every prompt a super-block longer, so that each rank holds some of it.
+
+    Supplied partials without keys get some, of the largest level of the others.
+    """
+    layout = trace.config.rules
+    more = layout.cp_size * layout.tokens_per_block
+    events = [
+        _set(event, prompt_len=event.prompt_len + more)
+        if isinstance(event, Admit) and 0 < event.prompt_len <= trace.config.max_len
+        else _with_keys(event)
+        for event in trace.events
+    ]
+    longest = min(LARGEST_MAX_LEN, trace.config.max_len + more)
+    config = _set(with_room(trace).config, max_len=longest)
+    return _set(trace, config=config, events=events)
+
+
+def _with_keys(event: Event) -> Event:
+    if not isinstance(event, Merge):
+        return event
+    tokens = zip(*event.levels, strict=True)
+    top = [max((level for level in token if level is not None), default=0) for token in tokens]
+    levels = [
+        [most if level is None else level for level, most in zip(row, top, strict=True)]
+        for row in event.levels
+    ]
+    return _set(event, levels=levels)
+
+
+def _in_rank_order(trace: Trace) -> Trace:
+    events = [
+        _set(event, order=sorted(event.order)) if isinstance(event, Merge) else event
+        for event in trace.events
+    ]
+    return _set(trace, events=events)

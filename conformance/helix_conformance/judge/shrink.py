@@ -1,0 +1,306 @@
+"""A failing trace made small: the fewest events, ranks and tokens that still fail.
+
+Traces are plain data and any list of events is a valid trace, so a smaller one is found by
+trying: leave events out, take a smaller configuration, make single events simpler. It is much
+faster than to draw a smaller trace from a strategy, and works for traces from anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from helix_conformance.generate.strategies import AMPLE
+from helix_reference.model import Model
+from helix_spec.config import Config, ModelShape, config_problem
+from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled, Skip, ids_of
+from helix_spec.layouts import Layout, format_layout
+from helix_spec.trace import Trace
+
+StillFails = Callable[[Trace], Trace | None]
+"""Plays a trace; where it still fails in the same way, the trace up to its failure."""
+
+_Without = Callable[[list[Event], range], list[Event]]
+"""Events from which those at these places are taken out."""
+_set = msgspec.structs.replace
+
+
+def reduced(trace: Trace, still_fails: StillFails, *, tries: int = 1000) -> Trace:
+    """The smallest failing trace that is found in so many tries, starting from one that fails."""
+    search = _Search(trace, still_fails, tries)
+    while search.left > 0 and search.round():
+        pass
+    return search.trace
+
+
+class _Search:
+    """The smallest failing trace so far, and how many tries are left."""
+
+    def __init__(self, trace: Trace, still_fails: StillFails, tries: int) -> None:
+        self.trace = trace
+        self.still_fails = still_fails
+        self.left = tries
+
+    def round(self) -> bool:
+        """Every way to a smaller trace once; whether one led to it."""
+        before, layout = self.trace, self.trace.config.rules
+        super_block = layout.tokens_per_block * layout.cp_size
+        self.with_fewer_events(_folded, least=1 + len(before.events) // 5)  # long runs go fast
+        self.with_fewer_events(_without)
+        self.with_fewer_events(_folded)
+        while self.first(_set(self.trace, config=c) for c in _smaller_configs(self.trace.config)):
+            pass
+        self.simpler_events()
+        self.with_fewer_events(lambda events, places: _folded(events, places, super_block))
+        merged = _merged(self.trace.events, super_block)
+        self.first(_set(self.trace, events=events) for events in merged)
+        self.renamed()
+        return self.trace != before
+
+    def attempt(self, candidate: Trace) -> bool:
+        """Whether the candidate fails; then it is the smallest so far."""
+        candidate = _set(candidate, events=[_fitted(e, candidate.config) for e in candidate.events])
+        legal = config_problem(self.trace.config) is None
+        if (config_problem(candidate.config) is None) != legal:
+            return False
+        for variant in (candidate, _with_same_room(candidate, self.trace) if legal else None):
+            if variant is not None and self.left > 0:
+                self.left -= 1
+                failing = self.still_fails(variant)
+                if failing is not None:
+                    self.trace = failing
+                    return True
+        return False
+
+    def first(self, candidates: Iterator[Trace]) -> bool:
+        """The first of these that fails."""
+        return any(self.attempt(candidate) for candidate in candidates)
+
+    def with_fewer_events(self, without: _Without, *, least: int = 1) -> None:
+        """Do without as many events as possible, longer stretches first, none below `least`."""
+        size = len(self.trace.events)
+        while size >= least:
+            first = 0
+            while first < len(self.trace.events):
+                events = self.trace.events
+                fewer = without(events, range(first, min(first + size, len(events))))
+                if fewer == events or not self.attempt(_set(self.trace, events=fewer)):
+                    first += size
+            size //= 2
+
+    def simpler_events(self) -> None:
+        """Make each event as simple as can be."""
+        place = 0
+        while place < len(self.trace.events):
+            events = self.trace.events
+            if not self.first(
+                _set(self.trace, events=[*events[:place], simpler, *events[place + 1 :]])
+                for simpler in _simpler_events(events[place])
+            ):
+                place += 1
+
+    def renamed(self) -> None:
+        """Number the requests in the order in which they appear."""
+        ids = dict.fromkeys(id for event in self.trace.events for id in ids_of(event))
+        names = {id: name for name, id in enumerate(ids)}
+        if any(id != name for id, name in names.items()):
+            events = [_renamed(event, names) for event in self.trace.events]
+            self.attempt(_set(self.trace, events=events))
+
+
+def with_room(trace: Trace) -> Trace:
+    """The trace with pools that hardly run dry."""
+    ample = [AMPLE] * len(trace.config.pages)
+    return _set(trace, config=_set(trace.config, pages=ample))
+
+
+def gone_on(trace: Trace) -> Trace:
+    """The trace, and some who live at its end decoded until each rank has had its turn."""
+    model = Model(trace.config)
+    for event in trace.events:
+        model.apply(event)
+    ids = [id for id, request in model.requests.items() if not request.preempted][:4]
+    if not ids:
+        return trace
+    turn = [Decode(ids, [1] * len(ids)), *([Sampled(ids)] if trace.config.overlap else [])]
+    waiting = [Sampled([id]) for id in ids for _ in range(model.requests[id].outstanding)]
+    turns = min(100, 2 * trace.config.rules.cp_size * trace.config.rules.tokens_per_block)
+    return _set(trace, events=[*trace.events, *waiting, *turn * turns])
+
+
+def _without(events: list[Event], places: range) -> list[Event]:
+    """The events without those at these places."""
+    return events[: places.start] + events[places.stop :]
+
+
+def _folded(events: list[Event], places: range, times: int = 1) -> list[Event]:
+    """The events with the tokens of decodes at these places put into their requests' prompts.
+
+    A prompt may need more tokens to put as many on the same rank: so many times as many.
+    """
+    folded, more = list[Event](), Counter[int]()
+    for place in reversed(range(len(events))):
+        event = events[place]
+        if isinstance(event, Decode) and place in places:
+            for id, query_len in zip(event.ids, event.query_lens, strict=False):
+                more[id] += max(0, query_len) * times
+        elif isinstance(event, Admit):
+            folded.append(_set(event, prompt_len=event.prompt_len + more.pop(event.id, 0)))
+        else:
+            folded.append(event)
+    return folded[::-1]
+
+
+def _merged(events: list[Event], super_block: int) -> Iterator[list[Event]]:
+    """The events with one admission's tokens, or its pages, put into the prompt of another."""
+    for source, event in enumerate(events):
+        for target, other in enumerate(events):
+            if isinstance(event, Admit) and isinstance(other, Admit) and source != target:
+                for more in (event.prompt_len, -(-event.prompt_len // super_block) * super_block):
+                    longer = _set(other, prompt_len=more + other.prompt_len)
+                    merged = [longer if place == target else e for place, e in enumerate(events)]
+                    yield _without(merged, range(source, source + 1))
+
+
+def _smaller_configs(config: Config) -> Iterator[Config]:
+    """Simpler configurations, the most wanted first; some are not legal."""
+    layout, shape, ample = config.rules, config.model, [AMPLE] * len(config.pages)
+    simple = ModelShape(q_heads=config.world_size * config.tp_size, kv_heads=config.tp_size)
+    for changes in (
+        {"tp_size": 1},
+        {"model": simple},
+        {"model": _set(shape, layers=1)},
+        {"model": _set(shape, cache_dtype=None)},
+        {"model": _set(shape, dtype="float32", product_dtype="float32", partial_dtype="float32")},
+        {"model": _set(shape, head_dim=simple.head_dim)},
+        {"pages": ample},
+        {"overlap": False},
+        {"admission": "transfer"},
+        {"max_len": 200},
+        {"seed": 0},
+    ):
+        candidate = _set(config, **changes)
+        if candidate != config:
+            yield candidate
+    for c in range(1, layout.cp_size):
+        smaller = _set(
+            config,
+            layout=format_layout(dataclasses.replace(layout, cp_size=c)),
+            model=_set(shape, q_heads=shape.kv_heads * config.tp_size * c),
+        )
+        yield _set(smaller, pages=config.pages[:c])
+        yield _set(smaller, pages=config.pages[-c:])
+    for smaller_layout in _smaller_pages(layout):
+        yield _set(config, layout=format_layout(smaller_layout))
+    for rank, pages in enumerate(config.pages if config.pages != ample else ()):
+        for fewer in _fewer(pages):
+            yield _set(config, pages=[*config.pages[:rank], fewer, *config.pages[rank + 1 :]])
+
+
+def _smaller_pages(layout: Layout) -> Iterator[Layout]:
+    """The layout with fewer tokens in a page or an interleave."""
+    for t in range(1, layout.tokens_per_block + 1):
+        for i in range(1, t + 1):
+            prompt = i if layout.prompt_interleave else None
+            owner = i if layout.owner_interleave else None
+            smaller = dataclasses.replace(
+                layout, tokens_per_block=t, prompt_interleave=prompt, owner_interleave=owner
+            )
+            if smaller == layout:
+                return
+            if i == t or prompt or owner:
+                yield smaller
+
+
+def _simpler_events(event: Event) -> Iterator[Event]:
+    match event:
+        case Admit(_, prompt_len):
+            for shorter in _fewer(prompt_len):
+                yield _set(event, prompt_len=shorter)
+        case Accept(_, kept):
+            for fewer in _fewer(kept):
+                yield _set(event, kept=fewer)
+        case Decode(ids, query_lens) | Skip(ids, query_lens):
+            if isinstance(event, Decode):
+                for pad in _fewer(event.pad, 0):
+                    yield _set(event, pad=pad)
+            if len(ids) == len(query_lens) and ids != sorted(ids):
+                pairs = sorted(zip(ids, query_lens, strict=True))
+                yield _set(event, ids=[id for id, _ in pairs], query_lens=[n for _, n in pairs])
+            for place in range(len(ids) if len(ids) == len(query_lens) > 1 else 0):
+                yield _set(
+                    event,
+                    ids=ids[:place] + ids[place + 1 :],
+                    query_lens=query_lens[:place] + query_lens[place + 1 :],
+                )
+            for place, query_len in enumerate(query_lens):
+                for shorter in _fewer(query_len):
+                    yield _set(
+                        event, query_lens=[*query_lens[:place], shorter, *query_lens[place + 1 :]]
+                    )
+        case Fork(_, child):
+            yield Admit(child, 1)  # where it does not matter what the child begins with
+        case Sampled(ids):
+            for place in range(len(ids) if len(ids) > 1 else 0):
+                yield Sampled(ids[:place] + ids[place + 1 :])
+        case Merge(levels, order):
+            if order != sorted(order):
+                yield Merge(levels, sorted(order))
+            for token in range(len(levels[0]) if len(levels[0]) > 1 else 0):
+                yield Merge([row[:token] + row[token + 1 :] for row in levels], order)
+            for number, row in enumerate(levels):
+                for token, level in enumerate(row):
+                    if level != 0:
+                        simpler = [*row[:token], 0, *row[token + 1 :]]
+                        yield Merge([*levels[:number], simpler, *levels[number + 1 :]], order)
+        case _:
+            pass
+
+
+def _fewer(count: int, least: int = 1) -> list[int]:
+    """Smaller counts to try, the smallest first: as in a bisection, down to one less."""
+    closer = {count - (count >> by) for by in range(1, 14)}
+    # Neighbours too: some faults show at every second or third count alone.
+    tried = {least, least + 1, least + 2, count - 2, count - 1, *closer}
+    return sorted(tried & set(range(least, min(count, 10**4))))
+
+
+def _fitted(event: Event, config: Config) -> Event:
+    """The event with no more supplied partials than there are cp_ranks."""
+    c = len(config.pages)
+    if not isinstance(event, Merge) or len(event.order) <= c:
+        return event
+    return Merge(event.levels[:c], [number for number in event.order if number < c])
+
+
+def _with_same_room(candidate: Trace, trace: Trace) -> Trace | None:
+    """The candidate with pools made smaller, so that no more pages are free at its end."""
+    pages = candidate.config.pages
+    if pages != trace.config.pages or min(pages) >= AMPLE:
+        return None
+    room = zip(pages, _free(candidate), _free(trace), strict=True)
+    fitting = [count - max(0, now - then) for count, now, then in room]
+    if fitting == pages or min(fitting) < 1:
+        return None
+    return _set(candidate, config=_set(candidate.config, pages=fitting))
+
+
+def _free(trace: Trace) -> list[int]:
+    """Free pages of each cp_rank after the events, in the reference."""
+    model = Model(trace.config)
+    for event in trace.events:
+        model.apply(event)
+    return [len(pool.free) for pool in model.pools]
+
+
+def _renamed(event: Event, names: dict[int, int]) -> Event:
+    fields = msgspec.structs.asdict(event)
+    for field in ("id", "parent", "child"):
+        if field in fields:
+            fields[field] = names[fields[field]]
+    if "ids" in fields:
+        fields["ids"] = [names[id] for id in fields["ids"]]
+    return type(event)(**fields)

@@ -1,0 +1,312 @@
+"""The ledger of an engine's known differences: what it answers wrongly, what must not be run.
+
+The ledger is a TOML file that the engine's own repository keeps, a table for each difference:
+
+    [[difference]]
+    invariant = "PAGE-1"        # or profile = "fork", or reason = "too_long"
+    layout = "pr17866"          # optional: only there
+    kind = "answers_wrongly"    # or "must_not_run"
+    does = "takes the prompt's pages from its global length"
+    link = "https://github.com/someone/engine/issues/12"
+
+A difference that is known does not fail a run, and is named in its summary. One that no longer
+shows does fail it, so that no entry outlives its cause. A trace ends at a known difference after
+which tokens or pages lie elsewhere than in the reference; after others it is judged on.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import msgspec
+
+from helix_conformance.judge.failure import Violation
+from helix_reference.model import Model
+from helix_spec.config import config_problem
+from helix_spec.engine import LADDER, PROFILES
+from helix_spec.events import Event, Reason, features_of
+from helix_spec.invariants import NUMBERS, profiles_of
+from helix_spec.layouts import NAMED_LAYOUTS
+from helix_spec.trace import Trace
+
+LAYOUTS: Final = (*NAMED_LAYOUTS, "custom")
+LARGEST_FILE: Final = 2**20
+LONGEST_LINE: Final = 2**12
+"""In bytes: Python's TOML parser takes a time that grows with the square of a line."""
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Link = Annotated[str, msgspec.Meta(pattern=r"^https?://\S+$")]
+
+
+class LedgerError(ValueError):
+    """A file that is no ledger of known differences; the message names file, entry and field."""
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One known difference. Without `layout` it is one of every layout.
+
+    `answers_wrongly` is played, and expected to fail. `must_not_run` is never played: events of a
+    profile, events that would be refused for a reason, or a whole layout.
+    """
+
+    kind: Literal["answers_wrongly", "must_not_run"]
+    does: Text
+    """What the engine does, in a sentence."""
+    link: Link
+    """Where that is tracked."""
+    invariant: str | None = None
+    profile: str | None = None
+    reason: Reason | None = None
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        of = [part for part in (self.invariant, self.profile, self.reason) if part is not None]
+        alone = self.kind == "must_not_run" and self.layout is not None
+        if len(of) > 1 or (not of and not alone):
+            raise ValueError(
+                "a difference is of one `invariant`, one `profile` or one `reason`; only a layout "
+                "that must not be run may stand alone"
+            )
+        _one_of("invariant", self.invariant, NUMBERS)
+        _one_of("profile", self.profile, PROFILES)
+        _one_of("layout", self.layout, LAYOUTS)
+        if self.profile == "placement":
+            raise ValueError(
+                "field `profile` cannot be placement: every other builds on it, so that nothing "
+                "would be checked; name the invariants"
+            )
+        if self.invariant is not None and self.kind == "must_not_run":
+            raise ValueError(
+                "field `invariant` does not go with must_not_run: an invariant is not run; name "
+                "the profile, reason or layout that breaks it"
+            )
+        if self.invariant == "EQ-1":
+            raise ValueError("field `invariant` cannot be EQ-1: it is a theorem, of no engine")
+        if self.invariant == "LIVE-1":
+            raise ValueError(
+                "field `invariant` cannot be LIVE-1: what kills an engine must not be run; name "
+                "its profile, reason or layout with must_not_run"
+            )
+
+    @property
+    def subject(self) -> str:
+        """What it is a difference of, in few words."""
+        of = self.invariant or self.profile or self.reason
+        where = "" if self.layout is None else f"layout {self.layout}"
+        return f"{of}, {where}".strip(", ") if of else where
+
+    def covers(self, layout: str) -> bool:
+        """Whether it is a difference of this layout, by name."""
+        return self.layout in (None, layout)
+
+
+def _one_of(field: str, value: str | None, allowed: Sequence[str]) -> None:
+    if value is not None and value not in allowed:
+        raise ValueError(f"field `{field}` is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    difference: list[Difference] = []
+
+
+class Known:
+    """The known differences of one engine, and which of them a run has met."""
+
+    def __init__(self, differences: Iterable[Difference] = ()) -> None:
+        self.differences = list(differences)
+        self.met: set[int] = set()
+        """Index of each difference that has shown."""
+        self.tried: set[int] = set()
+        """Index of each difference that a layout and the profiles of a run could have shown."""
+        self.void: list[str] = []
+        """Layouts of which nothing was judged but known differences."""
+        self.found: set[str] = set()
+        """Invariants that this very run has found already, so that it can look for others."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The ledger in a TOML file. Raises LedgerError, naming file, entry and field."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be read: {error.strerror}.") from error
+        longest = max(map(len, data.splitlines()), default=0)
+        if len(data) > LARGEST_FILE or longest > LONGEST_LINE:
+            raise LedgerError(
+                f"{path}: has {len(data)} bytes and a line of {longest}; a ledger has at most "
+                f"{LARGEST_FILE} and lines of {LONGEST_LINE}."
+            )
+        try:
+            return cls(msgspec.toml.decode(data, type=_File).difference)
+        except msgspec.ValidationError as error:
+            raise LedgerError(f"{path}{_where(str(error))}.") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise LedgerError(f"{path}: is not TOML: {error}.") from error
+
+    # Before a layout is played
+
+    def runs(self, layout: str) -> bool:
+        """Whether anything may be run on this layout."""
+        return not any(d.subject == f"layout {layout}" for _, d in self._of(layout, "must_not_run"))
+
+    def left_out(self, layout: str) -> frozenset[str]:
+        """Profiles that are not checked with the others, and those that build on them."""
+        named = {d.profile for _, d in self._of(layout) if d.profile is not None}
+        depth = min((LADDER.index(p) for p in named if p in LADDER), default=len(LADDER))
+        return frozenset(named - set(LADDER)) | frozenset(LADDER[depth:])
+
+    def suspended(self, layout: str) -> list[Difference]:
+        """The profiles among them that are checked apart: each must still fail by itself."""
+        return [d for _, d in self._of(layout, "answers_wrongly") if d.profile is not None]
+
+    def played(self, layout: str, profiles: frozenset[str], *, void: bool) -> None:
+        """A layout was played with these profiles: what it can show should have shown.
+
+        It is void when every trace ended at a known difference before anything was judged.
+        """
+        if void:
+            self.void.append(layout)
+        for index, difference in self._of(layout, "answers_wrongly"):
+            holders = profiles_of(difference.invariant) if difference.invariant else profiles
+            if difference.profile is None and profiles.intersection(holders):
+                self.tried.add(index)
+
+    def confirmed(self, difference: Difference, *, failed: bool) -> None:
+        """A profile was checked apart."""
+        index = self.differences.index(difference)
+        self.tried.add(index)
+        if failed:
+            self.met.add(index)
+
+    # While it is played
+
+    def runnable(self, trace: Trace, declared: frozenset[str]) -> Trace | None:
+        """The trace up to the first event that must not be run; None when it may not even start."""
+        layout = _name(trace.config.layout)
+        forbidden = [d for _, d in self._of(layout, "must_not_run")]
+        if not forbidden:
+            return trace
+        reasons = {d.reason for d in forbidden if d.reason is not None}
+        profiles = {d.profile for d in forbidden if d.profile is not None}
+        if not self.runs(layout):
+            return None
+        if config_problem(trace.config) is not None:
+            return None if Reason.BAD_CONFIG in reasons else trace
+        if trace.config.overlap and "overlap" in profiles:
+            return None
+        model = Model(trace.config, declared, allocates="pages" in declared)
+        events: list[Event] = []
+        for event in trace.events:
+            if features_of(event) & profiles or model.apply(event) in reasons:
+                break
+            events.append(event)
+        return msgspec.structs.replace(trace, events=events)
+
+    def unknown(self, layout: str, violations: Sequence[Violation]) -> list[Violation]:
+        """Those of the violations that no entry covers."""
+        rest = []
+        for violation in violations:
+            entries = [
+                index
+                for index, d in self._of(_name(layout), "answers_wrongly")
+                if d.invariant == violation.invariant
+                or (d.reason is not None and d.reason in _reasons(violation))
+            ]
+            self.met.update(entries)
+            if not entries and violation.invariant not in self.found:
+                rest.append(violation)
+        # These blame padding or an empty rank for another violation of the same event.
+        if len(rest) < len(violations) and {v.invariant for v in rest} <= {"DUM-1", "ATT-3"}:
+            return []
+        return rest
+
+    # When all is played
+
+    @property
+    def holds(self) -> bool:
+        """Whether the ledger is true of what was played."""
+        return not self.stale and not self.void
+
+    @property
+    def stale(self) -> list[Difference]:
+        """Differences that should have shown and have not."""
+        return [self.differences[index] for index in sorted(self.tried - self.met)]
+
+    def of_layout(self, layout: str) -> list[Difference]:
+        """The differences that this run has met, or has not run, on a layout."""
+        return [d for index, d in self._of(layout) if index in self.met or d.kind == "must_not_run"]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Every difference with what became of it, for the JSON stream."""
+        return [
+            msgspec.to_builtins(d) | {"status": self._status(index, d)}
+            for index, d in enumerate(self.differences)
+        ]
+
+    def sentences(self) -> Iterator[str]:
+        """The same for people, one line each; what is wrong with the ledger last."""
+        for index, d in enumerate(self.differences):
+            if self._status(index, d) != "no longer fails":
+                yield f"known ({self._status(index, d)}): {d.subject}: {d.does} ({d.link})"
+        for d in self.stale:
+            yield (
+                f"The known difference of {d.subject} no longer shows: no trace of this run broke "
+                f"it; take its entry ({d.link}) out of the ledger."
+            )
+        yield from map(void_sentence, self.void)
+
+    def _status(self, index: int, difference: Difference) -> str:
+        if difference.kind == "must_not_run":
+            return "not run"
+        if index in self.met:
+            return "still fails"
+        return "no longer fails" if index in self.tried else "not tried"
+
+    def _of(self, layout: str, kind: str | None = None) -> Iterator[tuple[int, Difference]]:
+        for index, difference in enumerate(self.differences):
+            if difference.covers(layout) and kind in (None, difference.kind):
+                yield index, difference
+
+
+def void_sentence(layout: str) -> str:
+    """What is wrong with a ledger that leaves nothing of a layout to judge."""
+    return (
+        f"Every trace of layout {layout} ended at a known difference before anything else was "
+        "judged; say that the layout must_not_run."
+    )
+
+
+PARTING: Final = frozenset(
+    {"OWN-1", "OWN-2", "OWN-3", "GROW-1", "PAGE-1", "PAGE-2", "REF-1", "REF-2"}
+)
+"""After these, tokens or pages lie elsewhere than in the reference."""
+
+
+def parted(violations: Sequence[Violation]) -> bool:
+    """Whether engine and reference went different ways: all that follows follows from that."""
+    return any(violation.invariant in PARTING for violation in violations)
+
+
+def _name(layout: str) -> str:
+    return layout.partition("/")[0]
+
+
+def _reasons(violation: Violation) -> set[Any]:
+    """The reasons that a difference about a refusal is between."""
+    if violation.invariant not in ("REF-1", "REF-2"):
+        return set()
+    told = zip(violation.expected, violation.observed, strict=False)
+    return {
+        reason for pair in told if pair[0] != pair[1] for reason in pair if isinstance(reason, str)
+    }
+
+
+def _where(problem: str) -> str:
+    """What is wrong, behind the entry and the field that it is wrong in."""
+    message, _, path = problem.partition(" - at ")
+    entry = re.search(r"difference\[(\d+)\]", path)
+    field = re.search(r"\]\.(\w+)", path) or re.search(r"field `(\w+)`", message)
+    where = "" if entry is None else f", difference {int(entry[1]) + 1}"
+    return where + ("" if field is None else f", field {field[1]}") + f": {message}"

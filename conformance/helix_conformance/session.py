@@ -1,0 +1,491 @@
+"""Random traces, stored traces and workloads through a driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, Literal
+
+import hypothesis
+import msgspec
+from hypothesis import strategies as st
+
+from helix_conformance.drive.asking import ill_typed
+from helix_conformance.drive.driver import Answer, Driver, EngineFailure, Watch
+from helix_conformance.generate.drawing import EVENLY, Evenly
+from helix_conformance.generate.strategies import configs, merge_traces, traces
+from helix_conformance.generate.workload import Request, schedule
+from helix_conformance.judge.causes import tried
+from helix_conformance.judge.coverage import Coverage
+from helix_conformance.judge.failure import GarbageError, Violation
+from helix_conformance.judge.judge import Judge, wrong_reasons
+from helix_conformance.judge.shrink import gone_on, reduced, with_room
+from helix_conformance.judge.xfail import Known, parted
+from helix_reference.model import Model
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import LADDER, PROFILES
+from helix_spec.events import FEATURES, MERGE, Event, Reason, Release
+from helix_spec.invariants import NUMBERS
+from helix_spec.trace import Trace
+
+REDUCTION_LIMIT_S: Final = 120.0
+"""How long an engine that fails is started again for a smaller trace; a difference has no limit."""
+EVERYTHING = Watch()
+"""All state is looked at after every event."""
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """What a red run shows: the trace up to where it fails, and what is wrong there."""
+
+    trace: Trace
+    event: int | None
+    """Index of the event that was answered wrongly; None at start or at the end."""
+    violations: list[Violation] = []
+    answers: list[Answer] = []
+    """What each rank answered to that event, outputs and cached rows left out."""
+    engine_failure: str | None = None
+    """How an engine died, hung or answered garbage; then nothing else is known (LIVE-1)."""
+
+    rank: int | None = None
+    """The rank that died, hung or answered garbage."""
+
+    @property
+    def verdict(self) -> Literal["fail", "error"]:
+        """`fail` for a difference, `error` for an engine that failed."""
+        return "fail" if self.engine_failure is None else "error"
+
+
+class Needed(msgspec.Struct, frozen=True):
+    """Traces played until one failed, that one included, and the seconds until then."""
+
+    traces: int
+    seconds: float
+
+
+class Tally(msgspec.Struct):
+    """How much was played."""
+
+    traces: int = 0
+    events: int = 0
+    seconds: float = 0.0
+    layouts: set[str] = set()
+    """Identifiers of the layouts that were played."""
+    cut: int = 0
+    """Traces that ended early, at a known difference or before what must not be run."""
+    needed: Needed | None = None
+    """What it took to find the first failure; all after that was spent on a smaller one."""
+
+
+def check_trace(
+    driver: Driver,
+    trace: Trace,
+    profiles: frozenset[str],
+    *,
+    watch: Watch = EVERYTHING,
+    tally: Tally | None = None,
+    coverage: Coverage | None = None,
+    known: Known | None = None,
+) -> Failure | None:
+    """Play one trace and judge every answer; the first event that is wrong ends it.
+
+    A configuration with which no engine may start must be refused; its events are not played.
+    What the engine's ledger of known differences covers is not wrong.
+    """
+    tally, known = tally or Tally(), known or Known()
+    failure = _judged(driver, trace, profiles, tally, known, watch, coverage)
+    return failure and _made_sure(driver, failure, profiles, tally, known)
+
+
+def _judged(
+    driver: Driver,
+    trace: Trace,
+    profiles: frozenset[str],
+    tally: Tally,
+    known: Known,
+    watch: Watch = EVERYTHING,
+    coverage: Coverage | None = None,
+) -> Failure | None:
+    allowed = known.runnable(trace, driver.profiles)
+    tally.cut += allowed != trace
+    if allowed is None:
+        return None
+    if config_problem(trace.config) is not None:
+        return _check_bad_config(driver, trace.config, profiles, tally, known)
+    judge = Judge(trace.config, profiles, driver.profiles)
+    return _played(driver, judge, allowed.events, watch, tally, known, coverage)
+
+
+def _made_sure(
+    driver: Driver, failure: Failure, profiles: frozenset[str], tally: Tally, known: Known
+) -> Failure:
+    """The failure, its suspicions tried."""
+    if failure.engine_failure is not None:
+        return failure
+
+    def named_by(trace: Trace) -> set[str]:
+        again = _judged(driver, trace, profiles, tally, known)
+        return set() if again is None else numbers_of(again)
+
+    violations = tried(failure.trace, failure.violations, named_by)
+    return msgspec.structs.replace(failure, violations=violations)
+
+
+def _check_bad_config(
+    driver: Driver, config: Config, profiles: frozenset[str], tally: Tally, known: Known
+) -> Failure | None:
+    tally.traces += 1
+    trace = Trace(config=config, events=[])
+    try:
+        _, answers = next(iter(driver.play(config, profiles, [], EVERYTHING)))
+    except EngineFailure as error:
+        return Failure(trace=trace, event=None, engine_failure=str(error), rank=error.rank)
+    outcomes = [answer.outcome for answer in answers]
+    found = known.unknown(config.layout, wrong_reasons(Reason.BAD_CONFIG, outcomes))
+    told = [_told(answer) for answer in answers]
+    return Failure(trace=trace, event=None, violations=found, answers=told) if found else None
+
+
+def _played(
+    driver: Driver,
+    judge: Judge,
+    events: Iterable[Event],
+    watch: Watch,
+    tally: Tally,
+    known: Known,
+    coverage: Coverage | None = None,
+) -> Failure | None:
+    """Judge events as they are played; None when all answers were right, or wrong as is known."""
+    config, seen, began = judge.config, list[Event](), time.perf_counter()
+    drawn = list[Event]()
+    """Events that the driver has asked for: the one that an engine does not survive is not seen."""
+
+    def failure(
+        event: int | None, violations: list[Violation], answers: Sequence[Answer] = ()
+    ) -> Failure:
+        return Failure(
+            trace=Trace(config=config, events=seen),
+            event=event,
+            violations=violations,
+            answers=[_told(answer) for answer in answers],
+        )
+
+    def drawing() -> Iterator[Event]:
+        for event in events:
+            drawn.append(event)
+            if not driver.streams:
+                judge.foresee(event)
+            yield event
+
+    try:
+        for event, answers in driver.play(config, judge.profiles, drawing(), watch):
+            with typed(answers):
+                if event is not None:
+                    seen.append(event)
+                    violations = judge.event(event, answers)
+                    if coverage is not None:
+                        coverage.saw(judge.model, event, judge.reason)
+                else:
+                    violations = judge.finished(answers) if seen else judge.started(answers)
+                if violations:
+                    check_types(answers)
+            if not violations:
+                continue
+            unknown = known.unknown(config.layout, violations)
+            if unknown:
+                return failure(None if event is None else len(seen) - 1, unknown, answers)
+            if parted(violations):
+                tally.cut += 1
+                return None
+        return None
+    except EngineFailure as error:
+        lived = drawn if error.event is None else drawn[: error.event + 1]
+        return Failure(
+            trace=Trace(config=config, events=lived),
+            event=error.event,
+            engine_failure=str(error),
+            rank=error.rank,
+        )
+    except GarbageError as garbage:
+        at = len(seen) - 1 if seen else None
+        died = EngineFailure(garbage.rank, at, f"answered garbage: {garbage}")
+        return msgspec.structs.replace(
+            failure(died.event, []), engine_failure=str(died), rank=garbage.rank
+        )
+    finally:
+        judge.close()
+        tally.traces += 1
+        tally.events += len(seen)
+        tally.layouts.add(config.layout)
+        tally.seconds += time.perf_counter() - began
+
+
+@contextmanager
+def typed(answers: Sequence[Answer]) -> Iterator[None]:
+    """While answers are judged: what fails because of their types is the engine's fault."""
+    try:
+        yield
+    except GarbageError:
+        raise
+    except Exception:
+        check_types(answers)
+        raise
+
+
+def check_types(answers: Sequence[Answer]) -> None:
+    """Raises GarbageError when an answer holds values of types that it must not hold."""
+    found = ill_typed(answers)
+    if found is not None:
+        raise GarbageError(*found)
+
+
+def _told(answer: Answer) -> Answer:
+    """An answer without its arrays: what can be shown."""
+    outcome = msgspec.structs.replace(answer.outcome, output=None)
+    view = answer.view and msgspec.structs.replace(answer.view, keys={}, values={})
+    return Answer(outcome, view)
+
+
+class _Failed(Exception):
+    """Tells Hypothesis that an example failed."""
+
+
+class _Stop(KeyboardInterrupt):
+    """Leaves Hypothesis at once: the engine cannot be asked again."""
+
+
+def random_traces(
+    driver: Driver,
+    strategy: st.SearchStrategy[Trace],
+    profiles: frozenset[str],
+    *,
+    examples: int,
+    seed: int | str,
+    tally: Tally,
+    progress: Callable[[], None] = lambda: None,
+    coverage: Coverage | None = None,
+    known: Known | None = None,
+) -> Failure | None:
+    """Play random traces until one fails; the failure with its trace made small."""
+    known = known or Known()
+    found: list[tuple[Trace, Failure]] = []
+    began = time.perf_counter()
+
+    Evenly.seed = seed
+
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+        backend=EVENLY,
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=hypothesis.Verbosity.quiet,  # else it advises a seed of its own
+    )
+    @hypothesis.given(strategy)
+    def every_answer_is_right(trace: Trace) -> None:
+        failure = _judged(driver, trace, profiles, tally, known, coverage=coverage)
+        progress()
+        if failure is not None:
+            if tally.needed is None:
+                tally.needed = Needed(tally.traces, time.perf_counter() - began)
+            found[:] = [(trace, failure)]
+            raise _Failed if driver.survives_failure or failure.verdict == "fail" else _Stop
+
+    try:
+        every_answer_is_right()
+    except _Stop:
+        return found[0][1]
+    except _Failed:
+        small = _made_small(driver, *found[0], profiles, tally, known)
+        return _made_sure(driver, small, profiles, tally, known)
+    except hypothesis.errors.Flaky:
+        if not found:
+            raise
+        note = "This failure did not repeat when the same trace was played again."
+        failure = found[0][1]
+        trace = msgspec.structs.replace(failure.trace, note=note)
+        return msgspec.structs.replace(failure, trace=trace)
+    return None
+
+
+def _made_small(
+    driver: Driver,
+    whole: Trace,
+    failure: Failure,
+    profiles: frozenset[str],
+    tally: Tally,
+    known: Known,
+) -> Failure:
+    """The failure with the smallest trace that shows some of the same violations."""
+    smallest, alive = failure, True
+    until = time.perf_counter() + REDUCTION_LIMIT_S
+
+    def fails(trace: Trace, named: Collection[str]) -> Trace | None:
+        nonlocal smallest, alive
+        again = _judged(driver, trace, profiles, tally, known) if alive else None
+        if again is not None and again.verdict == "error":
+            alive = driver.survives_failure and time.perf_counter() < until
+        if again is None or not numbers_of(again).intersection(named):
+            return None
+        smallest = again
+        return again.trace
+
+    # What also fails where no pool runs dry is told without refusals, whatever else it breaks:
+    # ranks that disagree about room alone may disagree about more, a few tokens on.
+    roomy = with_room(whole)
+    untold = fails(roomy, NUMBERS) is None and config_problem(roomy.config) is None
+    if untold and numbers_of(failure) <= {"REF-1", "REF-2"}:
+        fails(gone_on(roomy), NUMBERS)
+    named = numbers_of(smallest)
+    reduced(smallest.trace, lambda trace: fails(trace, named))
+    return smallest
+
+
+def numbers_of(failure: Failure) -> set[str]:
+    """The invariants that a failure names."""
+    names = {violation.invariant for violation in failure.violations}
+    return names if failure.engine_failure is None else {"LIVE-1"}
+
+
+def layout_traces(
+    driver: Driver,
+    name: str,
+    profiles: Collection[str],
+    *,
+    cp_sizes: Sequence[int],
+    tp_sizes: Sequence[int] = (1,),
+) -> st.SearchStrategy[Trace]:
+    """Random traces of one layout, for the features among these profiles.
+
+    With `merge` one trace in four merges supplied partials, or all without `placement`.
+    """
+    features = [feature for feature in FEATURES if feature in profiles]
+    some_configs = configs(
+        names=[name],
+        cp_sizes=cp_sizes,
+        tp_sizes=tp_sizes,
+        max_world=driver.largest_world,
+        features=features,
+        contents=not {"cache", MERGE}.isdisjoint(profiles),
+    )
+    merging = merge_traces(configs=some_configs)
+    if "placement" not in profiles:
+        return merging
+    placing = traces(
+        configs=some_configs,
+        features=features,
+        undeclared={*FEATURES, MERGE} - driver.profiles,
+        contents="cache" in profiles,
+    )
+    if MERGE not in profiles:
+        return placing
+    return st.sampled_from([placing, placing, placing, merging]).flatmap(lambda kind: kind)
+
+
+def layout_run(
+    driver: Driver,
+    name: str,
+    asked: Collection[str],
+    *,
+    cp_sizes: Sequence[int],
+    tp_sizes: Sequence[int] = (1,),
+    examples: int,
+    seed: int | str,
+    tally: Tally,
+    known: Known,
+    progress: Callable[[], None] = lambda: None,
+    coverage: Coverage | None = None,
+) -> tuple[frozenset[str], Failure | None]:
+    """Random traces of one layout: the profiles that were checked, and the failure.
+
+    Profiles that the ledger says are answered wrongly are left out, and then checked apart: each
+    must still fail.
+    """
+
+    def played(
+        profiles: frozenset[str], tally: Tally, coverage: Coverage | None = None
+    ) -> Failure | None:
+        strategy = layout_traces(driver, name, profiles, cp_sizes=cp_sizes, tp_sizes=tp_sizes)
+        return random_traces(
+            driver,
+            strategy,
+            profiles,
+            examples=examples,
+            seed=f"{seed} {name}",  # other traces for each layout
+            tally=tally,
+            progress=progress,
+            known=known,
+            coverage=coverage,
+        )
+
+    if not known.runs(name):
+        return frozenset(), None
+    wanted = profiles_to_check(driver.profiles, asked)
+    profiles = wanted - known.left_out(name)
+    failure = played(profiles, tally, coverage) if profiles else None
+    if failure is not None:
+        return profiles, failure
+    known.played(name, profiles, void=0 < tally.traces and tally.events <= tally.cut)
+    for difference in known.suspended(name):
+        if difference.profile in wanted:
+            alone = profiles_to_check(driver.profiles, {*profiles, difference.profile})
+            wrong = played(alone, Tally())
+            if wrong is not None and wrong.verdict == "error":
+                return alone, wrong
+            known.confirmed(difference, failed=wrong is not None)
+    return profiles, None
+
+
+def workload(
+    driver: Driver,
+    config: Config,
+    requests: Sequence[Request],
+    profiles: frozenset[str],
+    *,
+    batch_limit: int,
+    max_steps: int,
+    tally: Tally,
+    released: Callable[[], None] = lambda: None,
+    coverage: Coverage | None = None,
+) -> Failure | None:
+    """Play a workload through the scheduler; state is looked at every 100 events."""
+    judge = Judge(config, profiles, driver.profiles)
+    watch = Watch(every=100, touched=False)
+    # A driver that wants the whole trace first gets it from a model of its own.
+    planner = (
+        None
+        if driver.streams
+        else Model(config, judge.model.features, allocates=judge.model.allocates)
+    )
+
+    def events() -> Iterator[Event]:
+        schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)
+        reason: Reason | None = None
+        event = next(schedule_of)
+        while True:
+            if isinstance(event, Release):
+                released()
+            if planner is not None:
+                reason = planner.apply(event)
+            yield event
+            try:
+                event = schedule_of.send(judge.reason if planner is None else reason)
+            except StopIteration:
+                return
+
+    return _played(driver, judge, events(), watch, tally, Known(), coverage)
+
+
+def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> frozenset[str]:
+    """What is checked: the declared profiles, or those of them that were asked for.
+
+    A profile of the ladder brings those before it.
+    """
+    wanted = set(asked or declared)
+    for profile in LADDER:
+        if profile in wanted:
+            wanted |= set(LADDER[: LADDER.index(profile)])
+    return frozenset(profile for profile in PROFILES if profile in wanted and profile in declared)

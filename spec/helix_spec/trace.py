@@ -1,0 +1,220 @@
+"""A trace: a configuration and the events that follow, with its JSON form and schema.
+
+The form is published as `trace.schema.json` beside this file, generated from the types by
+`python -m helix_spec.trace`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.resources import files
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import msgspec
+
+from helix_spec.config import Config, config_problem
+from helix_spec.events import Admit, Decode, Event, Fork, Merge, Release, Skip
+from helix_spec.layouts import LayoutError
+
+MOST_RANKS: Final = 2**12
+MOST_PAGES: Final = 2**23
+MOST_TOKENS: Final = 2**23
+MOST_NUMBERS: Final = 2**28
+"""What a file may ask for: ranks; pages in all pools; tokens of all requests at one time; numbers
+of Q, K and V for a page of tokens. The reference keeps a list of all pages, and of all tokens."""
+
+
+class TraceError(ValueError):
+    """A file that is not a trace; the message names file, line and field."""
+
+
+class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A reproducible run: what the engines are started with, and the events in order."""
+
+    format: Literal["helix-trace/1"] = "helix-trace/1"
+    note: str = ""
+    config: Config
+    events: list[Event]
+
+
+def dump_trace(trace: Trace) -> bytes:
+    """The JSON form, one event a line."""
+    head = msgspec.to_builtins(trace)
+    events = ",\n    ".join(json.dumps(event) for event in head.pop("events"))
+    text = json.dumps(head, indent=2)[: -len("\n}")]
+    return f'{text},\n  "events": [\n    {events}\n  ]\n}}\n'.encode()
+
+
+def load_trace(path: Path) -> Trace:
+    """The trace in a file.
+
+    Raises TraceError, naming file, line and field, when the file is no trace, when it asks for
+    more than fits in memory, or when it has events and no engine may start with its
+    configuration. Without events it may say that.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be read: {error.strerror}.") from error
+    try:
+        trace = msgspec.json.decode(data, type=Trace)
+    except msgspec.ValidationError as error:
+        message, _, field = str(error).partition(" - at ")
+        field = field.strip("`") or "$"
+        line = line_of(data.decode(errors="replace"), field)
+        raise TraceError(f"{path}, line {line}, field {field}: {message}.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        byte = re.search(r"\(byte (\d+)\)", str(error))
+        line = data.count(b"\n", 0, int(byte[1]) if byte else len(data)) + 1
+        raise TraceError(f"{path}, line {line}: {error}.") from error
+    problem = config_problem(trace.config)
+    if problem is not None and (trace.events or not _names_a_layout(trace.config)):
+        line = line_of(data.decode(), "$.config")
+        raise TraceError(f"{path}, line {line}, field $.config: {problem}")
+    demand = too_much(trace.config, trace.events)
+    if demand is not None:
+        field, what = demand
+        line = line_of(data.decode(), field)
+        raise TraceError(f"{path}, line {line}, field {field}: {what}")
+    for index, event in enumerate(trace.events):
+        if isinstance(event, Merge) and len(event.levels) != trace.config.rules.cp_size:
+            field = f"$.events[{index}].levels"
+            raise TraceError(
+                f"{path}, line {line_of(data.decode(), field)}, field {field}: there are "
+                f"{len(event.levels)} partials; there must be one for each of the "
+                f"{trace.config.rules.cp_size} cp_ranks."
+            )
+    return trace
+
+
+def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
+    """What a file asks for beyond the limits above: field and sentence; None when it does not.
+
+    The configuration must name a layout. No request has more tokens than are counted here, where
+    no event is refused, a request reaches max_len at most, and no group is cut short.
+    """
+    model = config.model
+    numbers = model.q_heads * model.key_dim + model.kv_heads * (model.key_dim + model.value_dim)
+    numbers *= model.layers * config.rules.tokens_per_block
+    for field, asked, most, unit in (
+        ("$.config", config.world_size, MOST_RANKS, "ranks"),
+        ("$.config.pages", sum(config.pages), MOST_PAGES, "pages in all pools"),
+        ("$.config.model", numbers, MOST_NUMBERS, "numbers in a page"),
+    ):
+        if asked > most:
+            return field, f"It asks for {asked} {unit}; a file may ask for {most}."
+    tokens, total = dict[int, int](), 0
+    for index, event in enumerate(events):
+        for id, most in _tokens_after(event, tokens):
+            before = tokens.get(id, 0)
+            tokens[id] = max(before, min(most, config.max_len))
+            total += tokens[id] - before
+        if isinstance(event, Release):
+            total -= tokens.pop(event.id, 0)
+        if total > MOST_TOKENS:
+            what = f"Requests may have {total} tokens by now; a file may ask for {MOST_TOKENS}."
+            return f"$.events[{index}]", what
+    return None
+
+
+def _tokens_after(event: Event, tokens: dict[int, int]) -> list[tuple[int, int]]:
+    """The most tokens that requests have after an event; only those to which it may add some."""
+    match event:
+        case Admit(id, prompt_len):
+            return [(id, prompt_len)]
+        case Decode(ids, query_lens) | Skip(ids, query_lens):
+            pairs = zip(ids, query_lens, strict=False)
+            return [(id, tokens[id] + more) for id, more in pairs if id in tokens]
+        case Fork(parent, child):
+            return [(child, tokens.get(parent, 0))]
+        case _:
+            return []
+
+
+def _names_a_layout(config: Config) -> bool:
+    try:
+        config.rules  # noqa: B018
+    except LayoutError:
+        return False
+    return True
+
+
+def line_of(text: str, field: str) -> int:
+    """Line of a JSON text on which the value at a path such as `$.events[3].kept` begins.
+
+    A path that leaves the document (a required field that is missing) ends at its last part
+    that exists.
+    """
+    at = _skip_space(text, 0)
+    for name, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", field):
+        inside = _members(text, at)
+        found = inside.get(name or int(index))
+        if found is None:
+            break
+        at = found
+    return text.count("\n", 0, at) + 1
+
+
+def _members(text: str, at: int) -> dict[str | int, int]:
+    """Where each member of the object or array that begins at `at` has its value.
+
+    What follows the fault that is being reported may be no JSON: the members before it count.
+    """
+    decoder = json.JSONDecoder()
+    found: dict[str | int, int] = {}
+    is_object, at = text[at : at + 1] == "{", _skip_space(text, at + 1)
+    with suppress(ValueError, IndexError, RecursionError):
+        while text[at] not in "]}":
+            key: Any = len(found)
+            if is_object:
+                key, at = decoder.raw_decode(text, at)
+                if not isinstance(key, str):
+                    break
+                at = _skip_space(text, _skip_space(text, at) + 1)
+            found[key] = at
+            _, at = decoder.raw_decode(text, at)
+            at = _skip_space(text, at)
+            if text[at] == ",":
+                at = _skip_space(text, at + 1)
+    return found
+
+
+def _skip_space(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def trace_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a trace, generated from the types."""
+    schema: dict[str, Any] = unindented(msgspec.json.schema(Trace))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def unindented(node: Any) -> Any:
+    """The schema with its descriptions unindented, as Python 3.13 does by itself."""
+    if isinstance(node, dict):
+        return {
+            key: cleandoc(value) if key == "description" else unindented(value)
+            for key, value in node.items()
+        }
+    return [unindented(item) for item in node] if isinstance(node, list) else node
+
+
+def published_schema() -> dict[str, Any]:
+    """The JSON Schema as it is shipped with this package."""
+    schema: dict[str, Any] = json.loads(files("helix_spec").joinpath(SCHEMA_FILE).read_text())
+    return schema
+
+
+SCHEMA_FILE = "trace.schema.json"
+
+if __name__ == "__main__":
+    target = Path(__file__).with_name(SCHEMA_FILE)
+    target.write_text(json.dumps(trace_schema(), indent=1) + "\n")
+    print(f"wrote {target}")

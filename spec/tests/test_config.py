@@ -1,0 +1,100 @@
+"""Configurations: which ones an engine must refuse to start with (SPEC.md section 4)."""
+
+import msgspec
+import pytest
+
+from helix_spec.config import Config, LatentShape, ModelShape, config_problem
+
+GOOD = Config(layout="pr9757/1:C=2,T=4", pages=[3, 5], max_len=64, tp_size=2)
+
+
+def test_a_good_configuration_has_no_problem() -> None:
+    """A legal layout, a pool for each cp_rank and heads that divide may start."""
+    assert None is config_problem(GOOD)
+    assert 4 == GOOD.world_size
+
+
+def test_a_latent_is_cached_by_every_tensor_parallel_rank() -> None:
+    """MLA: one latent that is not split, queries as wide as its rows, the scale of head_dim."""
+    model = ModelShape(q_heads=8, kv_heads=1, head_dim=191, latent=LatentShape())
+    config = msgspec.structs.replace(GOOD, model=model, tp_size=4)
+    assert None is config_problem(config)
+    assert [range(1)] * 4 == [config.kv_heads_of(tp_rank) for tp_rank in range(4)]
+    assert (576, 512, 64) == (model.key_dim, model.value_dim, model.rope_dim)
+    assert model.scale == 191**-0.5
+
+
+def test_kv_heads_are_dealt_in_order() -> None:
+    """Without a latent each tensor-parallel rank caches its own consecutive heads."""
+    config = msgspec.structs.replace(GOOD, model=ModelShape(q_heads=8, kv_heads=4))
+    assert [range(2), range(2, 4)] == [config.kv_heads_of(tp_rank) for tp_rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"layout": "pr9757/2:C=2,T=4"},
+            "'pr9757/2:C=2,T=4' is of version 2; this specification defines version 1.",
+        ),
+        (
+            {"layout": "vllm_dcp/1:C=2,T=4,I=3"},
+            "The prompt split interleaves 3 tokens, which does not divide tokens_per_block 4.",
+        ),
+        (
+            {"pages": [3]},
+            "pages lists 1 pool sizes for cp_size 2; it must list one for each cp_rank.",
+        ),
+        (
+            {"pages": [3, 0]},
+            "The pool of cp_rank 1 has 0 pages; it must hold at least one.",
+        ),
+        (
+            {"model": ModelShape(q_heads=6, kv_heads=4)},
+            "6 query heads do not divide into 4 KV heads; the KV heads must divide the query "
+            "heads.",
+        ),
+        (
+            {"tp_size": 4},
+            "tp_size 4 is above the 2 KV heads; a KV head cannot be split, so tp_size may be at "
+            "most their number.",
+        ),
+        (
+            {"model": ModelShape(q_heads=12, kv_heads=3)},
+            "tp_size 2 does not divide the 3 KV heads.",
+        ),
+        (
+            {"model": ModelShape(q_heads=2, kv_heads=2)},
+            "2 query heads do not divide by tp_size * cp_size = 2 * 2; after the exchange each "
+            "rank holds an equal slice of them.",
+        ),
+        (
+            {"model": ModelShape(head_dim=15)},
+            "head_dim is 15; RoPE rotates pairs, so it must be even.",
+        ),
+        (
+            {"model": ModelShape(latent=LatentShape())},
+            "The model has 2 KV heads and a latent cache; all heads read the one latent, so "
+            "kv_heads must be 1.",
+        ),
+        (
+            {"model": ModelShape(kv_heads=1, latent=LatentShape(rope_dim=7))},
+            "rope_dim is 7; RoPE rotates pairs, so it must be even.",
+        ),
+        (
+            {"model": ModelShape(kv_heads=1, latent=LatentShape(latent_dim=15))},
+            "latent_dim is 15; it must be even, so that what travels in 16 bits fills whole words.",
+        ),
+        (
+            {"model": ModelShape(rope_base=1.0)},
+            "rope_base is 1.0; it must lie between 1 and 1e12.",
+        ),
+        (
+            {"model": ModelShape(rope_base=float("nan"))},
+            "rope_base is nan; it must lie between 1 and 1e12.",
+        ),
+    ],
+)
+def test_a_bad_configuration_is_explained(changes: dict[str, object], problem: str) -> None:
+    """Each reason for `bad_config` has its own sentence."""
+    assert problem == config_problem(msgspec.structs.replace(GOOD, **changes))
