@@ -127,7 +127,7 @@ def test_one_seed_has_one_verdict(helix, tmp_path, driver):
     assert [["LEN-2"]] * 2 == [[v["invariant"] for v in f["violations"]] for f in failures]
     for name in ("pr9757", "balanced"):
         trace = load_trace(tmp_path / "helix-failures" / f"{name}-{driver}.json")
-        assert f"{name}/1:C=2,T=1" == trace.config.layout
+        assert f"{name}/1:C=2,T=1" == str(trace.config.layout)
         assert [Admit(0, 1), Decode([0], [1])] == trace.events
 
 

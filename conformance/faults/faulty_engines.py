@@ -44,7 +44,7 @@ class BitFlipped(GpuEngine):
 
     def apply(self, event: Event) -> Outcome:
         """Turn a high bit over in what arrives."""
-        if self.rank == 1 and isinstance(event, Decode) and self.config.rules.cp_size > 1:
+        if self.rank == 1 and isinstance(event, Decode) and self.config.layout.cp_size > 1:
             honest = self.cache._exchange
 
             def flipped(send: torch.Tensor) -> torch.Tensor:

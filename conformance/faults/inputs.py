@@ -72,7 +72,8 @@ _DONE: Final = wire.Done(
     ]
 )
 _PLAY: Final = wire.Play(_CONFIG, ["placement"], _TRACE.events, Watch(every=2), "gpu-ledger", 7)
-_START: Final = messages.Start(3, 1, 2, _CONFIG, _CONFIG.rules, ["placement", "lengths"])
+_PARTS: Final = messages.LayoutParts(**_CONFIG.layout.parts())
+_START: Final = messages.Start(3, 1, 2, _CONFIG, _PARTS, ["placement", "lengths"])
 
 
 class Obliging:

@@ -38,7 +38,7 @@ from helix_conformance.report.text import (
 from helix_conformance.session import Failure, Tally
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
-from helix_spec.layouts import LayoutError, format_layout, named_layout
+from helix_spec.layouts import LayoutError, layout_name, named_layout
 from helix_spec.trace import TraceError, load_trace
 
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
@@ -268,10 +268,10 @@ def replay(**options: Any) -> None:
             declared = driver.profiles
             failure = session.check_trace(driver, trace, profiles, tally=tally)
         row = make_row(
-            trace.config.layout,
+            str(trace.config.layout),
             engine,
             driver_name,
-            [trace.config.rules.cp_size],
+            [trace.config.layout.cp_size],
             profiles,
             declared,
             tally,
@@ -642,14 +642,14 @@ def _play_workload(
         coverage = Coverage(
             at_hand(
                 driver.profiles,
-                layouts=[config.layout.partition("/")[0] for config in configs],
-                cp_sizes=[config.rules.cp_size for config in configs],
+                layouts=[layout_name(config.layout) for config in configs],
+                cp_sizes=[config.layout.cp_size for config in configs],
                 random=False,
             )
         )
         for config in configs:
             _check_world(driver, config.world_size)
-            bar = progress.add_task(config.layout, total=len(requests))
+            bar = progress.add_task(str(config.layout), total=len(requests))
             tally = Tally()
             try:
                 failure = session.workload(
@@ -666,10 +666,10 @@ def _play_workload(
             except WorkloadError as error:
                 raise BadInput(str(error)) from error
             row = make_row(
-                config.layout,
+                str(config.layout),
                 engine,
                 driver_name,
-                [config.rules.cp_size],
+                [config.layout.cp_size],
                 profiles,
                 driver.profiles,
                 tally,
@@ -701,7 +701,7 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
     except LayoutError as error:
         raise BadInput(str(error)) from error
     config = Config(
-        layout=format_layout(layout),
+        layout=layout,
         pages=[options["pages"]] * cp_size,
         max_len=2**31 - 1,
         model=ModelShape(

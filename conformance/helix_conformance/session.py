@@ -27,6 +27,7 @@ from helix_spec.config import Config, config_problem
 from helix_spec.engine import LADDER, PROFILES
 from helix_spec.events import FEATURES, MERGE, Event, Reason, Release
 from helix_spec.invariants import NUMBERS
+from helix_spec.layouts import layout_name
 from helix_spec.trace import Trace
 
 REDUCTION_LIMIT_S: Final = 120.0
@@ -141,7 +142,7 @@ def _check_bad_config(
     except EngineFailure as error:
         return Failure(trace=trace, event=None, engine_failure=str(error), rank=error.rank)
     outcomes = [answer.outcome for answer in answers]
-    found = known.unknown(config.layout, wrong_reasons(Reason.BAD_CONFIG, outcomes))
+    found = known.unknown(layout_name(config.layout), wrong_reasons(Reason.BAD_CONFIG, outcomes))
     told = [_told(answer) for answer in answers]
     return Failure(trace=trace, event=None, violations=found, answers=told) if found else None
 
@@ -191,7 +192,7 @@ def _played(
                     check_types(answers)
             if not violations:
                 continue
-            unknown = known.unknown(config.layout, violations)
+            unknown = known.unknown(layout_name(config.layout), violations)
             if unknown:
                 return failure(None if event is None else len(seen) - 1, unknown, answers)
             if parted(violations):
@@ -216,7 +217,7 @@ def _played(
         judge.close()
         tally.traces += 1
         tally.events += len(seen)
-        tally.layouts.add(config.layout)
+        tally.layouts.add(str(config.layout))
         tally.seconds += time.perf_counter() - began
 
 

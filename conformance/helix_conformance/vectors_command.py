@@ -113,7 +113,7 @@ def _check_layout(
         if failure.verdict == "error" and not driver.survives_failure:
             break
     worst = sorted((failure for _, failure in failed), key=lambda failure: failure.verdict)
-    sizes = [vector.config.rules.cp_size for _, vector in cases]
+    sizes = [vector.config.layout.cp_size for _, vector in cases]
     row = make_row(
         layout, engine, driver.name, sizes, checked, driver.profiles, tally,
         worst[0] if worst else None,

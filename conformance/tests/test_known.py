@@ -140,7 +140,7 @@ def test_what_follows_from_a_known_difference_is_not_told_as_another(tmp_path):
         profiles = LedgerEngine.profiles
 
         def start(self, config, profiles):
-            layout = config.layout.replace("pr9757/", "before_9757/")
+            layout = config.layout.replace(owner="last_rank")
             return super().start(msgspec.structs.replace(config, layout=layout), profiles)
 
     at_once = [n for n in NUMBERS if n[:4] in ("OWN-", "BAL-", "GROW", "PAGE")]

@@ -35,11 +35,11 @@ class Merging:
 
     def start(self, config, profiles):
         self.config = config
-        self.cp_rank = self.rank % config.rules.cp_size
+        self.cp_rank = self.rank % config.layout.cp_size
         return Outcome()
 
     def apply(self, event):
-        peers = range(self.config.rules.cp_size)
+        peers = range(self.config.layout.cp_size)
         handed = [
             numbers.partial_of(self.config, event, self.rank - self.cp_rank + p) for p in peers
         ]
@@ -48,7 +48,7 @@ class Merging:
         return Outcome(output=self.slice_of(merged).float().numpy())
 
     def slice_of(self, merged):
-        return merged.chunk(self.config.rules.cp_size, dim=1)[self.cp_rank]
+        return merged.chunk(self.config.layout.cp_size, dim=1)[self.cp_rank]
 
     def observe(self, ids=None):
         return RankView({})
@@ -125,7 +125,7 @@ class AnotherSlice(Merging):
     """A rank keeps the heads of its neighbour."""
 
     def slice_of(self, merged):
-        c = self.config.rules.cp_size
+        c = self.config.layout.cp_size
         return merged.chunk(c, dim=1)[(self.cp_rank + 1) % c]
 
 
@@ -133,7 +133,7 @@ class FirstRow(Merging):
     """With one rank nothing is merged, and the row of token 0 is all that comes back."""
 
     def slice_of(self, merged):
-        return merged[0] if self.config.rules.cp_size == 1 else super().slice_of(merged)
+        return merged[0] if self.config.layout.cp_size == 1 else super().slice_of(merged)
 
 
 class NeedsFirst(Merging):

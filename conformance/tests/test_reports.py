@@ -39,6 +39,7 @@ from helix_conformance.report.stream import (
     StreamError,
     Summary,
     ZooVisit,
+    encode_line,
     published_schema,
     read_stream,
     stream_schema,
@@ -160,7 +161,7 @@ def red(verdict="fail", **failure):
 
 def written(path: Path, lines) -> Path:
     """The lines in a file."""
-    path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    path.write_bytes(b"".join(encode_line(line) for line in lines))
     return path
 
 
@@ -355,7 +356,7 @@ def test_every_line_is_as_the_schema_says(tmp_path, monkeypatch):
     words = "run --engine broken_engines:Liar --layout pr9757 --json run.jsonl"
     assert 1 == CliRunner().invoke(main, words.split()).exit_code
     with Path("run.jsonl").open("ab") as file:
-        file.write(b"".join(msgspec.json.encode(line) + b"\n" for line in (PROOFS, ZOO)))
+        file.write(b"".join(encode_line(line) for line in (PROOFS, ZOO)))
     schema = published_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     lines = [json.loads(line) for line in Path("run.jsonl").read_text().splitlines()]
@@ -405,20 +406,18 @@ def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
         ("nonsense\n", "line 1"),
         ("[" * 100_000, "line 1"),
         (
-            msgspec.json.encode(changed(red()[2], event=2)).decode(),
+            encode_line(changed(red()[2], event=2)).decode(),
             "event is 2, and its trace has 2",
         ),
         (
-            msgspec.json.encode(
-                changed(red()[2], violations=[Violation("OWN-9", "made up")])
-            ).decode(),
+            encode_line(changed(red()[2], violations=[Violation("OWN-9", "made up")])).decode(),
             "'OWN-9' is no number of an invariant",
         ),
         (
-            msgspec.json.encode(red()[2]).decode().replace("pr9757/1", "pr1/1"),
+            encode_line(red()[2]).decode().replace("pr9757/1", "pr1/1"),
             "There is no layout named 'pr1'",
         ),
-        (msgspec.json.encode(ROWS[0]).decode() + "\n", "a Row stands outside a run"),
+        (encode_line(ROWS[0]).decode(), "a Row stands outside a run"),
         ("\xff\n", "line 1"),
     ],
 )
@@ -437,7 +436,7 @@ def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
 @given(st.lists(st.tuples(st.floats(0, 0.999), st.sampled_from(['"', "1", "-", "{", "null,", ""]))))
 def test_a_spoiled_stream_is_refused_or_shown(spoils):
     """A stream with bytes changed is refused in a sentence, or every view of it can be made."""
-    text = b"".join(msgspec.json.encode(line) + b"\n" for line in [*red(), PROOFS, ZOO]).decode()
+    text = b"".join(encode_line(line) for line in [*red(), PROOFS, ZOO]).decode()
     for where, what in spoils:
         at = int(where * len(text))
         text = text[:at] + what + text[at + 1 :]

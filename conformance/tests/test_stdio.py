@@ -20,7 +20,7 @@ from helix_conformance.drive.stdio import StdioDriver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
-from helix_spec.config import Config
+from helix_spec.config import Config, decode_layout
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, Admit, Decode, Merge, Reason, Release
 from helix_spec.trace import Trace
@@ -305,7 +305,7 @@ def test_conversation_of_the_document(c_engine):
     for _, line in said:
         message = json.loads(line)
         jsonschema.validate(message, schema_of(message["type"]))
-    suite = msgspec.json.Decoder(messages.ToEngine)
+    suite = msgspec.json.Decoder(messages.ToEngine, dec_hook=decode_layout)
     lines = [line for side, line in said if side == "->"]
     assert [messages.line_of(suite.decode(line)).decode() for line in lines] == [
         line + "\n" for line in lines

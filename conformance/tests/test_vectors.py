@@ -29,6 +29,7 @@ from helix_conformance.zoo import run as _zoo  # registers the mutants
 from helix_conformance.zoo.parts import MUTANTS
 from helix_reference.engine import ReferenceEngine
 from helix_spec import invariants, placement
+from helix_spec.config import decode_layout, encode_layout
 from helix_spec.events import Accept, Admit, Decode, Fork, Merge, Reason, Release, Resume
 from helix_spec.invariants import NUMBERS
 
@@ -114,7 +115,7 @@ def test_expectations_agree_with_the_closed_forms():
     for vector in shipped():
         if vector.refused:
             continue
-        layout, admitted, live = vector.config.rules, 0, {}
+        layout, admitted, live = vector.config.layout, 0, {}
         for step in vector.steps:
             if step.refused is not None:
                 continue
@@ -298,10 +299,12 @@ def _bend(value, by):
 )
 def test_a_wrong_expectation_is_told_by_its_field(name, part, field, expected):
     """A right engine fails a vector in which one number is wrong, and the rule of it is named."""
-    vector = msgspec.to_builtins(_examples(name), str_keys=True)
+    vector = msgspec.to_builtins(_examples(name), str_keys=True, enc_hook=encode_layout)
     step = next(step for step in vector["steps"] if part in step)
     step[part][field] = _bend(step[part][field], -1 if field == "unwritten_from" else 1)
-    bent = msgspec.convert(vector, type(_examples(name)), str_keys=True, strict=False)
+    bent = msgspec.convert(
+        vector, type(_examples(name)), str_keys=True, strict=False, dec_hook=decode_layout
+    )
     failure = check_vector(LocalDriver(ReferenceEngine), bent, Tally())
     assert failure is not None
     assert expected <= numbers_of(failure)

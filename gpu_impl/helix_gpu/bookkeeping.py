@@ -66,7 +66,7 @@ class RankBook:
 
     def __init__(self, config: Config, cp_rank: int) -> None:
         check_config(config)
-        self.layout = config.rules
+        self.layout = config.layout
         if not 0 <= cp_rank < self.layout.cp_size:
             raise ValueError(
                 f"cp_rank is {cp_rank}; with cp_size {self.layout.cp_size} it must lie between "

@@ -130,7 +130,7 @@ class HelixCache:
         check_config(config)
         check_mesh(config, mesh)
         exchange = None
-        if config.rules.cp_size > 1:
+        if config.layout.cp_size > 1:
             exchange = make_exchange(mesh.get_group("cp"), config.model)
         return cls(
             config,
@@ -158,7 +158,7 @@ class HelixCache:
                 f"rank is {rank}; with tp_size * cp_size = {config.world_size} it must lie "
                 f"between 0 and {config.world_size - 1}."
             )
-        cp_size, model = config.rules.cp_size, config.model
+        cp_size, model = config.layout.cp_size, config.model
         self.config = config
         self.book = RankBook(config, rank % cp_size)
         self.device = torch.device(device)
@@ -169,7 +169,7 @@ class HelixCache:
             model.layers,
             config.pages[self.book.cp_rank],
             1 if model.latent else 2,
-            config.rules.tokens_per_block,
+            config.layout.tokens_per_block,
             self.kv_heads,
             model.key_dim,
             dtype=getattr(torch, model.cached_dtype),
@@ -591,7 +591,7 @@ def _joined(merged: Sequence[Callable[[], Tensor]]) -> Tensor:
 
 def _group_exchange(config: Config, group: dist.ProcessGroup | None, cp_rank: int) -> Exchange:
     """The group's all-to-all, once it is seen to be the group of this cp_rank."""
-    cp_size = config.rules.cp_size
+    cp_size = config.layout.cp_size
     if cp_size == 1:
         return lambda send: send
     if group is None or (group.size(), group.rank()) != (cp_size, cp_rank):

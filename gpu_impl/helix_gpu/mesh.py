@@ -26,9 +26,9 @@ def helix_mesh(config: Config, device_type: str = "cpu") -> DeviceMesh:
     if dist.get_world_size() != config.world_size:
         raise ValueError(
             f"{dist.get_world_size()} processes run; tp_size {config.tp_size} x cp_size "
-            f"{config.rules.cp_size} needs {config.world_size}."
+            f"{config.layout.cp_size} needs {config.world_size}."
         )
-    sizes = (config.tp_size, config.rules.cp_size)
+    sizes = (config.tp_size, config.layout.cp_size)
     return init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
 
 
@@ -37,7 +37,7 @@ def check_mesh(config: Config, mesh: DeviceMesh) -> None:
 
     It may be a part of a larger one, as `mesh["tp", "cp"]` of pipeline stages.
     """
-    sizes = (config.tp_size, config.rules.cp_size)
+    sizes = (config.tp_size, config.layout.cp_size)
     if mesh.mesh_dim_names != AXES or tuple(mesh.shape) != sizes:
         raise ValueError(
             f"The mesh has axes {mesh.mesh_dim_names} of sizes {tuple(mesh.shape)}; this "

@@ -69,7 +69,7 @@ def run_ranks() -> Callable[..., list[Any]]:
     """
 
     def run(config: Config, body: Callable[[HelixCache, int], Any], **how: Any) -> list[Any]:
-        cp_size = config.rules.cp_size
+        cp_size = config.layout.cp_size
         tables = [Table(cp_size) for _ in range(config.tp_size)]
 
         def one(rank: int) -> Any:

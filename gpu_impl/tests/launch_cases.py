@@ -138,7 +138,7 @@ def on_ranks(
     cache_class: type[HelixCache] = HelixCache,
 ) -> Any:
     """What `body` makes of every rank's cache."""
-    table = Table(config.rules.cp_size)
+    table = Table(config.layout.cp_size)
 
     def one(rank: int) -> Any:
         try:

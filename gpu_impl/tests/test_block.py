@@ -147,7 +147,7 @@ def neighbours_projection(block: AttentionBlock) -> AttentionBlock:
 
 def tp_varies_fastest(block: AttentionBlock) -> AttentionBlock:
     """The output projection is dealt as if cp_rank * tp_size + tp_rank were the slice (MAP-1)."""
-    tp_size, cp_size = block.cache.config.tp_size, block.cache.config.rules.cp_size
+    tp_size, cp_size = block.cache.config.tp_size, block.cache.config.layout.cp_size
     tp_rank, cp_rank = divmod(block.group.rank(), cp_size)
     rows = Setting(block.cache.config).weights.o.chunk(block.group.size())
     block.weights = dataclasses.replace(block.weights, o=rows[cp_rank * tp_size + tp_rank])

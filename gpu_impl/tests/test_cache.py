@@ -63,7 +63,7 @@ class Model:
 
     def shard(self, x: Tensor, rank: int) -> Tensor:
         """The heads of this rank's tensor-parallel shard."""
-        return x.chunk(self.config.tp_size, 2)[rank // self.config.rules.cp_size]
+        return x.chunk(self.config.tp_size, 2)[rank // self.config.layout.cp_size]
 
     def admit(self, cache: HelixCache, rank: int, request: int, prompt_len: int) -> None:
         """Admit a request with this model's prompt."""
@@ -110,7 +110,7 @@ def played(cache: HelixCache, rank: int, model: Model, steps: int) -> list[Tenso
 
 def spread(config: Config, steps: int) -> list[dict[int, list[list[int]]]]:
     """After each step that `played` takes: the positions on each rank, by request."""
-    ledger = Ledger(config.rules, config.pages, config.max_len)
+    ledger = Ledger(config.layout, config.pages, config.max_len)
     held = {}
     for request, prompt_len in enumerate(PROMPTS):
         plan = ledger.plan_admit(request, prompt_len)
@@ -159,7 +159,7 @@ def test_outputs_equal_attention_over_the_whole(
     setting = config(layout, tp=tp, dtype=dtype, wire=wire, heads=heads)
     model = Model(setting, values)
     by_rank = run_ranks(setting, lambda cache, rank: played(cache, rank, model, steps=9))
-    travels = getattr(torch, wire) if setting.rules.cp_size > 1 else torch.float32
+    travels = getattr(torch, wire) if setting.layout.cp_size > 1 else torch.float32
     for n, held in enumerate(spread(setting, steps=9)):
         output = torch.cat([outputs[n] for outputs in by_rank], 2)
         assert (LAYERS, 3, heads[0], DIM) == output.shape
@@ -404,7 +404,7 @@ def test_each_token_of_a_group_sees_those_before_it(
         return grouped(model, cache, rank, groups, pad=2)
 
     output = torch.cat(run_ranks(setting, body), 2)
-    ledger = Ledger(setting.rules, setting.pages, setting.max_len)
+    ledger = Ledger(setting.layout, setting.pages, setting.max_len)
     held = []
     for request, prompt_len in enumerate(PROMPTS):
         plan = ledger.plan_admit(request, prompt_len)
@@ -534,7 +534,7 @@ def test_a_prompt_computed_here(
     everything = list(range(13))
     q, k, v = (model.rotated(0, everything, 0), model.rotated(0, everything, 1),
                model.tokens(0, everything, 2))  # fmt: skip
-    ledger = Ledger(setting.rules, setting.pages, setting.max_len)
+    ledger = Ledger(setting.layout, setting.pages, setting.max_len)
     hands = [hand.positions() for hand in ledger.plan_admit(0, 13).hands]
     for p in everything:
         for layer in range(LAYERS):
@@ -572,6 +572,6 @@ def test_four_ranks_hold_nearly_four_times_the_tokens(run_ranks: Fixture) -> Non
     held = {}
     for layout in ("pr9757/1:C=4,T=2", "pr9757/1:C=1,T=2"):
         setting = msgspec.structs.replace(config(layout), max_len=10_000)
-        (held[setting.rules.cp_size],) = set(run_ranks(setting, filled))
+        (held[setting.layout.cp_size],) = set(run_ranks(setting, filled))
     assert held[4][0] == held[1][0]
     assert held[4][1] >= 3.9 * held[1][1]

@@ -134,7 +134,7 @@ class Model:
         self.allocates = allocates
         self.config = config
         self.features = frozenset(features) - (frozenset() if config.overlap else {"overlap"})
-        self.layout: Layout = config.rules
+        self.layout: Layout = config.layout
         self.pools = [Pool(pages) for pages in config.pages]
         self.requests: dict[int, Request] = {}
         self.events_seen = 0

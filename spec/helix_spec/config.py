@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -16,6 +16,32 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 LARGEST_MAX_LEN: Final = 2**31 - 1
 """Positions fit a signed 32-bit integer, as in every engine's kernels."""
+
+
+def encode_layout(value: Any) -> str:
+    """Return a layout as its identifier: the `enc_hook` of whatever writes a `Config`."""
+    if isinstance(value, Layout):
+        return str(value)
+    raise NotImplementedError(f"A {type(value).__name__} has no JSON form.")
+
+
+def decode_layout(kind: type[Any], value: Any) -> Any:
+    """Return the layout that an identifier names: the `dec_hook` of whatever reads a `Config`.
+
+    Raises LayoutError.
+    """
+    if kind is not Layout:
+        raise NotImplementedError(f"A {kind.__name__} has no JSON form.")
+    if not isinstance(value, str):
+        raise LayoutError(f"Expected `str`, got `{type(value).__name__}`")
+    return parse_layout(value)
+
+
+def layout_schema(kind: type[Any]) -> dict[str, str]:
+    """Return the schema of a layout: the `schema_hook` of whatever publishes a `Config`."""
+    if kind is not Layout:
+        raise NotImplementedError
+    return {"type": "string"}
 
 
 class LatentShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -78,13 +104,13 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that every rank knows from the start.
 
-    `layout` is a layout identifier. `pages[r]` is the pool size, in pages, of the ranks with
-    cp_rank r (tensor-parallel peers hold the same tokens, so they need the same pages): all
-    ranks know all of it, so each derives every refusal without asking. `max_len` is the number
+    `layout` is a layout, written as its identifier. `pages[r]` is the pool size, in pages, of the
+    ranks with cp_rank r (tensor-parallel peers hold the same tokens, so they need the same pages):
+    all ranks know all of it, so each derives every refusal without asking. `max_len` is the number
     of global tokens a request may reach.
     """
 
-    layout: str
+    layout: Layout
     pages: list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]]
     max_len: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_MAX_LEN)]
     model: ModelShape = ModelShape()
@@ -94,15 +120,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
     poison: bool = True
 
-    @property
-    def rules(self) -> Layout:
-        """The layout as data. Raises LayoutError when the identifier is none."""
-        return parse_layout(self.layout)
+    def __post_init__(self) -> None:
+        # An identifier is taken too. Raises LayoutError when the text is none.
+        if isinstance(self.layout, str):
+            msgspec.structs.force_setattr(self, "layout", parse_layout(self.layout))
 
     @property
     def world_size(self) -> int:
         """Number of ranks: tp_size * cp_size (MAP-1)."""
-        return self.tp_size * self.rules.cp_size
+        return self.tp_size * self.layout.cp_size
 
     def kv_heads_of(self, tp_rank: int) -> range:
         """The KV heads that ranks of this tp_rank cache; a latent is cached by every one."""
@@ -117,10 +143,7 @@ def config_problem(config: Config) -> str | None:
 
     An engine answers each of these with `bad_config`.
     """
-    try:
-        layout = config.rules
-    except LayoutError as error:
-        return str(error)
+    layout = config.layout
     problem = layout_problem(layout)
     if problem is not None:
         return problem

@@ -14,9 +14,9 @@ The text form names the rule in logs, files and between transfer peers:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, final, get_args
 
 PromptSplit = Literal["contiguous", "round_robin", "interleave"]
 DecodeOwner = Literal["last_rank", "step", "position", "interleave"]
@@ -31,27 +31,86 @@ class LayoutError(ValueError):
     """A text that is not a layout identifier, or not the canonical one."""
 
 
-@dataclass(frozen=True, slots=True)
+@final
 class Layout:
     """A placement rule. Sizes are counts of ranks and of tokens.
 
     A layout may be illegal (see `layout_problem`): an engine has to be able to receive one
-    in order to refuse it.
+    in order to refuse it. It is a plain class, so that JSON has its identifier in its place.
+
+    Parameters
+    ----------
+    prompt, owner, pages, start
+        The four parts of the rule.
+    cp_size
+        Ranks that share a sequence.
+    tokens_per_block
+        Tokens in a page.
+    prompt_interleave
+        Tokens dealt at a time by an `interleave` prompt split; None for the other splits.
+    owner_interleave
+        Tokens dealt at a time by an `interleave` owner rule; None for the other rules.
+
+    Examples
+    --------
+    >>> str(Layout("contiguous", "step", "lazy", "rank_zero", 4, 32))
+    'pr9757/1:C=4,T=32'
     """
 
+    __slots__ = (
+        *("prompt", "owner", "pages", "start", "cp_size", "tokens_per_block"),
+        *("prompt_interleave", "owner_interleave"),
+    )
     prompt: PromptSplit
     owner: DecodeOwner
     pages: PagePolicy
     start: Start
     cp_size: int
     tokens_per_block: int
-    prompt_interleave: int | None = None
-    """Tokens dealt at a time by an `interleave` prompt split; None for the other splits."""
-    owner_interleave: int | None = None
-    """Tokens dealt at a time by an `interleave` owner rule; None for the other rules."""
+    prompt_interleave: int | None
+    owner_interleave: int | None
+
+    def __init__(
+        self,
+        prompt: PromptSplit,
+        owner: DecodeOwner,
+        pages: PagePolicy,
+        start: Start,
+        cp_size: int,
+        tokens_per_block: int,
+        prompt_interleave: int | None = None,
+        owner_interleave: int | None = None,
+    ) -> None:
+        rule = (prompt, owner, pages, start)
+        sizes = (cp_size, tokens_per_block, prompt_interleave, owner_interleave)
+        for name, part in zip(self.__slots__, (*rule, *sizes), strict=True):
+            object.__setattr__(self, name, part)
+
+    def parts(self) -> dict[str, Any]:
+        """Return all parts and sizes by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def replace(self, **changes: Any) -> Layout:
+        """Return the layout with some parts or sizes changed."""
+        return Layout(**self.parts() | changes)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"A layout does not change; make another one to set {name}.")
+
+    def __reduce__(self) -> tuple[type[Layout], tuple[Any, ...]]:
+        return Layout, tuple(self.parts().values())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.parts() == other.parts()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.parts().values()))
 
     def __str__(self) -> str:
         return format_layout(self)
+
+    def __repr__(self) -> str:
+        return f"Layout({', '.join(f'{name}={part!r}' for name, part in self.parts().items())})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,11 +283,8 @@ def _custom_layout(part: dict[str, str | None], *, cp_size: int, tokens_per_bloc
                 f"{', '.join(get_args(known[field]))}."
             )
     blank = Layout("contiguous", "step", "lazy", "rank_zero", cp_size, tokens_per_block)
-    return replace(
-        blank,
-        **values,  # type: ignore[arg-type]  # checked against the literals above
-        prompt_interleave=prompt_interleave,
-        owner_interleave=owner_interleave,
+    return blank.replace(
+        **values, prompt_interleave=prompt_interleave, owner_interleave=owner_interleave
     )
 
 

@@ -17,9 +17,14 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from helix_spec.config import Config, config_problem
+from helix_spec.config import (
+    Config,
+    config_problem,
+    decode_layout,
+    encode_layout,
+    layout_schema,
+)
 from helix_spec.events import Admit, Decode, Event, Fork, Merge, Release, Skip
-from helix_spec.layouts import LayoutError
 
 MOST_RANKS: Final = 2**12
 MOST_PAGES: Final = 2**23
@@ -44,7 +49,7 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 def dump_trace(trace: Trace) -> bytes:
     """The JSON form, one event a line."""
-    head = msgspec.to_builtins(trace)
+    head = msgspec.to_builtins(trace, enc_hook=encode_layout)
     events = ",\n    ".join(json.dumps(event) for event in head.pop("events"))
     text = json.dumps(head, indent=2)[: -len("\n}")]
     return f'{text},\n  "events": [\n    {events}\n  ]\n}}\n'.encode()
@@ -62,18 +67,18 @@ def load_trace(path: Path) -> Trace:
     except OSError as error:
         raise TraceError(f"{path}: cannot be read: {error.strerror}.") from error
     try:
-        trace = msgspec.json.decode(data, type=Trace)
+        trace = msgspec.json.decode(data, type=Trace, dec_hook=decode_layout)
     except msgspec.ValidationError as error:
         message, _, field = str(error).partition(" - at ")
         field = field.strip("`") or "$"
         line = line_of(data.decode(errors="replace"), field)
-        raise TraceError(f"{path}, line {line}, field {field}: {message}.") from error
+        raise TraceError(f"{path}, line {line}, field {field}: {message.rstrip('.')}.") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         byte = re.search(r"\(byte (\d+)\)", str(error))
         line = data.count(b"\n", 0, int(byte[1]) if byte else len(data)) + 1
         raise TraceError(f"{path}, line {line}: {error}.") from error
     problem = config_problem(trace.config)
-    if problem is not None and (trace.events or not _names_a_layout(trace.config)):
+    if problem is not None and trace.events:
         line = line_of(data.decode(), "$.config")
         raise TraceError(f"{path}, line {line}, field $.config: {problem}")
     demand = too_much(trace.config, trace.events)
@@ -82,12 +87,12 @@ def load_trace(path: Path) -> Trace:
         line = line_of(data.decode(), field)
         raise TraceError(f"{path}, line {line}, field {field}: {what}")
     for index, event in enumerate(trace.events):
-        if isinstance(event, Merge) and len(event.levels) != trace.config.rules.cp_size:
+        if isinstance(event, Merge) and len(event.levels) != trace.config.layout.cp_size:
             field = f"$.events[{index}].levels"
             raise TraceError(
                 f"{path}, line {line_of(data.decode(), field)}, field {field}: there are "
                 f"{len(event.levels)} partials; there must be one for each of the "
-                f"{trace.config.rules.cp_size} cp_ranks."
+                f"{trace.config.layout.cp_size} cp_ranks."
             )
     return trace
 
@@ -95,12 +100,12 @@ def load_trace(path: Path) -> Trace:
 def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
     """What a file asks for beyond the limits above: field and sentence; None when it does not.
 
-    The configuration must name a layout. No request has more tokens than are counted here, where
+    No request has more tokens than are counted here, where
     no event is refused, a request reaches max_len at most, and no group is cut short.
     """
     model = config.model
     numbers = model.q_heads * model.key_dim + model.kv_heads * (model.key_dim + model.value_dim)
-    numbers *= model.layers * config.rules.tokens_per_block
+    numbers *= model.layers * config.layout.tokens_per_block
     for field, asked, most, unit in (
         ("$.config", config.world_size, MOST_RANKS, "ranks"),
         ("$.config.pages", sum(config.pages), MOST_PAGES, "pages in all pools"),
@@ -134,14 +139,6 @@ def _tokens_after(event: Event, tokens: dict[int, int]) -> list[tuple[int, int]]
             return [(child, tokens.get(parent, 0))]
         case _:
             return []
-
-
-def _names_a_layout(config: Config) -> bool:
-    try:
-        config.rules  # noqa: B018
-    except LayoutError:
-        return False
-    return True
 
 
 def line_of(text: str, field: str) -> int:
@@ -192,7 +189,7 @@ def _skip_space(text: str, at: int) -> int:
 
 def trace_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a trace, generated from the types."""
-    schema: dict[str, Any] = unindented(msgspec.json.schema(Trace))
+    schema: dict[str, Any] = unindented(msgspec.json.schema(Trace, schema_hook=layout_schema))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

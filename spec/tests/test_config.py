@@ -34,10 +34,6 @@ def test_kv_heads_are_dealt_in_order() -> None:
     ("changes", "problem"),
     [
         (
-            {"layout": "pr9757/2:C=2,T=4"},
-            "'pr9757/2:C=2,T=4' is of version 2; this specification defines version 1.",
-        ),
-        (
             {"layout": "vllm_dcp/1:C=2,T=4,I=3"},
             "The prompt split interleaves 3 tokens, which does not divide tokens_per_block 4.",
         ),

@@ -2,7 +2,6 @@
 
 import re
 from contextlib import suppress
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -144,22 +143,22 @@ def test_every_named_layout_is_legal() -> None:
 @pytest.mark.parametrize(
     ("layout", "problem"),
     [
-        (replace(PR9757, cp_size=0), "cp_size is 0; it must be at least 1."),
-        (replace(PR9757, tokens_per_block=-1), "tokens_per_block is -1; it must be at least 1."),
+        (PR9757.replace(cp_size=0), "cp_size is 0; it must be at least 1."),
+        (PR9757.replace(tokens_per_block=-1), "tokens_per_block is -1; it must be at least 1."),
         (
-            replace(PR9757, prompt_interleave=2),
+            PR9757.replace(prompt_interleave=2),
             "The prompt split is contiguous, and its interleave is 2: one needs the other.",
         ),
         (
-            replace(PR9757, owner="interleave"),
+            PR9757.replace(owner="interleave"),
             "The decode owner is interleave, and its interleave is None: one needs the other.",
         ),
         (
-            replace(PR9757, owner="interleave", owner_interleave=5),
+            PR9757.replace(owner="interleave", owner_interleave=5),
             "The decode owner interleaves 5 tokens, which does not divide tokens_per_block 32.",
         ),
         (
-            replace(PR9757, owner="interleave", owner_interleave=0),
+            PR9757.replace(owner="interleave", owner_interleave=0),
             "The decode owner interleaves 0 tokens, which does not divide tokens_per_block 32.",
         ),
         (
@@ -167,7 +166,7 @@ def test_every_named_layout_is_legal() -> None:
             "The prompt split interleaves 64 tokens, which does not divide tokens_per_block 32.",
         ),
         (
-            replace(PR9757, pages="lockstep"),
+            PR9757.replace(pages="lockstep"),
             "Page policy lockstep with prompt split contiguous and decode owner step can leave a "
             "rank without a page it needs; lockstep is sound only for round_robin with position, "
             "and for interleave with interleave of the same size.",
@@ -186,7 +185,7 @@ def test_lockstep_is_legal_only_where_the_specification_says(layout: Layout) -> 
         (layout.prompt, layout.owner) == ("interleave", "interleave")
         and layout.prompt_interleave == layout.owner_interleave
     )
-    fine_sizes = replace(layout, tokens_per_block=_product(layout))
+    fine_sizes = layout.replace(tokens_per_block=_product(layout))
     assert (layout.pages == "lazy" or sound) == (layout_problem(fine_sizes) is None)
 
 

@@ -1,7 +1,6 @@
 """The closed forms against worked examples, naive dealing and brute force (SPEC.md section 3)."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from itertools import cycle, islice, product
 from typing import get_args
@@ -153,8 +152,7 @@ def small_layouts(c: int, t: int) -> Iterator[Layout]:
                     divisors if prompt == "interleave" else plain,
                     divisors if owner_rule == "interleave" else plain,
                 ):
-                    layout = replace(
-                        blank,
+                    layout = blank.replace(
                         prompt=prompt,
                         owner=owner_rule,
                         pages=pages,
@@ -249,8 +247,8 @@ def test_lockstep_would_fail_for_round_robin_with_step() -> None:
     """C=2, T=1, L=1, one step: rank 0 holds two tokens and would have one page."""
     lazy = Layout("round_robin", "step", "lazy", "rank_zero", 2, 1)
     assert 2 == local_len(lazy, 1, 1, 0)
-    assert 1 == pages_needed(replace(lazy, pages="lockstep"), 1, 1, 0)
-    assert layout_problem(replace(lazy, pages="lockstep")) is not None
+    assert 1 == pages_needed(lazy.replace(pages="lockstep"), 1, 1, 0)
+    assert layout_problem(lazy.replace(pages="lockstep")) is not None
 
 
 @pytest.mark.parametrize(("c", "t"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 2)])
@@ -278,9 +276,9 @@ def legal_layouts(draw: st.DrawFn) -> Layout:
     name = draw(st.sampled_from(["before_9757", "pr9757", "pr13180", "pr17866", "balanced"]))
     layout = named_layout(name, cp_size=c, tokens_per_block=chunk * chunks)
     if draw(st.booleans()):
-        layout = replace(layout, pages="lazy", prompt="interleave", prompt_interleave=chunk)
+        layout = layout.replace(pages="lazy", prompt="interleave", prompt_interleave=chunk)
     if draw(st.booleans()):
-        layout = replace(layout, pages="lazy", owner="interleave", owner_interleave=chunk)
+        layout = layout.replace(pages="lazy", owner="interleave", owner_interleave=chunk)
     return layout
 
 
@@ -371,7 +369,7 @@ def test_the_spread_reaches_its_bound_and_never_passes_it(c: int, t: int) -> Non
         dealt: t,
         named_layout("pr13180", cp_size=c, tokens_per_block=t): 2 * t,
         contiguous: 3 * t - 1,
-        replace(contiguous, owner="position"): 3 * t - 2,
+        contiguous.replace(owner="position"): 3 * t - 2,
     }
     for i in range(1, t + 1):
         if t % i == 0:

@@ -166,22 +166,22 @@ def test_a_merge_of_too_few_partials_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "complaint"),
+    ("layout", "line", "field", "complaint"),
     [
-        ("pr9757/1:C=3,T=4", "pages lists 2 pool sizes for cp_size 3"),
-        ("pr9757/1:C=2,T=04", "is no layout identifier"),
+        ("pr9757/1:C=3,T=4", 4, "$.config", "pages lists 2 pool sizes for cp_size 3"),
+        ("pr9757/1:C=2,T=04", 5, "$.config.layout", "is no layout identifier"),
     ],
 )
 def test_a_configuration_that_no_engine_may_start_with_is_named(
-    tmp_path: Path, layout: str, complaint: str
+    tmp_path: Path, layout: str, line: int, field: str, complaint: str
 ) -> None:
     """A trace whose configuration is bad is refused before anything runs."""
     text = dump_trace(Trace(config=CONFIG, events=ONE_OF_EACH)).decode()
     path = tmp_path / "bad.json"
-    path.write_text(text.replace(CONFIG.layout, layout))
+    path.write_text(text.replace(str(CONFIG.layout), layout))
     with pytest.raises(TraceError) as caught:
         load_trace(path)
-    assert str(caught.value).startswith(f"{path}, line 4, field $.config: ")
+    assert str(caught.value).startswith(f"{path}, line {line}, field {field}: ")
     assert complaint in str(caught.value)
 
 

@@ -15,11 +15,12 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from helix_conformance.drive.asking import AnswerError, check_requests
-from helix_spec.config import Config
+from helix_spec import layouts
+from helix_spec.config import Config, decode_layout, encode_layout, layout_schema
 from helix_spec.engine import Outcome as SpecOutcome
 from helix_spec.engine import RankView
 from helix_spec.events import MERGE, Decode, Event, Merge, Number, Reason, RequestId
-from helix_spec.layouts import Layout
+from helix_spec.layouts import DecodeOwner, PagePolicy, PromptSplit
 from helix_spec.trace import unindented
 
 PROTOCOL: Final = "helix-engine/1"
@@ -37,6 +38,19 @@ class Hello(_Asked, frozen=True, tag="hello"):
     protocol: str = PROTOCOL
 
 
+class LayoutParts(msgspec.Struct, frozen=True):
+    """A layout in parts, as SPEC.md, section 3, names them."""
+
+    prompt: PromptSplit
+    owner: DecodeOwner
+    pages: PagePolicy
+    start: layouts.Start
+    cp_size: int
+    tokens_per_block: int
+    prompt_interleave: int | None
+    owner_interleave: int | None
+
+
 class Start(_Asked, frozen=True, tag="start"):
     """A trace begins; nothing of an earlier one is left. It is answered with `outcome`.
 
@@ -47,7 +61,7 @@ class Start(_Asked, frozen=True, tag="start"):
     rank: int
     world_size: int
     config: Config
-    layout: Layout
+    layout: LayoutParts
     profiles: list[str]
 
 
@@ -155,9 +169,9 @@ _FIELDS: Final = {
 }
 _BY_REQUEST: Final = (("pages", "block_tables"), ("cache", "keys"), ("cache", "values"))
 
-_encode = msgspec.json.Encoder()
+_encode = msgspec.json.Encoder(enc_hook=encode_layout)
 _from_engine: msgspec.json.Decoder[FromEngine] = msgspec.json.Decoder(FromEngine)
-_to_engine: msgspec.json.Decoder[ToEngine] = msgspec.json.Decoder(ToEngine)
+_to_engine: msgspec.json.Decoder[ToEngine] = msgspec.json.Decoder(ToEngine, dec_hook=decode_layout)
 
 
 class RequestError(ValueError):
@@ -254,7 +268,7 @@ def message_schemas() -> dict[str, dict[str, Any]]:
     return {
         f"{kind.__name__.lower()}.schema.json": {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **unindented(msgspec.json.schema(kind)),
+            **unindented(msgspec.json.schema(kind, schema_hook=layout_schema)),
         }
         for kind in messages
     }

@@ -26,6 +26,7 @@ from helix_conformance.drive.messages import (
     Failed,
     FromEngine,
     Hello,
+    LayoutParts,
     Observe,
     Outcome,
     Ready,
@@ -212,7 +213,8 @@ class StdioDriver:
         self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
     ) -> Iterator[Played]:
         """See `Driver.play`."""
-        world, layout, checked = config.world_size, config.rules, sorted(profiles)
+        world, checked = config.world_size, sorted(profiles)
+        layout = LayoutParts(**config.layout.parts())
         self._have(world)
         seq = self._next()
         starts = [[Start(seq, rank, world, config, layout, checked)] for rank in range(world)]

@@ -89,7 +89,7 @@ class ThreadDriver:
         self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
     ) -> Iterator[Played]:
         """See `Driver.play`."""
-        cp, world = config.rules.cp_size, config.world_size
+        cp, world = config.layout.cp_size, config.world_size
         groups = [range(first, first + cp) for first in range(0, world, cp)]
         tables = [table for group in groups for table in [_Table(group)] * cp]
         ranks = list[Any]()

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import msgspec
 
 from helix_conformance.drive.driver import Answer, Kind, Watch
 from helix_conformance.expect.arrays import encode_array
-from helix_spec.config import Config
+from helix_spec.config import Config, decode_layout
 from helix_spec.events import Event
+from helix_spec.layouts import Layout
 
 
 class Play(msgspec.Struct, frozen=True, tag="play"):
@@ -83,9 +85,15 @@ class FrameError(ValueError):
     """A frame that is no message; the text says what is wrong with it."""
 
 
-_encode = msgspec.msgpack.Encoder(enc_hook=encode_array)
+def _written(x: Any) -> Any:
+    return str(x) if isinstance(x, Layout) else encode_array(x)
+
+
+_encode = msgspec.msgpack.Encoder(enc_hook=_written)
 _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(
+    ToEngine, dec_hook=decode_layout
+)
 
 
 def pack(message: ToEngine | FromEngine) -> bytes:

@@ -56,7 +56,7 @@ class LedgerEngine:
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
         try:
-            self.book = RankBook(config, self.rank % config.rules.cp_size)
+            self.book = RankBook(config, self.rank % config.layout.cp_size)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -142,7 +142,7 @@ class GpuEngine:
 
         try:
             check_config(config)
-            cp_size, exchange = config.rules.cp_size, self.exchange
+            cp_size, exchange = config.layout.cp_size, self.exchange
             if cp_size > 1 and exchange is None:
                 group = self.cp_groups[cp_size][self.rank // cp_size]
                 exchange = self.make_exchange()(group, config.model)

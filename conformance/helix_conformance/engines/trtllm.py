@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Final, Protocol
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Admit, Decode, Event, Reason, Release, Sampled, Skip
+from helix_spec.layouts import layout_name
 
 FOLDER: Final = Path("tensorrt_llm/_torch/pyexecutor")
 PARTITION: Final = "partition_context_for_helix"
@@ -449,9 +450,9 @@ class TrtllmEngine:
         """Ready, or refused with `bad_config`; any layout but that of the checkout is."""
         if config_problem(config) is not None:
             return Outcome(Reason.BAD_CONFIG)
-        if config.layout.partition("/")[0] != self.sources.layout:
+        if layout_name(config.layout) != self.sources.layout:
             return Outcome(Reason.BAD_CONFIG)
-        layout = config.rules
+        layout = config.layout
         self.max_len, self.size, self.t = config.max_len, layout.cp_size, layout.tokens_per_block
         self.overlap = config.overlap
         self.manager = self.sources.manager(self.rank % self.size, self.size, self.t)

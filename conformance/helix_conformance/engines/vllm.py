@@ -49,6 +49,7 @@ from helix_spec.events import (
     Resume,
     Skip,
 )
+from helix_spec.layouts import layout_name
 
 triton_on_cpu.mend()
 
@@ -78,7 +79,7 @@ class TablesV1:
     """The persistent batch of model runner V1: a row of `MultiGroupBlockTable` for each request."""
 
     def __init__(self, config: Config, rank: int, interleave: int) -> None:
-        layout = config.rules
+        layout = config.layout
         # The classes ask vLLM's groups for the ranks; nothing is sent.
         group = SimpleNamespace(world_size=layout.cp_size, rank_in_group=rank)
         alone = SimpleNamespace(world_size=1, rank_in_group=0)
@@ -139,7 +140,7 @@ class TablesV2:
     """The block tables of model runner V2, whose requests keep an index for life."""
 
     def __init__(self, config: Config, rank: int, interleave: int) -> None:
-        layout = config.rules
+        layout = config.layout
         self.sharding = (layout.cp_size, rank, interleave)
         self.tables = BlockTables(
             block_sizes=[layout.tokens_per_block],
@@ -211,9 +212,9 @@ class VllmV1:
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`; any layout but `vllm_dcp` is."""
-        if config_problem(config) is not None or not config.layout.startswith("vllm_dcp/"):
+        if config_problem(config) is not None or layout_name(config.layout) != "vllm_dcp":
             return Outcome(Reason.BAD_CONFIG)
-        layout = config.rules
+        layout = config.layout
         self.config, self.cp_size, self.t = config, layout.cp_size, layout.tokens_per_block
         self.requests: dict[int, Any] = {}
         self.open: dict[int, int] = {}
@@ -236,7 +237,7 @@ class VllmV1:
 
     def interleave(self) -> int:
         """The interleave that vLLM is configured with."""
-        interleave = self.config.rules.owner_interleave
+        interleave = self.config.layout.owner_interleave
         assert interleave is not None
         return interleave
 
@@ -464,7 +465,7 @@ class VllmAgRs:
         if config_problem(config) is not None:
             return Outcome(Reason.BAD_CONFIG)
         self.config = config
-        self.group = self.groups[config.rules.cp_size]
+        self.group = self.groups[config.layout.cp_size]
         return Outcome()
 
     def apply(self, event: Event) -> Outcome:
@@ -509,7 +510,7 @@ def _cache_group(block_size: int) -> Any:
 
 def _most_blocks(config: Config) -> int:
     """Blocks of a row of the block table: those of the longest request."""
-    layout = config.rules
+    layout = config.layout
     return -(-config.max_len // (layout.tokens_per_block * layout.cp_size))
 
 

@@ -264,7 +264,7 @@ def partial_of(config: Config, event: Merge, rank: int) -> tuple[Singles, Single
     shard. Where the partial is of no keys the log-sum-exp is -inf, and the output NaN under
     `config.poison`: memory that nothing was written to.
     """
-    tp_rank, cp_rank = divmod(rank, config.rules.cp_size)
+    tp_rank, cp_rank = divmod(rank, config.layout.cp_size)
     per_shard = config.model.q_heads // config.tp_size
     heads = range(tp_rank * per_shard, (tp_rank + 1) * per_shard)
     outputs, lses = (

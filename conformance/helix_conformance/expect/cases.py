@@ -21,6 +21,7 @@ from helix_spec.events import (
     Sampled,
     Skip,
 )
+from helix_spec.layouts import parse_layout
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,7 +51,7 @@ def _config(layout: str, pages: int | list[int] = 20, **more: object) -> Config:
     cp_size = int(layout.partition("C=")[2].partition(",")[0])
     fields = {"max_len": 2000, "model": ModelShape(q_heads=2 * cp_size, kv_heads=2)} | more
     pools = [pages] * cp_size if isinstance(pages, int) else pages
-    return Config(layout=layout, pages=pools, **fields)  # type: ignore[arg-type]
+    return Config(layout=parse_layout(layout), pages=pools, **fields)  # type: ignore[arg-type]
 
 
 def _steps(id: int, count: int) -> list[Event]:
@@ -83,7 +84,7 @@ WALKED = {
 def _walks() -> Iterator[Case]:
     for layout, particular in WALKED.items():
         config = _config(layout, max_len=40)
-        t, c = config.rules.tokens_per_block, config.rules.cp_size
+        t, c = config.layout.tokens_per_block, config.layout.cp_size
         turn = t * c
         words = layout.split("/")[0]
         if words == "custom":

@@ -57,7 +57,7 @@ def make_vector(case: Case) -> Vector:
         format=FORMAT,
         suite=__version__,
         name=case.name,
-        layout=case.config.layout,
+        layout=str(case.config.layout),
         profiles=_needed(case, steps),
         invariants=list(case.invariants),
         notes=list(case.notes),

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from helix_spec.config import Config, config_problem
+from helix_spec.config import Config, config_problem, decode_layout, encode_layout, layout_schema
 from helix_spec.events import Decode, Event, Merge, Reason, RequestId
-from helix_spec.layouts import LayoutError
+from helix_spec.layouts import parse_layout
 from helix_spec.trace import Trace, line_of, too_much, unindented
 
 FORMAT: Final = "helix-vector/1"
@@ -144,7 +144,7 @@ class Vector(_Part, frozen=True, kw_only=True, omit_defaults=True):
 
 def dump_vector(vector: Vector) -> bytes:
     """The JSON form: a header, then one row and one step a line."""
-    head = msgspec.to_builtins(vector, str_keys=True)
+    head = msgspec.to_builtins(vector, str_keys=True, enc_hook=encode_layout)
     head["config"] = _sparse(head["config"])
     parts = [
         f'  "{name}": [\n    ' + ",\n    ".join(map(_line, head.pop(name))) + "\n  ]"
@@ -160,7 +160,8 @@ def dump_vector(vector: Vector) -> bytes:
 
 def _sparse(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration without the fields that have their defaults (SPEC.md, section 4)."""
-    usual = msgspec.to_builtins(Config(layout="", pages=[], max_len=1))
+    blank = Config(layout=parse_layout("pr9757/1:C=1,T=1"), pages=[], max_len=1)
+    usual = msgspec.to_builtins(blank, enc_hook=encode_layout)
     model = {k: v for k, v in config["model"].items() if v != usual["model"][k]}
     fixed = ("layout", "pages", "max_len")
     changed = {k: v for k, v in config.items() if k in fixed or v != usual[k]}
@@ -175,7 +176,7 @@ def load_vector(path: Path) -> Vector:
     """The vector in a file. Raises VectorError, naming file, line and field."""
     try:
         data = path.read_bytes()
-        vector = msgspec.json.decode(data, type=Vector)
+        vector = msgspec.json.decode(data, type=Vector, dec_hook=decode_layout)
     except OSError as error:
         raise VectorError(f"{path}: cannot be read: {error.strerror}.") from error
     except msgspec.ValidationError as error:
@@ -190,20 +191,16 @@ def load_vector(path: Path) -> Vector:
 
 def _error(path: Path, data: bytes, field: str, message: str) -> VectorError:
     line = line_of(data.decode(errors="replace"), field)
-    return VectorError(f"{path}, line {line}, field {field}: {message}.")
+    return VectorError(f"{path}, line {line}, field {field}: {message.rstrip('.')}.")
 
 
 def _problems(name: str, vector: Vector) -> Iterator[tuple[str, str]]:
     """Where the parts of a vector do not fit one another: field and message."""
     if vector.name != name:
         yield "$.name", f"it is {vector.name!r}, and the file is named {name!r}"
-    if vector.layout != vector.config.layout:
+    if vector.layout != str(vector.config.layout):
         yield "$.layout", f"it is {vector.layout!r}, and the configuration says otherwise"
-    try:
-        ranks = vector.config.rules.cp_size
-    except LayoutError as error:
-        yield "$.config.layout", str(error).rstrip(".")
-        return
+    ranks = vector.config.layout.cp_size
     problem = config_problem(vector.config)
     if (problem is not None) != (vector.refused is not None):
         yield "$.refused", f"it is {vector.refused}, and of the configuration holds: {problem}"
@@ -272,5 +269,5 @@ def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str
 
 def vector_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a vector, generated from the types."""
-    schema: dict[str, Any] = unindented(msgspec.json.schema(Vector))
+    schema: dict[str, Any] = unindented(msgspec.json.schema(Vector, schema_hook=layout_schema))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -7,7 +7,6 @@ pages and few events. Bounds are keyword-only; impossible ones raise.
 
 from __future__ import annotations
 
-import dataclasses
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -42,7 +41,6 @@ from helix_spec.layouts import (
     PagePolicy,
     PromptSplit,
     Start,
-    format_layout,
     named_layout,
 )
 from helix_spec.trace import Trace
@@ -195,7 +193,7 @@ def configs(
         case _:
             pages = [-(-max_len // layout.tokens_per_block) + draw(some)] * c
     return Config(
-        layout=format_layout(layout),
+        layout=layout,
         pages=pages,
         max_len=max_len,
         model=model,
@@ -555,7 +553,9 @@ _SPOILED: Final[list[Callable[[Config], dict[str, Any]]]] = [
     lambda config: {"pages": [0, *config.pages[1:]]},
     lambda config: {"layout": _relaid(config, pages="lockstep")},
     lambda config: {"layout": _relaid(config, prompt_interleave=2, owner_interleave=2)},
-    lambda config: {"layout": _relaid(config, prompt_interleave=1 + config.rules.tokens_per_block)},
+    lambda config: {
+        "layout": _relaid(config, prompt_interleave=1 + config.layout.tokens_per_block)
+    },
     lambda config: {"model": _reshaped(config, kv_heads=config.model.q_heads + 1)},
     lambda config: {"model": _reshaped(config, q_heads=config.model.kv_heads)},
     lambda config: {"model": _reshaped(config, q_heads=config.model.q_heads + 1)},
@@ -577,12 +577,12 @@ _SPOILED: Final[list[Callable[[Config], dict[str, Any]]]] = [
 """Changes that make most configurations illegal, whose ranks are the same."""
 
 
-def _relaid(config: Config, **changes: Any) -> str:
-    layout = config.rules
+def _relaid(config: Config, **changes: Any) -> Layout:
+    layout = config.layout
     for part in ("prompt_interleave", "owner_interleave"):
         if getattr(layout, part) is None:
             changes.pop(part, None)
-    return format_layout(dataclasses.replace(layout, **changes))
+    return layout.replace(**changes)
 
 
 def _reshaped(config: Config, **changes: Any) -> ModelShape:
@@ -640,7 +640,7 @@ def traces(
     if draw(st.sampled_from([False] * 9 + [True])):
         return Trace(config=draw(illegal_configs(configs=configs)), events=[])
     config = draw(configs)
-    layout, most = config.rules, min(config.max_len, LONG_ENOUGH // 2 if contents else FAR_MAX_LEN)
+    layout, most = config.layout, min(config.max_len, LONG_ENOUGH // 2 if contents else FAR_MAX_LEN)
     begin, wishes = _beginnings_and_wishes(
         frozenset(features),
         frozenset(undeclared),
@@ -670,7 +670,7 @@ def merge_traces(
     its partials on other ranks.
     """
     config = draw(configs)
-    c, events = config.rules.cp_size, list[Event]()
+    c, events = config.layout.cp_size, list[Event]()
     token = st.lists(_LEVELS, min_size=c, max_size=c) | st.just([None] * c)
     for _ in range(draw(st.integers(1, max_merges))):
         tokens = draw(st.lists(token, min_size=1, max_size=5))

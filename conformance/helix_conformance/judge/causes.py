@@ -57,7 +57,7 @@ def _without_empty_ranks(trace: Trace) -> Trace:
 
     Supplied partials without keys get some, of the largest level of the others.
     """
-    layout = trace.config.rules
+    layout = trace.config.layout
     more = layout.cp_size * layout.tokens_per_block
     events = [
         _set(event, prompt_len=event.prompt_len + more)

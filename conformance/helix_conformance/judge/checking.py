@@ -117,7 +117,7 @@ class _Check:
         self.vector = vector
         self.config = vector.config
         self.profiles = profiles
-        self.cp = vector.config.rules.cp_size
+        self.cp = vector.config.layout.cp_size
         self.world = vector.config.world_size
         self.pages: list[dict[int, int]] = [{} for _ in range(self.world)]
         """On each rank, the physical page of each label in use."""
@@ -199,7 +199,7 @@ class _Check:
                 what = f"slot of {where}, which this rank does not own"
                 yield Violation("PAGE-4", what, -1, slot, first + rank)
         if slots[owner] >= 0:
-            (label, offset), t = decoded.slots[token], self.config.rules.tokens_per_block
+            (label, offset), t = decoded.slots[token], self.config.layout.tokens_per_block
             page, given = divmod(slots[owner], t)
             if given != offset:
                 yield Violation("OWN-1", f"offset of {where}", offset, given, first + owner)

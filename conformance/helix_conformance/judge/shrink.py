@@ -7,7 +7,6 @@ faster than to draw a smaller trace from a strategy, and works for traces from a
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -17,7 +16,7 @@ from helix_conformance.generate.strategies import AMPLE
 from helix_reference.model import Model
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled, Skip, ids_of
-from helix_spec.layouts import Layout, format_layout
+from helix_spec.layouts import Layout
 from helix_spec.trace import Trace
 
 StillFails = Callable[[Trace], Trace | None]
@@ -46,7 +45,7 @@ class _Search:
 
     def round(self) -> bool:
         """Every way to a smaller trace once; whether one led to it."""
-        before, layout = self.trace, self.trace.config.rules
+        before, layout = self.trace, self.trace.config.layout
         super_block = layout.tokens_per_block * layout.cp_size
         self.with_fewer_events(_folded, least=1 + len(before.events) // 5)  # long runs go fast
         self.with_fewer_events(_without)
@@ -127,7 +126,7 @@ def gone_on(trace: Trace) -> Trace:
         return trace
     turn = [Decode(ids, [1] * len(ids)), *([Sampled(ids)] if trace.config.overlap else [])]
     waiting = [Sampled([id]) for id in ids for _ in range(model.requests[id].outstanding)]
-    turns = min(100, 2 * trace.config.rules.cp_size * trace.config.rules.tokens_per_block)
+    turns = min(100, 2 * trace.config.layout.cp_size * trace.config.layout.tokens_per_block)
     return _set(trace, events=[*trace.events, *waiting, *turn * turns])
 
 
@@ -167,7 +166,7 @@ def _merged(events: list[Event], super_block: int) -> Iterator[list[Event]]:
 
 def _smaller_configs(config: Config) -> Iterator[Config]:
     """Simpler configurations, the most wanted first; some are not legal."""
-    layout, shape, ample = config.rules, config.model, [AMPLE] * len(config.pages)
+    layout, shape, ample = config.layout, config.model, [AMPLE] * len(config.pages)
     simple = ModelShape(q_heads=config.world_size * config.tp_size, kv_heads=config.tp_size)
     for changes in (
         {"tp_size": 1},
@@ -188,13 +187,13 @@ def _smaller_configs(config: Config) -> Iterator[Config]:
     for c in range(1, layout.cp_size):
         smaller = _set(
             config,
-            layout=format_layout(dataclasses.replace(layout, cp_size=c)),
+            layout=layout.replace(cp_size=c),
             model=_set(shape, q_heads=shape.kv_heads * config.tp_size * c),
         )
         yield _set(smaller, pages=config.pages[:c])
         yield _set(smaller, pages=config.pages[-c:])
     for smaller_layout in _smaller_pages(layout):
-        yield _set(config, layout=format_layout(smaller_layout))
+        yield _set(config, layout=smaller_layout)
     for rank, pages in enumerate(config.pages if config.pages != ample else ()):
         for fewer in _fewer(pages):
             yield _set(config, pages=[*config.pages[:rank], fewer, *config.pages[rank + 1 :]])
@@ -206,8 +205,8 @@ def _smaller_pages(layout: Layout) -> Iterator[Layout]:
         for i in range(1, t + 1):
             prompt = i if layout.prompt_interleave else None
             owner = i if layout.owner_interleave else None
-            smaller = dataclasses.replace(
-                layout, tokens_per_block=t, prompt_interleave=prompt, owner_interleave=owner
+            smaller = layout.replace(
+                tokens_per_block=t, prompt_interleave=prompt, owner_interleave=owner
             )
             if smaller == layout:
                 return

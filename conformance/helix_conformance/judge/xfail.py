@@ -29,7 +29,7 @@ from helix_spec.config import config_problem
 from helix_spec.engine import LADDER, PROFILES
 from helix_spec.events import Event, Reason, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
-from helix_spec.layouts import NAMED_LAYOUTS
+from helix_spec.layouts import NAMED_LAYOUTS, layout_name
 from helix_spec.trace import Trace
 
 LAYOUTS: Final = (*NAMED_LAYOUTS, "custom")
@@ -184,7 +184,7 @@ class Known:
 
     def runnable(self, trace: Trace, declared: frozenset[str]) -> Trace | None:
         """The trace up to the first event that must not be run; None when it may not even start."""
-        layout = _name(trace.config.layout)
+        layout = layout_name(trace.config.layout)
         forbidden = [d for _, d in self._of(layout, "must_not_run")]
         if not forbidden:
             return trace
@@ -210,7 +210,7 @@ class Known:
         for violation in violations:
             entries = [
                 index
-                for index, d in self._of(_name(layout), "answers_wrongly")
+                for index, d in self._of(layout, "answers_wrongly")
                 if d.invariant == violation.invariant
                 or (d.reason is not None and d.reason in _reasons(violation))
             ]
@@ -287,10 +287,6 @@ PARTING: Final = frozenset(
 def parted(violations: Sequence[Violation]) -> bool:
     """Whether engine and reference went different ways: all that follows follows from that."""
     return any(violation.invariant in PARTING for violation in violations)
-
-
-def _name(layout: str) -> str:
-    return layout.partition("/")[0]
 
 
 def _reasons(violation: Violation) -> set[Any]:

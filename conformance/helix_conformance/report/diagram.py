@@ -141,7 +141,7 @@ def film(
         for id in drawn
     ]
     return Film(
-        trace.config.layout,
+        str(trace.config.layout),
         list(trace.config.pages),
         stops,
         panels,

@@ -24,6 +24,7 @@ from helix_spec.config import Config
 from helix_spec.engine import PROFILES
 from helix_spec.events import Admit, Decode, Event
 from helix_spec.invariants import sentence
+from helix_spec.layouts import named_layout
 from helix_spec.trace import Trace
 
 _ENVIRONMENT = jinja2.Environment(
@@ -106,7 +107,8 @@ def seed_example() -> list[tuple[str, Trace]]:
     """Pull request 9757's own example: 400 prompt tokens, pages of 100, 4 ranks, 400 steps."""
 
     def trace(layout: str, steps: int) -> Trace:
-        config = Config(layout=f"{layout}/1:C=4,T=100", pages=[9] * 4, max_len=1000)
+        rule = named_layout(layout, cp_size=4, tokens_per_block=100)
+        config = Config(layout=rule, pages=[9] * 4, max_len=1000)
         decodes: list[Event] = [Decode([0], [1])] * steps
         return Trace(config=config, events=[Admit(0, 400), *decodes])
 

@@ -117,7 +117,7 @@ class OwnerTakesThePromptsInterleave(OverLedger):
     class Wrong(Ledger):
         def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
             if layout.prompt_interleave and layout.owner_interleave:
-                layout = dataclasses.replace(layout, owner_interleave=layout.prompt_interleave)
+                layout = layout.replace(owner_interleave=layout.prompt_interleave)
             super().__init__(layout, pages, max_len)
 
     ledger_class = Wrong
@@ -132,7 +132,7 @@ class WorldTakenForGroup(OverLedger):
         """Take the wrong place."""
         outcome = super().start(config, profiles)
         if outcome.reason is None:
-            self.book = RankBook(config, min(self.rank, config.rules.cp_size - 1))
+            self.book = RankBook(config, min(self.rank, config.layout.cp_size - 1))
         return outcome
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,7 +59,7 @@ class OwnerRulesMixed(OverLedger):
         """Swap the rule of one rank."""
         ledger = self.book.ledger
         if self.book.cp_rank == ledger.layout.cp_size - 1:
-            ledger.layout = dataclasses.replace(ledger.layout, owner="position")
+            ledger.layout = ledger.layout.replace(owner="position")
 
 
 @mutant("TensorRT-LLM #9342", "OWN-1", "PAGE-4")
@@ -89,7 +88,7 @@ class InterleaveIgnored(OverLedger):
 
     class Wrong(Ledger):
         def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
-            one = dataclasses.replace(layout, prompt_interleave=1, owner_interleave=1)
+            one = layout.replace(prompt_interleave=1, owner_interleave=1)
             super().__init__(one, pages, max_len)
 
         def _check_pages(self, pages: Ints) -> None:
@@ -209,7 +208,7 @@ class HeadroomByLocalPage(OverLedger):
 
     def started(self, config: Config) -> None:
         """Size the rows."""
-        layout = config.rules
+        layout = config.layout
         block = layout.tokens_per_block * layout.cp_size
         tables: Any = self.book.tables
         tables.stride = max(1, config.max_len // block)
@@ -237,7 +236,7 @@ class VirtualIdsOnLocalBuffer(OverLedger):
     def started(self, config: Config) -> None:
         """Tell the allocator how many ranks there are."""
         allocator: Any = self.book._allocator
-        allocator.ranks, allocator.rank = config.rules.cp_size, self.book.cp_rank
+        allocator.ranks, allocator.rank = config.layout.cp_size, self.book.cp_rank
 
 
 @mutant("own: a block table not compacted after a release", "PAGE-2", "OWN-1", "GROW-1", "PAGE-1")

@@ -131,7 +131,7 @@ class OverLedger(LedgerEngine):
         if outcome.reason is None:
             self.book = _book(
                 config,
-                self.rank % config.rules.cp_size,
+                self.rank % config.layout.cp_size,
                 self.book_class,
                 Ledger=self.ledger_class,
                 BlockTables=self.tables_class,
@@ -154,7 +154,7 @@ class OverCache(GpuEngine):
         """Ready, or refused with `bad_config`."""
         outcome = super().start(config, profiles)
         if outcome.reason is None:
-            self.cache.book = _book(config, self.rank % config.rules.cp_size, self.book_class)
+            self.cache.book = _book(config, self.rank % config.layout.cp_size, self.book_class)
             if self.cache_class is not None:
                 self.cache.__class__ = self.cache_class
         return outcome
