@@ -104,7 +104,7 @@ def test_free_pages_are_told_at_every_stop():
         {"rank 0: 8 of 9", "rank 1: 2 of 3"},
         {"rank 0: 7 of 9", "rank 1: 2 of 3"},
     ] == told
-    assert None is film(trace, allocates=False).pools_panel
+    assert None is film(trace, declared=["placement"]).pools_panel
 
 
 def test_long_traces_are_thinned_around_the_failure():

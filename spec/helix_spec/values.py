@@ -12,9 +12,19 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
+from helix_spec.config import CacheDType
+
 Tensor = Literal["q", "k", "v", "output", "lse"]
 """Q, K and V of tokens; output and log-sum-exp of the partials that a `merge` supplies."""
 TENSOR_CODE: Final[dict[Tensor, int]] = {"q": 1, "k": 2, "v": 3, "output": 4, "lse": 5}
+UNIT_ROUNDOFF: Final[dict[CacheDType, float]] = {
+    "float32": 2.0**-24,
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "float8_e4m3fn": 2.0**-4,
+}
+"""Largest relative error of one rounding to nearest."""
+U32: Final = UNIT_ROUNDOFF["float32"]
 LEVELS: Final = 129
 """Number of different entries: -64/16 to 64/16."""
 

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 import msgspec
 
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.failure import Violation
-from helix_reference.model import Model
 from helix_spec.config import config_problem
 from helix_spec.engine import LADDER, PROFILES
 from helix_spec.events import Event, Reason, features_of
@@ -196,10 +196,10 @@ class Known:
             return None if Reason.BAD_CONFIG in reasons else trace
         if trace.config.overlap and "overlap" in profiles:
             return None
-        model = Model(trace.config, declared, allocates="pages" in declared)
+        recorder = Recorder(trace.config, declared)
         events: list[Event] = []
         for event in trace.events:
-            if features_of(event) & profiles or model.apply(event) in reasons:
+            if features_of(event) & profiles or recorder.next(event).refused in reasons:
                 break
             events.append(event)
         return msgspec.structs.replace(trace, events=events)
