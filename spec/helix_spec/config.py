@@ -14,7 +14,7 @@ CacheDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 Admission = Literal["transfer", "prefill"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
-LARGEST_MAX_LEN: Final = 2**31 - 1
+MAX_REQUEST_LEN: Final = 2**31 - 1
 """Positions fit a signed 32-bit integer, as in every engine's kernels."""
 
 
@@ -112,7 +112,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     layout: Layout
     pages: list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]]
-    max_len: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_MAX_LEN)]
+    max_len: Annotated[int, msgspec.Meta(ge=1, le=MAX_REQUEST_LEN)]
     model: ModelShape = ModelShape()
     tp_size: Count = 1
     overlap: bool = False

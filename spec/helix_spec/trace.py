@@ -26,10 +26,10 @@ from helix_spec.config import (
 )
 from helix_spec.events import Admit, Decode, Event, Fork, Merge, Release, Skip
 
-MOST_RANKS: Final = 2**12
-MOST_PAGES: Final = 2**23
-MOST_TOKENS: Final = 2**23
-MOST_NUMBERS: Final = 2**28
+MAX_RANKS: Final = 2**12
+MAX_PAGES: Final = 2**23
+MAX_TOKENS: Final = 2**23
+MAX_NUMBERS: Final = 2**28
 """What a file may ask for: ranks; pages in all pools; tokens of all requests at one time; numbers
 of Q, K and V for a page of tokens. The reference keeps a list of all pages, and of all tokens."""
 
@@ -107,9 +107,9 @@ def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
     numbers = model.q_heads * model.key_dim + model.kv_heads * (model.key_dim + model.value_dim)
     numbers *= model.layers * config.layout.tokens_per_block
     for field, asked, most, unit in (
-        ("$.config", config.world_size, MOST_RANKS, "ranks"),
-        ("$.config.pages", sum(config.pages), MOST_PAGES, "pages in all pools"),
-        ("$.config.model", numbers, MOST_NUMBERS, "numbers in a page"),
+        ("$.config", config.world_size, MAX_RANKS, "ranks"),
+        ("$.config.pages", sum(config.pages), MAX_PAGES, "pages in all pools"),
+        ("$.config.model", numbers, MAX_NUMBERS, "numbers in a page"),
     ):
         if asked > most:
             return field, f"It asks for {asked} {unit}; a file may ask for {most}."
@@ -121,8 +121,8 @@ def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
             total += tokens[id] - before
         if isinstance(event, Release):
             total -= tokens.pop(event.id, 0)
-        if total > MOST_TOKENS:
-            what = f"Requests may have {total} tokens by now; a file may ask for {MOST_TOKENS}."
+        if total > MAX_TOKENS:
+            what = f"Requests may have {total} tokens by now; a file may ask for {MAX_TOKENS}."
             return f"$.events[{index}]", what
     return None
 

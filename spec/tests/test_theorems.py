@@ -233,7 +233,7 @@ def test_a_theorem_that_refutes_nothing_is_told() -> None:
 
 def test_a_wrong_formula_that_is_right_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small numbers are tried to the end, then it is a survivor."""
-    monkeypatch.setattr(base, "MOST_TRIES", 50)
+    monkeypatch.setattr(base, "MAX_TRIES", 50)
     one = _theorem(_grows, wrong_claims=[Wrong("the same again", _grows)])
     assert "survived by a wrong formula: the same again" == check(one).verdict
 

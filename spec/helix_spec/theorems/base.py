@@ -62,9 +62,9 @@ Integer = Annotated[int, None]
 RealNumber = Annotated[Fraction, "real"]
 """Any real number."""
 
-LEAST_TRIED: Final = -2
+MIN_TRIED: Final = -2
 """Where an `Integer` or `RealNumber` starts when small cases are tried."""
-MOST_TRIES: Final = 150_000
+MAX_TRIES: Final = 150_000
 """How many small cases are tried against a wrong formula."""
 
 
@@ -335,14 +335,14 @@ def refute(one: Theorem, wrong: Wrong) -> dict[str, int | str] | None:
                 if not holds:
                     found: dict[str, int | str] = dict(zip(least, values, strict=True))
                     return found if case is None else {"case": str(case), **found}
-            if tries > MOST_TRIES:
+            if tries > MAX_TRIES:
                 break
     return None
 
 
 def _small(least: Iterable[Least]) -> Iterator[tuple[int, ...]]:
     """All tuples from the least on, by rising sum, then in order."""
-    start = [low if isinstance(low, int) else LEAST_TRIED for low in least]
+    start = [low if isinstance(low, int) else MIN_TRIED for low in least]
     for total in count():
         for above in _summing_to(total, len(start)):
             yield tuple(low + more for low, more in zip(start, above, strict=True))

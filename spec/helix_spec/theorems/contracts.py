@@ -29,7 +29,7 @@ from helix_spec.theorems.base import REGISTRY, Natural, Theorem, Wrong, assume
 
 SOLVER_BUDGET: Final = 40_000_000
 """Z3 resource units for one question of CrossHair's; the contracts here need a tenth."""
-MOST_SECONDS: Final = 60
+MAX_SECONDS: Final = 60
 """CPU seconds for one contract. The resource budget ends first; this is for a hang."""
 
 CONFIRMED: Final = "Confirmed over all paths."
@@ -91,14 +91,14 @@ def contract_problem(name: str) -> str | None:
         return f"{name} has no contract"
     home = str(Path(helix_spec.__file__).parents[1])
     command = [sys.executable, "-m", "crosshair", "check", "--report_all"]
-    command += ["--analysis_kind=PEP316", f"--per_condition_timeout={MOST_SECONDS}"]
-    command += [f"--per_path_timeout={MOST_SECONDS // 2}", f"helix_spec.{name}"]
+    command += ["--analysis_kind=PEP316", f"--per_condition_timeout={MAX_SECONDS}"]
+    command += [f"--per_path_timeout={MAX_SECONDS // 2}", f"helix_spec.{name}"]
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=False,
-        timeout=2 * MOST_SECONDS,
+        timeout=2 * MAX_SECONDS,
         env=os.environ
         | {
             "PYTHONHASHSEED": "0",

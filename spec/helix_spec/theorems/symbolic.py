@@ -48,7 +48,7 @@ CLAIM_ROUNDS: Final = 40
 """How often a claim is asked again with more facts about products."""
 BRANCH_ROUNDS: Final = 1
 """The same for the question whether a branch can happen: to walk one that cannot is no error."""
-MOST_PATHS: Final = 5_000
+MAX_PATHS: Final = 5_000
 
 
 class Abandoned(Exception):
@@ -596,8 +596,8 @@ def every_path(run: Callable[[], str | None], native: bool = False) -> tuple[int
     paths = 0
     while todo:
         paths += 1
-        if paths > MOST_PATHS:
-            raise ProofError(f"more than {MOST_PATHS} paths")
+        if paths > MAX_PATHS:
+            raise ProofError(f"more than {MAX_PATHS} paths")
         path = Path(todo.pop(), native)
         with _on(path):
             try:
