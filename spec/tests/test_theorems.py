@@ -13,7 +13,7 @@ z3 = pytest.importorskip("z3")
 
 from helix_spec import placement  # noqa: E402  # after the check that z3 is there
 from helix_spec.layouts import named_layout  # noqa: E402
-from helix_spec.theorems import base, catalog, contracts, symbolic  # noqa: E402
+from helix_spec.theorems import base, catalog, crosshair, symbolic  # noqa: E402
 from helix_spec.theorems.base import (  # noqa: E402
     REGISTRY,
     Integer,
@@ -264,13 +264,13 @@ def test_each_closed_form_off_by_one_fails_a_theorem(name: str) -> None:
 def test_only_confirmed_postconditions_count(reports: list[str], said: str | None) -> None:
     """One line for each, and none that says less."""
     lines = "".join(f"a.py:{at}: {report}" + chr(10) for at, report in enumerate(reports, 1))
-    found = contracts.read_report(lines, "", 1)
+    found = crosshair.read_report(lines, "", 1)
     assert found is None if said is None else said in str(found)
 
 
 def test_a_function_without_contract_is_told() -> None:
     """CrossHair itself would say nothing and exit with 0."""
-    assert "placement.local_len has no contract" == contracts.contract_problem(
+    assert "placement.local_len has no contract" == crosshair.contract_problem(
         "placement.local_len"
     )
 

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 import msgspec
 
 from helix_spec.theorems import symbolic
+from helix_spec.theorems.crosshair import contract_problem
 from helix_spec.theorems.symbolic import Abandoned, ProofError, assume, implies
 
 __all__ = [
@@ -293,8 +294,6 @@ def _witness_problem(one: Theorem) -> str | None:
 
 def _proof_problem(one: Theorem) -> str | None:
     if one.contract_of is not None:
-        from helix_spec.theorems.contracts import contract_problem  # which imports this module
-
         problem = contract_problem(one.contract_of)
         return None if problem is None else f"not confirmed: {problem}"
     for case in one.cases or (None,):

@@ -21,7 +21,7 @@ from helix_spec.theorems import (
     pages,
 )
 from helix_spec.theorems.base import REGISTRY, Theorem, Wrong
-from helix_spec.theorems.contracts import contract_lines
+from helix_spec.theorems.crosshair import contract_lines
 
 MODULES: Final = (euclid, ownership, lengths, balance, pages, merge, engines, contracts)
 """Where theorems are, in reading order."""

@@ -26,16 +26,13 @@ Everything here is deterministic: Z3 is bounded by its own resource count, never
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import z3  # type: ignore[import-untyped]  # it has no stubs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Monomial = tuple[str, ...]
 """Names of the unknowns multiplied, in order; () for a constant."""
