@@ -93,12 +93,19 @@ def test_the_baseline_before_pr_9757() -> None:
 def test_the_example_of_a_short_last_block(
     name: str, prompt: list[list[int]], owners: list[int], after_2: list[int], after_8: list[int]
 ) -> None:
-    """L=13, T=2, C=4: prompts, owners of steps 0 to 7, lengths after 2 and 8 steps."""
+    """L=13, T=2, C=4: prompts, owners of steps 0 to 7, lengths after 2 and 8 steps.
+
+    The query of step 1 sees the lengths after 2 steps, and a lazy rank has pages for them.
+    """
     layout = named_layout(name, cp_size=4, tokens_per_block=2)
     assert prompt == [held(layout, 13, 0, rank) for rank in range(4)]
     assert owners == [decode_owner(layout, 13, step) for step in range(8)]
     assert after_2 == [local_len(layout, 13, 2, rank) for rank in range(4)]
     assert after_8 == [local_len(layout, 13, 8, rank) for rank in range(4)]
+    assert after_2 == [visible_len(layout, 13, 14, rank) for rank in range(4)]
+    if layout.pages == "lazy":
+        pages = [pages_needed(layout, 13, 2, rank) for rank in range(4)]
+        assert [(length + 1) // 2 for length in after_2] == pages
 
 
 def test_the_example_of_capacity() -> None:
