@@ -168,7 +168,7 @@ def test_every_named_layout_is_legal() -> None:
         (
             PR9757.replace(pages="lockstep"),
             "Page policy lockstep with prompt split contiguous and decode owner step can leave a "
-            "rank without a page it needs; lockstep is sound only for round_robin with position, "
+            "rank without a page it needs; lockstep is legal only for round_robin with position, "
             "and for interleave with interleave of the same size.",
         ),
     ],
@@ -181,12 +181,12 @@ def test_an_illegal_layout_is_explained(layout: Layout, problem: str) -> None:
 @given(written_layouts())
 def test_lockstep_is_legal_only_where_the_specification_says(layout: Layout) -> None:
     """Under `lazy` every pair of rules is legal; under `lockstep` two kinds of pair are."""
-    sound = (layout.prompt, layout.owner) == ("round_robin", "position") or (
+    legal = (layout.prompt, layout.owner) == ("round_robin", "position") or (
         (layout.prompt, layout.owner) == ("interleave", "interleave")
         and layout.prompt_interleave == layout.owner_interleave
     )
     fine_sizes = layout.replace(tokens_per_block=_product(layout))
-    assert (layout.pages == "lazy" or sound) == (layout_problem(fine_sizes) is None)
+    assert (layout.pages == "lazy" or legal) == (layout_problem(fine_sizes) is None)
 
 
 def _product(layout: Layout) -> int:

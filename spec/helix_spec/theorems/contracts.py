@@ -28,7 +28,17 @@ def contract(
     about: Sequence[str] = (),
     kills: Sequence[Wrong] = (),
 ) -> Theorem:
-    """The theorem that the contract of a function holds. `name` is below `helix_spec`."""
+    """Register and return the theorem that the contract of a function holds.
+
+    Parameters
+    ----------
+    name
+        Module and function, below `helix_spec`.
+    proves
+        Numbers of SPEC.md, separated by spaces.
+    statement, witness, about, kills
+        As in `Theorem`.
+    """
     module_name, _, function_name = name.rpartition(".")
     module = importlib.import_module(f"helix_spec.{module_name}")
     function = getattr(module, function_name)

@@ -30,12 +30,25 @@ CONFIRMED: Final = "Confirmed over all paths."
 
 
 def contract_lines(function: Callable[..., Any], kind: str) -> list[str]:
-    """The conditions of one kind (`pre` or `post`) in a docstring."""
+    """Return the conditions of one kind (`pre` or `post`) in a docstring.
+
+    Examples
+    --------
+    >>> from helix_spec.placement import ceil_div
+    >>> contract_lines(ceil_div, "pre")
+    ['b > 0']
+    """
     return re.findall(rf"^\s*{kind}: (.+)$", inspect.getdoc(function) or "", re.MULTILINE)
 
 
 def contract_problem(name: str) -> str | None:
-    """None when CrossHair confirms every postcondition of the function; else what it says."""
+    """Return what CrossHair says against a contract; None when it confirms every postcondition.
+
+    Parameters
+    ----------
+    name
+        Module and function, below `helix_spec`.
+    """
     module_name, _, function_name = name.rpartition(".")
     function = getattr(importlib.import_module(f"helix_spec.{module_name}"), function_name)
     expected = len(contract_lines(function, "post"))
@@ -62,7 +75,22 @@ def contract_problem(name: str) -> str | None:
 
 
 def read_report(stdout: str, stderr: str, expected: int) -> str | None:
-    """None when a report of CrossHair confirms exactly so many postconditions."""
+    """Return what a report of CrossHair lacks; None when it confirms all postconditions.
+
+    Parameters
+    ----------
+    stdout, stderr
+        What CrossHair wrote.
+    expected
+        How many postconditions the contract has.
+
+    Examples
+    --------
+    >>> read_report("a.py:1: info: Confirmed over all paths.", "", expected=1) is None
+    True
+    >>> read_report("", "", expected=1)
+    'CrossHair reached 0 of 1 postconditions'
+    """
     lines = [line for line in stdout.splitlines() if line.strip()]
     messages = [re.sub(r"^\S+:\d+: (?:info|error|warning): ", "", line) for line in lines]
     others = [message for message in messages if message != CONFIRMED]

@@ -28,26 +28,26 @@ from helix_spec.theorems.shapes import DEALING, EVERY_PROMPT, Pair
 
 
 def vllm_local_len(length: int, rank: int, world: int, interleave: int) -> int:
-    """`get_dcp_local_seq_lens`: full rounds, and what is left, clipped."""
+    """Return the length by `get_dcp_local_seq_lens`: full rounds, and what is left, clipped."""
     base = length // interleave // world * interleave
     remainder = length - base * world
     return base + max(0, min(remainder - rank * interleave, interleave))
 
 
 def vllm_local_len_by_rounds(length: int, rank: int, world: int, interleave: int) -> int:
-    """The same with one division by a whole round, as in vLLM's proposals and forks."""
+    """Return the same with one division by a whole round, as in vLLM's proposals and forks."""
     rounds = length // (interleave * world)
     left = length - rounds * interleave * world
     return rounds * interleave + max(0, min(left - rank * interleave, interleave))
 
 
 def vllm_local_len_one(length: int, rank: int, world: int) -> int:
-    """The length that an early FlashInfer backend of vLLM used, for interleave 1."""
+    """Return the length that an early FlashInfer backend of vLLM used, for interleave 1."""
     return length // world + (rank < length % world)
 
 
 def vllm_slot(position: int, world: int, block: int, interleave: int) -> tuple[int, int, int]:
-    """VLLM's slot mapping: owner, row of the block table, and offset in the page."""
+    """Return owner, row of the block table and offset in the page, by vLLM's slot mapping."""
     virtual_block = world * block
     row, inside = position // virtual_block, position % virtual_block
     owner = inside // interleave % world
@@ -56,29 +56,29 @@ def vllm_slot(position: int, world: int, block: int, interleave: int) -> tuple[i
 
 
 def flashinfer_position(key: int, rank: int, world: int) -> int:
-    """Global position of a rank's key under FlashInfer's cyclic context parallelism."""
+    """Return the global position of a rank's key under FlashInfer's cyclic context parallelism."""
     return world * key + rank
 
 
 def flashinfer_visible(bound: int, rank: int, world: int) -> int:
-    """How many keys k of the rank lie below an exclusive bound: world * k + rank < bound."""
+    """Return how many keys k of the rank lie below an exclusive bound: world * k + rank < bound."""
     return max(0, (bound - rank + world - 1) // world)
 
 
 def tensorrt_step_owner(decoding_iter: int, tokens_per_block: int, cp_size: int) -> int:
-    """Pull request 9757; py_decoding_iter counts from 1."""
+    """Return the owner by pull request 9757; py_decoding_iter counts from 1."""
     return (decoding_iter - 1) // tokens_per_block % cp_size
 
 
 def tensorrt_position_owner(
     prompt: int, group_index: int, tokens_per_block: int, cp_size: int
 ) -> int:
-    """Pull request 17866: the owner of the global position."""
+    """Return the owner by pull request 17866: that of the global position."""
     return (prompt + group_index) // tokens_per_block % cp_size
 
 
 def tensorrt_local_len(length: int, rank: int, tokens_per_block: int, cp_size: int) -> int:
-    """Pull request 17866: full super-blocks, and this rank's page of the last."""
+    """Return the length by pull request 17866: full super-blocks, and a page of the last."""
     super_block = tokens_per_block * cp_size
     full, left = length // super_block, length % super_block
     return full * tokens_per_block + min(max(left - rank * tokens_per_block, 0), tokens_per_block)

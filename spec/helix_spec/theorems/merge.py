@@ -35,7 +35,7 @@ EMPTY = Partial(Fraction(0), Fraction(0))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The attention over the keys of both."""
+    """Return the attention over the keys of both."""
     weight = a.weight + b.weight
     if weight == 0:
         return EMPTY
@@ -43,7 +43,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def one_key(weight: Fraction, value: Fraction) -> Partial:
-    """The attention over a single key: its exp(score), and its value."""
+    """Return the attention over a single key: its exp(score), and its value."""
     return Partial(weight, value)
 
 
