@@ -12,7 +12,7 @@ from helix_spec.layouts import NAMED_LAYOUTS, LayoutError, parse_layout
 from helix_spec.theorems import catalog
 from helix_spec.values import Tensor, entry, token_state
 
-TEXT = files("helix_spec").joinpath("SPEC.md").read_text()
+TEXT = files("helix_spec").joinpath("SPEC.md").read_text(encoding="utf-8")
 PARAGRAPH = re.compile(r"^\*\*(\w+-\d)\*\* \(profile ([^;()]+); held by: ([^()]+)\) (.+)$")
 
 
@@ -28,7 +28,7 @@ def test_the_sections_are_the_ones_that_code_cites() -> None:
         "7 Invariants",
         "8 Values",
         "9 Equality of attention outputs",
-        "10 What an engine answers",
+        "10 What an engine returns",
         "11 Worked examples",
     ] == re.findall(r"^## (.+)$", TEXT, re.MULTILINE)
 
