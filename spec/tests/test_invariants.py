@@ -40,16 +40,16 @@ def test_predicate_holds_and_fails(predicate, right, wrong):
 def test_spread_bounds_are_those_of_the_text():
     """BAL-1's bounds by layout; with one rank there is no spread."""
     bounds = {"pr17866": 2, "pr13180": 4, "pr9757": 5, "balanced": 2, "before_9757": None}
-    assert bounds == {
+    assert {
         name: inv.spread_bound(named_layout(name, cp_size=4, tokens_per_block=2)) for name in bounds
-    }
+    } == bounds
     vllm = named_layout("vllm_dcp", cp_size=4, tokens_per_block=8, interleave=2)
-    assert 2 == inv.spread_bound(vllm)
-    assert 0 == inv.spread_bound(named_layout("pr9757", cp_size=1, tokens_per_block=2))
+    assert inv.spread_bound(vllm) == 2
+    assert inv.spread_bound(named_layout("pr9757", cp_size=1, tokens_per_block=2)) == 0
 
 
 def test_every_invariant_names_the_profiles_that_check_it() -> None:
     """In SPEC.md's own words, in the order of the profiles."""
-    assert ("placement", "cache") == inv.profiles_of("OWN-1")
-    assert ("every",) == inv.profiles_of("LIVE-1")
+    assert inv.profiles_of("OWN-1") == ("placement", "cache")
+    assert inv.profiles_of("LIVE-1") == ("every",)
     assert all(inv.profiles_of(number) for number in inv.NUMBERS)

@@ -24,7 +24,7 @@ import helix_spec
 SOLVER_BUDGET: Final = 40_000_000
 """Z3 resource units for one question of CrossHair's; the contracts here need a tenth."""
 MAX_SECONDS: Final = 60
-"""CPU seconds for one contract. The resource budget ends first; this is for a hang."""
+"""CPU seconds for one contract. The resource budget ends first; this is a last resort."""
 
 CONFIRMED: Final = "Confirmed over all paths."
 
