@@ -21,9 +21,9 @@ from helix_spec.events import Decode, Event, ids_of
 from helix_spec.layouts import Layout
 from helix_spec.trace import Trace
 
-MOST_STOPS: Final = 500
+MAX_STOPS: Final = 500
 """Of a longer trace every so many events are drawn, and all around the one that fails."""
-MOST_REQUESTS: Final = 24
+MAX_REQUESTS: Final = 24
 """Of more requests those that the failing event names are drawn, then the first."""
 WIDEST_CELLS: Final = 16
 """Pages of at most so many tokens are drawn token by token, larger ones as runs."""
@@ -156,9 +156,9 @@ def film(
 
 def _chosen(events: int, at: int | None) -> set[int]:
     """Indices of the events after which there is a stop."""
-    if events <= MOST_STOPS:
+    if events <= MAX_STOPS:
         return set(range(events))
-    every = -(-events // (MOST_STOPS - 20))
+    every = -(-events // (MAX_STOPS - 20))
     middle = events - 1 if at is None else at
     around = range(max(0, middle - 8), min(events, middle + 8))
     return {*range(0, events, every), events - 1, *around}
@@ -168,7 +168,7 @@ def _drawn(ids: list[int], wrong: Sequence[Wrong], event: Event | None) -> list[
     """The requests that have a panel, in the order of their ids."""
     named = [w.request for w in wrong] + ([] if event is None else ids_of(event))
     first = [id for id in dict.fromkeys([*named, *ids]) if id in ids]
-    return sorted(first[:MOST_REQUESTS])
+    return sorted(first[:MAX_REQUESTS])
 
 
 # What there is after one event
