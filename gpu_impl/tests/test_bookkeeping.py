@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from helix_gpu.bookkeeping import RankBook, RankStep
-from helix_gpu.refusals import Refused
+from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
+from helix_gpu.bookkeeping.refusals import Refused
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Reason
 from helix_spec.layouts import NAMED_LAYOUTS
