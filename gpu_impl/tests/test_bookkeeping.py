@@ -113,7 +113,6 @@ def test_recycled_rows_forget_their_pages() -> None:
     [
         {"pages": [5, 5]},
         {"layout": "custom/1:prompt=contiguous,owner=step,pages=lockstep,start=rank_zero,C=3,T=2"},
-        {"layout": "pr9757"},
     ],
 )
 def test_bad_configurations_are_refused(change: dict[str, object]) -> None:
