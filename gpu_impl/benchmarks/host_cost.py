@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from helix_gpu.bookkeeping import RankBook
+from helix_gpu.bookkeeping.rank_book import RankBook
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit
 

@@ -42,9 +42,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_gpu import native
+from helix_gpu.attention import native
 from helix_gpu.cache import HelixCache
-from helix_gpu.mesh import helix_mesh
+from helix_gpu.comm.mesh import helix_mesh
 from helix_spec.config import Config, ModelShape
 from helix_spec.layouts import named_layout
 from helix_spec.placement import pages_needed
