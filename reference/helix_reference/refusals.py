@@ -128,7 +128,7 @@ def _not_live(state: State, ids: Sequence[int]) -> Reason | None:
 
 def _prompt_pages(state: State, prompt_len: int, admission: int) -> Reason | None:
     """Whether the pools hold a prompt whose ranks are turned by this admission number."""
-    if prompt_len > sum(state.config.pages) * state.layout.tokens_per_block:
+    if prompt_len > _slots(state):
         return Reason.OUT_OF_PAGES  # it may be longer than a list can be
     shift = admission if state.layout.start == "rotated" else 0
     return _too_many(state, state.pages_of(deal_prompt(state.layout, prompt_len, shift)))
@@ -136,6 +136,8 @@ def _prompt_pages(state: State, prompt_len: int, admission: int) -> Reason | Non
 
 def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> Reason | None:
     """Count the batch's need in its order: a copy taken by one request may spare the next."""
+    if sum(query_lens) > _slots(state):
+        return Reason.OUT_OF_PAGES  # they may be more than a list can hold
     wanted = [0] * state.layout.cp_size
     copied: Counter[Page] = Counter()
     for id, query_len in zip(ids, query_lens, strict=True):
@@ -154,6 +156,11 @@ def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> Reason
                 shared[rank] = None
             held[owner] += 1
     return _too_many(state, wanted)
+
+
+def _slots(state: State) -> int:
+    """Slots of all pools: no more tokens can ever be held."""
+    return sum(state.config.pages) * state.layout.tokens_per_block
 
 
 def _too_many(state: State, wanted: list[int]) -> Reason | None:
