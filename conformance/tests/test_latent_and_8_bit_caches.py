@@ -11,7 +11,7 @@ import torch
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.session import check_trace
-from helix_conformance.zoo.parts import rebound
+from helix_mutants.parts import rebound
 from helix_gpu.attention import attend_pages
 from helix_gpu.cache import HelixCache
 from helix_gpu.rope import rotate

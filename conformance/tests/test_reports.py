@@ -467,7 +467,7 @@ def test_options_that_make_a_run_a_part():
 
 def test_proofs_and_zoo_go_behind_a_run(tmp_path, monkeypatch):
     """`--stream` of both commands appends one line that the reader takes."""
-    from helix_conformance.zoo import run as zoo_run
+    from helix_mutants import run as zoo_run
 
     path = written(tmp_path / "a.jsonl", WHOLE)
     seen = zoo_run.Zoo([MutantKill("twice", "PR 1", True, ["OWN-1"], 2, 3, 0.1)], {"ledger": []})

@@ -25,8 +25,8 @@ from helix_conformance.expect.vectors import (
 )
 from helix_conformance.judge.checking import check_vector, lacking, load_vectors
 from helix_conformance.session import Tally, numbers_of
-from helix_conformance.zoo import run as _zoo  # registers the mutants
-from helix_conformance.zoo.parts import MUTANTS
+from helix_mutants import run as _run  # registers the mutants
+from helix_mutants.parts import MUTANTS
 from helix_reference.engine import ReferenceEngine
 from helix_spec import invariants, placement
 from helix_spec.config import decode_layout, encode_layout
@@ -37,7 +37,7 @@ BLIND = {"EQ-1"}
 """A theorem, of no engine."""
 NO_MUTANT = {"BAL-1", "BAL-3", "PAGE-5", "ATT-2"}
 """Invariants in no row of the zoo: engines of this file break them."""
-assert _zoo
+assert _run
 
 
 @cache

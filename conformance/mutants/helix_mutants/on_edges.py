@@ -13,9 +13,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from helix_conformance.zoo.on_cache import attending
-from helix_conformance.zoo.on_corners import corner
-from helix_conformance.zoo.parts import OverCache, OverLedger, rebound
+from helix_mutants.on_cache import attending
+from helix_mutants.on_corners import corner
+from helix_mutants.parts import OverCache, OverLedger, rebound
 from helix_gpu.attention import attend_pages
 from helix_gpu.cache import HelixCache
 from helix_gpu.ledger import Admission, Ledger, Rewind

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_conformance.zoo.parts import (
+from helix_mutants.parts import (
     LOCKSTEP,
     STEP_RULE,
     TAKING_TURNS,

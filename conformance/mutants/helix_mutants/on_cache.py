@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helix_conformance.zoo.parts import OverCache, mutant, rebound
+from helix_mutants.parts import OverCache, mutant, rebound
 from helix_gpu.attention import attend_pages
 from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
 from helix_gpu.cache import DecodeStep, HelixCache, PromptKV

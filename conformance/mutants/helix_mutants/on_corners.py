@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helix_conformance.zoo.on_cache import attending
-from helix_conformance.zoo.parts import NAMED_LAZY, STEP_RULE, OverCache, OverLedger, mutant
+from helix_mutants.on_cache import attending
+from helix_mutants.parts import NAMED_LAZY, STEP_RULE, OverCache, OverLedger, mutant
 from helix_gpu.allocator import PageAllocator
 from helix_gpu.attention import attend_pages
 from helix_gpu.block_tables import BlockTables
