@@ -71,17 +71,17 @@ MORE_BYTES: Final = 2**32
 """Memory that a mistake may make us take; beyond, a MemoryError is raised, and seen."""
 
 MODULES: Final[dict[str, tuple[str, ...]]] = {
-    "allocator": ("test_allocator.py", "test_bookkeeping.py"),
-    "block_tables": ("test_block_tables.py", "test_bookkeeping.py"),
-    "bookkeeping": ("test_bookkeeping.py",),
-    "dealing": ("test_dealing.py", "test_ledger.py", "test_bookkeeping.py"),
-    "ledger": ("test_ledger.py", "test_bookkeeping.py"),
-    "merge": ("test_merge.py",),
-    "sharing": ("test_sharing.py", "test_ledger.py"),
+    "bookkeeping.allocator": ("test_allocator.py", "test_bookkeeping.py"),
+    "bookkeeping.block_tables": ("test_block_tables.py", "test_bookkeeping.py"),
+    "bookkeeping.rank_book": ("test_bookkeeping.py",),
+    "bookkeeping.dealing": ("test_dealing.py", "test_ledger.py", "test_bookkeeping.py"),
+    "bookkeeping.ledger": ("test_ledger.py", "test_bookkeeping.py"),
+    "attention.merge": ("test_merge.py",),
+    "bookkeeping.sharing": ("test_sharing.py", "test_ledger.py"),
     "transfer": ("test_transfer.py", "test_dealing.py"),
 }
 """What is mutated, with the unit tests that hold it."""
-WITH_TENSORS: Final = ("bookkeeping", "merge")
+WITH_TENSORS: Final = ("bookkeeping.rank_book", "attention.merge")
 """Modules that the bookkeeping alone does not reach in full: the whole engine plays them too."""
 OPERATORS: Final = re.compile(
     r"^core/(?!Variable|.*_(Is|IsNot|Pow|RShift|LShift|BitOr|BitAnd|BitXor)$)"
@@ -103,9 +103,13 @@ class Mistake:
     """The whole module with it."""
 
 
+def _path(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+
+
 def mistakes(module: str) -> Iterator[Mistake]:
     """Every mistake in a module that can change what it does; annotations are never run."""
-    original = (PACKAGE / f"{module}.py").read_text()
+    original = _path(module).read_text()
     tree = _without_annotations(original)
     seen = {tree}
     nodes = list(ast_nodes(get_ast(original)))
@@ -204,7 +208,7 @@ class Trials:
         """Mistakes that each trace and test was the first to notice."""
         self.seconds: dict[str, float] = {}
         """What each took without a mistake."""
-        unchanged = (PACKAGE / f"{module}.py").read_text()
+        unchanged = _path(module).read_text()
         for _ in range(2):  # the first time tests compile and import what the next ones find
             ((_, red),) = self.of([Mistake(module, "none", 0, "", "", unchanged)])
             if red is not None:
@@ -363,7 +367,7 @@ def state_of(module: str) -> str:
     digest = sha256()
     packages = ("spec/helix_spec", "reference/helix_reference", "conformance/helix_conformance")
     files = [file for package in packages for file in sorted((ROOT / package).rglob("*.py"))]
-    files += [file for file in sorted(PACKAGE.glob("*.py")) if file.stem != module]
+    files += [file for file in sorted(PACKAGE.rglob("*.py")) if file != _path(module)]
     tests = ROOT / "gpu_impl" / "tests"
     files += [tests / name for name in (*MODULES[module], "conftest.py")]
     for file in (*files, ROOT / "conftest.py", Path(__file__)):
@@ -418,7 +422,7 @@ class _Binding(importlib.abc.MetaPathFinder):
 
     def __init__(self, mistake: Mistake) -> None:
         self.name = f"helix_gpu.{mistake.module}"
-        self.path = PACKAGE / f"{mistake.module}.py"
+        self.path = _path(mistake.module)
         self.source = mistake.source
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
@@ -435,7 +439,7 @@ class _Binding(importlib.abc.MetaPathFinder):
 
 
 def _line(mistake: Mistake, what: str) -> str:
-    where = f"{mistake.module}.py:{mistake.line} {mistake.operator} ({what})"
+    where = f"{mistake.module}:{mistake.line} {mistake.operator} ({what})"
     return f"{where}\n  - {mistake.was}\n  + {mistake.becomes}"
 
 
@@ -443,7 +447,7 @@ def explained() -> set[tuple[str, str]]:
     """Module and mutated line of every survivor that the text explains."""
     if not EXPLAINED.exists():
         return set()
-    return set(re.findall(r"^- `(\w+)`: `(.+)`$", EXPLAINED.read_text(), re.M))
+    return set(re.findall(r"^- `([\w.]+)`: `(.+)`$", EXPLAINED.read_text(), re.M))
 
 
 @click.command()
@@ -464,7 +468,7 @@ def main(modules: Sequence[str], sample: int | None, json_path: Path | None) -> 
     survivors, total, killed = list[Mistake](), 0, 0
     for module in modules:
         traces = ledger_traces + (whole_traces if module in WITH_TENSORS else [])
-        if module == "merge":
+        if module == "attention.merge":
             traces = whole_traces
         if module == "transfer":
             traces = []

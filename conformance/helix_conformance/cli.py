@@ -68,11 +68,15 @@ class Commands(click.Group):
         try:
             command: click.Command = added[0].load()
         except Exception as error:  # whatever its module does when it is imported
-            raise BadInput(f"Command {name!r} ({added[0].value}) cannot be loaded: {error}.") from error
+            raise BadInput(
+                f"Command {name!r} ({added[0].value}) cannot be loaded: {error}."
+            ) from error
         return command
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 def main() -> None:
     r"""Check an engine's sharded decode KV cache against the specification.
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_conformance.expect import arrays as numbers
-from helix_gpu.attention import attend_pages
-from helix_gpu.merge import merge
-from helix_gpu.rope import rope_table, rotate
+from helix_gpu.attention.merge import merge
+from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.rope import rope_table, rotate
 from helix_reference import attention
 from helix_spec import values
 from helix_spec.config import LatentShape, ModelShape

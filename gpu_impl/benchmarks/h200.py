@@ -42,15 +42,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from helix_gpu.exchange import pack, unpack
-from helix_gpu.kernels.append import append
-from helix_gpu.kernels.decode import decode
-from helix_gpu.kernels.merge import merge_received
-from helix_gpu.kernels.mla import decode_latent
-from helix_gpu.kernels.reduce_pack import reduce_pack
-from helix_gpu.kernels.settings import DecodeSettings, decode_settings, splits_for
-from helix_gpu.kernels.step import StepBuffers, attend_pages, attend_shard, merge_shards
-from helix_gpu.merge import merge
+from helix_gpu.attention.kernels.append import append
+from helix_gpu.attention.kernels.decode import decode
+from helix_gpu.attention.kernels.merge import merge_received
+from helix_gpu.attention.kernels.mla import decode_latent
+from helix_gpu.attention.kernels.reduce_pack import reduce_pack
+from helix_gpu.attention.kernels.settings import DecodeSettings, decode_settings, splits_for
+from helix_gpu.attention.kernels.step import StepBuffers, attend_pages, attend_shard, merge_shards
+from helix_gpu.attention.merge import merge
+from helix_gpu.comm.exchange import pack, unpack
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -1167,8 +1167,8 @@ def agreement(shape: Shape, answers: dict[str, Any]) -> dict[str, Any]:
 
 
 def adapted(shape: Shape, ours: Tensor, our_lse: Tensor) -> dict[str, float]:
-    """`helix_gpu.backends.flashinfer` against ours, behind the batch a row without keys."""
-    from helix_gpu.backends.flashinfer import FlashInfer
+    """`attention.backends.flashinfer` against ours, behind the batch a row without keys."""
+    from helix_gpu.attention.backends.flashinfer import FlashInfer
     from helix_spec.config import ModelShape
 
     types: dict[str, Any] = {"dtype": short(TYPE), "product_dtype": short(TYPE)}
@@ -1280,7 +1280,7 @@ class Shards:
     def __init__(
         self, cp_size: int, prompts: Sequence[int], steps: int, heads: int, kv_heads: int
     ) -> None:
-        from helix_gpu.bookkeeping import RankBook
+        from helix_gpu.bookkeeping.rank_book import RankBook
         from helix_spec.config import Config, ModelShape
 
         self.page, self.cp_size, self.rows = 2 if DRY else 16, cp_size, len(prompts)

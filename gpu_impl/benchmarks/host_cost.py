@@ -18,7 +18,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from helix_gpu.bookkeeping import RankBook
+from helix_gpu.bookkeeping.rank_book import RankBook
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit
 
@@ -56,7 +56,7 @@ def our_step(requests: int, context: int) -> Step:
 
 def vllm_step(requests: int, context: int) -> Step:
     """The same by vLLM's own manager and table, but for the slots: its GPU computes them."""
-    from helix_conformance.engines import vllm
+    from helix_vllm import engines as vllm
 
     vllm.MOST_REQUESTS = requests
     config = config_of(requests, context)

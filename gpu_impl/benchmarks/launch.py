@@ -31,9 +31,9 @@ from h200 import aligned
 from torch import Tensor
 
 from helix_gpu.cache import HelixCache
-from helix_gpu.exchange import MakeExchange, all_to_all
+from helix_gpu.comm.exchange import MakeExchange, all_to_all
+from helix_gpu.comm.push import push
 from helix_gpu.graphs import Replay, StepGraph, cuda_graph
-from helix_gpu.push import push
 from helix_spec.config import Config, LatentShape, ModelShape
 
 DEVICE = "cpu" if DRY else "cuda"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from helix_gpu.ledger import Ledger
+from helix_gpu.bookkeeping.ledger import Ledger
 from helix_spec.layouts import named_layout
 
 CP_SIZE, TOKENS_PER_BLOCK, REPEATS = 8, 32, 500

@@ -12,11 +12,11 @@ from launch import models
 from together import differing, world
 from torch import Tensor
 
-from helix_gpu import exchange as exchanges
-from helix_gpu.exchange import Exchange, MakeExchange, pack
+from helix_gpu.attention.kernels.merge import merge_partials, merge_received
+from helix_gpu.comm import exchange as exchanges
+from helix_gpu.comm.exchange import Exchange, MakeExchange, pack
+from helix_gpu.comm.push import push
 from helix_gpu.graphs import Replay
-from helix_gpu.kernels.merge import merge_partials, merge_received
-from helix_gpu.push import push
 from helix_spec.config import ModelShape
 
 MODEL = models()["grouped queries"]

@@ -52,16 +52,16 @@ from together import (
 )
 from torch import Tensor
 
-from helix_gpu import exchange as exchanges
-from helix_gpu import hop_b
-from helix_gpu.bookkeeping import RankBook
+from helix_gpu.attention.kernels.step import attend_shard
+from helix_gpu.bookkeeping.rank_book import RankBook
+from helix_gpu.bookkeeping.refusals import Refused
 from helix_gpu.cache import HelixCache
-from helix_gpu.exchange import MakeExchange
+from helix_gpu.comm import exchange as exchanges
+from helix_gpu.comm import hop_b
+from helix_gpu.comm.exchange import MakeExchange
+from helix_gpu.comm.mesh import helix_mesh
+from helix_gpu.comm.push import push
 from helix_gpu.graphs import Replay, StepGraph, cuda_graph
-from helix_gpu.kernels.step import attend_shard
-from helix_gpu.mesh import helix_mesh
-from helix_gpu.push import push
-from helix_gpu.refusals import Refused
 from helix_spec.config import Config, ModelShape
 
 PUSH = "--without-push" not in sys.argv

@@ -42,9 +42,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_gpu import native
+from helix_gpu.attention import native
 from helix_gpu.cache import HelixCache
-from helix_gpu.mesh import helix_mesh
+from helix_gpu.comm.mesh import helix_mesh
 from helix_spec.config import Config, ModelShape
 from helix_spec.layouts import named_layout
 from helix_spec.placement import pages_needed
@@ -207,7 +207,7 @@ def measure() -> dict[str, dict[str, Tensor]]:
 def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     """What `helix-conformance plan` says, given this machine's own constants."""
     # Only needed here: `ranks.py` takes the rest to machines without what the suite needs.
-    from helix_conformance.planning import Hardware, Load, ModelCard, plan
+    from helix_planner.plans import Hardware, Load, ModelCard, plan
 
     numbers = 2 * MODEL.kv_heads * MODEL.head_dim
     card = ModelCard(MODEL.layers, 0, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim, 0, 0)

@@ -24,9 +24,9 @@ from helix_conformance.engines import gpu
 from helix_conformance.expect.arrays import Tokens, queries
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.report.text import failure_text
+from helix_gpu.attention.kernels import merge, step
 from helix_gpu.cache import DecodeStep
 from helix_gpu.graphs import Replay, StepGraph, cuda_graph
-from helix_gpu.kernels import merge, step
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
 

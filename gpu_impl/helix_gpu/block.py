@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from helix_gpu.cache import DecodeStep, HelixCache
-from helix_gpu.mesh import slice_of, whole_group
+from helix_gpu.comm.mesh import slice_of, whole_group
 from helix_spec.config import ModelShape
 
 

@@ -12,20 +12,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from helix_gpu.attention import attend_pages
-from helix_gpu.backends import AttendPages
-from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
-from helix_gpu.exchange import Exchange, MakeExchange, all_to_all, pack, unpack
-from helix_gpu.hop_b import Costs, Lane, SameLane
-from helix_gpu.ledger import Admission, Ints, Step
-from helix_gpu.merge import merge
-from helix_gpu.mesh import check_mesh, slice_of
-from helix_gpu.refusals import check_config
-from helix_gpu.rope import rope_table, rotate
+from helix_gpu.attention.backends import AttendPages
+from helix_gpu.attention.merge import merge
+from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.rope import rope_table, rotate
+from helix_gpu.bookkeeping.ledger import Admission, Ints, Step
+from helix_gpu.bookkeeping.rank_book import PageCopy, RankBook, RankStep
+from helix_gpu.bookkeeping.refusals import check_config
+from helix_gpu.comm.exchange import Exchange, MakeExchange, all_to_all, pack, unpack
+from helix_gpu.comm.hop_b import Costs, Lane, SameLane
+from helix_gpu.comm.mesh import check_mesh, slice_of
 from helix_spec.config import Config
 
 if TYPE_CHECKING:
-    from helix_gpu.kernels.step import StepBuffers
+    from helix_gpu.attention.kernels.step import StepBuffers
 
 Backend = Literal["torch", "triton"] | AttendPages
 """What attends over a rank's own pages: see `HelixCache`."""
@@ -102,9 +102,9 @@ class HelixCache:
     for tensors of the wrong shape or type. `exchange` stands in for the group's all-to-all.
 
     `backend` says what attends: `torch` (only on the CPU, where it is the default), `triton`, the
-    kernels of `helix_gpu.kernels`, or a function such as `helix_gpu.native.attend_pages` and those
-    of `helix_gpu.backends`. The steps of `triton` wait for nothing on the host, and can be captured
-    in a CUDA graph: see `reserve` and `helix_gpu.graphs`.
+    kernels of `attention.kernels`, or a function such as `attention.native.attend_pages` and those
+    of `attention.backends`. The steps of `triton` wait for nothing on the host, and can be captured
+    in a CUDA graph: see `reserve` and `graphs`.
 
     With `hop_b`, what attending and exchanging cost here, a step's rows attend in two halves, the
     first of which travels meanwhile, wherever that saves time. Every rank is given the same costs.
@@ -124,7 +124,7 @@ class HelixCache:
     ) -> Self:
         """The share of this process on a mesh of axes ("tp", "cp"), as `helix_mesh` makes it.
 
-        `make_exchange` is one of `helix_gpu.exchange`. Raises Refused(bad_config), and ValueError
+        `make_exchange` is one of `comm.exchange`. Raises Refused(bad_config), and ValueError
         for a mesh that does not fit, before anything else happens; every rank calls it.
         """
         check_config(config)
@@ -484,8 +484,8 @@ class HelixCache:
         return replace(step, buffers=self._step_buffers(*step.tables.shape))
 
     def _step_buffers(self, rows: int, width: int) -> StepBuffers:
-        from helix_gpu.kernels.settings import decode_settings, latent_settings
-        from helix_gpu.kernels.step import StepBuffers
+        from helix_gpu.attention.kernels.settings import decode_settings, latent_settings
+        from helix_gpu.attention.kernels.step import StepBuffers
 
         model, ranks = self.config.model, self.book.layout.cp_size
         product = getattr(torch, model.product_dtype)
@@ -511,9 +511,9 @@ class HelixCache:
         self, step: DecodeStep, pool: Tensor, q: Tensor, k: Tensor, v: Tensor | None
     ) -> Tensor:
         """One layer by the kernels: nothing here waits for the device, or reads from it."""
-        from helix_gpu.kernels.merge import merge_received
-        from helix_gpu.kernels.rope import rotated
-        from helix_gpu.kernels.step import attend_shard
+        from helix_gpu.attention.kernels.merge import merge_received
+        from helix_gpu.attention.kernels.rope import rotated
+        from helix_gpu.attention.kernels.step import attend_shard
 
         model, merged = self.config.model, []
         q, k = rotated(q, step.cos, step.sin), self._cached(rotated(k, step.cos, step.sin))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helix_gpu.dealing import Hand
+from helix_gpu.bookkeeping.dealing import Hand
 
 
 @dataclass(frozen=True, slots=True)

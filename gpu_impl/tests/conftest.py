@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 from helix_gpu.cache import HelixCache
-from helix_gpu.exchange import Exchange
+from helix_gpu.comm.exchange import Exchange
 from helix_spec.config import Config
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}

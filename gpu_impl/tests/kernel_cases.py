@@ -14,19 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from helix_gpu.attention import attend_pages
-from helix_gpu.bookkeeping import RankBook
-from helix_gpu.exchange import pack, unpack
-from helix_gpu.kernels import step as kernels
-from helix_gpu.kernels.append import append, append_latent
-from helix_gpu.kernels.decode import decode
-from helix_gpu.kernels.merge import merge_received
-from helix_gpu.kernels.mla import decode_latent
-from helix_gpu.kernels.reduce_pack import reduce_pack
-from helix_gpu.kernels.rope import rotated
-from helix_gpu.kernels.settings import DecodeSettings, splits_for
-from helix_gpu.merge import merge
-from helix_gpu.rope import rope_table, rotate
+from helix_gpu.attention.kernels import step as kernels
+from helix_gpu.attention.kernels.append import append, append_latent
+from helix_gpu.attention.kernels.decode import decode
+from helix_gpu.attention.kernels.merge import merge_received
+from helix_gpu.attention.kernels.mla import decode_latent
+from helix_gpu.attention.kernels.reduce_pack import reduce_pack
+from helix_gpu.attention.kernels.rope import rotated
+from helix_gpu.attention.kernels.settings import DecodeSettings, splits_for
+from helix_gpu.attention.merge import merge
+from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.rope import rope_table, rotate
+from helix_gpu.bookkeeping.rank_book import RankBook
+from helix_gpu.comm.exchange import pack, unpack
 from helix_spec.config import Config, ModelShape
 
 # Numpy, which computes what the kernels say, warns at log2(0) and NaN * 0.
@@ -189,7 +189,9 @@ def test_decode_against_float64(
         for n in lengths
     ]
     if block:
-        monkeypatch.setattr("helix_gpu.kernels.decode.decode_settings", small_blocks(block))
+        monkeypatch.setattr(
+            "helix_gpu.attention.kernels.decode.decode_settings", small_blocks(block)
+        )
     pool, tables, rows = scattered(shards, t, heads_first=dtype == torch.float16)
     monkeypatch.setattr(torch, "empty", poisoned)
     output, lse = kernels.attend_pages(q, pool, tables, rows, splits)

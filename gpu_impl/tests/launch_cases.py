@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
-from helix_gpu.bookkeeping import RankStep
+from helix_gpu.bookkeeping.rank_book import RankStep
 from helix_gpu.cache import Backend, DecodeStep, HelixCache
-from helix_gpu.exchange import Exchange
+from helix_gpu.comm.exchange import Exchange
+from helix_gpu.comm.hop_b import Costs, SameLane
 from helix_gpu.graphs import Replay, StepGraph
-from helix_gpu.hop_b import Costs, SameLane
 from helix_spec.config import Config, LatentShape, ModelShape
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

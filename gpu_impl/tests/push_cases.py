@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helix_gpu.kernels.push import PARTS, put, take
-from helix_gpu.push import _arrivals, _slots, _window_bytes
+from helix_gpu.comm.push import _arrivals, _slots, _window_bytes
+from helix_gpu.comm.push_kernels import PARTS, put, take
 
 
 class Ranks:

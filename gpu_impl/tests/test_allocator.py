@@ -2,7 +2,7 @@
 
 import pytest
 
-from helix_gpu.allocator import PageAllocator
+from helix_gpu.bookkeeping.allocator import PageAllocator
 
 
 def test_pages_are_distinct_and_counted() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helix_gpu import attention, native
+from helix_gpu.attention import native, paged
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 Fixture = Callable[..., Any]
@@ -18,7 +18,7 @@ Attend = Callable[..., tuple[Tensor, Tensor]]
 def attend_pages(request: pytest.FixtureRequest) -> Attend:
     """Each of the two."""
     if request.param == "torch":
-        return attention.attend_pages
+        return paged.attend_pages
     if not native.available():
         pytest.skip("There is no C++ compiler or no ninja on the PATH.")
     return native.attend_pages
@@ -124,9 +124,9 @@ def test_gathering_in_pieces_changes_only_rounding(
     exact: Fixture, values: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One page at a time is as exact as all at once."""
-    monkeypatch.setattr(attention, "TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(paged, "TOKENS_AT_ONCE", 1)
     q, shard = values((1, 4, 16), 0), (values((29, 2, 16), 1), values((29, 2, 16), 2))
-    output, _ = attention.attend_pages(q, *scattered([shard], 4))
+    output, _ = paged.attend_pages(q, *scattered([shard], 4))
     o, _, bound = exact(q[0], [shard], torch.float32, torch.float32)
     assert ((o - output[0]).norm(dim=-1) <= bound).all()
 

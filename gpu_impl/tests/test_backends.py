@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from helix_gpu.attention import attend_pages
-from helix_gpu.backends import discovered, load
+from helix_gpu.attention.backends import discovered, load
+from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.rope import rope_table, rotate
 from helix_gpu.cache import HelixCache
-from helix_gpu.rope import rope_table, rotate
 from helix_spec.config import Config, LatentShape, ModelShape
 
 Fixture = Callable[..., Any]

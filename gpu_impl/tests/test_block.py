@@ -18,7 +18,7 @@ from torch import Tensor
 
 from helix_gpu.block import AttentionBlock, AttentionWeights, FeedForward, FeedForwardWeights
 from helix_gpu.cache import HelixCache
-from helix_gpu.mesh import helix_mesh, repurposed
+from helix_gpu.comm.mesh import helix_mesh, repurposed
 from helix_spec.config import Config, DType, LatentShape, ModelShape
 
 sys.path.insert(0, str(Path(__file__).parent))

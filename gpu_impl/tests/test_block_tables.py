@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from helix_gpu.block_tables import BlockTables
+from helix_gpu.bookkeeping.block_tables import BlockTables
 
 
 def ints(*numbers: int) -> np.ndarray:

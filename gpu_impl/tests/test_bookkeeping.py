@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from helix_gpu.bookkeeping import RankBook, RankStep
-from helix_gpu.refusals import Refused
+from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
+from helix_gpu.bookkeeping.refusals import Refused
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Reason
 from helix_spec.layouts import NAMED_LAYOUTS
@@ -113,7 +113,6 @@ def test_recycled_rows_forget_their_pages() -> None:
     [
         {"pages": [5, 5]},
         {"layout": "custom/1:prompt=contiguous,owner=step,pages=lockstep,start=rank_zero,C=3,T=2"},
-        {"layout": "pr9757"},
     ],
 )
 def test_bad_configurations_are_refused(change: dict[str, object]) -> None:

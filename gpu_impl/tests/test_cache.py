@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from helix_gpu.attention import attend_pages
+from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.rope import rope_table, rotate
+from helix_gpu.bookkeeping.ledger import Ledger
+from helix_gpu.bookkeeping.refusals import Refused
 from helix_gpu.cache import HelixCache
-from helix_gpu.ledger import Ledger
-from helix_gpu.refusals import Refused
-from helix_gpu.rope import rope_table, rotate
 from helix_spec.config import Config, DType, ModelShape
 from helix_spec.events import Reason
 

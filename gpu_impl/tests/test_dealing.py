@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_gpu.dealing import deal_prompt, first_turn
+from helix_gpu.bookkeeping.dealing import deal_prompt, first_turn
 from helix_spec.layouts import named_layout, parse_layout
 
 SPLITS = ["contiguous", "round_robin", "interleave(1)", "interleave(2)", "interleave(4)"]

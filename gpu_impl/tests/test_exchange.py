@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_gpu.exchange import (
+from helix_gpu.attention.merge import merge
+from helix_gpu.comm.exchange import (
     Exchange,
     MakeExchange,
     all_gather,
@@ -21,8 +22,7 @@ from helix_gpu.exchange import (
     reduce_scatter,
     unpack,
 )
-from helix_gpu.merge import merge
-from helix_gpu.push import push
+from helix_gpu.comm.push import push
 from helix_spec.config import DType, ModelShape
 
 OnRanks = Callable[[int, Callable[[int], Any]], list[Any]]
@@ -208,7 +208,7 @@ def test_a_push_names_the_peer_that_is_silent(
     on_ranks: OnRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who has waited long enough says for whom, and for which message."""
-    monkeypatch.setattr("helix_gpu.push.PATIENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr("helix_gpu.comm.push.PATIENCE", timedelta(seconds=0.2))
 
     def body(rank: int) -> str:
         exchange = push(dist.group.WORLD, ModelShape())

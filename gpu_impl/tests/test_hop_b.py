@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.cache import DecodeStep, HelixCache
-from helix_gpu.exchange import MakeExchange, all_gather, all_to_all, reduce_scatter
-from helix_gpu.hop_b import Costs, Lane, fitted, measure
-from helix_gpu.push import push
+from helix_gpu.comm.exchange import MakeExchange, all_gather, all_to_all, reduce_scatter
+from helix_gpu.comm.hop_b import Costs, Lane, fitted, measure
+from helix_gpu.comm.push import push
 from helix_spec.config import Config, ModelShape
 
 MIB = 2.0**20

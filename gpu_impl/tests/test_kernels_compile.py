@@ -21,14 +21,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from helix_gpu.kernels.append import append_kernel
-from helix_gpu.kernels.decode import decode_kernel
-from helix_gpu.kernels.merge import merge_kernel
-from helix_gpu.kernels.mla import mla_kernel
-from helix_gpu.kernels.push import BLOCK, PARTS, put_kernel, take_kernel
-from helix_gpu.kernels.reduce_pack import reduce_pack_kernel
-from helix_gpu.kernels.rope import rotate_kernel
-from helix_gpu.kernels.settings import decode_settings, latent_settings
+from helix_gpu.attention.kernels.append import append_kernel
+from helix_gpu.attention.kernels.decode import decode_kernel
+from helix_gpu.attention.kernels.merge import merge_kernel
+from helix_gpu.attention.kernels.mla import mla_kernel
+from helix_gpu.attention.kernels.reduce_pack import reduce_pack_kernel
+from helix_gpu.attention.kernels.rope import rotate_kernel
+from helix_gpu.attention.kernels.settings import decode_settings, latent_settings
+from helix_gpu.comm.push_kernels import BLOCK, PARTS, put_kernel, take_kernel
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ATTENTION = {

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helix_gpu.dealing import deal_prompt
-from helix_gpu.ledger import Ledger
-from helix_gpu.refusals import Refused
+from helix_gpu.bookkeeping.dealing import deal_prompt
+from helix_gpu.bookkeeping.ledger import Ledger
+from helix_gpu.bookkeeping.refusals import Refused
 from helix_spec.events import Reason
 from helix_spec.layouts import (
     NAMED_LAYOUTS,

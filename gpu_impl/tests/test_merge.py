@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helix_gpu.merge import merge
+from helix_gpu.attention.merge import merge
 
 Fixture = Callable[..., Any]
 INF = torch.inf

@@ -10,9 +10,9 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from helix_gpu.bookkeeping.refusals import Refused
 from helix_gpu.cache import HelixCache
-from helix_gpu.mesh import helix_mesh, repurposed, slice_of, whole_group
-from helix_gpu.refusals import Refused
+from helix_gpu.comm.mesh import helix_mesh, repurposed, slice_of, whole_group
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Reason
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from helix_gpu.push import SLOTS, Action, Await, Put, Signal, Take, phases
+from helix_gpu.comm.push import SLOTS, Action, Await, Put, Signal, Take, phases
 
 Phases = Callable[[int, int], list[list[list[Action]]]]
 Counters = tuple[int, ...]

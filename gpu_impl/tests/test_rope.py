@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from helix_gpu.rope import rope_table, rotate
+from helix_gpu.attention.rope import rope_table, rotate
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 

@@ -1,6 +1,6 @@
 """Who holds a page that was shared: tags of open pages, stems of full ones."""
 
-from helix_gpu.sharing import OpenPages, Stem, branch, let_go
+from helix_gpu.bookkeeping.sharing import OpenPages, Stem, branch, let_go
 
 
 def test_a_tag_lives_as_long_as_somebody_shares() -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helix_gpu.bookkeeping.dealing import deal_prompt
 from helix_gpu.cache import HelixCache
-from helix_gpu.dealing import deal_prompt
 from helix_gpu.transfer import Move, transfer
 from helix_spec.config import Config, ModelShape
 from helix_spec.layouts import parse_layout

@@ -10,7 +10,8 @@ FORBIDDEN += ["helix_reference", "helix_conformance"]
 
 
 @pytest.mark.parametrize(
-    ("module", "forbidden"), [("helix_gpu.bookkeeping", ["torch"]), ("helix_gpu.cache", FORBIDDEN)]
+    ("module", "forbidden"),
+    [("helix_gpu.bookkeeping.rank_book", ["torch"]), ("helix_gpu.cache", FORBIDDEN)],
 )
 def test_import_does_not_load(module: str, forbidden: list[str]) -> None:
     """The bookkeeping runs without torch, and nothing uses another room's arithmetic."""

@@ -1,6 +1,6 @@
 """All ranks in this process, a thread for each: for engines whose all-to-all can be stood in for.
 
-Such an engine has an attribute `exchange` (see `helix_gpu.exchange.Exchange`), which is set
+Such an engine has an attribute `exchange` (see `helix_gpu.comm.exchange.Exchange`), which is set
 before `start`. Nothing can hang: who waits for a rank that has left the event is told so.
 """
 

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 
 from helix_conformance.expect.arrays import Tokens, entries, partial_of, queries, values
-from helix_gpu.bookkeeping import RankBook, RankStep
-from helix_gpu.refusals import Refused, check_config
+from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
+from helix_gpu.bookkeeping.refusals import Refused, check_config
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import (
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from helix_gpu.cache import Backend, DecodeStep, PromptKV
-    from helix_gpu.exchange import Exchange, MakeExchange
-    from helix_gpu.hop_b import Costs
+    from helix_gpu.comm.exchange import Exchange, MakeExchange
+    from helix_gpu.comm.hop_b import Costs
 
 CHUNK: Final = 5
 """Prompt tokens that are computed at a time, with `admission` prefill: across pages and turns."""
@@ -127,7 +127,7 @@ class GpuEngine:
     @classmethod
     def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group."""
-        from helix_gpu.exchange import all_to_all
+        from helix_gpu.comm.exchange import all_to_all
 
         return all_to_all
 
@@ -314,7 +314,7 @@ class AllGatherEngine(GpuEngine):
     @classmethod
     def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group."""
-        from helix_gpu.exchange import all_gather
+        from helix_gpu.comm.exchange import all_gather
 
         return all_gather
 
@@ -325,7 +325,7 @@ class ReduceScatterEngine(GpuEngine):
     @classmethod
     def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group."""
-        from helix_gpu.exchange import reduce_scatter
+        from helix_gpu.comm.exchange import reduce_scatter
 
         return reduce_scatter
 
@@ -341,7 +341,7 @@ class HopBEngine(GpuEngine):
     @staticmethod
     def hop_b() -> Costs | None:
         """Bytes cost much and all else nothing: halves always pay."""
-        from helix_gpu.hop_b import Costs
+        from helix_gpu.comm.hop_b import Costs
 
         return Costs(latency=0, exchange_speed=1, attention_speed=1, second_half=0)
 
@@ -361,7 +361,7 @@ class PushEngine(GpuEngine):
         """
         import torch.distributed as dist
 
-        from helix_gpu.push import push
+        from helix_gpu.comm.push import push
 
         super().join(world_size)
         alone = [dist.new_group([rank]) for rank in range(world_size)]
@@ -373,7 +373,7 @@ class PushEngine(GpuEngine):
     @classmethod
     def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group; by new windows where another engine joined."""
-        from helix_gpu.push import push
+        from helix_gpu.comm.push import push
 
         return lambda group, model: cls.windows.get(group.size()) or push(group, model)
 

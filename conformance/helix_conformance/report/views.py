@@ -14,11 +14,11 @@ from helix_conformance.report.stream import (
     CoverageLine,
     FailureLine,
     KnownDifference,
+    MutationRun,
     Proofs,
     Record,
     Row,
     Run,
-    MutationRun,
 )
 from helix_conformance.report.text import failure_text
 from helix_spec.engine import PROFILES

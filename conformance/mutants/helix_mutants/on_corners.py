@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.rope import rope_table
+from helix_gpu.bookkeeping.allocator import PageAllocator
+from helix_gpu.bookkeeping.block_tables import BlockTables
+from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Rewind, SharedWrite, Step
+from helix_gpu.bookkeeping.rank_book import PageCopy, RankBook, RankStep
+from helix_gpu.bookkeeping.refusals import Refused
+from helix_gpu.cache import DecodeStep, HelixCache
 from helix_mutants.on_cache import attending
 from helix_mutants.parts import NAMED_LAZY, STEP_RULE, OverCache, OverLedger, mutant
-from helix_gpu.allocator import PageAllocator
-from helix_gpu.attention import attend_pages
-from helix_gpu.block_tables import BlockTables
-from helix_gpu.bookkeeping import PageCopy, RankBook, RankStep
-from helix_gpu.cache import DecodeStep, HelixCache
-from helix_gpu.ledger import Admission, Ints, Ledger, Rewind, SharedWrite, Step
-from helix_gpu.refusals import Refused
-from helix_gpu.rope import rope_table
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
 from helix_spec.events import Accept, Decode, Event, Preempt, Reason, Release, Resume

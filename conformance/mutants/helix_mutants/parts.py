@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_conformance.generate.strategies import LAYOUT_NAMES
-from helix_gpu.allocator import PageAllocator
-from helix_gpu.block_tables import BlockTables
-from helix_gpu.bookkeeping import RankBook
-from helix_gpu.ledger import Ledger
+from helix_gpu.bookkeeping.allocator import PageAllocator
+from helix_gpu.bookkeeping.block_tables import BlockTables
+from helix_gpu.bookkeeping.ledger import Ledger
+from helix_gpu.bookkeeping.rank_book import RankBook
 from helix_reference.attention import Token, key, value
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model, Request

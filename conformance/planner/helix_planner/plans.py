@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
+
 from helix_spec.layouts import Layout
 from helix_spec.placement import ceil_div, local_len, pages_needed
 

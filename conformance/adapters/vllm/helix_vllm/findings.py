@@ -48,9 +48,7 @@ FINDINGS = [
 ]
 
 
-def still_shown(
-    folder: Path, findings: Sequence[Finding]
-) -> Iterator[tuple[Finding, set[str]]]:
+def still_shown(folder: Path, findings: Sequence[Finding]) -> Iterator[tuple[Finding, set[str]]]:
     """Yield each finding with the invariants that its trace fails by now; none when it passes."""
     for engine, mine in groupby(findings, key=lambda finding: finding.engine):
         needs_processes = load_engine(engine).needs_processes

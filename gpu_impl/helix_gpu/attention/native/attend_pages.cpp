@@ -1,4 +1,4 @@
-// Partial attention of new tokens over one rank's pages, on the CPU: see helix_gpu/native.
+// Partial attention of new tokens over one rank's pages, on the CPU: see helix_gpu/attention/native.
 //
 // A row's keys are cut into pieces of a fixed number of tokens, so that what else is in the batch
 // does not change the order of any sum; the pieces are worked on in parallel and merged in order.
@@ -133,7 +133,7 @@ inline Floats exponential(Floats x) {
   return (Floats)(((Ints)y + exponent) & ~vanishes);
 }
 
-// As in helix_gpu/native/__init__.py.
+// As in helix_gpu/attention/native/__init__.py.
 struct Sizes {
   int64_t rows, width, q_heads, kv_heads, group, key_dim, value_dim, tokens_per_block;
   int64_t page_stride, part_stride, token_stride;  // in elements

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_gpu.merge import shares, weighted
+from helix_gpu.attention.merge import shares, weighted
 from helix_spec.config import ModelShape
 
 Exchange = Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Writing messages into the peers' windows and taking them out: `helix_gpu.push` on CUDA."""
+"""Writing messages into the peers' windows and taking them out: `helix_gpu.comm.push` on CUDA."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-from helix_gpu.kernels.common import FUSION
-from helix_gpu.push import ALIGNMENT, SLOTS
+from helix_gpu.attention.kernels.common import FUSION
+from helix_gpu.comm.push import ALIGNMENT, SLOTS
 
 BLOCK: Final = 1024
 """Words of 4 bytes that a program copies at a time."""

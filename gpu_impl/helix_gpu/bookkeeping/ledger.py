@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_gpu.dealing import Hand, deal_prompt, first_turn, owner_chunk
-from helix_gpu.refusals import Refused
-from helix_gpu.sharing import OpenPages, Stem, branch, let_go
+from helix_gpu.bookkeeping.dealing import Hand, deal_prompt, first_turn, owner_chunk
+from helix_gpu.bookkeeping.refusals import Refused
+from helix_gpu.bookkeeping.sharing import OpenPages, Stem, branch, let_go
 from helix_spec.events import Reason
 from helix_spec.layouts import Layout
 

@@ -50,7 +50,7 @@ class FlashInfer:
         scale: float | None = None,
         value_dim: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `attention.attend_pages`; pages of q's type, no latents."""
+        """See `paged.attend_pages`; pages of q's type, no latents."""
         output = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         rows = lengths.nonzero()[:, 0]

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_gpu.exchange import Exchange
+from helix_gpu.comm.exchange import Exchange
 from helix_spec.config import ModelShape
 
 SLOTS: Final = 2
@@ -166,7 +166,7 @@ class _DevicePush:
         dist.barrier(group)
 
     def __call__(self, send: Tensor) -> Tensor:
-        from helix_gpu.kernels.push import put, take
+        from helix_gpu.comm.push_kernels import put, take
 
         _checked_length(send, self.capacity)
         received = torch.empty_like(send)

@@ -7,9 +7,9 @@ import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-from helix_gpu.kernels.common import FUSION, LOG2_E, check_layout, interpreted, power_of_2
-from helix_gpu.kernels.paging import converted, key_pointers, read_pages, split_bounds
-from helix_gpu.kernels.settings import DecodeSettings, decode_settings
+from helix_gpu.attention.kernels.common import FUSION, LOG2_E, check_layout, interpreted, power_of_2
+from helix_gpu.attention.kernels.paging import converted, key_pointers, read_pages, split_bounds
+from helix_gpu.attention.kernels.settings import DecodeSettings, decode_settings
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

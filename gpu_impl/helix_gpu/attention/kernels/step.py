@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_gpu.exchange import unpack
-from helix_gpu.kernels.append import append, append_latent
-from helix_gpu.kernels.decode import decode
-from helix_gpu.kernels.merge import merge_received
-from helix_gpu.kernels.mla import decode_latent
-from helix_gpu.kernels.reduce_pack import reduce_pack
-from helix_gpu.kernels.settings import DecodeSettings, splits_for
+from helix_gpu.attention.kernels.append import append, append_latent
+from helix_gpu.attention.kernels.decode import decode
+from helix_gpu.attention.kernels.merge import merge_received
+from helix_gpu.attention.kernels.mla import decode_latent
+from helix_gpu.attention.kernels.reduce_pack import reduce_pack
+from helix_gpu.attention.kernels.settings import DecodeSettings, splits_for
+from helix_gpu.comm.exchange import unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def merge_shards(buffers: StepBuffers) -> Tensor:
 def attend_pages(
     q: Tensor, pool: Tensor, tables: Tensor, lengths: Tensor, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`helix_gpu.attention.attend_pages` by these kernels; allocates, so not for a captured step.
+    """`paged.attend_pages` by these kernels; allocates, so not for a captured step.
 
     Returns float32 output [n, q_heads, head_dim] and natural log-sum-exp [n, q_heads].
     """

@@ -1,7 +1,7 @@
 """Attention of other libraries over this rank's pages: found where installed, never required.
 
-Every backend is a callable like `helix_gpu.attention.attend_pages` (`AttendPages`), so that what a
-library calls a log-sum-exp, an empty row or a page table is translated in one place, its adapter.
+Every backend is a callable like `paged.attend_pages` (`AttendPages`), so that what a library calls
+a log-sum-exp, an empty row or a page table is translated in one place, its adapter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGES: Final = {"flashinfer": "flashinfer-python"}
 
 
 class AttendPages(Protocol):
-    """Partial attention of new tokens over this rank's pages; see `attention.attend_pages`."""
+    """Partial attention of new tokens over this rank's pages; see `paged.attend_pages`."""
 
     def __call__(
         self,
@@ -50,6 +50,6 @@ def load(name: str, model: ModelShape) -> AttendPages:
         raise ValueError(
             f"Backend {name} needs the package {PACKAGES[name]}, which is not installed here."
         )
-    from helix_gpu.backends.flashinfer import FlashInfer
+    from helix_gpu.attention.backends.flashinfer import FlashInfer
 
     return FlashInfer(model)

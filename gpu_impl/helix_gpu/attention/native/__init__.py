@@ -1,4 +1,4 @@
-"""`attention.attend_pages` in C++: for a CPU that serves, where there is a compiler.
+"""`paged.attend_pages` in C++: for a CPU that serves, where there is a compiler.
 
 Torch's own operation reads a cache at a third of the memory's bandwidth; this one is bound by it.
 It is built at first use with torch's extension tools and kept in their cache. Nothing requires it:
@@ -19,7 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from helix_gpu import attention
+from helix_gpu.attention import paged
 
 NAMES: Final = {
     torch.float32: "attend_float32",
@@ -62,7 +62,7 @@ def attend_pages(
     scale: float | None = None,
     value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `attention.attend_pages` computes, with the same arguments, errors and types.
+    """What `paged.attend_pages` computes, with the same arguments, errors and types.
 
     It falls back to that function for types and head dimensions that it does not know.
     """
@@ -70,7 +70,7 @@ def attend_pages(
     value_dim = value_dim or key_dim
     name = NAMES.get(pages.dtype)
     if name is None or key_dim % LANES or value_dim % LANES or not available():
-        return attention.attend_pages(q, pages, tables, lengths, scale=scale, value_dim=value_dim)
+        return paged.attend_pages(q, pages, tables, lengths, scale=scale, value_dim=value_dim)
     if pages.stride()[-2:] != (key_dim, 1):
         pages = pages.contiguous()
     parts, t, kv_heads = pages.shape[1:4]

@@ -7,7 +7,7 @@ import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-from helix_gpu.kernels.common import FUSION, check_layout, power_of_2
+from helix_gpu.attention.kernels.common import FUSION, check_layout, power_of_2
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]

@@ -7,7 +7,7 @@ import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
 from torch import Tensor
 
-from helix_gpu.kernels.common import check_layout, power_of_2
+from helix_gpu.attention.kernels.common import check_layout, power_of_2
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -38,7 +38,7 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `helix_gpu.rope.rotate` gives, to the bit, in one launch where that has nine.
+    """What `helix_gpu.attention.rope.rotate` gives, to the bit, in one launch where that has nine.
 
     `x` [n, heads, dim] of any strides with the last 1; `cos`, `sin` float32 [n, 1, half], whole.
     Raises ValueError for other strides.

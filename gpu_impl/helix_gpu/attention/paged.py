@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from helix_gpu.merge import merge
+from helix_gpu.attention.merge import merge
 
 TOKENS_AT_ONCE: Final = 512
 """Slots of each token gathered at a time. It bounds the scratch memory, and does not depend

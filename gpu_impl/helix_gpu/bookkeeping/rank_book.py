@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_gpu.allocator import PageAllocator
-from helix_gpu.block_tables import BlockTables
-from helix_gpu.ledger import Admission, Ints, Ledger, Step
-from helix_gpu.refusals import check_config
+from helix_gpu.bookkeeping.allocator import PageAllocator
+from helix_gpu.bookkeeping.block_tables import BlockTables
+from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Step
+from helix_gpu.bookkeeping.refusals import check_config
 from helix_spec.config import Config
 
 

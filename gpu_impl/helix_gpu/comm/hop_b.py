@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from helix_gpu.exchange import Exchange
+from helix_gpu.comm.exchange import Exchange
 from helix_spec.config import ModelShape
 
 Work = Callable[..., Tensor]

@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from helix_gpu.kernels.common import power_of_2
+from helix_gpu.attention.kernels.common import power_of_2
 
 MAX_SPLITS: Final = 128
 """Joining more splits than this costs more than the idle multiprocessors did."""

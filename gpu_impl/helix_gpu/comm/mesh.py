@@ -7,7 +7,7 @@ from typing import Final
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from helix_gpu.refusals import check_config
+from helix_gpu.bookkeeping.refusals import check_config
 from helix_spec.config import Config
 
 AXES: Final = ("tp", "cp")

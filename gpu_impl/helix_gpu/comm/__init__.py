@@ -1,0 +1,1 @@
+"""Ranks as a mesh, and how partials travel between them."""
