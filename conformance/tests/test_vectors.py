@@ -36,7 +36,7 @@ from helix_spec.invariants import NUMBERS
 BLIND = {"EQ-1"}
 """A theorem, of no engine."""
 NO_MUTANT = {"BAL-1", "BAL-3", "PAGE-5", "ATT-2"}
-"""Invariants in no row of the zoo: engines of this file break them."""
+"""Invariants that are expected of no mutant: engines of this file break them."""
 assert _run
 
 
@@ -183,7 +183,7 @@ def test_worked_examples_are_in_the_set():
 
 
 @pytest.mark.parametrize("tier", ["bookkeeping", "contents", "threads"])
-def test_vectors_alone_catch_the_zoo(tier):
+def test_vectors_alone_catch_the_mutants(tier):
     """Each wrong engine fails a vector that is there for an invariant of its row, which is named.
 
     The one mutant of the pool tier leaves out a collective, which takes processes to see; those of
@@ -196,10 +196,10 @@ def test_vectors_alone_catch_the_zoo(tier):
         engine = load_engine(mutant.engine)
         driver = ThreadDriver(engine) if tier == "threads" else LocalDriver(engine)
         for vector in shipped():
-            aimed = set(vector.invariants) & set(mutant.row)
+            aimed = set(vector.invariants) & set(mutant.expected)
             if aimed and not lacking(vector, driver.profiles):
                 failure = check_vector(driver, vector, Tally())
-                if failure is not None and numbers_of(failure) & set(mutant.row):
+                if failure is not None and numbers_of(failure) & set(mutant.expected):
                     caught.add(mutant.name)
                     break
         else:
@@ -255,9 +255,9 @@ class _Fickle(ReferenceEngine):
 
 
 def test_every_invariant_has_a_vector_that_a_wrong_engine_fails():
-    """Those of the zoo's rows by its mutants (above), the others by engines of this file."""
-    of_the_zoo = {number for mutant in MUTANTS if not mutant.corner for number in mutant.row}
-    assert set(NUMBERS) - of_the_zoo == NO_MUTANT | BLIND
+    """Those expected of mutants by the mutants (above), the others by engines of this file."""
+    of_mutants = {number for mutant in MUTANTS if not mutant.corner for number in mutant.expected}
+    assert set(NUMBERS) - of_mutants == NO_MUTANT | BLIND
     for number in set(NUMBERS) - BLIND:
         assert any(number in vector.invariants for vector in shipped()), number
     for engine, numbers in (

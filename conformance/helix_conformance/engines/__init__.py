@@ -93,11 +93,14 @@ def engine_settings(engine: type[Engine]) -> dict[str, str]:
 
 def _found(spec: str) -> Any:
     name, _, argument = spec.partition(":")
-    point = _point(FACTORIES if argument else ENGINES, name)
-    if point is not None:
-        return point.load()(argument) if argument else point.load()
     if argument:
+        factory = _point(FACTORIES, name)
+        if factory is not None:
+            return factory.load()(argument)
         return getattr(importlib.import_module(name), argument)
+    point = _point(ENGINES, spec)
+    if point is not None:
+        return point.load()
     raise EngineSpecError(
         f"{spec!r} names no engine; give {', '.join(engine_names())}, module:Class or "
         "stdio:COMMAND."
