@@ -232,7 +232,7 @@ class Run:
 
 
 class Record:
-    """Everything that a file, or several, told: the runs, and the last proofs and zoo."""
+    """Everything that a file, or several, told: the runs, and the last proofs and mutation run."""
 
     def __init__(self, lines: Iterable[Line]) -> None:
         self.runs: list[Run] = []
