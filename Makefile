@@ -9,9 +9,11 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: conform test test-browser test-peers lint drivers workloads zoo conform-vllm prove bench clean
 .PHONY: sweep faults soak fuzz mutation bench-vllm
 
-.venv/installed: pyproject.toml constraints.txt
+# Packages of their own, in no wheel that an engine author needs. They add commands and engines.
+PACKAGES := $(addprefix conformance/,mutants planner adapters/vllm adapters/trtllm)
+.venv/installed: pyproject.toml constraints.txt $(PACKAGES:=/pyproject.toml)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' $(PACKAGES:%=--editable ./%)
 	@touch $@
 
 conform: .venv/installed ## Random traces for every layout: a table and a verdict
@@ -49,28 +51,30 @@ workloads: .venv/installed ## Production traces, replayed
 
 # The one-process tier is part of `make test`; TIER=pool is the rest.
 TIER ?= all
-zoo: .venv/installed ## The suite against every wrong engine: each must be caught by name
+zoo: .venv/installed ## The suite against every mutant: each must be killed by name
 	$(BIN)/helix-conformance zoo --tier $(TIER)
 
 # vLLM pins a torch of its own and would bring CUDA: an environment beside ours, 3 GB.
 VLLM := .venv-vllm/bin
-.venv-vllm/installed: conformance/vllm-requirements.txt
+VLLM_ADAPTER := conformance/adapters/vllm
+.venv-vllm/installed: pyproject.toml $(VLLM_ADAPTER)/pyproject.toml $(VLLM_ADAPTER)/requirements.txt
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM)/pip install --quiet --requirement conformance/vllm-requirements.txt
-	$(VLLM)/pip install --quiet --no-deps vllm==0.33.0 --editable .
+	$(VLLM)/pip install --quiet --requirement $(VLLM_ADAPTER)/requirements.txt
+	$(VLLM)/pip install --quiet --no-deps vllm==0.33.0 --editable . --editable ./$(VLLM_ADAPTER)
 	@touch $@
 
 # Four processes import vLLM at once.
 conform-vllm: export HELIX_START_LIMIT_S = 600
 CONFORM_VLLM = $(VLLM)/helix-conformance run --layout vllm_dcp --engine
-conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; FINDINGS.md says what it does otherwise
-	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 --known conformance/known/vllm.toml
-	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 --known conformance/known/vllm.toml
+VLLM_XFAIL = --known $(VLLM_ADAPTER)/xfail.toml
+conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; its FINDINGS.md says what it does otherwise
+	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 $(VLLM_XFAIL)
+	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 $(VLLM_XFAIL)
 	$(CONFORM_VLLM) vllm-v1 --cp 2 --cp 3 --cp 4 --examples 60 --profile lengths --profile speculative
 	$(CONFORM_VLLM) vllm-v2 --cp 2 --cp 3 --cp 4 --examples 60 --profile lengths --profile speculative
 	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40
 	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40
-	$(VLLM)/python -m helix_conformance.engines.vllm_findings
+	$(VLLM)/python -m helix_vllm.findings $(VLLM_ADAPTER)/findings
 
 sweep: .venv/installed ## Every mutant under ten seeds: the worst of each
 	$(BIN)/helix-conformance zoo --tier all --sweep

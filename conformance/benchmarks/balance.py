@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from helix_conformance.generate.workload import Request, read_workload
-from helix_conformance.planning import HARDWARE, MODELS, Load, plan
 from helix_gpu.bookkeeping.ledger import Ledger
 from helix_gpu.bookkeeping.refusals import Refused
+from helix_planner.plans import HARDWARE, MODELS, Load, plan
 from helix_spec.layouts import Layout, named_layout
 from helix_spec.placement import local_len, pages_needed
 

@@ -11,7 +11,6 @@
 - `known`: the ledger of what an engine is known to answer wrongly;
 - `workloads`: production request traces as events;
 - `vectors`: cases as JSON for any language, and their check;
-- `zoo`: engines that are wrong on purpose, to measure the suite;
 - `plugin`, `suite`: the same as tests of pytest, in an engine's own repository;
 - `report`, `show`, `cli`: what a user sees; `reports`: pages and files made of a run's stream.
 """

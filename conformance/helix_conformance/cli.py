@@ -7,8 +7,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -43,6 +44,8 @@ from helix_spec.layouts import LayoutError, layout_name, named_layout
 from helix_spec.trace import TraceError, load_trace
 
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
+COMMANDS: Final = "helix_conformance.commands"
+"""Group of entry points by which a package adds click commands to this command line."""
 
 
 class BadInput(click.ClickException):
@@ -51,7 +54,30 @@ class BadInput(click.ClickException):
     exit_code = 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """The commands of this module, and those that installed packages add by entry points."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Return the names of all commands, in the order of the alphabet."""
+        return sorted({*super().list_commands(context), *entry_points(group=COMMANDS).names})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Return the command of this name. Raises BadInput when a package's cannot be loaded."""
+        added = list(entry_points(group=COMMANDS, name=name))
+        if name in self.commands or not added:
+            return super().get_command(context, name)
+        try:
+            command: click.Command = added[0].load()
+        except Exception as error:  # whatever its module does when it is imported
+            raise BadInput(
+                f"Command {name!r} ({added[0].value}) cannot be loaded: {error}."
+            ) from error
+        return command
+
+
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 def main() -> None:
     r"""Check an engine's sharded decode KV cache against the specification.
 
@@ -72,8 +98,6 @@ def main() -> None:
           a failing trace once more
       helix-conformance show helix-failures/pr9757-local.json
           where the tokens of a trace belong, rank by rank and page by page
-      helix-conformance plan --model deepseek-r1 --ranks 32 --context 10000000
-          what sharding would cost and gain, on paper
 
     Exit status: 0 all answers were right; 1 a difference was found; 2 bad usage, configuration
     or input file; 3 an engine died, hung or answered garbage. Under a torchrun of your own only
@@ -86,8 +110,8 @@ _engine = click.option(
     "--engine",
     default="gpu",
     show_default=True,
-    help="An engine of this project (reference, gpu), the name that an installed package gives its "
-    "own, module:Class, trtllm:CHECKOUT, or stdio:COMMAND for one of any language.",
+    help="NAME or NAME:ARGUMENT (reference, gpu, or one that an installed package registers), "
+    "module:Class, or stdio:COMMAND for one of any language.",
 )
 _driver = click.option(
     "--driver",
@@ -374,37 +398,6 @@ def vectors_check(**options: Any) -> None:
 
 @main.command()
 @click.option(
-    "--tier",
-    type=click.Choice(["one-process", "corners", "pool", "all"]),
-    default="all",
-    show_default=True,
-    help="Mutants that show in one process soon, those that show there in corners only, those that "
-    "need a pool of gloo workers, or all.",
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the random traces.")
-@click.option(
-    "--sweep",
-    is_flag=True,
-    help="Ten seeds instead of one: how often each mutant is killed, and the worst seed.",
-)
-@_json
-@_append
-def zoo(
-    tier: str, seed: int, sweep: bool, json_path: Path | None, stream_path: Path | None
-) -> None:
-    """Measure the suite: engines that are wrong on purpose, each of which it must catch.
-
-    Each mutant has one defect that an engine really had, or one of our own making. It counts as
-    killed when the run fails and names an invariant of the mutant's row. Unmutated engines run
-    beside them and must stay green.
-    """
-    from helix_conformance.zoo import run as zoo_run
-
-    sys.exit(zoo_run.sweep(tier) if sweep else zoo_run.zoo(json_path, tier, seed, stream_path))
-
-
-@main.command()
-@click.option(
     "--theorem",
     "only",
     multiple=True,
@@ -435,41 +428,6 @@ def prove(
         sys.exit(proofs.prove(json_path, stream_path=stream_path, only=only, jobs=jobs))
     except proofs.ProveError as error:
         raise BadInput(f"The proofs cannot run: {error}.") from error
-
-
-@main.command()
-@click.option("--model", default="llama-405b", show_default=True, metavar="NAME|FILE.json",
-              help="llama-405b, deepseek-r1, or a file with the fields of ModelCard.")  # fmt: skip
-@click.option("--hardware", default="gb200", show_default=True, metavar="NAME|FILE.json",
-              help="h200, gb200, or a file with the fields of Hardware.")  # fmt: skip
-@click.option("--ranks", default=32, show_default=True, type=click.IntRange(1, 1024),
-              help="GPUs in all; every legal tp x cp split of them is shown.")  # fmt: skip
-@click.option("--context", default=1_000_000, show_default=True, type=click.IntRange(1, 2**40),
-              help="Tokens of each request, decoded ones included.")  # fmt: skip
-@click.option("--decoded", default=0, show_default=True, type=click.IntRange(0),
-              help="How many of them were decoded: the owner rule places these.")  # fmt: skip
-@click.option("--batch", default=8, show_default=True, type=click.IntRange(1, 10**6),
-              help="Requests decoded together.")  # fmt: skip
-@click.option("--layout", "name", default="pr9757", show_default=True,
-              type=click.Choice(LAYOUT_NAMES))  # fmt: skip
-@click.option("--tokens-per-block", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--weight-bytes", default=1.0, show_default=True, help="Bytes of one weight.")
-@click.option("--kv-bytes", default=1.0, show_default=True, help="Bytes of one cached number.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
-              help="Write the plans as one JSON object.")  # fmt: skip
-def plan(**options: Any) -> None:
-    """Bytes, pages and step time of a sharded cache, on paper.
-
-    For every tp x cp split of the ranks: what the fullest rank stores and reads, the time of one
-    decode step term by term, and the largest batch and context before memory runs out. The times
-    are the roofline of appendix A of the Helix paper; measured constants can be given as a file.
-    """
-    from helix_conformance import planning
-
-    try:
-        planning.show(Console(), options)
-    except planning.PlanError as error:
-        raise BadInput(str(error)) from error
 
 
 @main.command()

@@ -166,6 +166,27 @@ def test_bad_usage(words, sentence, gpu_pool, monkeypatch):
     assert sentence in result.output.replace("\n", " ")
 
 
+def test_commands_of_installed_packages(tmp_path, monkeypatch):
+    """A package adds a command by an entry point, hides none, and breaks none but its own."""
+    about = tmp_path / "theirs-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[helix_conformance.commands]\ngreet = theirs_commands:greet\n"
+        "run = theirs_commands:greet\nbroken = theirs_commands:missing\n"
+    )
+    (tmp_path / "theirs_commands.py").write_text(
+        "import click\n@click.command()\ndef greet():\n    print('hello')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    greeted, own, broken = call("greet"), call("run", "--help"), call("broken")
+    assert (greeted.exit_code, greeted.output) == (0, "hello\n")
+    assert "Play random traces" in own.output
+    assert broken.exit_code == 2
+    assert "'broken' (theirs_commands:missing) cannot be loaded" in broken.output
+    assert call("no-such-command").exit_code == 2
+
+
 class _Kept:
     """The session's pool, not closed by the command."""
 

@@ -18,6 +18,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(ROOT.glob("*/README.md")),
     ROOT / "conformance/IMPLEMENTING.md",
+    *sorted(ROOT.glob("conformance/adapters/*/FINDINGS.md")),
 ]
 
 

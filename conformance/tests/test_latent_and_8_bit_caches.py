@@ -11,10 +11,10 @@ import torch
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.session import check_trace
-from helix_conformance.zoo.parts import rebound
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rotate
 from helix_gpu.cache import HelixCache
+from helix_mutants.parts import rebound
 from helix_spec.config import Config, LatentShape, ModelShape
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Resume
 from helix_spec.trace import Trace

@@ -1,6 +1,7 @@
-"""Engines by name: built in, of installed packages, of a module; and those that are none."""
+"""Engines by name: of entry points, of a factory, of a module; and those that are none."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,24 +17,23 @@ class _Point(SimpleNamespace):
         return self.target
 
 
-class _Points(list):
-    names = property(lambda self: {point.name for point in self})
-
-
 @pytest.fixture
 def installed(monkeypatch):
-    """Pretend that packages with these engines are installed: pairs of name and class."""
+    """Pretend that packages with these engines, pairs of name and class, are all that is installed.
 
-    def install(*engines):
-        points = [_Point(name=n, value=f"package{i}:{n}", target=e) for i, (n, e) in engines]
+    `of` is the group of their entry points.
+    """
 
-        def entry_points(*, group, name=None):
-            assert "helix_conformance.engines" == group
-            return _Points(point for point in points if name in (None, point.name))
+    def install(*engines, of="helix_conformance.engines"):
+        points = [
+            _Point(name=name, value=f"package{number}:{name}", target=target)
+            for number, (name, target) in enumerate(engines)
+        ]
+        monkeypatch.setattr(
+            protocol, "entry_points", lambda *, group: points if group == of else []
+        )
 
-        monkeypatch.setattr(protocol, "entry_points", entry_points)
-
-    return lambda *engines: install(*enumerate(engines))
+    return install
 
 
 def engine(**changes):
@@ -44,12 +44,38 @@ def engine(**changes):
 
 
 def test_engine_of_an_installed_package(installed):
-    """An entry point's name stands for its engine, and never hides one that is built in."""
+    """An entry point's name stands for its engine, and never hides one of this project."""
     theirs = engine()
-    installed(("theirs", theirs), ("reference", engine()))
-    assert theirs is load_engine("theirs")
-    assert ReferenceEngine is load_engine("reference")
-    assert "theirs" == engine_names()[-1]
+    installed(("theirs", theirs), ("gpu", engine()))
+    assert load_engine("theirs") is theirs
+    assert load_engine("reference") is ReferenceEngine
+    assert {"theirs", "reference"} <= set(engine_names())
+    with pytest.raises(EngineSpecError, match="'gpu' names several engines"):
+        load_engine("gpu")
+
+
+def test_engines_of_a_checkout_that_is_not_installed(installed, monkeypatch):
+    """A checkout names its own engines by its pyproject.toml; without one nothing does."""
+    installed()
+    assert load_engine("reference") is ReferenceEngine
+    monkeypatch.setattr(protocol, "PROJECT", Path("no such file"))
+    assert engine_names() == []
+    with pytest.raises(EngineSpecError, match="'reference' names no engine"):
+        load_engine("reference")
+    assert load_engine("helix_reference.engine:ReferenceEngine") is ReferenceEngine
+
+
+def test_engine_that_a_factory_makes(installed):
+    """NAME:ARGUMENT is what a factory makes of the argument, in which there may be colons."""
+    made = {"a:b": engine()}
+    installed(("theirs", made.__getitem__), of="helix_conformance.engine_factories")
+    assert load_engine("theirs:a:b") is made["a:b"]
+    assert "theirs:ARGUMENT" in engine_names()
+    with pytest.raises(EngineSpecError, match="'theirs:c' cannot be loaded: KeyError: 'c'"):
+        load_engine("theirs:c")
+    for spec in ("theirs", "theirs:"):
+        with pytest.raises(EngineSpecError, match=f"'{spec}' names no engine"):
+            load_engine(spec)
 
 
 def test_engine_of_a_package_on_the_path(tmp_path, monkeypatch):

@@ -32,19 +32,20 @@ from helix_conformance.report.stream import (
     KnownDifference,
     Line,
     MutantKill,
+    MutationRun,
     Proofs,
     Record,
     Row,
     Settings,
     StreamError,
     Summary,
-    ZooVisit,
     encode_line,
     published_schema,
     read_stream,
     stream_schema,
 )
 from helix_conformance.report.text import restrictions
+from helix_mutants import run as mutants
 from helix_spec import trace as traces
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES
@@ -125,7 +126,7 @@ PROOFS = Proofs(
         1.0,
     ),
 )
-ZOO = ZooVisit(
+MUTATION_RUN = MutationRun(
     suite_version="0.1.0",
     tier="all",
     seed=0,
@@ -176,7 +177,7 @@ def cases(record: Record) -> dict[str, str]:
 
 def test_whole_green_run_is_green_in_every_view():
     """A whole run passes, its certificate says what was checked and what was not."""
-    record = Record([*WHOLE, PROOFS, ZOO])
+    record = Record([*WHOLE, PROOFS, MUTATION_RUN])
     assert ("pass", [], []) == (views.verdict(record), record.problems, record.shortcomings)
     certificate = views.certificate(record)
     assert list(LAYOUTS) == [layout.layout for layout in certificate.layouts]
@@ -197,7 +198,7 @@ def test_whole_green_run_is_green_in_every_view():
 
 
 def test_what_was_not_run_is_said_to_be_so():
-    """Without proofs and zoo the certificate holds null, and the page says that they lack."""
+    """Without proofs and mutants the certificate holds null, and the page says that they lack."""
     record = Record(WHOLE)
     assert (None, None) == (views.certificate(record).proofs, views.certificate(record).zoo)
     assert 2 == run_page(record).count("for this report")
@@ -235,7 +236,12 @@ PARTS: dict[str, tuple[list[Line], str, str]] = {
         "some theorems alone",
     ),
     "a mutant that survived": (
-        [*WHOLE, changed(ZOO, score="0/1", mutants=[changed(ZOO.mutants[0], killed=False)])],
+        [
+            *WHOLE,
+            changed(
+                MUTATION_RUN, score="0/1", mutants=[changed(MUTATION_RUN.mutants[0], killed=False)]
+            ),
+        ],
         "fail",
         "The zoo's score is 0/1",
     ),
@@ -350,13 +356,13 @@ def test_the_published_schema_is_the_generated_one():
 
 
 def test_every_line_is_as_the_schema_says(tmp_path, monkeypatch):
-    """A stranger's validator takes what a red run, proofs and the zoo write."""
+    """A stranger's validator takes what a red run, proofs and a mutation run write."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     words = "run --engine broken_engines:Liar --layout pr9757 --json run.jsonl"
     assert 1 == CliRunner().invoke(main, words.split()).exit_code
     with Path("run.jsonl").open("ab") as file:
-        file.write(b"".join(encode_line(line) for line in (PROOFS, ZOO)))
+        file.write(b"".join(encode_line(line) for line in (PROOFS, MUTATION_RUN)))
     schema = published_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     lines = [json.loads(line) for line in Path("run.jsonl").read_text().splitlines()]
@@ -371,7 +377,7 @@ def test_the_report_command_writes_every_view(tmp_path, monkeypatch):
     """Files are written, the table is printed, and the certificate of a red run is refused."""
     monkeypatch.chdir(tmp_path)
     green, failing = written(tmp_path / "a.jsonl", WHOLE), written(tmp_path / "b.jsonl", red())
-    proofs = written(tmp_path / "p.jsonl", [PROOFS, ZOO])
+    proofs = written(tmp_path / "p.jsonl", [PROOFS, MUTATION_RUN])
     words = ["--html", "r.html", "--junit", "r.xml", "--badge", "b.json", "--certificate", "c.json"]
     result = CliRunner().invoke(main, ["report", str(green), str(proofs), *words])
     assert 0 == result.exit_code, result.output
@@ -436,7 +442,7 @@ def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
 @given(st.lists(st.tuples(st.floats(0, 0.999), st.sampled_from(['"', "1", "-", "{", "null,", ""]))))
 def test_a_spoiled_stream_is_refused_or_shown(spoils):
     """A stream with bytes changed is refused in a sentence, or every view of it can be made."""
-    text = b"".join(encode_line(line) for line in [*red(), PROOFS, ZOO]).decode()
+    text = b"".join(encode_line(line) for line in [*red(), PROOFS, MUTATION_RUN]).decode()
     for where, what in spoils:
         at = int(where * len(text))
         text = text[:at] + what + text[at + 1 :]
@@ -465,13 +471,10 @@ def test_options_that_make_a_run_a_part():
     assert [] == restrictions(nothing | {"examples": 40, "layouts": LAYOUTS}, **whole)
 
 
-def test_proofs_and_zoo_go_behind_a_run(tmp_path, monkeypatch):
+def test_proofs_and_a_mutation_run_go_behind_a_run(tmp_path, monkeypatch):
     """`--stream` of both commands appends one line that the reader takes."""
-    from helix_conformance.zoo import run as zoo_run
-
     path = written(tmp_path / "a.jsonl", WHOLE)
-    seen = zoo_run.Zoo([MutantKill("twice", "PR 1", True, ["OWN-1"], 2, 3, 0.1)], {"ledger": []})
-    monkeypatch.setattr(zoo_run, "visit", lambda *_: seen)
+    monkeypatch.setattr(mutants, "mutation_run", lambda *_: MUTATION_RUN)
     monkeypatch.setattr(prove, "_catalog", lambda _: prove.Catalog(["lemma"], ["lemma"], []))
     monkeypatch.setattr(prove, "_confirm", lambda *_: LEMMA)
     for command in ("prove", "zoo"):

@@ -22,8 +22,8 @@ from helix_conformance.session import (
     profiles_to_check,
     random_traces,
 )
-from helix_conformance.zoo.on_ledger import OwnerRulesMixed
-from helix_conformance.zoo.parts import Stored
+from helix_mutants.on_ledger import OwnerRulesMixed
+from helix_mutants.parts import Stored
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
 from helix_spec.engine import Outcome

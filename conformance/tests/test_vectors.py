@@ -25,8 +25,8 @@ from helix_conformance.expect.vectors import (
     vector_schema,
 )
 from helix_conformance.session import Tally, check_vector
-from helix_conformance.zoo import run as _zoo  # registers the mutants
-from helix_conformance.zoo.parts import MUTANTS
+from helix_mutants import run as _run  # registers the mutants
+from helix_mutants.parts import MUTANTS
 from helix_reference.engine import ReferenceEngine
 from helix_spec import invariants, placement
 from helix_spec.config import decode_layout, encode_layout
@@ -36,8 +36,8 @@ from helix_spec.invariants import NUMBERS
 BLIND = {"EQ-1"}
 """A theorem, of no engine."""
 NO_MUTANT = {"BAL-1", "BAL-3", "PAGE-5", "ATT-2"}
-"""Invariants in no row of the zoo: engines of this file break them."""
-assert _zoo
+"""Invariants that are expected of no mutant: engines of this file break them."""
+assert _run
 
 
 @cache
@@ -191,7 +191,7 @@ def test_worked_examples_are_in_the_set():
 
 
 @pytest.mark.parametrize("tier", ["bookkeeping", "contents", "threads"])
-def test_vectors_alone_catch_the_zoo(tier):
+def test_vectors_alone_catch_the_mutants(tier):
     """Each wrong engine fails a vector that is there for an invariant of its row, which is named.
 
     The one mutant of the pool tier leaves out a collective, which takes processes to see; those of
@@ -204,10 +204,10 @@ def test_vectors_alone_catch_the_zoo(tier):
         engine = load_engine(mutant.engine)
         driver = ThreadDriver(engine) if tier == "threads" else LocalDriver(engine)
         for vector in shipped():
-            aimed = set(vector.invariants) & set(mutant.row)
+            aimed = set(vector.invariants) & set(mutant.expected)
             if aimed and driver.profiles.issuperset(vector.profiles):
                 failure = check_vector(driver, vector, Tally())
-                if failure is not None and failure.invariants & set(mutant.row):
+                if failure is not None and failure.invariants & set(mutant.expected):
                     caught.add(mutant.name)
                     break
         else:
@@ -263,9 +263,9 @@ class _Fickle(ReferenceEngine):
 
 
 def test_every_invariant_has_a_vector_that_a_wrong_engine_fails():
-    """Those of the zoo's rows by its mutants (above), the others by engines of this file."""
-    of_the_zoo = {number for mutant in MUTANTS if not mutant.corner for number in mutant.row}
-    assert set(NUMBERS) - of_the_zoo == NO_MUTANT | BLIND
+    """Those expected of mutants by the mutants (above), the others by engines of this file."""
+    of_mutants = {number for mutant in MUTANTS if not mutant.corner for number in mutant.expected}
+    assert set(NUMBERS) - of_mutants == NO_MUTANT | BLIND
     for number in set(NUMBERS) - BLIND:
         assert any(number in vector.invariants for vector in shipped()), number
     for engine, numbers in (

@@ -56,7 +56,7 @@ def our_step(requests: int, context: int) -> Step:
 
 def vllm_step(requests: int, context: int) -> Step:
     """The same by vLLM's own manager and table, but for the slots: its GPU computes them."""
-    from helix_conformance.engines import vllm
+    from helix_vllm import engines as vllm
 
     vllm.MAX_REQUESTS = requests
     config = config_of(requests, context)

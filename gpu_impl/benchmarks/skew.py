@@ -207,7 +207,7 @@ def measure() -> dict[str, dict[str, Tensor]]:
 def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     """What `helix-conformance plan` says, given this machine's own constants."""
     # Only needed here: `ranks.py` takes the rest to machines without what the suite needs.
-    from helix_conformance.planning import Hardware, Load, ModelCard, plan
+    from helix_planner.plans import Hardware, Load, ModelCard, plan
 
     numbers = 2 * MODEL.kv_heads * MODEL.head_dim
     card = ModelCard(MODEL.layers, 0, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim, 0, 0)

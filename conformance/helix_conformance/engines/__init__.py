@@ -1,9 +1,20 @@
-"""How an engine is named on the command line, and how its class is found."""
+"""How an engine is named on the command line, and how its class is found.
+
+An engine is named by one of
+
+- `NAME`: an entry point of the group `helix_conformance.engines`, whose object is an engine class;
+- `NAME:ARGUMENT`: an entry point of the group `helix_conformance.engine_factories`, whose object
+  makes an engine class of the argument, a text such as a path;
+- `module:Class`, where no factory has the name before the colon;
+- `stdio:COMMAND`, which the stdio driver runs.
+"""
 
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+import tomllib
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Final
 
 from helix_spec.engine import Engine, declaration_problem
@@ -13,34 +24,40 @@ class EngineSpecError(ValueError):
     """A text that names no engine; the message says what would."""
 
 
-BUILT_IN: Final = {
-    "reference": "helix_reference.engine:ReferenceEngine",
-    "gpu": "helix_conformance.engines.gpu:GpuEngine",
-    "gpu-all-gather": "helix_conformance.engines.gpu:AllGatherEngine",
-    "gpu-reduce-scatter": "helix_conformance.engines.gpu:ReduceScatterEngine",
-    "gpu-push": "helix_conformance.engines.gpu:PushEngine",
-    "gpu-hop-b": "helix_conformance.engines.gpu:HopBEngine",
-    "gpu-ledger": "helix_conformance.engines.gpu:LedgerEngine",
-    "vllm-v1": "helix_conformance.engines.vllm:VllmV1",
-    "vllm-v2": "helix_conformance.engines.vllm:VllmV2",
-    "vllm-ag-rs": "helix_conformance.engines.vllm:VllmAgRs",
-    "vllm-a2a": "helix_conformance.engines.vllm:VllmA2a",
-}
-
-
-ENTRY_POINTS: Final = "helix_conformance.engines"
-"""Group of entry points by which an installed package names its engine for `--engine NAME`."""
-CHECKOUT: Final = "trtllm:"
-"""What an engine that is a checkout of TensorRT-LLM begins with; its place follows."""
+ENGINES: Final = "helix_conformance.engines"
+"""Group of entry points by which a package names its engine for `--engine NAME`."""
+FACTORIES: Final = "helix_conformance.engine_factories"
+"""Group of entry points by which a package makes engines for `--engine NAME:ARGUMENT`."""
 COMMAND: Final = "stdio:"
 """What an engine that is a command begins with; PROTOCOL.md says what it has to speak."""
+PROJECT: Final = Path(__file__).parents[3] / "pyproject.toml"
+"""Where a checkout declares its entry points; an installed package has no such file."""
 
 
 def load_engine(spec: str) -> type[Engine]:
-    """The engine class that a name, `module:Class` or `trtllm:PATH` stands for.
+    """Return the engine class that `NAME`, `NAME:ARGUMENT` or `module:Class` stands for.
 
-    A name is one of `BUILT_IN`, or an entry point of the group `helix_conformance.engines`.
-    Raises EngineSpecError when there is none, or when it does not look like an engine.
+    Parameters
+    ----------
+    spec : str
+        An engine's name, as for `--engine`.
+
+    Returns
+    -------
+    type[Engine]
+        The class; what it declares has been looked at, and nothing of it has run.
+
+    Raises
+    ------
+    EngineSpecError
+        When there is none, when it cannot be loaded, or when it does not look like an engine.
+
+    Examples
+    --------
+    >>> load_engine("reference").__name__
+    'ReferenceEngine'
+    >>> load_engine("helix_reference.engine:ReferenceEngine").__name__
+    'ReferenceEngine'
     """
     if spec.startswith(COMMAND):
         raise EngineSpecError(f"{spec!r} is a command; it runs under the stdio driver.")
@@ -63,21 +80,26 @@ def load_engine(spec: str) -> type[Engine]:
     return engine
 
 
-def _found(spec: str) -> Any:
-    """What a name, `module:Class` or `trtllm:PATH` leads to."""
-    if spec.startswith(CHECKOUT):
-        from helix_conformance.engines.trtllm import engine_of
+def engine_names() -> list[str]:
+    """Return the names that stand for an engine, in the order of the alphabet."""
+    factories = (f"{point.name}:ARGUMENT" for point in _points(FACTORIES))
+    return sorted({*(point.name for point in _points(ENGINES)), *factories})
 
-        return engine_of(spec.removeprefix(CHECKOUT))
-    module_name, _, class_name = BUILT_IN.get(spec, spec).partition(":")
-    if class_name:
-        return getattr(importlib.import_module(module_name), class_name)
-    installed = {point.value: point for point in entry_points(group=ENTRY_POINTS, name=spec)}
-    if len(installed) > 1:
-        raise EngineSpecError(
-            f"{spec!r} names several engines, {' and '.join(sorted(installed))}; give one of them."
-        )
-    for point in installed.values():
+
+def engine_settings(engine: type[Engine]) -> dict[str, str]:
+    """Return what an engine says of how it is set up, in its optional attribute `settings`."""
+    return {str(name): str(value) for name, value in getattr(engine, "settings", {}).items()}
+
+
+def _found(spec: str) -> Any:
+    name, _, argument = spec.partition(":")
+    if argument:
+        factory = _point(FACTORIES, name)
+        if factory is not None:
+            return factory.load()(argument)
+        return getattr(importlib.import_module(name), argument)
+    point = _point(ENGINES, spec)
+    if point is not None:
         return point.load()
     raise EngineSpecError(
         f"{spec!r} names no engine; give {', '.join(engine_names())}, module:Class or "
@@ -85,11 +107,22 @@ def _found(spec: str) -> Any:
     )
 
 
-def engine_names() -> list[str]:
-    """The names that stand for an engine: built in, and of installed packages."""
-    return [*BUILT_IN, *sorted(entry_points(group=ENTRY_POINTS).names - BUILT_IN.keys())]
+def _point(group: str, name: str) -> EntryPoint | None:
+    """Return the one entry point of this name, if there is one."""
+    found = {point.value: point for point in _points(group) if point.name == name}
+    if len(found) > 1:
+        raise EngineSpecError(
+            f"{name!r} names several engines, {' and '.join(sorted(found))}; give one of them."
+        )
+    return next(iter(found.values()), None)
 
 
-def engine_settings(engine: type[Engine]) -> dict[str, str]:
-    """What an engine says about how it is set up, in its optional attribute `settings`."""
-    return {str(name): str(value) for name, value in getattr(engine, "settings", {}).items()}
+def _points(group: str) -> list[EntryPoint]:
+    """Return the entry points of a group: of this checkout, if it is one, and of what is installed.
+
+    A checkout on PYTHONPATH has no metadata of its own; what it declares stands for them.
+    """
+    project = tomllib.loads(PROJECT.read_text())["project"] if PROJECT.exists() else {}
+    declared = project.get("entry-points", {}).get(group, {})
+    ours = [EntryPoint(name, value, group) for name, value in declared.items()]
+    return [*ours, *entry_points(group=group)]

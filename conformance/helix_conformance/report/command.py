@@ -56,8 +56,8 @@ def report(
 ) -> None:
     """Show what a run's JSON stream holds: as a table here, and in the files asked for.
 
-    Several files are read one after another: runs, proofs (`prove --stream`) and a visit to the
-    zoo (`zoo --stream`) make one report. The exit status is 0 when all was written, 1 when a
+    Several files are read one after another: runs, proofs (`prove --stream`) and a mutation run
+    (`zoo --stream`) make one report. The exit status is 0 when all was written, 1 when a
     certificate was refused, 2 when a file is no stream or cannot be written.
     """
     from helix_conformance.report import views

@@ -1,7 +1,7 @@
 """The JSON stream of a run: its lines as types, their published schema, and reading them back.
 
 A run writes settings, then rows, failures and coverage as they are known, and a summary at last;
-proofs and a visit to the zoo are one line each. A file may hold several runs, one after another.
+proofs and a mutation run are one line each. A file may hold several runs, one after another.
 The form is published as `stream.schema.json` beside this file, generated from the types by
 `python -m helix_conformance.report.stream`.
 """
@@ -152,7 +152,7 @@ class MutantKill(msgspec.Struct, frozen=True):
     name: str
     source: str
     killed: bool
-    """Whether the run failed and named an invariant of the mutant's row."""
+    """Whether the run failed and named an invariant that is expected of this mutant."""
     by: list[str]
     """The invariants that the run named."""
     events: int
@@ -165,7 +165,7 @@ class MutantKill(msgspec.Struct, frozen=True):
     """Failures until then; those before the last one named other invariants."""
 
 
-class ZooVisit(_Line, frozen=True, kw_only=True, tag="zoo"):
+class MutationRun(_Line, frozen=True, kw_only=True, tag="zoo"):
     """What `zoo` found: the wrong engines, and what unmutated ones were wrongly named for."""
 
     suite_version: str
@@ -181,7 +181,7 @@ class ZooVisit(_Line, frozen=True, kw_only=True, tag="zoo"):
         return all(kill.killed for kill in self.mutants) and not any(self.controls.values())
 
 
-Line: TypeAlias = Settings | Row | FailureLine | CoverageLine | Summary | Proofs | ZooVisit
+Line: TypeAlias = Settings | Row | FailureLine | CoverageLine | Summary | Proofs | MutationRun
 
 
 class Run:
@@ -232,12 +232,12 @@ class Run:
 
 
 class Record:
-    """Everything that a file, or several, told: the runs, and the last proofs and zoo."""
+    """Everything that a file, or several, told: the runs, and the last proofs and mutation run."""
 
     def __init__(self, lines: Iterable[Line]) -> None:
         self.runs: list[Run] = []
         self.proofs: Proofs | None = None
-        self.zoo: ZooVisit | None = None
+        self.zoo: MutationRun | None = None
         for line in lines:
             self._take(line)
 
@@ -246,7 +246,7 @@ class Record:
             self.runs.append(Run(line))
         elif isinstance(line, Proofs):
             self.proofs = line
-        elif isinstance(line, ZooVisit):
+        elif isinstance(line, MutationRun):
             self.zoo = line
         elif not self.runs or self.runs[-1].summary is not None:
             raise StreamError(

@@ -14,11 +14,11 @@ from helix_conformance.report.stream import (
     CoverageLine,
     FailureLine,
     KnownDifference,
+    MutationRun,
     Proofs,
     Record,
     Row,
     Run,
-    ZooVisit,
 )
 from helix_conformance.report.text import failure_text
 from helix_spec.engine import PROFILES
@@ -198,7 +198,7 @@ class ProofsChecked(msgspec.Struct, frozen=True, kw_only=True):
     theorems: list[str]
 
 
-class ZooScore(msgspec.Struct, frozen=True, kw_only=True):
+class MutationScore(msgspec.Struct, frozen=True, kw_only=True):
     """How the suite did against engines that are wrong on purpose."""
 
     suite_version: str
@@ -222,7 +222,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     profiles_not_checked: list[str]
     known_differences: list[KnownDifference]
     proofs: ProofsChecked | None
-    zoo: ZooScore | None
+    zoo: MutationScore | None
     coverage: list[CoverageLine]
     situations_missed: list[str]
 
@@ -282,8 +282,8 @@ def _proofs(proofs: Proofs) -> ProofsChecked:
     )
 
 
-def _zoo(zoo: ZooVisit) -> ZooScore:
-    return ZooScore(suite_version=zoo.suite_version, tier=zoo.tier, score=zoo.score)
+def _zoo(zoo: MutationRun) -> MutationScore:
+    return MutationScore(suite_version=zoo.suite_version, tier=zoo.tier, score=zoo.score)
 
 
 # Badge

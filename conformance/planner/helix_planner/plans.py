@@ -9,25 +9,15 @@ so a layout's skew shows. All sizes are bytes, all times seconds, all rates byte
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
-from helix_spec.layouts import Layout, named_layout
+from helix_spec.layouts import Layout
 from helix_spec.placement import ceil_div, local_len, pages_needed
 
-COLUMNS: Final = (
-    "tp x cp", "weights GB", "KV GB", "pages", "weights ms", "KV ms", "exchange ms", "merge ms",
-    "reduce ms", "step ms", "largest batch", "largest context", "",
-)  # fmt: skip
-"""What is shown of each split: sizes and times of its fullest rank."""
-WIDTH: Final = 150
-"""Characters that all columns take; a narrower terminal wraps lines rather than numbers."""
 LSE_BYTES: Final = 4
 """A log-sum-exp travels as float32."""
 
@@ -342,66 +332,3 @@ def _largest(fits: Callable[[int], bool]) -> int:
 
 def _listed(numbers: list[int]) -> str:
     return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
-
-
-def show(console: Console, options: dict[str, Any]) -> None:
-    """Print the plans that the command line asks for. Raises PlanError."""
-    model = read_card(ModelCard, options["model"], MODELS)
-    hardware = read_card(Hardware, options["hardware"], HARDWARE)
-    if options["decoded"] >= options["context"]:
-        raise PlanError(
-            f"{options['decoded']} tokens decoded of a context of {options['context']}; a request "
-            "has at least one token of prompt."
-        )
-    load = Load(
-        batch=options["batch"],
-        prompt_len=options["context"] - options["decoded"],
-        decoded=options["decoded"],
-        weight_bytes=options["weight_bytes"],
-        kv_bytes=options["kv_bytes"],
-    )
-    t = options["tokens_per_block"]
-    plans = [
-        plan(
-            model, hardware, named_layout(options["name"], cp_size=cp, tokens_per_block=t), load, tp
-        )
-        for tp, cp in splits(model, options["ranks"])
-    ]
-    wide = Console(file=console.file, width=max(console.width, WIDTH))
-    wide.print(_table(plans, options))
-    if options["json_path"] is not None:
-        shown = {name: value for name, value in options.items() if name != "json_path"}
-        chosen = best(plans)
-        document = {"settings": shown, "plans": plans, "best": chosen and [chosen.tp, chosen.cp]}
-        options["json_path"].write_bytes(msgspec.json.encode(document))
-
-
-def _table(plans: list[Split], options: dict[str, Any]) -> Table:
-    title = (
-        f"{options['model']} on {options['ranks']} ranks ({options['hardware']}), "
-        f"{options['batch']} requests of {options['context']:,} tokens, {options['decoded']:,} of "
-        f"them decoded, {options['name']}; * is the fastest that fits"
-    )
-    table = Table(title=title, title_justify="left", box=SIMPLE)
-    for heading in COLUMNS:
-        table.add_column(heading, justify="right")
-    for row in _rows(plans):
-        table.add_row(*row)
-    return table
-
-
-def _rows(plans: list[Split]) -> Iterator[tuple[str, ...]]:
-    """The plans as columns of text, the best marked."""
-    chosen = best(plans)
-    for one in plans:
-        terms = [one.weights, one.kv, one.exchange, one.merge, one.reduce + one.overhead, one.step]
-        yield (
-            f"{one.tp} x {one.cp}" + (" *" if one is chosen else ""),
-            f"{one.weight_bytes / 1e9:,.1f}",
-            f"{one.kv_bytes / 1e9:,.1f}",
-            f"{one.pages:,}",
-            *(f"{term * 1e3:,.3f}" for term in terms),
-            f"{one.largest_batch:,}",
-            f"{one.largest_context:,}",
-            "" if one.fits else "does not fit",
-        )

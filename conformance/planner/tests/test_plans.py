@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.planning import (
+from helix_planner.plans import (
     HARDWARE,
     MODELS,
     Hardware,

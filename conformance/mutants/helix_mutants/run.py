@@ -25,14 +25,14 @@ from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
 from helix_conformance.generate.strategies import configs, traces
 from helix_conformance.judge.failure import Failure
-from helix_conformance.report.stream import MutantKill, ZooVisit, append_line
+from helix_conformance.report.stream import MutantKill, MutationRun, append_line
 from helix_conformance.session import Needed, Tally, profiles_to_check, random_traces
-from helix_conformance.zoo.parts import MUTANTS, Mutant, Stored
+from helix_mutants.parts import MUTANTS, Mutant, Stored
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE
 
 for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges"):
-    importlib.import_module(f"helix_conformance.zoo.{_module}")
+    importlib.import_module(f"helix_mutants.{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
 TIERS: Final = {
@@ -41,7 +41,7 @@ TIERS: Final = {
     "pool": ("pool",),
     "all": (*ONE_PROCESS, "pool"),
 }
-"""What `zoo` may be asked for, and the tiers of mutants that this takes in.
+"""What a mutation run may be asked for, and the tiers of mutants that this takes in.
 
 Mutants that show in corners only are in `corners` and `all`.
 """
@@ -76,14 +76,15 @@ CONTROLS: Final = (
     ("gpu", "threads"),
     ("gpu", "pool"),
 )
-"""Unmutated engines, with the tier on which they must stay green."""
+"""Unmutated engines, with the tier on which they must pass."""
 
 
-def hunt(mutant: Mutant, *, seed: int) -> MutantKill:
-    """The suite against one mutant, until a failure names its row or its traces are used up.
+def play_mutant(mutant: Mutant, *, seed: int) -> MutantKill:
+    """Return how the suite fares against one mutant.
 
-    A failure that names something else has caught the mutant, and said less of what is wrong:
-    the hunt goes on with other traces.
+    It plays until a failure names an expected invariant or the mutant's traces are used up. A
+    failure that names something else has caught the mutant, and said less of what is wrong: the
+    run goes on with other traces.
     """
     left = _PLAYS[mutant.tier].mutant_traces * (_CORNER if mutant.corner else 1)
     failure: Failure | None = None
@@ -111,11 +112,11 @@ def hunt(mutant: Mutant, *, seed: int) -> MutantKill:
     )
 
 
-def control(engine: str, tier: str, *, seed: int) -> list[str]:
-    """The same for an unmutated engine: the invariants that a run wrongly names."""
+def play_control(engine: str, tier: str, *, seed: int) -> list[str]:
+    """Return the invariants that a run wrongly names for an unmutated engine."""
     deep = PROFILES if tier != "bookkeeping" else [p for p in PROFILES if p not in _DEEP]
     unmutated = Mutant(
-        name=engine, source="", engine=engine, row=(), tier=tier, profiles=tuple(deep),
+        name=engine, source="", engine=engine, expected=(), tier=tier, profiles=tuple(deep),
         tp_sizes=(1, 2),
     )  # fmt: skip
     with _driver(engine, tier, _CONTROL_DEADLINE_S) as driver:
@@ -148,7 +149,7 @@ def _played(
 
 
 def _is_named(mutant: Mutant, failure: Failure | None) -> bool:
-    return not set(mutant.row).isdisjoint(_named(failure))
+    return not set(mutant.expected).isdisjoint(_named(failure))
 
 
 def _named(failure: Failure | None) -> list[str]:
@@ -174,61 +175,53 @@ def _driver(engine: str, tier: str, deadline_s: float) -> Iterator[Driver]:
         driver.close()
 
 
-class Zoo(msgspec.Struct, frozen=True):
-    """A whole visit: the mutants, and what the controls were wrongly named for."""
-
-    mutants: list[MutantKill]
-    controls: dict[str, list[str]]
-
-    @property
-    def score(self) -> str:
-        """Mutants killed by name, of all."""
-        return f"{sum(kill.killed for kill in self.mutants)}/{len(self.mutants)}"
-
-    @property
-    def clean(self) -> bool:
-        """Whether every mutant was killed by name and no control was."""
-        return all(kill.killed for kill in self.mutants) and not any(self.controls.values())
-
-
 def mutants_of(tier: str) -> list[Mutant]:
-    """The mutants that `zoo` visits when it is asked for this tier."""
+    """Return the mutants that a run of this tier plays."""
     corners = {"corners": {True}, "all": {True, False}}.get(tier, {False})
     return [mutant for mutant in MUTANTS if mutant.tier in TIERS[tier] and mutant.corner in corners]
 
 
-def visit(
+def mutation_run(
     tier: str, seed: int, progress: Callable[[Iterator[MutantKill]], Iterable[MutantKill]] = iter
-) -> Zoo:
-    """Every mutant and control of a tier (`one-process`, `corners`, `pool` or `all`)."""
-    with _hunters() as pool:
+) -> MutationRun:
+    """Play every mutant and control of a tier (`one-process`, `corners`, `pool` or `all`)."""
+    with _workers() as pool:
         controls = {
-            f"{engine.rpartition(':')[2]} ({on})": pool.submit(control, engine, on, seed=seed)
+            f"{engine.rpartition(':')[2]} ({on})": pool.submit(play_control, engine, on, seed=seed)
             for engine, on in CONTROLS
             if on in TIERS[tier] and tier != "corners"
         }
-        kills = list(progress(_hunted(pool, mutants_of(tier), seed)))
-        return Zoo(kills, {name: verdict.result() for name, verdict in controls.items()})
+        kills = list(progress(_kills(pool, mutants_of(tier), seed)))
+        return MutationRun(
+            suite_version=__version__,
+            tier=tier,
+            seed=seed,
+            score=f"{sum(kill.killed for kill in kills)}/{len(kills)}",
+            mutants=kills,
+            controls={name: verdict.result() for name, verdict in controls.items()},
+        )
 
 
-def _hunters() -> Executor:
-    """As many processes as a small machine has cores; each hunts one mutant at a time."""
+def _workers() -> Executor:
+    """Return as many processes as a small machine has cores; each plays one mutant at a time."""
     return ProcessPoolExecutor(2, get_context("spawn"))
 
 
-def _hunted(pool: Executor, mutants: Sequence[Mutant], seed: int) -> Iterator[MutantKill]:
-    return pool.map(_hunt_by_name, [mutant.name for mutant in mutants], repeat(seed))
+def _kills(pool: Executor, mutants: Sequence[Mutant], seed: int) -> Iterator[MutantKill]:
+    return pool.map(_play_by_name, [mutant.name for mutant in mutants], repeat(seed))
 
 
-def _hunt_by_name(name: str, seed: int) -> MutantKill:
-    return hunt(next(mutant for mutant in MUTANTS if mutant.name == name), seed=seed)
+def _play_by_name(name: str, seed: int) -> MutantKill:
+    return play_mutant(next(mutant for mutant in MUTANTS if mutant.name == name), seed=seed)
 
 
-def zoo(json_path: Path | None, tier: str, seed: int, stream_path: Path | None = None) -> int:
-    """Visit, print a table, write JSON if a path is given; 0 when all is as it should be."""
+def score(json_path: Path | None, tier: str, seed: int, stream_path: Path | None = None) -> int:
+    """Play a tier, print a table, write what is asked for; return 0 when all is as expected."""
     console = Console()
     total = len(mutants_of(tier))
-    seen = visit(tier, seed, lambda kills: track(kills, "The zoo", total=total, console=console))
+    seen = mutation_run(
+        tier, seed, lambda kills: track(kills, "Mutants", total=total, console=console)
+    )
     console.print(_table(seen))
     examples, seconds = (
         median([getattr(kill, name) for kill in seen.mutants]) for name in ("examples", "seconds")
@@ -243,24 +236,16 @@ def zoo(json_path: Path | None, tier: str, seed: int, stream_path: Path | None =
         whole = {"mutants": seen.mutants, "controls": seen.controls, "score": seen.score}
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(whole)))
     if stream_path is not None:
-        line = ZooVisit(
-            suite_version=__version__,
-            tier=tier,
-            seed=seed,
-            score=seen.score,
-            mutants=seen.mutants,
-            controls=seen.controls,
-        )
-        append_line(stream_path, line)
+        append_line(stream_path, seen)
     return 0 if seen.clean else 1
 
 
-def _table(seen: Zoo) -> Table:
+def _table(seen: MutationRun) -> Table:
     table = Table("mutant", "source", "killed by", "events", "examples", "seconds")
     for column in table.columns[3:]:
         column.justify = "right"
     for name, wrongly in seen.controls.items():
-        verdict = f"[red]{', '.join(wrongly)}[/]" if wrongly else "[green]green, as it should be[/]"
+        verdict = f"[red]{', '.join(wrongly)}[/]" if wrongly else "[green]passes, as it should[/]"
         table.add_row(name, "unmutated", verdict)
     table.add_section()
     for kill in seen.mutants:
@@ -277,12 +262,12 @@ def _table(seen: Zoo) -> Table:
 
 
 def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
-    """The mutants under each of these seeds: a table of the worst, and the worst seed."""
+    """Print the worst of each mutant under these seeds, and the worst seed; 0 when all die."""
     console = Console()
     mutants = mutants_of(tier)
-    with _hunters() as pool:
+    with _workers() as pool:
         kills = {
-            seed: list(_hunted(pool, mutants, seed))
+            seed: list(_kills(pool, mutants, seed))
             for seed in track(seeds, "Seeds", console=console)
         }
     table = Table(

@@ -13,12 +13,12 @@ import pytest
 
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines import EngineSpecError, load_engine
-from helix_conformance.engines.trtllm import FOLDER, SourceError, engine_of
 from helix_conformance.judge.xfail import Known
 from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
 from helix_spec.config import Config
 from helix_spec.events import Admit, Decode
 from helix_spec.trace import Trace
+from helix_trtllm.engines import FOLDER, SourceError, engine_of
 
 PROFILES = frozenset({"placement", "lengths"})
 OVERLAP = PROFILES | {"overlap"}
@@ -323,6 +323,6 @@ def test_no_checkout_is_refused(tmp_path):
 def test_the_real_rules_place_every_token():
     """The rules of a real checkout are recognised, and wrong in nothing but short prompts."""
     engine = engine_of(str(Path(os.environ["TRTLLM_SOURCE"])))
-    known = Known.read(Path(__file__).parents[1] / "known" / "trtllm.toml")
+    known = Known.read(Path(__file__).parents[1] / "xfail.toml")
     layout = engine.settings["layout"]
     assert None is failure_of(engine, layout, known, OVERLAP - known.left_out(layout))

@@ -1,4 +1,4 @@
-"""The suite against the zoo: every mutant that shows in one process is killed by name."""
+"""The suite against the mutants: every one that shows in one process is killed by name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from statistics import median
 import pytest
 
 from helix_conformance.engines import load_engine
-from helix_conformance.zoo.parts import MUTANTS, rebound
-from helix_conformance.zoo.run import TIERS, Zoo, visit
+from helix_conformance.report.stream import MutationRun
+from helix_mutants.parts import MUTANTS, rebound
+from helix_mutants.run import TIERS, mutation_run
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
 
@@ -16,41 +17,41 @@ SEED = 0
 
 
 @pytest.fixture(scope="module")
-def seen() -> Zoo:
-    """One visit, for all tests."""
-    return visit("one-process", SEED)
+def seen() -> MutationRun:
+    """One mutation run, for all tests."""
+    return mutation_run("one-process", SEED)
 
 
-def test_every_mutant_is_killed_by_name(seen: Zoo) -> None:
-    """The run fails and names an invariant of the mutant's row."""
+def test_every_mutant_is_killed_by_name(seen: MutationRun) -> None:
+    """The run fails and names an invariant that is expected of the mutant."""
     assert [] == [(kill.name, kill.by) for kill in seen.mutants if not kill.killed]
     assert f"{len(seen.mutants)}/{len(seen.mutants)}" == seen.score
 
 
-def test_unmutated_engines_stay_green(seen: Zoo) -> None:
+def test_unmutated_engines_stay_green(seen: MutationRun) -> None:
     """Under the same settings nothing is named for an engine that is right."""
     assert 4 == len(seen.controls)
     assert not any(seen.controls.values())
 
 
-def test_minimal_traces_have_at_most_six_events(seen: Zoo) -> None:
+def test_minimal_traces_have_at_most_six_events(seen: MutationRun) -> None:
     """At least nine mutants in ten are told in six events or fewer."""
     small = [kill for kill in seen.mutants if kill.events <= 6]
     assert 0.9 <= len(small) / len(seen.mutants)
 
 
-def test_the_median_mutant_needs_few_examples(seen: Zoo) -> None:
+def test_the_median_mutant_needs_few_examples(seen: MutationRun) -> None:
     """Half of the mutants fall within a hundred random traces."""
     assert 100 >= median(kill.examples for kill in seen.mutants)
 
 
 def test_every_mutant_is_on_record() -> None:
-    """Names differ, engines load, rows hold numbers of SPEC.md, and each says what is wrong."""
+    """Names differ, engines load, what is expected is of SPEC.md, and each says what is wrong."""
     assert len(MUTANTS) == len({mutant.name for mutant in MUTANTS})
     for mutant in MUTANTS:
         engine = load_engine(mutant.engine)
         assert f"Source: {mutant.source}." in engine.__doc__
-        assert mutant.row and set(mutant.row) <= set(NUMBERS)
+        assert mutant.expected and set(mutant.expected) <= set(NUMBERS)
         assert set(mutant.profiles) <= set(PROFILES)
         assert mutant.tier in TIERS["all"]
 

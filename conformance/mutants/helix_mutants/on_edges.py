@@ -13,15 +13,15 @@ import msgspec
 import torch
 from torch import Tensor
 
-from helix_conformance.zoo.on_cache import attending
-from helix_conformance.zoo.on_corners import corner
-from helix_conformance.zoo.parts import OverCache, OverLedger, rebound
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rope_table
 from helix_gpu.bookkeeping.ledger import Admission, Ledger, Rewind
 from helix_gpu.bookkeeping.refusals import Refused
 from helix_gpu.bookkeeping.sharing import Stem
 from helix_gpu.cache import HelixCache
+from helix_mutants.on_cache import attending
+from helix_mutants.on_corners import corner
+from helix_mutants.parts import OverCache, OverLedger, rebound
 from helix_spec.engine import Outcome
 from helix_spec.events import Decode, Event, Merge, Reason, Skip
 

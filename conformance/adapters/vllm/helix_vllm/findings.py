@@ -1,11 +1,12 @@
-"""Whether what `conformance/FINDINGS.md` says of vLLM still shows: `python -m` this module.
+"""Whether what FINDINGS.md says of vLLM still shows: `python -m helix_vllm.findings FOLDER`.
 
-Each stored trace must still fail, by the invariants that its finding names. One that no longer
-does ends with status 1: then the text is out of date.
+Each trace that is stored in FOLDER must still fail, by the invariants that its finding names. One
+that no longer does ends with status 1: then the text is out of date.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -22,8 +23,6 @@ from helix_conformance.engines import load_engine
 from helix_conformance.session import check_trace
 from helix_spec.trace import load_trace
 
-FOLDER = Path(__file__).parents[2] / "findings"
-
 
 class Finding(NamedTuple):
     """A stored trace, the engine on which it fails, and what it must still be named by."""
@@ -33,7 +32,7 @@ class Finding(NamedTuple):
     names: frozenset[str]
 
 
-HERE = "helix_conformance.engines.vllm"
+HERE = "helix_vllm.engines"
 FINDINGS = [
     Finding(f"{HERE}:VllmOldFlag", "vllm-old-interleave-flag", frozenset({"OWN-3", "LEN-1"})),
     Finding("vllm-v1", "vllm-rejected-tokens-keep-pages", frozenset({"PAGE-1", "PAGE-3"})),
@@ -49,25 +48,25 @@ FINDINGS = [
 ]
 
 
-def still_shown(findings: Sequence[Finding]) -> Iterator[tuple[Finding, set[str]]]:
-    """Each finding with the invariants that its trace fails by now; none when it passes."""
+def still_shown(folder: Path, findings: Sequence[Finding]) -> Iterator[tuple[Finding, set[str]]]:
+    """Yield each finding with the invariants that its trace fails by now; none when it passes."""
     for engine, mine in groupby(findings, key=lambda finding: finding.engine):
         needs_processes = load_engine(engine).needs_processes
         driver: Driver = PoolDriver(engine) if needs_processes else LocalDriver(load_engine(engine))
         try:
             for finding in mine:
-                trace = load_trace(FOLDER / f"{finding.trace}.json")
+                trace = load_trace(folder / f"{finding.trace}.json")
                 failure = check_trace(driver, trace, frozenset(driver.profiles))
                 yield finding, set() if failure is None else failure.invariants
         finally:
             driver.close()
 
 
-def main() -> int:
-    """Print a table of the findings; 0 when all of them still show."""
+def main(folder: Path) -> int:
+    """Print a table of the findings in this folder; return 0 when all of them still show."""
     table = Table("finding", "engine", "named by", "now", "still shows", box=None)
     all_show = True
-    for finding, names in still_shown(FINDINGS):
+    for finding, names in still_shown(folder, FINDINGS):
         shows = finding.names <= names
         all_show = all_show and shows
         table.add_row(
@@ -82,4 +81,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the traces are stored")
+    sys.exit(main(parser.parse_args().folder))

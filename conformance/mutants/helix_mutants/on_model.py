@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from helix_conformance.zoo.parts import LOCKSTEP, NAMED_LAZY, OverModel, Stored, mutant
+from helix_mutants.parts import LOCKSTEP, NAMED_LAZY, OverModel, Stored, mutant
 from helix_reference.dealing import deal_prompt
 from helix_reference.model import Model
 from helix_reference.state import Identity, Page, Request

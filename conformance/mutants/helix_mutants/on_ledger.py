@@ -9,7 +9,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_conformance.zoo.parts import (
+from helix_gpu.bookkeeping.allocator import PageAllocator
+from helix_gpu.bookkeeping.block_tables import BlockTables
+from helix_gpu.bookkeeping.dealing import FOREVER
+from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Step
+from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
+from helix_gpu.bookkeeping.refusals import Refused
+from helix_mutants.parts import (
     LOCKSTEP,
     STEP_RULE,
     TAKING_TURNS,
@@ -17,12 +23,6 @@ from helix_conformance.zoo.parts import (
     mutant,
     rebound,
 )
-from helix_gpu.bookkeeping.allocator import PageAllocator
-from helix_gpu.bookkeeping.block_tables import BlockTables
-from helix_gpu.bookkeeping.dealing import FOREVER
-from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Step
-from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
-from helix_gpu.bookkeeping.refusals import Refused
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import FEATURES, Decode, Event, Reason

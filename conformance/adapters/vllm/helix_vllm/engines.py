@@ -33,7 +33,6 @@ from vllm.platforms.cpu import CpuPlatform
 
 vllm.platforms._current_platform = CpuPlatform()
 
-from helix_conformance.engines import triton_on_cpu
 from helix_conformance.expect.arrays import partial_of
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome, RankView
@@ -50,6 +49,7 @@ from helix_spec.events import (
     Skip,
 )
 from helix_spec.layouts import layout_name
+from helix_vllm import triton_on_cpu
 
 triton_on_cpu.mend()
 

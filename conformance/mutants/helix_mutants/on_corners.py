@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helix_conformance.zoo.on_cache import attending
-from helix_conformance.zoo.parts import NAMED_LAZY, STEP_RULE, OverCache, OverLedger, mutant
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rope_table
 from helix_gpu.bookkeeping.allocator import PageAllocator
@@ -27,6 +25,8 @@ from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Rewind, Shared
 from helix_gpu.bookkeeping.rank_book import PageCopy, RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused
 from helix_gpu.cache import DecodeStep, HelixCache
+from helix_mutants.on_cache import attending
+from helix_mutants.parts import NAMED_LAZY, STEP_RULE, OverCache, OverLedger, mutant
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
 from helix_spec.events import Accept, Decode, Event, Preempt, Reason, Release, Resume

@@ -33,7 +33,7 @@ class Mutant:
     """Where an engine really had this defect; `own` where none is known."""
     engine: str
     """`module:Class`, as on the command line."""
-    row: tuple[str, ...]
+    expected: tuple[str, ...]
     """The invariants by one of which it should be named."""
     tier: str
     """The cheapest on which it can show: bookkeeping, contents, threads or pool."""
@@ -56,7 +56,7 @@ TAKING_TURNS = ("pr9757", "pr13180", "pr17866", "vllm_dcp", "balanced")
 
 def mutant(
     source: str,
-    *row: str,
+    *expected: str,
     features: Sequence[str] = (),
     depth: str | None = None,
     tier: str | None = None,
@@ -64,7 +64,7 @@ def mutant(
     tp_sizes: Sequence[int] = (1,),
     corner: bool = False,
 ) -> Callable[[type], type]:
-    """Registers an engine class as a mutant, under its own name in small letters.
+    """Register an engine class as a mutant, under its own name in small letters.
 
     `depth` is the deepest profile that is checked, by default all that its kind of engine has.
     """
@@ -80,7 +80,7 @@ def mutant(
                 name=words.removeprefix("_"),
                 source=source,
                 engine=f"{engine.__module__}:{engine.__name__}",
-                row=row,
+                expected=expected,
                 tier=tier or usual_tier,
                 profiles=(depth or usual_depth, *features),
                 layouts=tuple(layouts),
