@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_testing.exact import UNIT, exact_attention
+from gpu_testing.pages import scattered
 from helix_gpu.attention.kernels import step as kernels
 from helix_gpu.attention.kernels.append import append, append_latent
 from helix_gpu.attention.kernels.decode import decode
@@ -33,66 +34,8 @@ from helix_spec.config import Config, ModelShape
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF = torch.inf
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = list(UNIT)
-Doubles = NDArray[np.float64]
 Values = Callable[..., Tensor]
-
-
-def exact(
-    q: Tensor, k: Tensor, v: Tensor, product: torch.dtype, scale: float | None = None
-) -> tuple[Doubles, Doubles, Doubles]:
-    """Float64 attention of one query [heads, dim] over k, v [tokens, kv_heads, dim].
-
-    Output, natural log-sum-exp and, per head, the bound E of SPEC.md (ATT-4) for a float32 output
-    whose weights met the values in type `product`.
-    """
-    group = q.shape[0] // k.shape[1]
-    query = q.double().numpy()
-    keys, values = (x.double().numpy().repeat(group, 1) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    products = query * keys
-    scores = products.sum(-1) * scale
-    top = scores.max(0)
-    lse = top + np.log(np.exp(scores - top).sum(0))
-    p = np.exp(scores - lse)
-    o = (p[..., None] * values).sum(0)
-    norm, u32 = np.linalg.norm, UNIT[torch.float32]
-    spread = scale * q.shape[-1] ** 0.5 * norm(products, axis=-1)
-    drift = (q.shape[-1] / 3) ** 0.5
-    ds = u32 * (spread + (drift + 2) * abs(scores) + abs(scores).max(0))
-    squares = ((p * norm(values - o, axis=-1) * ds) ** 2).sum(0)
-    squares += ((p * norm(values, axis=-1) * UNIT[product]) ** 2).sum(0)
-    squares += (u32 * norm(o, axis=-1)) ** 2
-    sizes = norm((p[..., None] * abs(values)).sum(0), axis=-1)
-    squares += (u32 * (len(keys) ** 0.5 + 2) * sizes) ** 2
-    return o, lse, np.sqrt(squares)
-
-
-def scattered(
-    shards: Sequence[tuple[Tensor, Tensor]], t: int, heads_first: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The requests' K and V in shuffled pages of a pool of NaN; tables and lengths.
-
-    Entries past a table's end name a page of NaN. With `heads_first` the pool lies in memory as
-    [pages, 2, kv_heads, t, dim].
-    """
-    lengths = [len(k) for k, _ in shards]
-    counts = [-(-length // t) for length in lengths]
-    kv_heads, dim = shards[0][0].shape[1:]
-    total = sum(counts) + 2
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).tolist()
-    pages = torch.full((total, 2, t, kv_heads, dim), torch.nan, dtype=shards[0][0].dtype)
-    if heads_first:
-        pages = pages.transpose(2, 3).contiguous().transpose(2, 3)
-    tables = torch.full((len(shards), max(counts) + 1), order.pop())
-    for row, shard in enumerate(shards):
-        for column in range(counts[row]):
-            page = tables[row, column] = order.pop()
-            for part, x in enumerate(shard):
-                chunk = x[column * t : (column + 1) * t]
-                pages[page, part, : len(chunk)] = chunk
-    return pages, tables, torch.tensor(lengths)
 
 
 def check_rows(
@@ -105,8 +48,8 @@ def check_rows(
             assert not output[row].any()
             assert bool((lse[row] == -INF).all())
             continue
-        o, exact_lse, bound = exact(q[row], k, v, q.dtype)
-        assert (np.linalg.norm(o - output[row].numpy(), axis=-1) <= bound).all()
+        o, exact_lse, bound = exact_attention(q[row], [(k, v)], product=q.dtype)
+        assert ((o - output[row]).norm(dim=-1) <= bound).all()
         np.testing.assert_allclose(lse[row].numpy(), exact_lse, rtol=2e-6, atol=2e-6)
 
 
@@ -247,9 +190,9 @@ def test_empty_splits_say_so_and_write_nothing_else(values: Values) -> None:
             if not size:
                 assert out[split, row].isnan().all() and bool((lse2[split, row] == -INF).all())
                 continue
-            part = [x[begin : begin + size] for x in shards[row]]
-            o, lse, bound = exact(q[row], *part, torch.float32)
-            assert (np.linalg.norm(o - out[split, row].numpy(), axis=-1) <= bound).all()
+            k, v = (x[begin : begin + size] for x in shards[row])
+            o, lse, bound = exact_attention(q[row], [(k, v)])
+            assert ((o - out[split, row]).norm(dim=-1) <= bound).all()
             np.testing.assert_allclose(lse2[split, row] * np.log(2), lse, rtol=1e-6, atol=1e-6)
             begin += size
 
@@ -287,8 +230,10 @@ def test_decode_latent_against_float64(
         if not len(row):
             assert not output[i].any() and bool((lse[i] == -INF).all())
             continue
-        o, exact_lse, bound = exact(q[i], row, row[..., :latent], dtype, scale)
-        assert (np.linalg.norm(o - output[i].numpy(), axis=-1) <= bound).all()
+        o, exact_lse, bound = exact_attention(
+            q[i], [(row, row[..., :latent])], product=dtype, scale=scale
+        )
+        assert ((o - output[i]).norm(dim=-1) <= bound).all()
         np.testing.assert_allclose(lse[i], exact_lse, rtol=2e-6, atol=2e-6)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from gpu_testing.exact import UNIT
 from helix_gpu.attention.backends import discovered, load
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rope_table, rotate
@@ -25,7 +26,6 @@ from helix_gpu.cache import HelixCache
 from helix_spec.config import Config, LatentShape, ModelShape
 
 Fixture = Callable[..., Any]
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 INF = torch.inf
 MODEL = ModelShape(
     q_heads=8, kv_heads=2, head_dim=64,

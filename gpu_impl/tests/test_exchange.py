@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpu_testing.exact import UNIT
 from helix_gpu.attention.merge import merge
 from helix_gpu.comm.exchange import (
     Exchange,
@@ -26,7 +27,6 @@ from helix_gpu.comm.push import push
 from helix_spec.config import DType, ModelShape
 
 OnRanks = Callable[[int, Callable[[int], Any]], list[Any]]
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 INF = torch.inf
 EXCHANGES: list[MakeExchange] = [all_to_all, all_gather, reduce_scatter, push]
 IN_ORDER: list[MakeExchange] = [all_to_all, all_gather, push]

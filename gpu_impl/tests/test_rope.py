@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_testing.exact import UNIT
 from helix_gpu.attention.rope import rope_table, rotate
-
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @pytest.mark.parametrize("dtype", UNIT)
