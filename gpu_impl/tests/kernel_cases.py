@@ -42,7 +42,7 @@ def check_rows(
     output: Tensor, lse: Tensor, q: Tensor, shards: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
     """Every row equals float64 within its bound; empty ones are exactly (0, -inf)."""
-    assert (torch.float32, torch.float32) == (output.dtype, lse.dtype)
+    assert (output.dtype, lse.dtype) == (torch.float32, torch.float32)
     for row, (k, v) in enumerate(shards):
         if not len(k):
             assert not output[row].any()
@@ -90,7 +90,7 @@ def test_append_latent_writes_one_part(values: Values) -> None:
     rows, pool = values((3, 576), 1), torch.full((2, 4, 576), torch.nan)
     append_latent(rows, pool, torch.tensor([5, -1, 0]))
     assert torch.equal(rows[[0, 2]], pool.flatten(0, 1)[[5, 0]])
-    assert 6 == int(pool.isnan().all(-1).sum())
+    assert int(pool.isnan().all(-1).sum()) == 6
 
 
 SHAPES = [
@@ -297,7 +297,7 @@ def test_merge_where_one_partial_dominates() -> None:
         )
         out, lse = torch.empty(1, 1, 2), torch.empty(1, 1)
         merge_received(received, out, lse, torch.float32)
-        assert torch.equal(outputs[1], out) and high == lse.item()
+        assert torch.equal(outputs[1], out) and lse.item() == high
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, INF])
@@ -380,17 +380,17 @@ def test_splits_fill_the_device() -> None:
 
     20 rows would leave most multiprocessors idle in their second turn: they take five full ones.
     """
-    assert [16, 2, 1, 4, 1, 8, 1] == [
+    assert [
         splits_for(*case)
         for case in [
             (1, 8, 131072), (8, 8, 32768), (32, 8, 32768), (20, 8, 32768),
             (4, 8, 64), (1, 1, 1024), (0, 8, 0),
         ]
-    ]  # fmt: skip
+    ] == [16, 2, 1, 4, 1, 8, 1]  # fmt: skip
     # Four programs a multiprocessor: what was fastest with an 8-bit cache on an H200.
-    assert [66, 8, 2] == [
+    assert [
         splits_for(*case, resident=4) for case in [(1, 8, 131072), (8, 8, 32768), (32, 8, 32768)]
-    ]
+    ] == [66, 8, 2]
 
 
 def test_layouts_that_kernels_would_misread_are_refused(values: Values) -> None:

@@ -65,9 +65,9 @@ def test_slots_and_counts_are_the_protocols() -> None:
     slots = _slots(world.windows[1], 2, 32)
     assert torch.equal(torch.stack([send[1] for send in first]), slots[0])
     assert not slots[1].any()
-    assert [PARTS, PARTS] == _arrivals(world.windows[1], 2).tolist()
+    assert _arrivals(world.windows[1], 2).tolist() == [PARTS, PARTS]
     world.take(first)
     world.put(second)
     assert torch.equal(torch.stack([send[1] for send in first]), slots[0])
     assert torch.equal(torch.stack([send[1] for send in second]), slots[1])
-    assert [2 * PARTS, 2 * PARTS] == _arrivals(world.windows[1], 2).tolist()
+    assert _arrivals(world.windows[1], 2).tolist() == [2 * PARTS, 2 * PARTS]

@@ -54,7 +54,7 @@ def test_against_float64(
         for n in lengths
     ]
     output, lse = attend_pages(q, *scattered(shards, t))
-    assert (torch.float32, torch.float32) == (output.dtype, lse.dtype)
+    assert (output.dtype, lse.dtype) == (torch.float32, torch.float32)
     for row, shard in enumerate(shards):
         if not lengths[row]:
             assert torch.equal(torch.zeros(heads, dim), output[row])

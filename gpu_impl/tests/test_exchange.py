@@ -55,7 +55,7 @@ def test_round_trip(wire: torch.dtype, n: int, heads: int, dim: int, ranks: int)
 def test_bytes_on_the_wire() -> None:
     """A rank sends each other head_dim elements and one float32 per row and head, no more."""
     sent = pack(torch.zeros(8, 64, 128), torch.zeros(8, 64), 4, torch.bfloat16)
-    assert (4, 8 * 16 * (128 * 2 + 4)) == sent.shape
+    assert sent.shape == (4, 8 * 16 * (128 * 2 + 4))
 
 
 @dataclass
@@ -219,7 +219,7 @@ def test_a_push_names_the_peer_that_is_silent(
         return str(silent.value)
 
     sentence = "Rank 1 of the group has sent 0 messages in 0.2 seconds; message 1 is waited for."
-    assert [sentence, ""] == on_ranks(2, body)
+    assert on_ranks(2, body) == [sentence, ""]
 
 
 # Wrong exchanges: the tests above would see each of them
