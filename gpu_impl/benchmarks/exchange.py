@@ -26,8 +26,9 @@ from torch import Tensor
 from helix_gpu.attention import native
 from helix_gpu.attention.merge import merge
 from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.comm import exchange as exchanges
-from helix_gpu.comm.exchange import MakeExchange, pack, unpack
+from helix_gpu.comm.exchange import MakeExchange
 from helix_spec.config import ModelShape
 
 HEADS, DIM, KEYS, PAGE = 32, 128, 256, 64

@@ -46,7 +46,7 @@ from helix_gpu.attention.kernels.reduce_pack import reduce_pack
 from helix_gpu.attention.kernels.settings import DecodeSettings, decode_settings, splits_for
 from helix_gpu.attention.kernels.step import StepBuffers, attend_pages, attend_shard, merge_shards
 from helix_gpu.attention.merge import merge
-from helix_gpu.comm.exchange import pack, unpack
+from helix_gpu.attention.partials import pack, unpack
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DIM = 16 if DRY else 128

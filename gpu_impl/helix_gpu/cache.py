@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from helix_gpu.attention.backends import AttendPages
 from helix_gpu.attention.merge import merge
 from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.attention.rope import rope_table, rotate
 from helix_gpu.bookkeeping.ledger import Admission, Ints, Step
 from helix_gpu.bookkeeping.rank_book import PageCopy, RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import check_config
-from helix_gpu.comm.exchange import Exchange, MakeExchange, all_to_all, pack, unpack
+from helix_gpu.comm.exchange import Exchange, MakeExchange, all_to_all
 from helix_gpu.comm.hop_b import Costs, Lane, SameLane
 from helix_gpu.comm.mesh import check_mesh, slice_of
 from helix_spec.config import Config

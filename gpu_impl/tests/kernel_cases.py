@@ -25,9 +25,9 @@ from helix_gpu.attention.kernels.rope import rotated
 from helix_gpu.attention.kernels.settings import DecodeSettings, splits_for
 from helix_gpu.attention.merge import merge
 from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.attention.rope import rope_table, rotate
 from helix_gpu.bookkeeping.rank_book import RankBook
-from helix_gpu.comm.exchange import pack, unpack
 from helix_spec.config import Config, ModelShape
 
 # Numpy, which computes what the kernels say, warns at log2(0) and NaN * 0.
@@ -255,7 +255,7 @@ def partials(ranks: int, n: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
 def test_reduce_pack_is_merge_then_pack(
     wire: torch.dtype, splits: int, n: int, heads: int, dim: int, ranks: int
 ) -> None:
-    """Splits are joined as ranks are, and lie where `exchange.pack` puts them."""
+    """Splits are joined as ranks are, and lie where `partials.pack` puts them."""
     outputs, lses = partials(splits, n, heads, dim)
     expected = pack(*merge(outputs, lses), ranks, wire)
     send = torch.full_like(expected, 255)

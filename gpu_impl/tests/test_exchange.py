@@ -14,15 +14,8 @@ from torch import Tensor
 
 from gpu_testing.exact import UNIT
 from helix_gpu.attention.merge import merge
-from helix_gpu.comm.exchange import (
-    Exchange,
-    MakeExchange,
-    all_gather,
-    all_to_all,
-    pack,
-    reduce_scatter,
-    unpack,
-)
+from helix_gpu.attention.partials import pack, unpack
+from helix_gpu.comm.exchange import Exchange, MakeExchange, all_gather, all_to_all, reduce_scatter
 from helix_gpu.comm.push import push
 from helix_spec.config import DType, ModelShape
 

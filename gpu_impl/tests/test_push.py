@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from helix_gpu.comm.push import SLOTS, Action, Await, Put, Signal, Take, phases
+from helix_gpu.comm.push import Action, Await, Put, Signal, Take, phases
+from helix_gpu.comm.windows import SLOTS
 
 Phases = Callable[[int, int], list[list[list[Action]]]]
 Counters = tuple[int, ...]

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.attention.kernels.merge import merge_partials, merge_received
+from helix_gpu.attention.partials import pack
 from helix_gpu.comm import exchange as exchanges
-from helix_gpu.comm.exchange import Exchange, MakeExchange, pack
+from helix_gpu.comm.exchange import Exchange, MakeExchange
 from helix_gpu.comm.push import push
 from helix_gpu.graphs import Replay, cuda_graph
 from helix_spec.config import ModelShape

@@ -1,9 +1,10 @@
 """An exchange without collectives: each rank writes its messages into its peers' memory.
 
-Every rank has a *window* that all ranks of the group can write: SLOTS slots of one message from
-each rank, and a count of arrivals from each. On CUDA it is torch's symmetric memory, which peers
-reach over NVLink, and two Triton kernels do the work; multicast is not used. On a CPU it is a
-shared file, and this module does what the kernels do: a simulation, for tests.
+Every rank has a *window* (`windows`) that all ranks of the group can write: SLOTS slots of one
+message from each rank, and a count of arrivals from each. On CUDA it is torch's symmetric memory,
+which peers reach over NVLink, and two Triton kernels do the work (`push_kernels`); multicast is not
+used. On a CPU it is a shared file, and this module does what the kernels do: a simulation, for
+tests.
 
 Why no message is overwritten before it is read, with two slots. Epochs count exchanges. A rank's
 put of epoch n + 2 goes where its put of epoch n went. It begins after the rank's own epoch n + 1
@@ -28,11 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.comm.exchange import Exchange
+from helix_gpu.comm.windows import ALIGNMENT, SLOTS, arrivals, slots, window_bytes
 from helix_spec.config import ModelShape
 
-SLOTS: Final = 2
-ALIGNMENT: Final = 16
-"""Bytes: messages begin at multiples of it, so that the widest stores can be used."""
 PATIENCE: Final = timedelta(seconds=60)
 """How long a CPU rank waits for a message before it gives its peer up."""
 
@@ -106,9 +105,9 @@ class _HostPush:
     def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
         self.rank, self.ranks, self.capacity = group.rank(), group.size(), capacity
         self.epoch = 0
-        windows = _shared_windows(group, _window_bytes(self.ranks, capacity))
-        self.slots = [_slots(window, self.ranks, capacity) for window in windows]
-        self.arrivals = [_arrivals(window, self.ranks) for window in windows]
+        windows = _shared_windows(group, window_bytes(self.ranks, capacity))
+        self.slots = [slots(window, self.ranks, capacity) for window in windows]
+        self.arrivals = [arrivals(window, self.ranks) for window in windows]
 
     def __call__(self, send: Tensor) -> Tensor:
         length = _checked_length(send, self.capacity)
@@ -154,7 +153,7 @@ class _DevicePush:
         self.device = torch.device("cuda", torch.cuda.current_device())
         # Read at the rendezvous. Where multicast cannot be set up, that fails or hangs.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        size = _window_bytes(self.ranks, capacity)
+        size = window_bytes(self.ranks, capacity)
         self.window = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
         self.handle = symmetric_memory.rendezvous(self.window, group)
         self.window.zero_()
@@ -174,25 +173,6 @@ class _DevicePush:
         take(received, self.window, self.epoch, self.capacity)
         self.epoch += 1
         return received
-
-
-def _window_bytes(ranks: int, capacity: int) -> int:
-    """Arrivals, padded, then the slots."""
-    return _arrivals_bytes(ranks) + SLOTS * ranks * capacity
-
-
-def _arrivals_bytes(ranks: int) -> int:
-    return -(-8 * ranks // ALIGNMENT) * ALIGNMENT
-
-
-def _arrivals(window: Tensor, ranks: int) -> Tensor:
-    """int64 [ranks]: messages arrived from each rank, since the window was made."""
-    return window[: 8 * ranks].view(torch.int64)
-
-
-def _slots(window: Tensor, ranks: int, capacity: int) -> Tensor:
-    """uint8 [SLOTS, ranks, capacity]: messages from each rank."""
-    return window[_arrivals_bytes(ranks) :].view(SLOTS, ranks, capacity)
 
 
 def _checked_length(send: Tensor, capacity: int) -> int:

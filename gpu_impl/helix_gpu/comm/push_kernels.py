@@ -10,7 +10,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 
 from helix_gpu.attention.kernels.common import FUSION
-from helix_gpu.comm.push import ALIGNMENT, SLOTS
+from helix_gpu.comm.windows import SLOTS, arrivals_bytes
 
 BLOCK: Final = 1024
 """Words of 4 bytes that a program copies at a time."""
@@ -71,7 +71,7 @@ def put(send: Tensor, windows: Tensor, epoch: Tensor, rank: int, capacity: int) 
     ranks, words = len(send), send.shape[1] // 4
     put_kernel[(ranks, PARTS)](
         send.view(torch.int32), windows, epoch,
-        words, rank, _slots_at(ranks), capacity // 4,
+        words, rank, arrivals_bytes(ranks), capacity // 4,
         SLOTS=SLOTS, PARTS=PARTS, BLOCK=BLOCK, enable_fp_fusion=FUSION,
     )  # fmt: skip
 
@@ -83,15 +83,10 @@ def take(received: Tensor, window: Tensor, epoch: Tensor, capacity: int) -> None
     follow in the same stream.
     """
     ranks, words = len(received), received.shape[1] // 4
-    border = _slots_at(ranks)
+    border = arrivals_bytes(ranks)
     arrivals = window[: 8 * ranks].view(torch.int64)
     take_kernel[(ranks, PARTS)](
         received.view(torch.int32), arrivals, window[border:].view(torch.int32), epoch,
         words, capacity // 4,
         SLOTS=SLOTS, PARTS=PARTS, BLOCK=BLOCK, enable_fp_fusion=FUSION,
     )  # fmt: skip
-
-
-def _slots_at(ranks: int) -> int:
-    """Bytes of the arrivals, before the slots."""
-    return -(-8 * ranks // ALIGNMENT) * ALIGNMENT

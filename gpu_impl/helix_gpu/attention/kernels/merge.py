@@ -42,7 +42,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
 
 def merge_received(received: Tensor, out: Tensor, lse_out: Tensor, wire: torch.dtype) -> None:
-    """Merge the partials over disjoint keys that the ranks sent with `exchange.pack`'s layout.
+    """Merge the partials over disjoint keys that the ranks sent with `partials.pack`'s layout.
 
     `received` uint8 [ranks, bytes], row s from rank s: outputs of type `wire`, then float32
     natural log-sum-exps. Writes `out` [n, heads, head_dim] of any float type and the merged

@@ -14,7 +14,7 @@ from helix_gpu.attention.kernels.merge import merge_received
 from helix_gpu.attention.kernels.mla import decode_latent
 from helix_gpu.attention.kernels.reduce_pack import reduce_pack
 from helix_gpu.attention.kernels.settings import DecodeSettings, splits_for
-from helix_gpu.comm.exchange import unpack
+from helix_gpu.attention.partials import unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class StepBuffers:
     partial_lse2: Tensor
     """float32 [splits, rows, q_heads], to base 2."""
     send: Tensor
-    """uint8 [ranks, bytes], the layout of `exchange.pack`."""
+    """uint8 [ranks, bytes], the layout of `partials.pack`."""
     received: Tensor
     """uint8 [ranks, bytes], row s from rank s."""
     output: Tensor
