@@ -25,6 +25,10 @@ class Refused(Exception):
 def check_config(config: Config) -> None:
     """Raise unless this engine may start with the configuration.
 
+    Parameters
+    ----------
+    config : Config
+
     Raises
     ------
     Refused

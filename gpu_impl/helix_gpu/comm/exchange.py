@@ -39,7 +39,18 @@ MakeExchange = Callable[[dist.ProcessGroup, ModelShape], Exchange]
 
 
 def all_to_all(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
-    """One all-to-all: every rank gets the messages for it, and no other. The default."""
+    """Return the exchange by one all-to-all: every rank gets the messages for it. The default.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence.
+    model : ModelShape
+
+    Returns
+    -------
+    Exchange
+    """
 
     def exchange(send: Tensor) -> Tensor:
         receive = torch.empty_like(send)
@@ -50,7 +61,20 @@ def all_to_all(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
 
 
 def all_gather(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
-    """Every rank gets all messages and picks its own: C times the bytes, nothing to get wrong."""
+    """Return the exchange by which every rank gets all messages and picks its own.
+
+    It sends C times the bytes.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence.
+    model : ModelShape
+
+    Returns
+    -------
+    Exchange
+    """
 
     def exchange(send: Tensor) -> Tensor:
         return _gathered(send, group)[:, group.rank()]
@@ -59,11 +83,27 @@ def all_gather(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
 
 
 def reduce_scatter(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
-    """An all-gather of log-sum-exps, then a sum of the weighted outputs, scattered by heads.
+    """Return the exchange that gathers log-sum-exps, then sums outputs and scatters them by heads.
 
-    What vLLM (`ag_rs`) and SGLang do by default. They add in the model's type, and the error
-    grows with the ranks; here sums are float32. Raises ValueError when partials should travel
-    in less: rounding them once more would leave the bound of ATT-4.
+    What vLLM (`ag_rs`) and SGLang do by default. They add in the model's type, and the error grows
+    with the ranks; here sums are float32.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence.
+    model : ModelShape
+
+    Returns
+    -------
+    Exchange
+        It merges on the way: one row comes back.
+
+    Raises
+    ------
+    ValueError
+        When partials should travel in less than float32: rounding them once more would leave the
+        bound of ATT-4.
     """
     if model.partial_dtype != "float32":
         raise ValueError(

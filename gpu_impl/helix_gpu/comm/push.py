@@ -67,9 +67,28 @@ Action = Put | Signal | Await | Take
 
 
 def phases(ranks: int, epoch: int) -> list[list[list[Action]]]:
-    """What every rank does in exchange `epoch`, counted from 0: phases of threads of actions.
+    """Return what every rank does in an exchange: phases of threads of actions.
 
     A phase begins when the one before has ended on this rank; its threads run in any order.
+
+    Parameters
+    ----------
+    ranks : int
+        Ranks of the group.
+    epoch : int
+        Number of the exchange, from 0.
+
+    Returns
+    -------
+    list of list of list of Action
+
+    Examples
+    --------
+    >>> puts, takes = phases(ranks=2, epoch=3)
+    >>> puts[1]
+    [Put(peer=1, slot=1), Signal(peer=1)]
+    >>> takes[0]
+    [Await(peer=0, arrivals=4), Take(peer=0, slot=1)]
     """
     slot = epoch % SLOTS
     puts: list[list[Action]] = [[Put(peer, slot), Signal(peer)] for peer in range(ranks)]
@@ -80,14 +99,24 @@ def phases(ranks: int, epoch: int) -> list[list[list[Action]]]:
 
 
 def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2**20) -> Exchange:
-    """The exchange by one-sided writes; every rank of the group calls it.
-
-    `message_bytes` bounds what a rank sends to one other in an exchange: rows * heads / C *
-    (head_dim * element size + 4). Memory is taken for SLOTS * C of them. The ranks are on one
-    host. Raises ValueError for a longer message, before any is written.
+    """Return the exchange by one-sided writes; every rank of the group calls it.
 
     On CUDA every rank of the world calls it equally often, as the ranks of a mesh do: torch counts
     rendezvous by process, and a rank that one left out hangs in the next (pytorch issue 196082).
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence, on one host.
+    model : ModelShape
+    message_bytes : int
+        Bytes that a rank sends to one other in an exchange, at most: rows * heads / C * (head_dim *
+        element size + 4). Memory is taken for SLOTS * C of them.
+
+    Returns
+    -------
+    Exchange
+        It raises ValueError for a longer message, before any is written.
     """
     capacity = -(-message_bytes // ALIGNMENT) * ALIGNMENT
     if "nccl" in dist.get_backend(group):

@@ -1,4 +1,4 @@
-"""Writing messages into the peers' windows and taking them out: `helix_gpu.comm.push` on CUDA."""
+"""Writing messages into the peers' windows and reading them: the kernels of `push` on CUDA."""
 
 from __future__ import annotations
 
@@ -63,10 +63,20 @@ def take_kernel(  # type: ignore[no-untyped-def]
 
 
 def put(send: Tensor, windows: Tensor, epoch: Tensor, rank: int, capacity: int) -> None:
-    """Write message d of `send` uint8 [C, bytes] into the window of rank d, for every d.
+    """Write message d into the window of rank d, for every d.
 
-    `windows` int64 [C] are the windows' addresses, `epoch` int64 [1] the exchanges before this
-    one, `capacity` bytes the room for a message; bytes and capacity are multiples of 4.
+    Parameters
+    ----------
+    send : Tensor, uint8 [C, bytes]
+        A multiple of 4 bytes each.
+    windows : Tensor, int64 [C]
+        Addresses of the windows.
+    epoch : Tensor, int64 [1]
+        Exchanges before this one.
+    rank : int
+        This rank.
+    capacity : int
+        Bytes of a slot, a multiple of 4.
     """
     ranks, words = len(send), send.shape[1] // 4
     put_kernel[(ranks, PARTS)](
@@ -77,10 +87,19 @@ def put(send: Tensor, windows: Tensor, epoch: Tensor, rank: int, capacity: int) 
 
 
 def take(received: Tensor, window: Tensor, epoch: Tensor, capacity: int) -> None:
-    """Wait for the messages of all ranks and copy them to `received` uint8 [C, bytes].
+    """Wait for the messages of all ranks and copy them to `received`.
 
-    `window` is this rank's own, the rest as `put` takes it. The next `put` of this rank must
-    follow in the same stream.
+    The next `put` of this rank must follow in the same stream.
+
+    Parameters
+    ----------
+    received : Tensor, uint8 [C, bytes]
+    window : Tensor, uint8 [bytes]
+        This rank's own; see `windows`.
+    epoch : Tensor, int64 [1]
+        Exchanges before this one.
+    capacity : int
+        Bytes of a slot, a multiple of 4.
     """
     ranks, words = len(received), received.shape[1] // 4
     border = arrivals_bytes(ranks)

@@ -19,20 +19,60 @@ ALIGNMENT: Final = 16
 
 
 def arrivals_bytes(ranks: int) -> int:
-    """Return the bytes before the slots, in a window of a group of `ranks`."""
+    """Return the bytes before the slots.
+
+    Parameters
+    ----------
+    ranks : int
+        Ranks of the group.
+    """
     return -(-8 * ranks // ALIGNMENT) * ALIGNMENT
 
 
 def window_bytes(ranks: int, capacity: int) -> int:
-    """Return the bytes of a window for messages of at most `capacity` bytes."""
+    """Return the bytes of a window.
+
+    Parameters
+    ----------
+    ranks : int
+        Ranks of the group.
+    capacity : int
+        Bytes of a message, at most.
+    """
     return arrivals_bytes(ranks) + SLOTS * ranks * capacity
 
 
 def arrivals(window: Tensor, ranks: int) -> Tensor:
-    """Return the counts of a window, int64 [ranks]: messages arrived from each rank."""
+    """Return the counts of a window: messages arrived from each rank.
+
+    Parameters
+    ----------
+    window : Tensor, uint8 [bytes]
+    ranks : int
+        Ranks of the group.
+
+    Returns
+    -------
+    Tensor, int64 [ranks]
+        A view.
+    """
     return window[: 8 * ranks].view(torch.int64)
 
 
 def slots(window: Tensor, ranks: int, capacity: int) -> Tensor:
-    """Return the slots of a window, uint8 [SLOTS, ranks, capacity]: messages from each rank."""
+    """Return the slots of a window: messages from each rank.
+
+    Parameters
+    ----------
+    window : Tensor, uint8 [bytes]
+    ranks : int
+        Ranks of the group.
+    capacity : int
+        Bytes of a message, at most.
+
+    Returns
+    -------
+    Tensor, uint8 [SLOTS, ranks, capacity]
+        A view.
+    """
     return window[arrivals_bytes(ranks) :].view(SLOTS, ranks, capacity)
