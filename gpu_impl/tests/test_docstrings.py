@@ -72,3 +72,14 @@ def test_a_package_names_its_modules(name: str) -> None:
         if (file.suffix == ".py" and file != FILES[name]) or (file / "__init__.py").exists()
     ]
     assert [module for module in modules if f"`{module}`" not in text] == []
+
+
+def test_the_readme_names_all_modules() -> None:
+    """In its table."""
+    table = (PACKAGE.parent / "README.md").read_text().partition("## Using it")[0]
+    missing = [
+        name
+        for name in (name.removesuffix(".__init__").rpartition(".")[2] for name in FILES)
+        if f"`{name}" not in table and f".{name}`" not in table
+    ]
+    assert missing == []
