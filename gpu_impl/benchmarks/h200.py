@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from lib import DRY
+from lib.device import DEVICE, TYPE, captured, machine, random, timed
 from lib.kernels import read_kernel, reduce_without_lse_kernel
 from lib.report import BEGUN, LIMIT, Report
-from lib.timing import DEVICE, TYPE, captured, random, timed
 
 import numpy as np
 import torch
@@ -1356,7 +1356,9 @@ def main() -> None:
         return
     # A kernel that hangs ends the process before the machine's own limit does.
     faulthandler.dump_traceback_later(LIMIT + 60, exit=True)
-    report = Report(arguments.out or Path(os.environ.get("OUT", "runs/h200")), arguments.commit)
+    report = Report(
+        arguments.out or Path(os.environ.get("OUT", "runs/h200")), machine(arguments.commit)
+    )
     flashinfer = start_flashinfer()
     sections: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
         ("1 correctness", functools.partial(correctness, report)),

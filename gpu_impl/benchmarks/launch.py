@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from lib import DRY
+from lib.device import DEVICE, again, device_time, strict, wait
 from lib.exchanges import exchanged
 from lib.models import models
 from lib.report import show, write_json
-from lib.timing import DEVICE, again, device_time, strict, wait
 
 import torch
 import torch.distributed as dist

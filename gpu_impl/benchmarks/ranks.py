@@ -28,8 +28,9 @@ os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
 }
 
-from lib import DRY
+from lib import DRY, device
 from lib.balance import LAYOUTS, PAGE, config_for, grown, judged, share_memory
+from lib.device import DEVICE, TYPE, again, captured, device_time, random
 from lib.exchanges import MODEL as GROUPED
 from lib.exchanges import Merges, exchanged, message_bytes, pushing
 from lib.kernels import read_kernel
@@ -49,7 +50,6 @@ from lib.ranks import (
     world,
 )
 from lib.report import Report
-from lib.timing import DEVICE, TYPE, again, captured, device_time, random
 
 import msgspec
 import torch
@@ -514,7 +514,7 @@ SECTIONS: list[tuple[str, Callable[[Report, Found, More], None], float]] = [
 def run(arguments: argparse.Namespace) -> bool:
     """The sections in order; whether any was not as it should be."""
     ranks, rank = Ranks(), dist.get_rank()
-    report = Report(arguments.out, arguments.commit, name="ranks", silent=rank > 0)
+    report = Report(arguments.out, device.machine(arguments.commit), name="ranks", silent=rank > 0)
     report.say(f"{dist.get_world_size()} ranks, {dist.get_backend()}")
     for name, body, seconds in SECTIONS:
         if not arguments.only or name[0] in arguments.only:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lib.device import again
 from lib.report import write_json
-from lib.timing import again
 
 import torch
 

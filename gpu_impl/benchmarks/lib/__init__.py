@@ -1,7 +1,8 @@
 """What the benchmarks share. No script imports another script.
 
-- `timing`: work in turn, timed on the host or on the device, launched or captured;
-- `report`: machines, tables, files, and sections that may fail;
+- `timing`: work in turn, timed on the host;
+- `report`: tables, files, and sections that may fail;
+- `device`: the device that is measured, work timed on it, launched or captured;
 - `ranks`: several ranks that measure together;
 - `models`: the models whose steps the GPU benchmarks run;
 - `kernels`: kernels that only benchmarks launch;

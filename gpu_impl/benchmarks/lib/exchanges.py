@@ -6,9 +6,9 @@ import functools
 from typing import Any
 
 from lib import DRY
+from lib.device import DEVICE, TYPE, again, device_time, random
 from lib.models import models
 from lib.ranks import differing, world
-from lib.timing import DEVICE, TYPE, again, device_time, random
 
 import msgspec
 import torch

@@ -13,8 +13,8 @@ from datetime import timedelta
 from typing import Any
 
 from lib import DRY
+from lib.device import DEVICE, flush, once, wait
 from lib.report import BEGUN, Report
-from lib.timing import DEVICE, flush, once, wait
 
 import torch
 import torch.distributed as dist

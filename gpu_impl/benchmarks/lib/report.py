@@ -1,20 +1,15 @@
-"""Machines, tables, files, and sections that may fail."""
+"""Tables, files, and sections that may fail."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lib import DRY
-
-import torch
 
 BEGUN = time.monotonic()
 LIMIT = 520.0
@@ -24,14 +19,16 @@ LIMIT = 520.0
 class Report:
     """The results so far: a JSON document and text tables, rewritten after every section.
 
-    `name` is that of both files. A report that is `silent`, as all but one of several ranks keep
-    it, prints and writes nothing.
+    `machine` says what the figures are taken on, `name` is that of both files. A report that is
+    `silent`, as all but one of several ranks keep it, prints and writes nothing.
     """
 
-    def __init__(self, folder: Path, commit: str, name: str = "h200", silent: bool = False) -> None:
+    def __init__(
+        self, folder: Path, machine: dict[str, Any], name: str = "h200", silent: bool = False
+    ) -> None:
         self.folder, self.name, self.silent = folder, name, silent
-        self.document: dict[str, Any] = {"dry_run": DRY, "machine": machine(commit)}
-        self.text: list[str] = [f"{k}: {v}" for k, v in self.document["machine"].items()]
+        self.document: dict[str, Any] = {"dry_run": DRY, "machine": machine}
+        self.text: list[str] = [f"{k}: {v}" for k, v in machine.items()]
         folder.mkdir(parents=True, exist_ok=True)
 
     def table(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -106,33 +103,3 @@ def shown(value: Any) -> str:
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows of equal keys as a table."""
     print("", f"## {title}", *aligned(rows), sep="\n", flush=True)
-
-
-def machine(commit: str) -> dict[str, Any]:
-    """What the figures were taken on."""
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": metadata.version("triton"),
-        "commit": commit or output_of("git", "rev-parse", "--short", "HEAD"),
-    }
-    if not DRY:
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": getattr(properties, "L2_cache_size", 0) / 2**20,
-            "cuda": torch.version.cuda,
-            "driver": output_of(
-                "nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"
-            ),
-        }
-    return facts
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or nothing where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
