@@ -25,11 +25,11 @@ from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.strategies import EVENTS, Intent, realise
 from helix_conformance.judge.judge import Judge
 from helix_conformance.report.text import failure_text
 from helix_conformance.session import Tally, check_trace
-from helix_reference.model import Model
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Event
 from helix_spec.trace import Trace
@@ -61,11 +61,11 @@ def wish(random: Random, known: int) -> Intent:
     )
 
 
-def mixed(model: Model, random: Random, events: int) -> Iterator[Event]:
-    """Events of all kinds, each wish made for the state in which the model then is."""
+def mixed(recorder: Recorder, random: Random, events: int) -> Iterator[Event]:
+    """Events of all kinds, each wish made for the state in which the recorder then is."""
     made = 0
     while made < events:
-        for event in realise(model, wish(random, len(model.requests))):
+        for event in realise(recorder, wish(random, len(recorder.state.requests))):
             yield event
             made += 1
             if made == events:
@@ -101,20 +101,22 @@ def in_one_process(layout: str, events: int, seed: int) -> bool:
     )
     driver = LocalDriver(LedgerEngine)
     judge = Judge(config, driver.profiles)
-    source = mixed(judge.model, Random(seed), events)
+    recorder = Recorder(config, driver.profiles)
+    source = mixed(recorder, Random(seed), events)
     played = driver.play(config, driver.profiles, source, Watch(every=20))
     kinds: Counter[str] = Counter()
     samples = list[tuple[int, float]]()
     began = time.perf_counter()
     found = judge.started(next(played)[1])
     for done, (event, answers) in enumerate(played, start=1):
-        found = judge.event(event, answers) if event is not None else judge.finished(answers)
+        expected = None if event is None else recorder.next(event)
+        found = judge.finished(answers) if expected is None else judge.event(expected, answers)
         if found:
             print(f"event {done - 1}, {event}: {found}")
             return False
-        if event is None:
+        if expected is None:
             break
-        kinds[f"{type(event).__name__.lower()}{' refused' if judge.reason else ''}"] += 1
+        kinds[f"{type(event).__name__.lower()}{' refused' if expected.refused else ''}"] += 1
         if done % (events // 20) == 0:
             gc.collect()
             samples.append((done, resident()))
@@ -137,8 +139,8 @@ def on_gloo(events: int, seed: int) -> bool:
                 layout=layout, pages=[90] * 4, max_len=300, overlap=number % 2 == 0,
                 model=ModelShape(q_heads=8, kv_heads=2, layers=2), seed=number,
             )  # fmt: skip
-            model = Model(config)
-            trace = Trace(config=config, events=planned(model, Random(seed + number), each))
+            recorder = Recorder(config)
+            trace = Trace(config=config, events=planned(recorder, Random(seed + number), each))
             failure = check_trace(
                 driver, trace, driver.profiles, watch=Watch(every=50, touched=False), tally=Tally()
             )
@@ -156,12 +158,12 @@ def on_gloo(events: int, seed: int) -> bool:
     return good
 
 
-def planned(model: Model, random: Random, events: int) -> list[Event]:
+def planned(recorder: Recorder, random: Random, events: int) -> list[Event]:
     """The same mix as a list, for a driver that wants traces whole."""
     made = list[Event]()
-    for event in mixed(model, random, events):
+    for event in mixed(recorder, random, events):
         made.append(event)
-        model.apply(event)
+        recorder.next(event)
     return made
 
 

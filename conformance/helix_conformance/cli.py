@@ -22,6 +22,7 @@ from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
 from helix_conformance.judge.coverage import Coverage, at_hand
+from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.report.command import report, write_file
 from helix_conformance.report.show import trace_text
@@ -35,7 +36,7 @@ from helix_conformance.report.text import (
     restrictions,
     save_failure,
 )
-from helix_conformance.session import Failure, Tally
+from helix_conformance.session import Tally
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
 from helix_spec.layouts import LayoutError, layout_name, named_layout

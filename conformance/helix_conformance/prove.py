@@ -26,7 +26,7 @@ import helix_spec
 from helix_conformance import __version__
 
 CONFIRMED: Final = "confirmed"
-MOST_SECONDS: Final = 200
+MAX_SECONDS: Final = 200
 """For one theorem. The proofs end by their own resource budgets; this is for a hang."""
 
 
@@ -181,7 +181,7 @@ def _confirm(root: Path, identifier: str) -> TheoremResult:
         answer = _ask(root, identifier)
         return msgspec.json.decode(answer.stdout, type=TheoremResult)
     except subprocess.TimeoutExpired:
-        verdict = f"not confirmed: no answer in {MOST_SECONDS} seconds"
+        verdict = f"not confirmed: no answer in {MAX_SECONDS} seconds"
     except msgspec.MsgspecError:
         said = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
         verdict = f"not confirmed: its process failed: {said[-1]}"
@@ -209,7 +209,7 @@ def _ask(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=MOST_SECONDS,
+        timeout=MAX_SECONDS,
         env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Final
 
 import hypothesis
 import msgspec
@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 
 from helix_conformance.drive.asking import ill_typed
 from helix_conformance.drive.driver import Answer, Driver, EngineFailure, Watch
+from helix_conformance.expect.expectation import Expectation
+from helix_conformance.expect.recorder import Recorder
+from helix_conformance.expect.vectors import Vector, expectations
 from helix_conformance.generate.drawing import EVENLY, Evenly
 from helix_conformance.generate.strategies import configs, merge_traces, traces
 from helix_conformance.generate.workload import Request, schedule
 from helix_conformance.judge.causes import tried
 from helix_conformance.judge.coverage import Coverage
-from helix_conformance.judge.failure import GarbageError, Violation
+from helix_conformance.judge.failure import Failure, MalformedAnswer, engine_failure, shown
 from helix_conformance.judge.judge import Judge, wrong_reasons
 from helix_conformance.judge.shrink import gone_on, reduced, with_room
 from helix_conformance.judge.xfail import Known, parted
-from helix_reference.model import Model
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import LADDER, PROFILES
 from helix_spec.events import FEATURES, MERGE, Event, Reason, Release
@@ -34,27 +36,6 @@ REDUCTION_LIMIT_S: Final = 120.0
 """How long an engine that fails is started again for a smaller trace; a difference has no limit."""
 EVERYTHING = Watch()
 """All state is looked at after every event."""
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """What a red run shows: the trace up to where it fails, and what is wrong there."""
-
-    trace: Trace
-    event: int | None
-    """Index of the event that was answered wrongly; None at start or at the end."""
-    violations: list[Violation] = []
-    answers: list[Answer] = []
-    """What each rank answered to that event, outputs and cached rows left out."""
-    engine_failure: str | None = None
-    """How an engine died, hung or answered garbage; then nothing else is known (LIVE-1)."""
-
-    rank: int | None = None
-    """The rank that died, hung or answered garbage."""
-
-    @property
-    def verdict(self) -> Literal["fail", "error"]:
-        """`fail` for a difference, `error` for an engine that failed."""
-        return "fail" if self.engine_failure is None else "error"
 
 
 class Needed(msgspec.Struct, frozen=True):
@@ -113,8 +94,9 @@ def _judged(
         return None
     if config_problem(trace.config) is not None:
         return _check_bad_config(driver, trace.config, profiles, tally, known)
-    judge = Judge(trace.config, profiles, driver.profiles)
-    return _played(driver, judge, allowed.events, watch, tally, known, coverage)
+    recorder = Recorder(trace.config, driver.profiles)
+    judge = Judge(trace.config, profiles)
+    return _played(driver, judge, allowed.events, recorder.next, watch, tally, known, coverage)
 
 
 def _made_sure(
@@ -126,7 +108,7 @@ def _made_sure(
 
     def named_by(trace: Trace) -> set[str]:
         again = _judged(driver, trace, profiles, tally, known)
-        return set() if again is None else numbers_of(again)
+        return set() if again is None else again.invariants
 
     violations = tried(failure.trace, failure.violations, named_by)
     return msgspec.structs.replace(failure, violations=violations)
@@ -140,10 +122,11 @@ def _check_bad_config(
     try:
         _, answers = next(iter(driver.play(config, profiles, [], EVERYTHING)))
     except EngineFailure as error:
-        return Failure(trace=trace, event=None, engine_failure=str(error), rank=error.rank)
+        return engine_failure(trace, error)
     outcomes = [answer.outcome for answer in answers]
-    found = known.unknown(layout_name(config.layout), wrong_reasons(Reason.BAD_CONFIG, outcomes))
-    told = [_told(answer) for answer in answers]
+    found = wrong_reasons(Reason.BAD_CONFIG, outcomes)
+    found = known.unknown(layout_name(config.layout), found)
+    told = list(map(shown, answers))
     return Failure(trace=trace, event=None, violations=found, answers=told) if found else None
 
 
@@ -151,6 +134,7 @@ def _played(
     driver: Driver,
     judge: Judge,
     events: Iterable[Event],
+    expect: Callable[[Event], Expectation],
     watch: Watch,
     tally: Tally,
     known: Known,
@@ -161,21 +145,9 @@ def _played(
     drawn = list[Event]()
     """Events that the driver has asked for: the one that an engine does not survive is not seen."""
 
-    def failure(
-        event: int | None, violations: list[Violation], answers: Sequence[Answer] = ()
-    ) -> Failure:
-        return Failure(
-            trace=Trace(config=config, events=seen),
-            event=event,
-            violations=violations,
-            answers=[_told(answer) for answer in answers],
-        )
-
     def drawing() -> Iterator[Event]:
         for event in events:
             drawn.append(event)
-            if not driver.streams:
-                judge.foresee(event)
             yield event
 
     try:
@@ -183,9 +155,10 @@ def _played(
             with typed(answers):
                 if event is not None:
                     seen.append(event)
-                    violations = judge.event(event, answers)
+                    expected = expect(event)
+                    violations = judge.event(expected, answers)
                     if coverage is not None:
-                        coverage.saw(judge.model, event, judge.reason)
+                        coverage.saw(config, expected)
                 else:
                     violations = judge.finished(answers) if seen else judge.started(answers)
                 if violations:
@@ -194,27 +167,24 @@ def _played(
                 continue
             unknown = known.unknown(layout_name(config.layout), violations)
             if unknown:
-                return failure(None if event is None else len(seen) - 1, unknown, answers)
+                return Failure(
+                    trace=Trace(config=config, events=seen),
+                    event=None if event is None else len(seen) - 1,
+                    violations=unknown,
+                    answers=list(map(shown, answers)),
+                )
             if parted(violations):
                 tally.cut += 1
                 return None
         return None
     except EngineFailure as error:
         lived = drawn if error.event is None else drawn[: error.event + 1]
-        return Failure(
-            trace=Trace(config=config, events=lived),
-            event=error.event,
-            engine_failure=str(error),
-            rank=error.rank,
-        )
-    except GarbageError as garbage:
+        return engine_failure(Trace(config=config, events=lived), error)
+    except MalformedAnswer as error:
         at = len(seen) - 1 if seen else None
-        died = EngineFailure(garbage.rank, at, f"answered garbage: {garbage}")
-        return msgspec.structs.replace(
-            failure(died.event, []), engine_failure=str(died), rank=garbage.rank
-        )
+        died = EngineFailure(error.rank, at, f"gave a malformed answer: {error}")
+        return engine_failure(Trace(config=config, events=seen), died)
     finally:
-        judge.close()
         tally.traces += 1
         tally.events += len(seen)
         tally.layouts.add(str(config.layout))
@@ -226,7 +196,7 @@ def typed(answers: Sequence[Answer]) -> Iterator[None]:
     """While answers are judged: what fails because of their types is the engine's fault."""
     try:
         yield
-    except GarbageError:
+    except MalformedAnswer:
         raise
     except Exception:
         check_types(answers)
@@ -234,17 +204,10 @@ def typed(answers: Sequence[Answer]) -> Iterator[None]:
 
 
 def check_types(answers: Sequence[Answer]) -> None:
-    """Raises GarbageError when an answer holds values of types that it must not hold."""
+    """Raises MalformedAnswer when an answer holds values of types that it must not hold."""
     found = ill_typed(answers)
     if found is not None:
-        raise GarbageError(*found)
-
-
-def _told(answer: Answer) -> Answer:
-    """An answer without its arrays: what can be shown."""
-    outcome = msgspec.structs.replace(answer.outcome, output=None)
-    view = answer.view and msgspec.structs.replace(answer.view, keys={}, values={})
-    return Answer(outcome, view)
+        raise MalformedAnswer(*found)
 
 
 class _Failed(Exception):
@@ -329,7 +292,7 @@ def _made_small(
         again = _judged(driver, trace, profiles, tally, known) if alive else None
         if again is not None and again.verdict == "error":
             alive = driver.survives_failure and time.perf_counter() < until
-        if again is None or not numbers_of(again).intersection(named):
+        if again is None or not again.invariants.intersection(named):
             return None
         smallest = again
         return again.trace
@@ -338,17 +301,11 @@ def _made_small(
     # ranks that disagree about room alone may disagree about more, a few tokens on.
     roomy = with_room(whole)
     untold = fails(roomy, NUMBERS) is None and config_problem(roomy.config) is None
-    if untold and numbers_of(failure) <= {"REF-1", "REF-2"}:
+    if untold and failure.invariants <= {"REF-1", "REF-2"}:
         fails(gone_on(roomy), NUMBERS)
-    named = numbers_of(smallest)
+    named = smallest.invariants
     reduced(smallest.trace, lambda trace: fails(trace, named))
     return smallest
-
-
-def numbers_of(failure: Failure) -> set[str]:
-    """The invariants that a failure names."""
-    names = {violation.invariant for violation in failure.violations}
-    return names if failure.engine_failure is None else {"LIVE-1"}
 
 
 def layout_traces(
@@ -453,31 +410,61 @@ def workload(
     coverage: Coverage | None = None,
 ) -> Failure | None:
     """Play a workload through the scheduler; state is looked at every 100 events."""
-    judge = Judge(config, profiles, driver.profiles)
-    watch = Watch(every=100, touched=False)
-    # A driver that wants the whole trace first gets it from a model of its own.
-    planner = (
-        None
-        if driver.streams
-        else Model(config, judge.model.features, allocates=judge.model.allocates)
-    )
+    recorder, judge = Recorder(config, driver.profiles), Judge(config, profiles)
+    # A driver that draws ahead of the answers needs a recorder of its own to draw with.
+    ahead = recorder if driver.streams else Recorder(config, driver.profiles)
+    reason: Reason | None = None
+
+    def expect(event: Event) -> Expectation:
+        nonlocal reason
+        expected = recorder.next(event)
+        reason = expected.refused
+        return expected
 
     def events() -> Iterator[Event]:
         schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)
-        reason: Reason | None = None
         event = next(schedule_of)
         while True:
             if isinstance(event, Release):
                 released()
-            if planner is not None:
-                reason = planner.apply(event)
+            refused = None if ahead is recorder else ahead.next(event).refused
             yield event
             try:
-                event = schedule_of.send(judge.reason if planner is None else reason)
+                event = schedule_of.send(reason if ahead is recorder else refused)
             except StopIteration:
                 return
 
-    return _played(driver, judge, events(), watch, tally, Known(), coverage)
+    watch = Watch(every=100, touched=False)
+    return _played(driver, judge, events(), expect, watch, tally, Known(), coverage)
+
+
+def check_vector(
+    driver: Driver, vector: Vector, tally: Tally, profiles: frozenset[str] | None = None
+) -> Failure | None:
+    """Play a vector and judge every answer by what it expects.
+
+    `profiles` are those that are to be checked, all that the engine declares when None.
+    """
+    profiles = profiles_of_vector(vector, driver.profiles if profiles is None else profiles)
+    if vector.refused is not None:
+        return _check_bad_config(driver, vector.config, profiles, tally, Known())
+    stored, events = expectations(vector), vector.trace.events
+    judge = Judge(vector.config, profiles)
+    expect = lambda _: next(stored)  # noqa: E731
+    failure = _played(driver, judge, events, expect, EVERYTHING, tally, Known())
+    return failure and _made_sure(driver, failure, profiles, tally, Known())
+
+
+def profiles_of_vector(vector: Vector, profiles: frozenset[str]) -> frozenset[str]:
+    """Those of the profiles by which a vector checks: what it asks for, and as deep as it goes."""
+    if vector.profiles == [MERGE]:
+        return frozenset(vector.profiles)
+    depth = ["placement", "lengths", "pages"]
+    if vector.rows:
+        depth.append("cache")
+    if any(step.decoded and step.decoded.output for step in vector.steps):
+        depth = list(LADDER)
+    return profiles & {*depth, *vector.profiles}
 
 
 def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> frozenset[str]:

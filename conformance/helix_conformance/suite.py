@@ -14,9 +14,10 @@ from helix_conformance.drive.launching import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.xfail import PARTING, Difference, Known, LedgerError, void_sentence
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import Failure, Tally, layout_run, numbers_of, profiles_to_check
+from helix_conformance.session import Tally, layout_run, profiles_to_check
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
@@ -273,7 +274,7 @@ class Suite:
                 raise Violated(f"The engine did not start. {died}") from died
             if failure is None:
                 return _Verdicts(checked, known, tally, failures)
-            failures |= {n: failure for n in numbers_of(failure) if n not in failures}
+            failures |= {n: failure for n in failure.invariants if n not in failures}
             if failure.verdict == "error":
                 if not self.driver.survives_failure:
                     self.close()
@@ -281,7 +282,7 @@ class Suite:
 
     def _report(self, layout: str, name: str, failure: Failure) -> str:
         """The failure as a text, this invariant's part of it, and where its trace was left."""
-        others = sorted(numbers_of(failure) - {name}, key=NUMBERS.index)
+        others = sorted(failure.invariants - {name}, key=NUMBERS.index)
         if name in NUMBERS and failure.engine_failure is None:
             mine = [v for v in failure.violations if v.invariant == name]
             failure = msgspec.structs.replace(failure, violations=mine)

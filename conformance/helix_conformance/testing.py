@@ -16,10 +16,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from helix_conformance.drive.driver import Played, Watch
 from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.strategies import EVENTS, Intent, configs, realise
+from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.judge import Judge
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import Failure, profiles_to_check
+from helix_conformance.session import profiles_to_check
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import FEATURES, Event
@@ -53,7 +55,8 @@ class EngineMachine(RuleBasedStateMachine):
         """All ranks start with one configuration."""
         features = [feature for feature in FEATURES if feature in self.profiles]
         config: Config = data.draw(configs(cp_sizes=(1, 2, 3, 4), features=features))
-        self.judge = Judge(config, self.profiles, self.engine.profiles)
+        self.judge = Judge(config, self.profiles)
+        self.recorder = Recorder(config, self.engine.profiles)
         self.told: list[Event] = []
         self.waiting: deque[Event] = deque()
         driver = LocalDriver(self.engine)
@@ -123,11 +126,11 @@ class EngineMachine(RuleBasedStateMachine):
             wish["query_lens"] = (1,)
         if "padding" not in self.profiles:
             wish["pad"] = 0
-        for event in realise(self.judge.model, Intent(kind, **wish)):
+        for event in realise(self.recorder, Intent(kind, **wish)):
             self.told.append(event)
             self.waiting.append(event)
             _, answers = next(self.play)
-            self._demand(self.judge.event(event, answers))
+            self._demand(self.judge.event(self.recorder.next(event), answers))
 
     def _demand(self, violations: list[Any]) -> None:
         if violations:

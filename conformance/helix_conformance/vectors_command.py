@@ -11,15 +11,10 @@ from rich.console import Console
 
 from helix_conformance.drive.driver import Driver
 from helix_conformance.expect.making import SHIPPED
-from helix_conformance.expect.vectors import Vector, VectorError
-from helix_conformance.judge.checking import (
-    check_vector,
-    lacking,
-    load_vectors,
-    profiles_of_vector,
-)
+from helix_conformance.expect.vectors import Vector, VectorError, load_vectors
+from helix_conformance.judge.failure import Failure
 from helix_conformance.report.text import Stream, failure_text, make_row, print_table
-from helix_conformance.session import Failure, Tally, numbers_of
+from helix_conformance.session import Tally, check_vector, profiles_of_vector
 from helix_spec.invariants import NUMBERS
 
 ALONE: Final = ["Stored vectors were played; a whole run plays random traces of every layout."]
@@ -80,7 +75,7 @@ def check(
 
 def _why_not(driver: Driver, vector: Vector, profiles: frozenset[str]) -> str | None:
     """Why a vector is not meant for an engine, or does not fit its driver."""
-    missing = lacking(vector, profiles)
+    missing = [profile for profile in vector.profiles if profile not in profiles]
     undeclared = [profile for profile in missing if profile not in driver.profiles]
     if undeclared:
         return f"the engine does not declare {', '.join(undeclared)}"
@@ -128,6 +123,6 @@ def _text(path: Path, vector: Vector, failure: Failure, *, whole: bool) -> list[
     """One failing vector; all but the first of a layout in one line."""
     if whole:
         return ["", f"{path}: {' '.join(vector.notes)}", *failure_text(failure)]
-    numbers = sorted(numbers_of(failure), key=NUMBERS.index)
+    numbers = sorted(failure.invariants, key=NUMBERS.index)
     at = "the start" if failure.event is None else f"event {failure.event}"
     return [f"{path}: {', '.join(numbers)} at {at}"]

@@ -75,7 +75,7 @@ def test_answer_that_is_none(method, spoil, what):
     failure = check_trace(LocalDriver(engine), TRACE, LENGTHS)
     assert failure is not None
     assert "error" == failure.verdict, failure
-    assert "Rank 1 answered garbage: " in failure.engine_failure
+    assert "Rank 1 gave a malformed answer: " in failure.engine_failure
     assert what in failure.engine_failure
     assert (1, TRACE.events[:2]) == (failure.event, failure.trace.events)
 

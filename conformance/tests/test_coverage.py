@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
@@ -18,10 +19,22 @@ from helix_conformance.session import (
     random_traces,
 )
 from helix_reference.engine import ReferenceEngine
-from helix_reference.model import Model
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
-from helix_spec.events import FEATURES, Accept, Admit, Decode, Fork, Preempt, Release, Resume, Skip
+from helix_spec.events import (
+    FEATURES,
+    Accept,
+    Admit,
+    Decode,
+    Event,
+    Fork,
+    Preempt,
+    Reason,
+    Release,
+    Resume,
+    Skip,
+    features_of,
+)
 from helix_spec.trace import Trace
 
 PROFILES = profiles_to_check(ReferenceEngine.profiles, ["pages", *FEATURES])
@@ -43,9 +56,14 @@ def lesser(declared: frozenset[str]) -> type[ReferenceEngine]:
         profiles = declared
 
         def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-            outcome = super().start(config, profiles)
-            self.model = Model(config, declared & set(FEATURES), allocates="pages" in declared)
-            return outcome
+            pages = config.pages if "pages" in declared else [2**31 - 1] * len(config.pages)
+            return super().start(msgspec.structs.replace(config, pages=pages), profiles)
+
+        def apply(self, event: Event) -> Outcome:
+            if features_of(event) <= declared:
+                return super().apply(event)
+            self.model.events_seen, self.model.last_steps = self.model.events_seen + 1, []
+            return Outcome(Reason.UNSUPPORTED)
 
     return Lesser
 

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from helix_conformance.drive.driver import Answer
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.judge import Judge
-from helix_conformance.judge.oracle import Oracle
 from helix_reference.attention import Token, key, raw, rope
 from helix_reference.engine import ReferenceEngine
-from helix_reference.model import Model
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Fork, Reason, Release, Skip
 from helix_spec.invariants import NUMBERS
@@ -261,24 +260,14 @@ CASES: dict[str, tuple[Config, list[Event], list[Change], set[str]]] = {
 }  # fmt: skip
 
 
-def judge_of(case: str, *, foresees: bool) -> Judge:
-    """A judge of a case's configuration, who is told all events first or one by one."""
-    setting, events, _, _ = CASES[case]
-    judge = Judge(setting, PROFILES)
-    for event in events if foresees else []:
-        judge.foresee(event)
-    return judge
-
-
-@pytest.mark.parametrize("foresees", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_judge_names_what_fails_and_nothing_else(case: str, *, foresees: bool) -> None:
+def test_the_judge_names_what_fails_and_nothing_else(case: str) -> None:
     """A wrong answer to the last event is named by exactly the invariants that it breaks."""
     setting, events, changes, expected = CASES[case]
     answers = right_answers(setting, events)
-    judge = judge_of(case, foresees=foresees)
+    judge, recorder = Judge(setting, PROFILES), Recorder(setting, PROFILES)
     for event, right in zip(events[:-1], answers[:-1], strict=True):
-        assert [] == judge.event(event, right)
+        assert judge.event(recorder.next(event), right) == []
     wrong = list(answers[-1])
     for change in changes:
         wrong[change.rank] = change.applied(wrong[change.rank])
@@ -287,46 +276,21 @@ def test_the_judge_names_what_fails_and_nothing_else(case: str, *, foresees: boo
             other = answers[-1][int(answer.outcome.output[-1])].outcome.output
             outcome = msgspec.structs.replace(answer.outcome, output=other)
             wrong[rank] = Answer(outcome, answer.view)
-    violations = judge.event(events[-1], wrong)
-    judge.close()
-    assert expected == {violation.invariant for violation in violations}
+    violations = judge.event(recorder.next(events[-1]), wrong)
+    assert {violation.invariant for violation in violations} == expected
 
 
-@pytest.mark.parametrize("foresees", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_judge_finds_nothing_wrong_with_right_answers(case: str, *, foresees: bool) -> None:
+def test_the_judge_finds_nothing_wrong_with_right_answers(case: str) -> None:
     """The same trace, answered as the specification says, breaks no invariant."""
     setting, events, _, _ = CASES[case]
-    answers, judge = right_answers(setting, events), judge_of(case, foresees=foresees)
+    judge, recorder = Judge(setting, PROFILES), Recorder(setting, PROFILES)
     found = [
         violation
-        for event, right in zip(events, answers, strict=True)
-        for violation in judge.event(event, right)
+        for event, right in zip(events, right_answers(setting, events), strict=True)
+        for violation in judge.event(recorder.next(event), right)
     ]
-    judge.close()
-    assert [] == found
-
-
-def test_what_was_foreseen_is_what_is_worked_out_later() -> None:
-    """Attention foreseen of a trace with refusals, releases and forks is that of each event."""
-    setting = config(STEP)
-    events: list[Event] = [
-        *TWO, Admit(1, 4), Release(0), Admit(0, 5), Fork(0, 2), Decode([2, 0, 1], [2, 1, 1]),
-        Decode([9], [1]), Skip([0], [1]), Decode([0, 2], [1, 3]),
-    ]  # fmt: skip
-    judge, later = Judge(setting, PROFILES), Oracle(setting, Model(setting, PROFILES))
-    for event in events:
-        judge.foresee(event)
-    assert judge.foresight is not None
-    for event in events:
-        later.model.apply(event)
-        expected = list(later.attention(later.model.last_steps))
-        observed = judge.foresight.next().attention
-        assert [one[:2] for one in expected] == [one[:2] for one in observed]
-        for (*_, output, bound), (*_, foreseen, its_bound) in zip(expected, observed, strict=True):
-            np.testing.assert_array_equal(output, foreseen)
-            np.testing.assert_array_equal(bound, its_bound)
-    judge.close()
+    assert found == []
 
 
 def test_every_invariant_that_an_answer_can_break_is_broken_here() -> None:

@@ -111,8 +111,8 @@ def _exact(shape, identities, ranks, seed=5):
     q = numbers.rotated_queries(shape, seed, last, range(shape.q_heads))
     k = numbers.cached_keys(shape, seed, tokens, range(shape.kv_heads))
     v = numbers.cached_values(shape, seed, tokens, range(shape.kv_heads))
-    kv = numbers.KeysValues(k.stored[0], k.doubt[0], v[0])
-    return numbers.exact_attention(shape, q.stored[0, 0], q.doubt[0, 0], kv, ranks)
+    kv = numbers.KeysValues(k.stored[0], k.uncertainty[0], v[0])
+    return numbers.exact_attention(shape, q.stored[0, 0], q.uncertainty[0, 0], kv, ranks)
 
 
 @pytest.mark.parametrize("latent", [None, LATENT])
@@ -137,17 +137,17 @@ def test_cached_keys_have_no_room_but_for_rounding(dtype, cached, latent):
 
     honest = turned(0)
     found = honest.double().numpy()
-    assert ((k.least <= found) & (found <= k.most)).all()
+    assert ((k.lower <= found) & (found <= k.upper)).all()
     unit = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[kept.itemsize]
     beyond = (honest.view(unit) + 1).view(kept).double().numpy()
-    sure = k.least == k.most
-    assert not ((k.least <= beyond) & (beyond <= k.most))[sure & (found != 0)].any()
+    sure = k.lower == k.upper
+    assert not ((k.lower <= beyond) & (beyond <= k.upper))[sure & (found != 0)].any()
     if kept != torch.float32:
         assert sure.mean() > 0.99
     else:
         assert sure[..., : shape.key_dim - shape.rope_dim].all()
     elsewhere = turned(1).double().numpy()
-    assert not ((k.least <= elsewhere) & (elsewhere <= k.most)).all(axis=-1).any()
+    assert not ((k.lower <= elsewhere) & (elsewhere <= k.upper)).all(axis=-1).any()
 
 
 class Sharded:

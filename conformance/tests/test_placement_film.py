@@ -14,7 +14,7 @@ from helix_conformance.cli import main
 from helix_conformance.drive.driver import Answer
 from helix_conformance.generate.strategies import configs, traces
 from helix_conformance.judge.failure import Violation
-from helix_conformance.report.diagram import MOST_REQUESTS, MOST_STOPS, Box, Panel, film
+from helix_conformance.report.diagram import MAX_REQUESTS, MAX_STOPS, Box, Panel, film
 from helix_conformance.report.html import picture, seed_example
 from helix_conformance.report.stream import FailureLine
 from helix_conformance.report.wrong import scene
@@ -104,7 +104,7 @@ def test_free_pages_are_told_at_every_stop():
         {"rank 0: 8 of 9", "rank 1: 2 of 3"},
         {"rank 0: 7 of 9", "rank 1: 2 of 3"},
     ] == told
-    assert None is film(trace, allocates=False).pools_panel
+    assert None is film(trace, declared=["placement"]).pools_panel
 
 
 def test_long_traces_are_thinned_around_the_failure():
@@ -113,10 +113,10 @@ def test_long_traces_are_thinned_around_the_failure():
     admissions = [Admit(id, 1) for id in range(50)]
     events = [*admissions, *[Decode([49], [1])] * 1200]
     drawn = film(Trace(config=config, events=events), at=600)
-    assert len(drawn.stops) <= MOST_STOPS
+    assert len(drawn.stops) <= MAX_STOPS
     assert {599, 600, 601, 1249} <= {stop.event for stop in drawn.stops}
     assert 600 == drawn.stops[drawn.first_shown].event
-    assert (MOST_REQUESTS, 49) == (len(drawn.panels), drawn.panels[-1].id)
+    assert (MAX_REQUESTS, 49) == (len(drawn.panels), drawn.panels[-1].id)
 
 
 def failing(events, answers, *violations, layout="pr9757/1:C=2,T=2"):

@@ -116,8 +116,8 @@ def test_a_contract_that_nobody_confirms_fails(
     """A contract in a docstring has to be reached."""
     spoil(
         "placement.py",
-        '    """Pages that `rank` holds for a request (PAGE-1), shared ones included."""\n',
-        '    """Pages of a rank.\n\n    post: _ >= 0\n    """\n',
+        '    """Return how many pages a rank holds for a request, shared ones included (PAGE-1).\n',
+        '    """Return the pages of a rank.\n\n    post: _ >= 0\n',
     )
     status, shown = run(copy / "proof.json", spec_root=copy, only=["owner-in-range"])
     assert 1 == status

@@ -135,7 +135,7 @@ def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
 )
 def test_stray_is_named(astray, monkeypatch, how, what):
     """Whatever a rank says or does instead of answering is told, with rank, event and trace."""
-    monkeypatch.setattr(stdio, "LONGEST_LINE", 2**20)
+    monkeypatch.setattr(stdio, "MAX_LINE_BYTES", 2**20)
     driver = astray(how)
     failure = check_trace(driver, TRACE, BOOKKEEPING)
     assert failure is not None

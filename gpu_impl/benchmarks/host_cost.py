@@ -59,7 +59,7 @@ def vllm_step(requests: int, context: int) -> Step:
     """The same by vLLM's own manager and table, but for the slots: its GPU computes them."""
     from helix_conformance.engines import vllm
 
-    vllm.MOST_REQUESTS = requests
+    vllm.MAX_REQUESTS = requests
     config = config_of(requests, context)
     engine = vllm.VllmV1(0)
     engine.start(config, engine.profiles)

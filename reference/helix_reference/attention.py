@@ -11,18 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helix_spec.config import CacheDType, ModelShape
-from helix_spec.values import Tensor, entry, is_probe, token_state
+from helix_spec.values import U32, UNIT_ROUNDOFF, Tensor, entry, is_probe, token_state
 
 Vector = list[float]
-
-UNIT_ROUNDOFF: dict[CacheDType, float] = {
-    "float32": 2.0**-24,
-    "float16": 2.0**-11,
-    "bfloat16": 2.0**-8,
-    "float8_e4m3fn": 2.0**-4,
-}
-"""Largest relative error of one rounding to nearest."""
-U32 = UNIT_ROUNDOFF["float32"]
 
 _SMALLEST_NORMAL_EXPONENT: dict[CacheDType, int] = {
     "float32": -125,
@@ -47,7 +38,7 @@ class Rotated:
 
     exact: Vector
     stored: Vector
-    doubt: Vector
+    uncertainty: Vector
     """Per entry, how far apart two honest roundings may lie; 0 where all agree."""
 
 
@@ -71,11 +62,11 @@ def rope(
         exact[d] = a * cosine - b * sine
         exact[d + half] = b * cosine + a * sine
         slack[d] = slack[d + half] = 3 * U32 * (abs(a) + abs(b))
-    doubt = [
+    uncertainty = [
         _kept(value + s, dtypes) - _kept(value - s, dtypes)
         for value, s in zip(exact, slack, strict=True)
     ]
-    return Rotated(exact, [_kept(value, dtypes) for value in exact], doubt)
+    return Rotated(exact, [_kept(value, dtypes) for value in exact], uncertainty)
 
 
 def _kept(x: float, dtypes: Sequence[CacheDType]) -> float:
@@ -187,9 +178,9 @@ def error_bound(
     def score_error(k: Rotated, score: float) -> float:
         products = _norm([a * b for a, b in zip(q.stored, k.stored, strict=True)])
         rounding = math.sqrt(width) * scale * products + math.sqrt(width / 3) * abs(score)
-        rotation = [abs(a) * db for a, db in zip(q.stored, k.doubt, strict=True)]
+        rotation = [abs(a) * db for a, db in zip(q.stored, k.uncertainty, strict=True)]
         float32 = U32 * (rounding + 2 * abs(score) + largest)
-        return float32 + scale * _in_doubt(rotation, model.cached_dtype)
+        return float32 + scale * _propagated(rotation, model.cached_dtype)
 
     u_product = UNIT_ROUNDOFF[model.product_dtype]
     squares = []
@@ -197,15 +188,15 @@ def error_bound(
     for k, v, off, weight, score in zip(keys, values, apart, p, scores, strict=True):
         squares.append((weight * _norm(off) * score_error(k, score)) ** 2)
         squares.append((weight * _norm(v) * u_product) ** 2)
-    # A doubt about an entry of q moves all scores at once, so it is followed to the output.
+    # An uncertainty of an entry of q moves all scores at once, so it is propagated to the output.
     turned = []
     for d in range(width):
         pull = [weight * scale * k.stored[d] for weight, k in zip(p, keys, strict=True)]
         movement = [
             math.fsum(x * off[e] for x, off in zip(pull, apart, strict=True)) for e in range(dim)
         ]
-        turned.append(q.doubt[d] * _norm(movement))
-    squares.append(_in_doubt(turned, model.dtype) ** 2)
+        turned.append(q.uncertainty[d] * _norm(movement))
+    squares.append(_propagated(turned, model.dtype) ** 2)
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
     for rank in sorted(set(ranks)):
         mine = [j for j, holder in enumerate(ranks) if holder == rank]
@@ -258,8 +249,8 @@ def merge_bound(model: ModelShape, partials: Sequence[Partial]) -> tuple[Vector,
     return whole.output, math.sqrt(math.fsum(squares))
 
 
-def _in_doubt(effects: Sequence[float], dtype: CacheDType) -> float:
-    """What doubts about the entries of one vector of this type do together.
+def _propagated(effects: Sequence[float], dtype: CacheDType) -> float:
+    """Return what uncertainties of the entries of one vector of this type do together.
 
     In float32 every entry is in doubt, each by little; in a narrower type hardly any is, by a
     whole unit in the last place.

@@ -19,7 +19,8 @@ from helix_reference.attention import (
     supplied,
     value,
 )
-from helix_reference.model import Model, Request, Step
+from helix_reference.model import Model
+from helix_reference.state import Request, Step
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import FEATURES, MERGE, Event, Merge, Reason

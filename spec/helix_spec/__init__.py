@@ -3,13 +3,15 @@
 `SPEC.md` beside this file is the normative text. The modules, in reading order:
 
 - `layouts`: a placement rule as data, the named layouts, layout identifiers;
-- `configs`: what an engine is started with, and when it must refuse to start;
-- `events`: the trace language, the reasons of refusals, what an engine answers;
-- `traces`: the JSON form of a trace and its schema;
+- `config`: what an engine is started with, and when it must refuse to start;
+- `events`: the trace language, and the reasons of refusals;
+- `engine`: the calls of an engine, its profiles, and what it returns;
+- `trace`: the JSON form of a trace, and its schema (`trace.schema.json`);
 - `placement`: closed forms, which rank and slot holds which position;
-- `invariants`: the numbered invariants as predicates over observations;
-- `values`: the numbers that stand in for Q, K and V.
+- `values`: the numbers that stand in for Q, K and V;
+- `invariants`: the sentences of the numbered invariants, and predicates of reported numbers;
+- `theorems`: what is proved of all this for all sizes; its own `__init__` lists its modules.
 
 Nothing is imported here, so that `helix_gpu`, which may use the vocabulary (`layouts`,
-`configs`, `events`) and nothing else, does not load the arithmetic by accident.
+`config`, `events`, `engine`) and nothing else, does not load the arithmetic by accident.
 """

@@ -14,12 +14,24 @@ CacheDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 Admission = Literal["transfer", "prefill"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
-LARGEST_MAX_LEN: Final = 2**31 - 1
-"""Positions fit a signed 32-bit integer, as in every engine's kernels."""
+MAX_REQUEST_LEN: Final = 2**31 - 1
+"""Largest `max_len`: positions fit a signed 32-bit integer, as in every engine's kernels."""
 
 
 def encode_layout(value: Any) -> str:
-    """Return a layout as its identifier: the `enc_hook` of whatever writes a `Config`."""
+    """Return a layout as its identifier: the `enc_hook` of whatever writes a `Config`.
+
+    Raises
+    ------
+    NotImplementedError
+        When the value is no layout, as msgspec asks of such a hook.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8)
+    >>> msgspec.to_builtins(config, enc_hook=encode_layout)["layout"]
+    'pr9757/1:C=1,T=4'
+    """
     if isinstance(value, Layout):
         return str(value)
     raise NotImplementedError(f"A {type(value).__name__} has no JSON form.")
@@ -28,7 +40,25 @@ def encode_layout(value: Any) -> str:
 def decode_layout(kind: type[Any], value: Any) -> Any:
     """Return the layout that an identifier names: the `dec_hook` of whatever reads a `Config`.
 
-    Raises LayoutError.
+    Parameters
+    ----------
+    kind
+        The type that msgspec wants; only `Layout`.
+    value
+        What the JSON text holds in its place.
+
+    Raises
+    ------
+    LayoutError
+        When the value is no canonical identifier.
+    NotImplementedError
+        When another type is wanted.
+
+    Examples
+    --------
+    >>> config = {"layout": "pr9757/1:C=1,T=4", "pages": [3], "max_len": 8}
+    >>> msgspec.convert(config, Config, dec_hook=decode_layout).layout.cp_size
+    1
     """
     if kind is not Layout:
         raise NotImplementedError(f"A {kind.__name__} has no JSON form.")
@@ -38,7 +68,13 @@ def decode_layout(kind: type[Any], value: Any) -> Any:
 
 
 def layout_schema(kind: type[Any]) -> dict[str, str]:
-    """Return the schema of a layout: the `schema_hook` of whatever publishes a `Config`."""
+    """Return the schema of a layout: the `schema_hook` of whatever publishes a `Config`.
+
+    Raises
+    ------
+    NotImplementedError
+        When another type is wanted.
+    """
     if kind is not Layout:
         raise NotImplementedError
     return {"type": "string"}
@@ -47,8 +83,8 @@ def layout_schema(kind: type[Any]) -> dict[str, str]:
 class LatentShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What multi-head latent attention (MLA) caches of a token: one row, read by all heads.
 
-    The row is its key; its first `latent_dim` elements are also its value, the `rope_dim` after
-    them are what RoPE turns. DeepSeek: kv_lora_rank 512 and qk_rope_head_dim 64.
+    The row is its key. Its first `latent_dim` elements are also its value; RoPE rotates the
+    `rope_dim` elements after them. DeepSeek: kv_lora_rank 512 and qk_rope_head_dim 64.
     """
 
     latent_dim: Count = 512
@@ -64,40 +100,46 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     head_dim: Count = 16
     """Elements of a head of Q, K and V; with `latent`, of Q and K before absorption."""
     latent: LatentShape | None = None
-    """Of a model with MLA, whose queries come absorbed."""
+    """The cached row of a model with MLA, whose queries arrive absorbed; None without MLA."""
     dtype: DType = "float32"
-    """Type of Q, of K and V before they are cached, and of the output."""
+    """Dtype of Q, of K and V before they are cached, and of the output."""
     cache_dtype: Literal["float8_e4m3fn"] | None = None
-    """Type of the cached K and V where it is not `dtype`; there is no scale."""
+    """Dtype of the cached K and V where it is not `dtype`; there is no scale."""
     product_dtype: DType = "float32"
-    """Type in which probabilities meet V."""
+    """Dtype of the P·V product: the least precise that an engine may use there."""
     partial_dtype: DType = "float32"
-    """Type in which partial outputs travel between ranks; log-sum-exp is always float32."""
+    """Dtype of partial outputs on the wire; their log-sum-exp is always float32."""
     rope_base: float = 10000.0
 
     @property
     def cached_dtype(self) -> CacheDType:
-        """Type of the cached K and V."""
+        """Dtype of the cached K and V."""
         return self.cache_dtype or self.dtype
 
     @property
     def key_dim(self) -> int:
-        """Elements of a query head as it meets the keys, and of a cached key."""
+        """Elements of a cached key, and of a query head that meets it: W of SPEC.md."""
         return self.latent.latent_dim + self.latent.rope_dim if self.latent else self.head_dim
 
     @property
     def value_dim(self) -> int:
-        """Elements of a value, and of a head's output."""
+        """Elements of a cached value, and of a head's output: D of SPEC.md."""
         return self.latent.latent_dim if self.latent else self.head_dim
 
     @property
     def rope_dim(self) -> int:
-        """How many of the last elements of a query head and a key RoPE turns."""
+        """How many of the last elements of a query head and a key RoPE rotates: R of SPEC.md."""
         return self.latent.rope_dim if self.latent else self.head_dim
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied by: 1 / sqrt(head_dim)."""
+        """The factor of the scores: 1 / sqrt(head_dim).
+
+        Examples
+        --------
+        >>> ModelShape(head_dim=64).scale
+        0.125
+        """
         return 1.0 / math.sqrt(self.head_dim)
 
 
@@ -112,7 +154,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     layout: Layout
     pages: list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]]
-    max_len: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_MAX_LEN)]
+    max_len: Annotated[int, msgspec.Meta(ge=1, le=MAX_REQUEST_LEN)]
     model: ModelShape = ModelShape()
     tp_size: Count = 1
     overlap: bool = False
@@ -127,11 +169,34 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     @property
     def world_size(self) -> int:
-        """Number of ranks: tp_size * cp_size (MAP-1)."""
+        """Number of ranks: tp_size * cp_size (MAP-1).
+
+        Examples
+        --------
+        >>> Config(layout="pr9757/1:C=2,T=4", pages=[3, 3], max_len=8, tp_size=2).world_size
+        4
+        """
         return self.tp_size * self.layout.cp_size
 
     def kv_heads_of(self, tp_rank: int) -> range:
-        """The KV heads that ranks of this tp_rank cache; a latent is cached by every one."""
+        """Return the KV heads that the ranks of a tp_rank cache; every one of them caches a latent.
+
+        Parameters
+        ----------
+        tp_rank
+            A tensor-parallel rank, 0 to tp_size - 1.
+
+        Returns
+        -------
+        range
+            Numbers of KV heads of the whole model.
+
+        Examples
+        --------
+        >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8, tp_size=2)
+        >>> config.kv_heads_of(1)
+        range(1, 2)
+        """
         if self.model.latent is not None:
             return range(1)
         heads = self.model.kv_heads // self.tp_size
@@ -139,9 +204,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def config_problem(config: Config) -> str | None:
-    """Why no engine may start with this configuration, as a sentence; None when it may.
+    """Return why no engine may start with this configuration, as a sentence; None when it may.
 
-    An engine answers each of these with `bad_config`.
+    An engine refuses each of these with `bad_config`.
+
+    Examples
+    --------
+    >>> config_problem(Config(layout="pr9757/1:C=2,T=4", pages=[3], max_len=8))
+    'pages lists 1 pool sizes for cp_size 2; it must list one for each cp_rank.'
     """
     layout = config.layout
     problem = layout_problem(layout)

@@ -1,4 +1,4 @@
-"""What an engine is, what it may declare, and what it answers (SPEC.md section 10)."""
+"""What an engine is, what it may declare, and what it returns (SPEC.md section 10)."""
 
 from __future__ import annotations
 
@@ -61,8 +61,14 @@ class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Engine(Protocol):
     """One rank of an engine under test.
 
-    `rank` is global: tp_rank * cp_size + cp_rank (MAP-1). The suite makes one object per rank,
-    starts it once per trace, and never lets two threads touch it.
+    The suite makes one object for each rank, starts it once for each trace, and calls it from
+    one thread at a time. An optional third attribute, `settings`, is a dictionary of texts that
+    reports show.
+
+    Parameters
+    ----------
+    rank
+        The global rank: tp_rank * cp_size + cp_rank (MAP-1).
     """
 
     profiles: ClassVar[frozenset[str]]
@@ -77,27 +83,70 @@ class Engine(Protocol):
 
     @classmethod
     def join(cls, world_size: int) -> None:
-        """Called once in every process, when torch.distributed is up and before any trace.
+        """Make whatever groups of processes the engine needs; called once in every process.
 
-        Traces may use fewer ranks than there are processes, so groups are made here, by all.
-        Only for engines that need processes.
+        It is called when torch.distributed is up and before any trace. Traces may use fewer ranks
+        than there are processes, so all processes make all groups here. Only for engines that need
+        processes.
+
+        Parameters
+        ----------
+        world_size
+            Number of processes.
         """
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-        """Begin anew: ready, or refused with `bad_config`. `profiles` are those to be checked."""
+        """Begin anew: forget every earlier trace.
+
+        Parameters
+        ----------
+        config
+            What every rank is started with; it may be illegal.
+        profiles
+            The profiles that will be checked.
+
+        Returns
+        -------
+        Outcome
+            With `reason` None when the rank is ready, else `bad_config`.
+        """
 
     def apply(self, event: Event) -> Outcome:
-        """Let one event happen on this rank, or refuse it and change nothing."""
+        """Apply an event on this rank, or refuse it and change nothing."""
 
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
-        """This rank's state, of these requests or of all live ones; changes nothing.
+        """Return this rank's state, and change nothing.
 
         It must not go through the code by which `apply` places tokens.
+
+        Parameters
+        ----------
+        ids
+            The requests that are asked for; None for all live ones. The view leaves out those that
+            are not live.
         """
 
 
 def declaration_problem(profiles: Any) -> str | None:
-    """What is wrong with the profiles that an engine declares; None when nothing is."""
+    """Return what is wrong with the profiles that an engine declares; None when nothing is.
+
+    Parameters
+    ----------
+    profiles
+        What the engine has as `profiles`: any object.
+
+    Returns
+    -------
+    str or None
+        A sentence without its subject, which is the engine.
+
+    Examples
+    --------
+    >>> declaration_problem({"lengths"})
+    'declares lengths without placement, which it includes.'
+    >>> declaration_problem({"placement", "fork"}) is None
+    True
+    """
     try:
         declared = set(profiles)
     except TypeError:

@@ -89,7 +89,7 @@ class Merge(_Event, frozen=True, tag="merge"):
     """The ranks exchange and merge partial attentions that they are supplied with.
 
     `levels[k][t]` is about the log-sum-exp of partial k for token t, null where it is of no
-    keys; cp_rank r is handed partial `order[r]` (SPEC.md section 8 says what is in it).
+    keys; cp_rank r is supplied with partial `order[r]` (SPEC.md section 8 says what is in it).
     No request is named and nothing changes. Raises ValueError when the lists do not fit.
     """
 
@@ -116,7 +116,18 @@ FEATURES: Final = ("speculative", "fork", "preempt", "padding", "overlap")
 
 
 def features_of(event: Event) -> frozenset[str]:
-    """The features without which an engine answers this event with `unsupported`."""
+    """Return the features without which an engine refuses this event with `unsupported`.
+
+    Returns
+    -------
+    frozenset of str
+        Members of `FEATURES`, and `merge`.
+
+    Examples
+    --------
+    >>> sorted(features_of(Decode([0], [2], pad=1)))
+    ['padding', 'speculative']
+    """
     needed = set()
     match event:
         case Decode(_, query_lens, pad):
@@ -143,7 +154,13 @@ def features_of(event: Event) -> frozenset[str]:
 
 
 def ids_of(event: Event) -> list[int]:
-    """The requests that an event names, in its order."""
+    """Return the ids of the requests that an event names, in its order.
+
+    Examples
+    --------
+    >>> ids_of(Fork(parent=3, child=8))
+    [3, 8]
+    """
     match event:
         case Decode(ids) | Skip(ids) | Sampled(ids):
             return ids

@@ -1,19 +1,18 @@
-"""The numbered invariants as predicates over observations (SPEC.md section 7).
+"""The numbered invariants (SPEC.md section 7): their sentences, and predicates of plain numbers.
 
-Each says whether one invariant holds of plain numbers that ranks reported; `r` indexes cp_ranks.
-`sentence` reads the normative text of a number.
+`sentence` reads the normative text of a number. A predicate says whether one invariant holds of
+numbers that ranks reported. Only invariants that can be judged from such numbers alone have one;
+the others are judged against an expected state.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Final
 
-from helix_spec import placement
 from helix_spec.layouts import Layout
 
 NUMBERS: Final = (
@@ -31,7 +30,23 @@ NUMBERS: Final = (
 
 @cache
 def sentence(number: str) -> str:
-    """The paragraph of SPEC.md that defines an invariant, on one line."""
+    """Return the paragraph of SPEC.md that defines an invariant, on one line.
+
+    Parameters
+    ----------
+    number
+        The number of an invariant, such as `OWN-2`.
+
+    Raises
+    ------
+    KeyError
+        When SPEC.md defines no such invariant.
+
+    Examples
+    --------
+    >>> sentence("OWN-2").endswith("For each new token exactly one rank must be active.")
+    True
+    """
     text = files("helix_spec").joinpath("SPEC.md").read_text(encoding="utf-8")
     match = re.search(rf"^\*\*{re.escape(number)}\*\*.*?(?=\n\n|\Z)", text, re.M | re.S)
     if match is None:
@@ -41,63 +56,69 @@ def sentence(number: str) -> str:
 
 @cache
 def profiles_of(number: str) -> tuple[str, ...]:
-    """The profiles that check an invariant, as its paragraph names them; `every` and `none` too."""
+    """Return the profiles that check an invariant, in the order of its paragraph.
+
+    Parameters
+    ----------
+    number
+        The number of an invariant, such as `OWN-1`.
+
+    Returns
+    -------
+    tuple of str
+        Names of profiles; `("every",)` when all check it, `("none",)` when no trace can.
+
+    Raises
+    ------
+    KeyError
+        When SPEC.md defines no such invariant, or its paragraph names no profile.
+
+    Examples
+    --------
+    >>> profiles_of("OWN-1")
+    ('placement', 'cache')
+    """
     named = re.search(r"\(profile ([^;)]*);", sentence(number))
     if named is None:
         raise KeyError(f"The paragraph of {number} in SPEC.md names no profile.")
     return tuple(named[1].split(", "))
 
 
-def own_1(positions: Sequence[Sequence[int]], total: int) -> bool:
-    """Every global position 0 .. total-1 is on exactly one rank; positions[r] lists rank r's."""
-    held = Counter(position for mine in positions for position in mine)
-    return held == Counter(range(total))
-
-
 def own_2(active: Sequence[bool]) -> bool:
-    """Exactly one rank is active for a new token."""
+    """Return whether exactly one rank is active for a new token (OWN-2).
+
+    Parameters
+    ----------
+    active
+        Whether each cp_rank reported that it owns the token; length C.
+
+    Examples
+    --------
+    >>> own_2([False, True]), own_2([True, True]), own_2([False, False])
+    (True, False, False)
+    """
     return sum(active) == 1
 
 
-def own_3(layout: Layout, prompt_len: int, step: int, shift: int, active: Sequence[bool]) -> bool:
-    """The rank that claims a step's token is the one the layout names."""
-    owner = placement.decode_owner(layout, prompt_len, step, shift)
-    return all(claims == (rank == owner) for rank, claims in enumerate(active))
-
-
-def len_1(
-    layout: Layout, prompt_len: int, steps: int, shift: int, local_lens: Sequence[int]
-) -> bool:
-    """Each rank holds as many tokens as its layout gives it; together they are all tokens."""
-    expected = [
-        placement.local_len(layout, prompt_len, steps, rank, shift)
-        for rank in range(layout.cp_size)
-    ]
-    return list(local_lens) == expected and sum(local_lens) == prompt_len + steps
-
-
-def len_2(past_len: Sequence[int], local_lens_before: Sequence[int]) -> bool:
-    """past_len is what each rank held before the event."""
-    return list(past_len) == list(local_lens_before)
-
-
-def len_3(
-    layout: Layout, prompt_len: int, position: int, shift: int, visible: Sequence[int]
-) -> bool:
-    """The query at a position sees on each rank that rank's tokens up to and including it."""
-    return list(visible) == [
-        placement.visible_len(layout, prompt_len, position, rank, shift)
-        for rank in range(layout.cp_size)
-    ]
-
-
-def pos_1(position_ids: Sequence[int], first: int) -> bool:
-    """Position ids go on by one from `first`."""
-    return list(position_ids) == list(range(first, first + len(position_ids)))
-
-
 def spread_bound(layout: Layout) -> int | None:
-    """The worst spread of local_len over ranks that BAL-1 allows; None where it names none."""
+    """Return the largest spread of local_len over the ranks that BAL-1 allows.
+
+    Parameters
+    ----------
+    layout
+        A legal layout.
+
+    Returns
+    -------
+    int or None
+        A number of tokens: 0 for one rank, None when BAL-1 names no bound for the layout.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> spread_bound(parse_layout("pr9757/1:C=4,T=32"))
+    95
+    """
     t = layout.tokens_per_block
     if layout.cp_size == 1:
         return 0
@@ -117,13 +138,44 @@ def spread_bound(layout: Layout) -> int | None:
 
 
 def bal_1(layout: Layout, local_lens: Sequence[int]) -> bool:
-    """The spread of local_len over ranks stays within its bound."""
+    """Return whether the spread of local_len over the ranks stays within its bound (BAL-1).
+
+    Parameters
+    ----------
+    layout
+        A legal layout.
+    local_lens
+        Tokens of one request on each cp_rank; length C.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> layout = parse_layout("balanced/1:C=4,T=2")
+    >>> bal_1(layout, [4, 4, 3, 2]), bal_1(layout, [5, 4, 3, 2])
+    (True, False)
+    """
     bound = spread_bound(layout)
     return bound is None or max(local_lens) - min(local_lens) <= bound
 
 
 def bal_2(layout: Layout, decoded: Sequence[int]) -> bool:
-    """The decoded tokens alone spread by one chunk at most under a rule that takes turns."""
+    """Return whether decoded tokens alone spread by at most one chunk (BAL-2).
+
+    Parameters
+    ----------
+    layout
+        A legal layout.
+    decoded
+        Decoded tokens of one request on each rank, before the start shift; length C. Under
+        `last_rank` all of them must be on the last.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> layout = parse_layout("pr9757/1:C=4,T=2")
+    >>> bal_2(layout, [2, 2, 1, 0]), bal_2(layout, [3, 0, 0, 0])
+    (True, False)
+    """
     if layout.owner == "last_rank":
         return all(count == 0 for count in decoded[:-1])
     chunk = layout.owner_interleave or layout.tokens_per_block
@@ -131,34 +183,38 @@ def bal_2(layout: Layout, decoded: Sequence[int]) -> bool:
 
 
 def bal_3(local_lens: Sequence[Sequence[int]]) -> bool:
-    """C equal requests admitted in a row, starts rotated: every rank holds the same total."""
+    """Return whether every rank holds the same number of tokens of these requests (BAL-3).
+
+    Parameters
+    ----------
+    local_lens
+        Tokens of each request on each cp_rank, shape (requests, C). BAL-3 is about k*C requests
+        that were admitted in a row under `rotated` and have equal lengths.
+
+    Examples
+    --------
+    >>> bal_3([[2, 0], [0, 2]]), bal_3([[2, 0], [1, 1]])
+    (True, False)
+    """
     totals = {sum(lens) for lens in zip(*local_lens, strict=True)}
     return len(totals) <= 1
 
 
-def grow_1(before: Sequence[int], after: Sequence[int]) -> bool:
-    """A block table only grows at its end; the pages it had stay where they are."""
-    return list(after[: len(before)]) == list(before)
-
-
-def page_1(
-    layout: Layout, prompt_len: int, steps: int, shift: int, rank: int, table: Sequence[int]
-) -> bool:
-    """A rank holds exactly as many pages for a request as the page policy says."""
-    return len(table) == placement.pages_needed(layout, prompt_len, steps, rank, shift)
-
-
-def page_2(tables: Mapping[int, Sequence[int]]) -> bool:
-    """No physical page stands twice in the block tables of requests that share nothing."""
-    pages = [page for table in tables.values() for page in table]
-    return len(set(pages)) == len(pages)
-
-
 def page_3(free: int, tables: Mapping[int, Sequence[int]], pool: int) -> bool:
-    """Free pages and distinct used ones are the whole pool."""
+    """Return whether free pages and distinct pages in use sum to the pool size (PAGE-3).
+
+    Parameters
+    ----------
+    free
+        Free pages of one rank.
+    tables
+        Block table (physical page numbers) of each live request on that rank, by request id.
+    pool
+        Pages of that rank's pool.
+
+    Examples
+    --------
+    >>> page_3(3, {0: [1], 1: [1, 2]}, pool=5)  # page 1 is shared
+    True
+    """
     return free + len({page for table in tables.values() for page in table}) == pool
-
-
-def page_4(active: bool, slot: int) -> bool:
-    """A rank names a slot for a token exactly when it owns the token."""
-    return (slot >= 0) == active

@@ -3,7 +3,7 @@
 A layout has four parts (prompt split, decode owner, page policy, start) and two sizes
 (`cp_size`, `tokens_per_block`). It carries no arithmetic; `placement` does.
 
-The text form names the rule in logs, files and between transfer peers:
+An identifier names a layout in logs, in files and between transfer peers:
 
 >>> parse_layout("pr9757/1:C=4,T=32").owner
 'step'
@@ -28,7 +28,7 @@ IDENTIFIER_VERSION: Final = 1
 
 
 class LayoutError(ValueError):
-    """A text that is not a layout identifier, or not the canonical one."""
+    """A text that is no layout identifier, or not the canonical one, or names no layout."""
 
 
 @final
@@ -36,7 +36,8 @@ class Layout:
     """A placement rule. Sizes are counts of ranks and of tokens.
 
     A layout may be illegal (see `layout_problem`): an engine has to be able to receive one
-    in order to refuse it. It is a plain class, so that JSON has its identifier in its place.
+    in order to refuse it. It is a plain class, so that JSON holds its identifier instead of its
+    parts. It is immutable, hashable, and equal to another when all parts are.
 
     Parameters
     ----------
@@ -47,9 +48,11 @@ class Layout:
     tokens_per_block
         Tokens in a page.
     prompt_interleave
-        Tokens dealt at a time by an `interleave` prompt split; None for the other splits.
+        Consecutive tokens that an `interleave` prompt split gives to one rank; None for the
+        other splits.
     owner_interleave
-        Tokens dealt at a time by an `interleave` owner rule; None for the other rules.
+        Consecutive tokens that an `interleave` owner rule gives to one rank; None for the other
+        rules.
 
     Examples
     --------
@@ -87,11 +90,22 @@ class Layout:
             object.__setattr__(self, name, part)
 
     def parts(self) -> dict[str, Any]:
-        """Return all parts and sizes by name."""
+        """Return all parts and sizes by name, in the order of the constructor's parameters."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def replace(self, **changes: Any) -> Layout:
-        """Return the layout with some parts or sizes changed."""
+        """Return a layout with some parts or sizes changed.
+
+        Parameters
+        ----------
+        **changes
+            New values, by the names of the constructor's parameters.
+
+        Examples
+        --------
+        >>> str(parse_layout("pr9757/1:C=4,T=32").replace(cp_size=2))
+        'pr9757/1:C=2,T=32'
+        """
         return Layout(**self.parts() | changes)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,9 +152,28 @@ NAMED_LAYOUTS: Final[dict[str, Rule]] = {
 def named_layout(
     name: str, *, cp_size: int, tokens_per_block: int, interleave: int | None = None
 ) -> Layout:
-    """The named layout of these sizes; `interleave` belongs to `vllm_dcp` alone (default 1).
+    """Return the layout of this name and these sizes.
 
-    Raises LayoutError for an unknown name, and for an interleave where none belongs.
+    Parameters
+    ----------
+    name
+        A key of `NAMED_LAYOUTS`.
+    cp_size
+        Ranks that share a sequence.
+    tokens_per_block
+        Tokens in a page.
+    interleave
+        Consecutive tokens on one rank; for `vllm_dcp` alone, where None means 1.
+
+    Raises
+    ------
+    LayoutError
+        When no layout has this name, or when it takes no interleave and one is given.
+
+    Examples
+    --------
+    >>> str(named_layout("pr17866", cp_size=4, tokens_per_block=32))
+    'pr17866/1:C=4,T=32'
     """
     rule = NAMED_LAYOUTS.get(name)
     if rule is None:
@@ -164,7 +197,15 @@ def named_layout(
 
 
 def layout_problem(layout: Layout) -> str | None:
-    """Why no engine may start with this layout, as a sentence; None when it is legal."""
+    """Return why no engine may start with this layout, as a sentence; None when it is legal.
+
+    Examples
+    --------
+    >>> layout_problem(parse_layout("vllm_dcp/1:C=4,T=32,I=5"))
+    'The prompt split interleaves 5 tokens, which does not divide tokens_per_block 32.'
+    >>> layout_problem(parse_layout("vllm_dcp/1:C=4,T=32,I=4")) is None
+    True
+    """
     if layout.cp_size < 1:
         return f"cp_size is {layout.cp_size}; it must be at least 1."
     if layout.tokens_per_block < 1:
@@ -180,16 +221,16 @@ def layout_problem(layout: Layout) -> str | None:
                 f"The {part} interleaves {interleave} tokens, which does not divide "
                 f"tokens_per_block {layout.tokens_per_block}."
             )
-    if layout.pages == "lockstep" and not _lockstep_is_sound(layout):
+    if layout.pages == "lockstep" and not _lockstep_is_legal(layout):
         return (
             f"Page policy lockstep with prompt split {layout.prompt} and decode owner "
-            f"{layout.owner} can leave a rank without a page it needs; lockstep is sound only for "
+            f"{layout.owner} can leave a rank without a page it needs; lockstep is legal only for "
             "round_robin with position, and for interleave with interleave of the same size."
         )
     return None
 
 
-def _lockstep_is_sound(layout: Layout) -> bool:
+def _lockstep_is_legal(layout: Layout) -> bool:
     return (layout.prompt, layout.owner) == ("round_robin", "position") or (
         layout.prompt == layout.owner == "interleave"
         and layout.prompt_interleave == layout.owner_interleave
@@ -197,7 +238,13 @@ def _lockstep_is_sound(layout: Layout) -> bool:
 
 
 def layout_name(layout: Layout) -> str:
-    """The name of the layout, or `custom` when it has none."""
+    """Return the name of the layout, or `custom` when it has none.
+
+    Examples
+    --------
+    >>> layout_name(Layout("contiguous", "step", "lazy", "rank_zero", 4, 32))
+    'pr9757'
+    """
     for name, rule in NAMED_LAYOUTS.items():
         if rule == Rule(layout.prompt, layout.owner, layout.pages, layout.start) and (
             layout.prompt_interleave == layout.owner_interleave
@@ -208,7 +255,13 @@ def layout_name(layout: Layout) -> str:
 
 
 def format_layout(layout: Layout) -> str:
-    """The canonical identifier: every layout has exactly one."""
+    """Return the canonical identifier of a layout: every layout has exactly one.
+
+    Examples
+    --------
+    >>> format_layout(Layout("contiguous", "step", "lazy", "rotated", 4, 32))
+    'custom/1:prompt=contiguous,owner=step,pages=lazy,start=rotated,C=4,T=32'
+    """
     name = layout_name(layout)
     fields = {}
     if name == "custom":
@@ -242,10 +295,26 @@ _CUSTOM = re.compile(
 
 @lru_cache(maxsize=4096)
 def parse_layout(text: str) -> Layout:
-    """The layout that an identifier names.
+    """Return the layout that an identifier names. It may be illegal (see `layout_problem`).
 
-    Raises LayoutError when the text is no identifier, or not the canonical one of its layout
-    (peers compare identifiers as text). An illegal layout parses; `layout_problem` refuses it.
+    Parameters
+    ----------
+    text
+        A canonical identifier (SPEC.md section 3.7).
+
+    Raises
+    ------
+    LayoutError
+        When the text is no identifier of this version, or not the canonical one of its layout:
+        peers compare identifiers as text.
+
+    Examples
+    --------
+    >>> parse_layout("vllm_dcp/1:C=4,T=32,I=2").prompt_interleave
+    2
+    >>> parse_layout("vllm_dcp/1:C=4,T=32")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    helix_spec.layouts.LayoutError: ... is not canonical; this layout is written ...
     """
     match = _CUSTOM.fullmatch(text) or _NAMED.fullmatch(text)
     if match is None:

@@ -26,16 +26,16 @@ from helix_spec.config import (
 )
 from helix_spec.events import Admit, Decode, Event, Fork, Merge, Release, Skip
 
-MOST_RANKS: Final = 2**12
-MOST_PAGES: Final = 2**23
-MOST_TOKENS: Final = 2**23
-MOST_NUMBERS: Final = 2**28
-"""What a file may ask for: ranks; pages in all pools; tokens of all requests at one time; numbers
-of Q, K and V for a page of tokens. The reference keeps a list of all pages, and of all tokens."""
+MAX_RANKS: Final = 2**12
+MAX_PAGES: Final = 2**23
+MAX_TOKENS: Final = 2**23
+MAX_NUMBERS: Final = 2**28
+"""The most that a file may ask for: ranks; pages in all pools; tokens of all requests at one time;
+numbers of Q, K and V in a page. The reference keeps a list of all pages, and of all tokens."""
 
 
 class TraceError(ValueError):
-    """A file that is not a trace; the message names file, line and field."""
+    """A file that is no trace; the message names file, line and field."""
 
 
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,7 +48,14 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 def dump_trace(trace: Trace) -> bytes:
-    """The JSON form, one event a line."""
+    """Return the JSON form of a trace, one event a line, encoded as UTF-8.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8)
+    >>> print(dump_trace(Trace(config=config, events=[Admit(0, 5)])).decode().splitlines()[-3])
+        {"event": "admit", "id": 0, "prompt_len": 5}
+    """
     head = msgspec.to_builtins(trace, enc_hook=encode_layout)
     events = ",\n    ".join(json.dumps(event) for event in head.pop("events"))
     text = json.dumps(head, indent=2)[: -len("\n}")]
@@ -56,11 +63,25 @@ def dump_trace(trace: Trace) -> bytes:
 
 
 def load_trace(path: Path) -> Trace:
-    """The trace in a file.
+    """Return the trace in a file.
 
-    Raises TraceError, naming file, line and field, when the file is no trace, when it asks for
-    more than fits in memory, or when it has events and no engine may start with its
-    configuration. Without events it may say that.
+    Parameters
+    ----------
+    path
+        A file of format `helix-trace/1`.
+
+    Raises
+    ------
+    TraceError
+        When the file cannot be read or is no trace, when it asks for more than fits in memory,
+        or when it has events and no engine may start with its configuration. (Without events it
+        may be a test of that refusal.) The message names file, line and field.
+
+    Examples
+    --------
+    >>> load_trace(Path("absent.json"))
+    Traceback (most recent call last):
+    helix_spec.trace.TraceError: absent.json: cannot be read: No such file or directory.
     """
     try:
         data = path.read_bytes()
@@ -98,18 +119,30 @@ def load_trace(path: Path) -> Trace:
 
 
 def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
-    """What a file asks for beyond the limits above: field and sentence; None when it does not.
+    """Return what a trace asks for beyond the limits above.
 
-    No request has more tokens than are counted here, where
-    no event is refused, a request reaches max_len at most, and no group is cut short.
+    Tokens are counted as if no event were refused and no group cut short; a request counts at
+    most `max_len` of them. So no request has more tokens than are counted here.
+
+    Returns
+    -------
+    tuple of str, or None
+        The field, as a path such as `$.config.pages`, and a sentence; None when the trace stays
+        within all limits.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[2**24], max_len=8)
+    >>> too_much(config, [])
+    ('$.config.pages', 'It asks for 16777216 pages in all pools; a file may ask for 8388608.')
     """
     model = config.model
     numbers = model.q_heads * model.key_dim + model.kv_heads * (model.key_dim + model.value_dim)
     numbers *= model.layers * config.layout.tokens_per_block
     for field, asked, most, unit in (
-        ("$.config", config.world_size, MOST_RANKS, "ranks"),
-        ("$.config.pages", sum(config.pages), MOST_PAGES, "pages in all pools"),
-        ("$.config.model", numbers, MOST_NUMBERS, "numbers in a page"),
+        ("$.config", config.world_size, MAX_RANKS, "ranks"),
+        ("$.config.pages", sum(config.pages), MAX_PAGES, "pages in all pools"),
+        ("$.config.model", numbers, MAX_NUMBERS, "numbers in a page"),
     ):
         if asked > most:
             return field, f"It asks for {asked} {unit}; a file may ask for {most}."
@@ -121,8 +154,8 @@ def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
             total += tokens[id] - before
         if isinstance(event, Release):
             total -= tokens.pop(event.id, 0)
-        if total > MOST_TOKENS:
-            what = f"Requests may have {total} tokens by now; a file may ask for {MOST_TOKENS}."
+        if total > MAX_TOKENS:
+            what = f"Requests may have {total} tokens by now; a file may ask for {MAX_TOKENS}."
             return f"$.events[{index}]", what
     return None
 
@@ -142,10 +175,24 @@ def _tokens_after(event: Event, tokens: dict[int, int]) -> list[tuple[int, int]]
 
 
 def line_of(text: str, field: str) -> int:
-    """Line of a JSON text on which the value at a path such as `$.events[3].kept` begins.
+    """Return the line of a JSON text on which the value at a path begins, counted from 1.
 
-    A path that leaves the document (a required field that is missing) ends at its last part
-    that exists.
+    Parameters
+    ----------
+    text
+        The JSON text; what follows the value may be malformed.
+    field
+        A path such as `$.events[3].kept`. One that leaves the document (a required field that is
+        missing) ends at its last part that exists.
+
+    Examples
+    --------
+    >>> text = '''{
+    ...   "a": 1,
+    ...   "b": [2]
+    ... }'''
+    >>> line_of(text, "$.b[0]")
+    3
     """
     at = _skip_space(text, 0)
     for name, index in re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", field):
@@ -188,13 +235,19 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def trace_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a trace, generated from the types."""
+    """Return the JSON Schema (2020-12) of a trace, generated from the types."""
     schema: dict[str, Any] = unindented(msgspec.json.schema(Trace, schema_hook=layout_schema))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def unindented(node: Any) -> Any:
-    """The schema with its descriptions unindented, as Python 3.13 does by itself."""
+    """Return a schema with its descriptions unindented, as Python 3.13 does by itself.
+
+    Parameters
+    ----------
+    node
+        A JSON Schema, or a part of one.
+    """
     if isinstance(node, dict):
         return {
             key: cleandoc(value) if key == "description" else unindented(value)
@@ -204,7 +257,7 @@ def unindented(node: Any) -> Any:
 
 
 def published_schema() -> dict[str, Any]:
-    """The JSON Schema as it is shipped with this package."""
+    """Return the JSON Schema of a trace as it is shipped with this package."""
     schema: dict[str, Any] = json.loads(files("helix_spec").joinpath(SCHEMA_FILE).read_text())
     return schema
 

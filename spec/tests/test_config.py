@@ -10,24 +10,24 @@ GOOD = Config(layout="pr9757/1:C=2,T=4", pages=[3, 5], max_len=64, tp_size=2)
 
 def test_a_good_configuration_has_no_problem() -> None:
     """A legal layout, a pool for each cp_rank and heads that divide may start."""
-    assert None is config_problem(GOOD)
-    assert 4 == GOOD.world_size
+    assert config_problem(GOOD) is None
+    assert GOOD.world_size == 4
 
 
 def test_a_latent_is_cached_by_every_tensor_parallel_rank() -> None:
     """MLA: one latent that is not split, queries as wide as its rows, the scale of head_dim."""
     model = ModelShape(q_heads=8, kv_heads=1, head_dim=191, latent=LatentShape())
     config = msgspec.structs.replace(GOOD, model=model, tp_size=4)
-    assert None is config_problem(config)
-    assert [range(1)] * 4 == [config.kv_heads_of(tp_rank) for tp_rank in range(4)]
-    assert (576, 512, 64) == (model.key_dim, model.value_dim, model.rope_dim)
+    assert config_problem(config) is None
+    assert [config.kv_heads_of(tp_rank) for tp_rank in range(4)] == [range(1)] * 4
+    assert (model.key_dim, model.value_dim, model.rope_dim) == (576, 512, 64)
     assert model.scale == 191**-0.5
 
 
 def test_kv_heads_are_dealt_in_order() -> None:
     """Without a latent each tensor-parallel rank caches its own consecutive heads."""
     config = msgspec.structs.replace(GOOD, model=ModelShape(q_heads=8, kv_heads=4))
-    assert [range(2), range(2, 4)] == [config.kv_heads_of(tp_rank) for tp_rank in range(2)]
+    assert [config.kv_heads_of(tp_rank) for tp_rank in range(2)] == [range(2), range(2, 4)]
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,4 @@ def test_kv_heads_are_dealt_in_order() -> None:
 )
 def test_a_bad_configuration_is_explained(changes: dict[str, object], problem: str) -> None:
     """Each reason for `bad_config` has its own sentence."""
-    assert problem == config_problem(msgspec.structs.replace(GOOD, **changes))
+    assert config_problem(msgspec.structs.replace(GOOD, **changes)) == problem

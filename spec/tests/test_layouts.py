@@ -47,14 +47,14 @@ def written_layouts(draw: st.DrawFn) -> Layout:
 @given(written_layouts())
 def test_identifiers_round_trip(layout: Layout) -> None:
     """Every layout whose parts are complete is the one that its identifier names."""
-    assert layout == parse_layout(format_layout(layout))
+    assert parse_layout(format_layout(layout)) == layout
 
 
 @given(st.sampled_from(list(NAMED_LAYOUTS)), SIZES, SIZES)
 def test_a_layout_with_a_name_is_written_with_it(name: str, c: int, t: int) -> None:
     """The identifier of a named layout starts with its name, in version 1."""
     layout = named_layout(name, cp_size=c, tokens_per_block=t)
-    assert name == layout_name(layout)
+    assert layout_name(layout) == name
     assert str(layout).startswith(f"{name}/1:C={c},T={t}")
 
 
@@ -69,7 +69,7 @@ def test_a_layout_with_a_name_is_written_with_it(name: str, c: int, t: int) -> N
 )
 def test_the_identifiers_of_the_specification_are_canonical(text: str) -> None:
     """Each example is the one text of its layout."""
-    assert text == str(parse_layout(text))
+    assert str(parse_layout(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_what_is_no_identifier_is_refused(text: str, complaint: str) -> None:
 def test_any_text_parses_or_raises_a_layout_error(text: str) -> None:
     """No text makes the parser fail in another way, and what parses is canonical."""
     with suppress(LayoutError):
-        assert text == str(parse_layout(text))
+        assert str(parse_layout(text)) == text
 
 
 def test_every_named_layout_is_legal() -> None:
     """An engine may start with each named layout, for one rank and for many."""
     for name in NAMED_LAYOUTS:
         for c, t in ((1, 1), (4, 32), (7, 3)):
-            assert None is layout_problem(named_layout(name, cp_size=c, tokens_per_block=t))
+            assert layout_problem(named_layout(name, cp_size=c, tokens_per_block=t)) is None
 
 
 @pytest.mark.parametrize(
@@ -168,25 +168,25 @@ def test_every_named_layout_is_legal() -> None:
         (
             PR9757.replace(pages="lockstep"),
             "Page policy lockstep with prompt split contiguous and decode owner step can leave a "
-            "rank without a page it needs; lockstep is sound only for round_robin with position, "
+            "rank without a page it needs; lockstep is legal only for round_robin with position, "
             "and for interleave with interleave of the same size.",
         ),
     ],
 )
 def test_an_illegal_layout_is_explained(layout: Layout, problem: str) -> None:
     """Each way to be illegal has its own sentence."""
-    assert problem == layout_problem(layout)
+    assert layout_problem(layout) == problem
 
 
 @given(written_layouts())
 def test_lockstep_is_legal_only_where_the_specification_says(layout: Layout) -> None:
     """Under `lazy` every pair of rules is legal; under `lockstep` two kinds of pair are."""
-    sound = (layout.prompt, layout.owner) == ("round_robin", "position") or (
+    legal = (layout.prompt, layout.owner) == ("round_robin", "position") or (
         (layout.prompt, layout.owner) == ("interleave", "interleave")
         and layout.prompt_interleave == layout.owner_interleave
     )
     fine_sizes = layout.replace(tokens_per_block=_product(layout))
-    assert (layout.pages == "lazy" or sound) == (layout_problem(fine_sizes) is None)
+    assert (layout_problem(fine_sizes) is None) == (layout.pages == "lazy" or legal)
 
 
 def _product(layout: Layout) -> int:

@@ -53,15 +53,15 @@ def test_the_example_of_pr_9757() -> None:
     for rank in range(4):
         prompt = list(range(100 * rank, 100 * rank + 100))
         decoded = list(range(400 + 100 * rank, 500 + 100 * rank))
-        assert prompt == held(layout, 400, 0, rank)
-        assert prompt + decoded == held(layout, 400, 400, rank)
+        assert held(layout, 400, 0, rank) == prompt
+        assert held(layout, 400, 400, rank) == prompt + decoded
 
 
 def test_the_baseline_before_pr_9757() -> None:
     """Under before_9757 rank 3 holds all of [300, 800)."""
     layout = parse_layout("before_9757/1:C=4,T=100")
-    assert list(range(300, 800)) == held(layout, 400, 400, 3)
-    assert [100, 100, 100] == [local_len(layout, 400, 400, rank) for rank in range(3)]
+    assert held(layout, 400, 400, 3) == list(range(300, 800))
+    assert [local_len(layout, 400, 400, rank) for rank in range(3)] == [100, 100, 100]
 
 
 @pytest.mark.parametrize(
@@ -93,51 +93,58 @@ def test_the_baseline_before_pr_9757() -> None:
 def test_the_example_of_a_short_last_block(
     name: str, prompt: list[list[int]], owners: list[int], after_2: list[int], after_8: list[int]
 ) -> None:
-    """L=13, T=2, C=4: prompts, owners of steps 0 to 7, lengths after 2 and 8 steps."""
+    """L=13, T=2, C=4: prompts, owners of steps 0 to 7, lengths after 2 and 8 steps.
+
+    The query of step 1 sees the lengths after 2 steps, and a lazy rank has pages for them.
+    """
     layout = named_layout(name, cp_size=4, tokens_per_block=2)
-    assert prompt == [held(layout, 13, 0, rank) for rank in range(4)]
-    assert owners == [decode_owner(layout, 13, step) for step in range(8)]
-    assert after_2 == [local_len(layout, 13, 2, rank) for rank in range(4)]
-    assert after_8 == [local_len(layout, 13, 8, rank) for rank in range(4)]
+    assert [held(layout, 13, 0, rank) for rank in range(4)] == prompt
+    assert [decode_owner(layout, 13, step) for step in range(8)] == owners
+    assert [local_len(layout, 13, 2, rank) for rank in range(4)] == after_2
+    assert [local_len(layout, 13, 8, rank) for rank in range(4)] == after_8
+    assert [visible_len(layout, 13, 14, rank) for rank in range(4)] == after_2
+    if layout.pages == "lazy":
+        pages = [pages_needed(layout, 13, 2, rank) for rank in range(4)]
+        assert pages == [(length + 1) // 2 for length in after_2]
 
 
 def test_the_example_of_capacity() -> None:
     """T=32, C=4: 3 pages a rank hold 384 global tokens, not 400; 401 tokens need 4 pages."""
     layout = parse_layout("pr17866/1:C=4,T=32")
-    assert 384 == capacity(layout, [100 // 32] * 4, 1)
+    assert capacity(layout, [100 // 32] * 4, 1) == 384
     for rank in range(4):
-        assert 3 == pages_needed(layout, 384, 0, rank)
-        assert 4 == pages_needed(layout, 384, 1, rank)
-        assert 4 == pages_needed(layout, 1, 400, rank)
+        assert pages_needed(layout, 384, 0, rank) == 3
+        assert pages_needed(layout, 384, 1, rank) == 4
+        assert pages_needed(layout, 1, 400, rank) == 4
 
 
 def test_the_example_of_slots() -> None:
     """Example 11.3 of SPEC.md: local indices, slots and visible keys on two ranks."""
     layout = parse_layout("pr17866/1:C=4,T=2")
-    assert [6, 7, 14] == held(layout, 13, 2, 3)
-    assert [10, 11, 2] == [slot([5, 1], local_index(layout, 13, p), 2) for p in (6, 7, 14)]
-    assert [4, 3] == [visible_len(layout, 13, 14, rank) for rank in (0, 3)]
+    assert held(layout, 13, 2, 3) == [6, 7, 14]
+    assert [slot([5, 1], local_index(layout, 13, p), 2) for p in (6, 7, 14)] == [10, 11, 2]
+    assert [visible_len(layout, 13, 14, rank) for rank in (0, 3)] == [4, 3]
 
 
 def test_the_example_of_a_rotated_start() -> None:
     """Example 11.5 of SPEC.md: four requests in a row give every rank the same total."""
     layout = parse_layout("balanced/1:C=4,T=2")
     lengths = [[local_len(layout, 3, 1, rank, shift) for rank in range(4)] for shift in range(4)]
-    assert [[2, 2, 0, 0], [0, 2, 2, 0], [0, 0, 2, 2], [2, 0, 0, 2]] == lengths
-    assert [1, 2, 3, 0] == [decode_owner(layout, 3, 0, shift) for shift in range(4)]
+    assert lengths == [[2, 2, 0, 0], [0, 2, 2, 0], [0, 0, 2, 2], [2, 0, 0, 2]]
+    assert [decode_owner(layout, 3, 0, shift) for shift in range(4)] == [1, 2, 3, 0]
 
 
 def test_the_example_of_a_speculative_group() -> None:
     """Example 11.6 of SPEC.md: a group of four over a boundary, seen from both ranks."""
     layout = parse_layout("vllm_dcp/1:C=2,T=4,I=2")
-    assert [[0, 1, 4, 5, 8], [2, 3, 6, 7]] == [held(layout, 5, 4, rank) for rank in range(2)]
-    assert [[0, 1, 4, 5], [2, 3, 6]] == [held(layout, 5, 2, rank) for rank in range(2)]
+    assert [held(layout, 5, 4, rank) for rank in range(2)] == [[0, 1, 4, 5, 8], [2, 3, 6, 7]]
+    assert [held(layout, 5, 2, rank) for rank in range(2)] == [[0, 1, 4, 5], [2, 3, 6]]
     visible = [[visible_len(layout, 5, p, rank) for p in range(5, 9)] for rank in range(2)]
-    assert [[4, 4, 4, 5], [2, 3, 4, 4]] == visible
-    assert [1, 2, 1] == [pages_needed(layout, 5, steps, 0) for steps in (0, 4, 2)]
+    assert visible == [[4, 4, 4, 5], [2, 3, 4, 4]]
+    assert [pages_needed(layout, 5, steps, 0) for steps in (0, 4, 2)] == [1, 2, 1]
 
 
-# All small layouts against dealing by hand.
+# All small layouts against naive dealing.
 
 
 def small_layouts(c: int, t: int) -> Iterator[Layout]:
@@ -163,64 +170,64 @@ def small_layouts(c: int, t: int) -> Iterator[Layout]:
                         yield layout
 
 
-def turns(c: int, chunk: int) -> Iterator[int]:
-    """Ranks in the order in which they are dealt one token each, for ever."""
+def round_robin(c: int, chunk: int) -> Iterator[int]:
+    """Return the ranks of tokens 0, 1, 2, and so on without end, in chunks."""
     return cycle([rank for rank in range(c) for _ in range(chunk)])
 
 
 def naive_prompt(layout: Layout, prompt_len: int) -> list[list[int]]:
-    """The prompt's positions on each rank, dealt by hand."""
+    """Return the prompt's positions on each logical rank, dealt token by token."""
     c, t = layout.cp_size, layout.tokens_per_block
-    hands: list[list[int]] = [[] for _ in range(c)]
+    shards: list[list[int]] = [[] for _ in range(c)]
     if layout.prompt == "contiguous":
         blocks = [list(range(prompt_len))[at : at + t] for at in range(0, prompt_len, t)]
         shares = list(islice(cycle(range(c)), len(blocks)))
         for rank in range(c):
             for _ in range(shares.count(rank)):
-                hands[rank] += blocks.pop(0)
+                shards[rank] += blocks.pop(0)
     else:
-        dealt = zip(range(prompt_len), turns(c, layout.prompt_interleave or t), strict=False)
+        dealt = zip(range(prompt_len), round_robin(c, layout.prompt_interleave or t), strict=False)
         for p, rank in dealt:
-            hands[rank].append(p)
-    return hands
+            shards[rank].append(p)
+    return shards
 
 
 def naive_owners(layout: Layout, prompt_len: int, steps: int) -> list[int]:
-    """The owners of the first steps, by going round the ranks."""
+    """Return the logical owners of the first steps, by going round the ranks."""
     c, t = layout.cp_size, layout.tokens_per_block
     if layout.owner == "last_rank":
         return [c - 1] * steps
     if layout.owner == "step":
-        return list(islice(turns(c, t), steps))
+        return list(islice(round_robin(c, t), steps))
     chunk = layout.owner_interleave or t
-    return list(islice(turns(c, chunk), prompt_len, prompt_len + steps))
+    return list(islice(round_robin(c, chunk), prompt_len, prompt_len + steps))
 
 
 @pytest.mark.parametrize(("c", "t"), SMALL_SIZES)
-def test_the_closed_forms_deal_like_hands(c: int, t: int) -> None:
+def test_the_closed_forms_agree_with_naive_dealing(c: int, t: int) -> None:
     """Lengths, owners, local indices and positions are those of lists dealt token by token."""
     for layout in small_layouts(c, t):
         if layout.pages == "lockstep":
             continue  # the page policy moves no token
         for prompt_len in range(t * c + t + 2):
             shift = prompt_len % c
-            ranks = [(role + shift) % c for role in range(c)]
-            hands = naive_prompt(layout, prompt_len)
-            for rank, hand in zip(ranks, hands, strict=True):
-                assert len(hand) == prompt_local_len(layout, prompt_len, rank, shift)
+            ranks = [(logical + shift) % c for logical in range(c)]
+            shards = naive_prompt(layout, prompt_len)
+            for rank, shard in zip(ranks, shards, strict=True):
+                assert prompt_local_len(layout, prompt_len, rank, shift) == len(shard)
             owners = naive_owners(layout, prompt_len, t * c + t + 1)
-            for step, role in enumerate(owners):
-                assert ranks[role] == decode_owner(layout, prompt_len, step, shift)
-                hands[role].append(prompt_len + step)
-                for rank, hand in zip(ranks, hands, strict=True):
-                    assert len(hand) == local_len(layout, prompt_len, step + 1, rank, shift)
+            for step, logical in enumerate(owners):
+                assert decode_owner(layout, prompt_len, step, shift) == ranks[logical]
+                shards[logical].append(prompt_len + step)
+                for rank, shard in zip(ranks, shards, strict=True):
+                    assert local_len(layout, prompt_len, step + 1, rank, shift) == len(shard)
                     seen = visible_len(layout, prompt_len, prompt_len + step, rank, shift)
-                    assert len(hand) == seen
-            for rank, hand in zip(ranks, hands, strict=True):
-                for index, p in enumerate(hand):
-                    assert p == position(layout, prompt_len, rank, index, shift)
-                    assert rank == owner(layout, prompt_len, p, shift)
-                    assert index == local_index(layout, prompt_len, p, shift)
+                    assert seen == len(shard)
+            for rank, shard in zip(ranks, shards, strict=True):
+                for index, p in enumerate(shard):
+                    assert position(layout, prompt_len, rank, index, shift) == p
+                    assert owner(layout, prompt_len, p, shift) == rank
+                    assert local_index(layout, prompt_len, p, shift) == index
 
 
 @pytest.mark.parametrize(("c", "t"), SMALL_SIZES)
@@ -228,26 +235,26 @@ def test_pages_are_counted_by_opening_them(c: int, t: int) -> None:
     """Lazy pages are those with a token; lockstep pages are open super-blocks, and suffice."""
     for layout in small_layouts(c, t):
         for prompt_len in range(t * c + 2):
-            hands = naive_prompt(layout, prompt_len)
+            shards = naive_prompt(layout, prompt_len)
             owners = naive_owners(layout, prompt_len, t * c + 1)
             for steps in range(len(owners) + 1):
                 if steps > 0:
-                    hands[owners[steps - 1]].append(prompt_len + steps - 1)
-                touched = [len({index // t for index in range(len(hand))}) for hand in hands]
+                    shards[owners[steps - 1]].append(prompt_len + steps - 1)
+                touched = [len({index // t for index in range(len(shard))}) for shard in shards]
                 found = [pages_needed(layout, prompt_len, steps, rank) for rank in range(c)]
                 if layout.pages == "lazy":
-                    assert touched == found
+                    assert found == touched
                 else:
                     super_blocks = {p // (t * c) for p in range(prompt_len + steps)}
-                    assert [len(super_blocks)] * c == found
+                    assert found == [len(super_blocks)] * c
                     assert all(need <= have for need, have in zip(touched, found, strict=True))
 
 
 def test_lockstep_would_fail_for_round_robin_with_step() -> None:
     """C=2, T=1, L=1, one step: rank 0 holds two tokens and would have one page."""
     lazy = Layout("round_robin", "step", "lazy", "rank_zero", 2, 1)
-    assert 2 == local_len(lazy, 1, 1, 0)
-    assert 1 == pages_needed(lazy.replace(pages="lockstep"), 1, 1, 0)
+    assert local_len(lazy, 1, 1, 0) == 2
+    assert pages_needed(lazy.replace(pages="lockstep"), 1, 1, 0) == 1
     assert layout_problem(lazy.replace(pages="lockstep")) is not None
 
 
@@ -292,7 +299,7 @@ def test_owner_and_local_index_are_the_inverse_of_position(
     """A token is where its position says, at every size."""
     rank = owner(layout, prompt_len, p, shift)
     index = local_index(layout, prompt_len, p, shift)
-    assert p == position(layout, prompt_len, rank, index, shift)
+    assert position(layout, prompt_len, rank, index, shift) == p
 
 
 @given(legal_layouts(), st.integers(0, 4000), st.integers(0, 63), st.integers(0, 4000))
@@ -306,7 +313,7 @@ def test_position_is_the_inverse_of_owner_and_local_index(
         assert (layout.owner, rank == layout.cp_size - 1) == ("last_rank", False)
         assert index >= prompt_local_len(layout, prompt_len, rank)
     else:
-        assert (rank, index) == (owner(layout, prompt_len, p), local_index(layout, prompt_len, p))
+        assert (owner(layout, prompt_len, p), local_index(layout, prompt_len, p)) == (rank, index)
 
 
 @given(st.permutations(range(12)), st.integers(1, 64), st.data())
@@ -316,13 +323,13 @@ def test_slots_of_a_block_table_are_distinct_and_invertible(
     """A slot names its physical page and offset, so two local indices never share one."""
     index = data.draw(st.integers(0, 12 * t - 1))
     physical, offset = divmod(slot(table, index, t), t)
-    assert index == table.index(physical) * t + offset
-    assert (table.index(physical), offset) == page_and_offset(index, t)
+    assert table.index(physical) * t + offset == index
+    assert page_and_offset(index, t) == (table.index(physical), offset)
 
 
 def test_a_slot_beyond_the_block_table_is_an_error() -> None:
     """A table that was not grown is not read past its end."""
-    assert 3 == slot([0, 1], 3, 2)
+    assert slot([0, 1], 3, 2) == 3
     with pytest.raises(IndexError):
         slot([0, 1], 4, 2)
 
@@ -331,7 +338,7 @@ def test_a_slot_beyond_the_block_table_is_an_error() -> None:
 def test_lengths_sum_to_the_total(layout: Layout, prompt_len: int, steps: int) -> None:
     """LEN-1: over the ranks local_len sums to the request's tokens, at every size."""
     ranks = range(layout.cp_size)
-    assert prompt_len + steps == sum(local_len(layout, prompt_len, steps, r) for r in ranks)
+    assert sum(local_len(layout, prompt_len, steps, r) for r in ranks) == prompt_len + steps
 
 
 @given(legal_layouts(), TOKENS, TOKENS, st.integers(0, 63), st.integers(0, 63))
@@ -375,7 +382,7 @@ def test_the_spread_reaches_its_bound_and_never_passes_it(c: int, t: int) -> Non
         if t % i == 0:
             bounds[named_layout("vllm_dcp", cp_size=c, tokens_per_block=t, interleave=i)] = i
     for layout, bound in bounds.items():
-        assert bound == max(max(held) - min(held) for held in lengths(layout))
+        assert max(max(held) - min(held) for held in lengths(layout)) == bound
 
 
 @pytest.mark.parametrize(("c", "t"), [(2, 1), (2, 3), (3, 2), (4, 2)])
@@ -386,7 +393,7 @@ def test_decoded_tokens_alone_spread_by_at_most_a_chunk(c: int, t: int) -> None:
             decoded = [decode_local_len(layout, prompt_len, steps, rank) for rank in range(c)]
             spread = max(decoded) - min(decoded)
             if layout.owner == "last_rank":
-                assert steps == spread
+                assert spread == steps
             else:
                 assert spread <= (layout.owner_interleave or t)
 
@@ -401,7 +408,7 @@ def test_a_round_of_rotated_requests_is_level(
         sum(local_len(layout, prompt_len, steps, rank, number % c) for number in range(rounds * c))
         for rank in (0, c // 2, c - 1)
     }
-    assert {rounds * (prompt_len + steps)} == totals
+    assert totals == {rounds * (prompt_len + steps)}
 
 
 @pytest.mark.parametrize(("c", "t"), list(product((2, 3, 4), (1, 2, 3))))
@@ -415,4 +422,4 @@ def test_step_and_position_rules_agree_only_after_full_super_blocks(c: int, t: i
             == decode_owner(position_rule, prompt_len, step)
             for step in range(t * c)
         )
-        assert (prompt_len % (t * c) == 0) == alike
+        assert alike == (prompt_len % (t * c) == 0)

@@ -12,13 +12,13 @@ from helix_spec.layouts import NAMED_LAYOUTS, LayoutError, parse_layout
 from helix_spec.theorems import catalog
 from helix_spec.values import Tensor, entry, token_state
 
-TEXT = files("helix_spec").joinpath("SPEC.md").read_text()
+TEXT = files("helix_spec").joinpath("SPEC.md").read_text(encoding="utf-8")
 PARAGRAPH = re.compile(r"^\*\*(\w+-\d)\*\* \(profile ([^;()]+); held by: ([^()]+)\) (.+)$")
 
 
 def test_the_sections_are_the_ones_that_code_cites() -> None:
     """Section numbers and titles are fixed."""
-    assert [
+    assert re.findall(r"^## (.+)$", TEXT, re.MULTILINE) == [
         "1 What this is",
         "2 Words",
         "3 Layouts",
@@ -28,9 +28,9 @@ def test_the_sections_are_the_ones_that_code_cites() -> None:
         "7 Invariants",
         "8 Values",
         "9 Equality of attention outputs",
-        "10 What an engine answers",
+        "10 What an engine returns",
         "11 Worked examples",
-    ] == re.findall(r"^## (.+)$", TEXT, re.MULTILINE)
+    ]
 
 
 def test_every_invariant_has_one_paragraph() -> None:
@@ -43,22 +43,22 @@ def test_every_invariant_has_one_paragraph() -> None:
         "DUM": 1, "MAP": 1, "REF": 2, "LIVE": 1,
     }  # fmt: skip
     expected = [f"{family}-{n}" for family, size in sizes.items() for n in range(1, size + 1)]
-    assert expected == [match[1] for match in found if match]
+    assert [match[1] for match in found if match] == expected
 
 
 def test_every_event_reason_and_layout_name_is_in_the_text() -> None:
     """No word of the vocabulary is left out."""
     words = [str(reason) for reason in Reason] + list(NAMED_LAYOUTS)
-    assert [] == [word for word in words if f"`{word}`" not in TEXT]
+    assert [word for word in words if f"`{word}`" not in TEXT] == []
     events = [msgspec.inspect.type_info(event).tag for event in Event.__args__]  # type: ignore[attr-defined]
-    assert [] == [event for event in events if f"| `{event}(" not in TEXT]
+    assert [event for event in events if f"| `{event}(" not in TEXT] == []
 
 
 def test_the_reasons_stand_in_their_order() -> None:
     """The table of refusals lists the reasons in the order of the code."""
     table = TEXT[TEXT.index("## 6 ") : TEXT.index("## 7 ")]
     listed = re.findall(r"^\| \d? ?\| `(\w+)` \|", table, re.MULTILINE)
-    assert [str(reason) for reason in Reason if reason != Reason.BAD_CONFIG] == listed
+    assert listed == [str(reason) for reason in Reason if reason != Reason.BAD_CONFIG]
 
 
 def test_the_named_layouts_are_those_of_the_table() -> None:
@@ -91,6 +91,6 @@ def test_what_holds_each_invariant_is_said():
     proved = {number for theorem in catalog.theorems().values() for number in theorem.proves}
     for number in NUMBERS:
         held = sentence(number).partition("held by: ")[2].partition(")")[0]
-        assert (number in proved) == held.startswith("proved"), number
-        assert (number == "EQ-1") == (held == "proved"), number
+        assert held.startswith("proved") == (number in proved), number
+        assert (held == "proved") == (number == "EQ-1"), number
         assert held in ("proved", "checked on traces", "proved and checked on traces"), number

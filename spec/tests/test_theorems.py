@@ -13,7 +13,7 @@ z3 = pytest.importorskip("z3")
 
 from helix_spec import placement  # noqa: E402  # after the check that z3 is there
 from helix_spec.layouts import named_layout  # noqa: E402
-from helix_spec.theorems import base, catalog, contracts, symbolic  # noqa: E402
+from helix_spec.theorems import base, catalog, crosshair, symbolic  # noqa: E402
 from helix_spec.theorems.base import (  # noqa: E402
     REGISTRY,
     Integer,
@@ -41,19 +41,19 @@ def test_the_manifest_lists_exactly_the_theorems() -> None:
 
 def test_every_contract_has_a_theorem() -> None:
     """A contract in a docstring that nobody confirms would promise too much."""
-    assert [] == catalog.contracts_without_theorem()
+    assert catalog.contracts_without_theorem() == []
 
 
 def test_every_closed_form_off_by_one_is_refuted_by_some_theorem() -> None:
     """So changing any of them by one fails a theorem that names it."""
     about = {name for one in THEOREMS.values() for name in one.about}
-    assert set() == set(catalog.closed_forms()) - about
+    assert set(catalog.closed_forms()) - about == set()
 
 
 def test_every_wrong_formula_is_refuted_by_some_theorem() -> None:
     """None is written down and then forgotten."""
     used = {wrong.name for one in THEOREMS.values() for wrong in one.kills}
-    assert [] == [wrong.name for wrong in catalog.wrong_formulas() if wrong.name not in used]
+    assert [wrong.name for wrong in catalog.wrong_formulas() if wrong.name not in used] == []
 
 
 def test_wrong_formulas_have_names_of_their_own() -> None:
@@ -216,26 +216,26 @@ def _wrong(x: Natural) -> bool:
 def test_a_theorem_with_all_that_it_needs_is_confirmed() -> None:
     """Witness, proof, and a wrong claim with the smallest number that refutes it."""
     result = check(_theorem(_grows, wrong_claims=[Wrong("above 3", _wrong)]))
-    assert base.CONFIRMED == result.verdict
-    assert {"x": 0} == result.kills[0].refuted_by
+    assert result.verdict == base.CONFIRMED
+    assert result.kills[0].refuted_by == {"x": 0}
 
 
-def test_a_witness_outside_the_assumptions_is_told() -> None:
+def test_a_witness_outside_the_assumptions_is_reported() -> None:
     """Assumptions that nothing meets prove anything."""
     one = replace(_theorem(_grows, wrong_claims=[Wrong("above 3", _wrong)]), witness={"x": 0})
-    assert "its assumptions are not met by its witness" == check(one).verdict
+    assert check(one).verdict == "its assumptions are not met by its witness"
 
 
-def test_a_theorem_that_refutes_nothing_is_told() -> None:
+def test_a_theorem_that_refutes_nothing_is_reported() -> None:
     """It would hold of anything."""
-    assert "no wrong formula is refuted by it" == check(_theorem(_grows)).verdict
+    assert check(_theorem(_grows)).verdict == "no wrong formula is refuted by it"
 
 
-def test_a_wrong_formula_that_is_right_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_formula_that_is_right_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small numbers are tried to the end, then it is a survivor."""
-    monkeypatch.setattr(base, "MOST_TRIES", 50)
+    monkeypatch.setattr(base, "MAX_TRIES", 50)
     one = _theorem(_grows, wrong_claims=[Wrong("the same again", _grows)])
-    assert "survived by a wrong formula: the same again" == check(one).verdict
+    assert check(one).verdict == "survived by a wrong formula: the same again"
 
 
 @pytest.mark.parametrize("name", catalog.closed_forms())
@@ -264,14 +264,14 @@ def test_each_closed_form_off_by_one_fails_a_theorem(name: str) -> None:
 def test_only_confirmed_postconditions_count(reports: list[str], said: str | None) -> None:
     """One line for each, and none that says less."""
     lines = "".join(f"a.py:{at}: {report}" + chr(10) for at, report in enumerate(reports, 1))
-    found = contracts.read_report(lines, "", 1)
+    found = crosshair.read_report(lines, "", 1)
     assert found is None if said is None else said in str(found)
 
 
-def test_a_function_without_contract_is_told() -> None:
+def test_a_function_without_contract_is_reported() -> None:
     """CrossHair itself would say nothing and exit with 0."""
-    assert "placement.local_len has no contract" == contracts.contract_problem(
-        "placement.local_len"
+    assert (
+        crosshair.contract_problem("placement.local_len") == "placement.local_len has no contract"
     )
 
 
@@ -281,5 +281,5 @@ def test_a_function_without_contract_is_told() -> None:
 def test_capacity_of_100_slots() -> None:
     """100 slots a rank at T=32, C=4 are 3 pages: 384 tokens; 401 need 4 pages, 128 slots."""
     layout = named_layout("pr17866", cp_size=4, tokens_per_block=32)
-    assert 384 == placement.capacity(layout, [100 // 32] * 4, 1)
-    assert 4 == placement.pages_needed(layout, 1, 400, 0)
+    assert placement.capacity(layout, [100 // 32] * 4, 1) == 384
+    assert placement.pages_needed(layout, 1, 400, 0) == 4

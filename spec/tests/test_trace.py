@@ -79,18 +79,18 @@ def test_traces_round_trip(trace: Trace, tmp_path_factory: pytest.TempPathFactor
     """What is dumped is loaded again, wrong counts and odd notes included."""
     path = tmp_path_factory.getbasetemp() / "round_trip.json"
     path.write_bytes(dump_trace(trace))
-    assert trace == load_trace(path)
+    assert load_trace(path) == trace
 
 
 def test_a_dumped_trace_has_one_event_a_line() -> None:
     """A difference between two traces shows as a difference of lines."""
     lines = dump_trace(Trace(config=CONFIG, events=ONE_OF_EACH)).decode().splitlines()
-    assert len(ONE_OF_EACH) == sum('"event":' in line for line in lines)
+    assert sum('"event":' in line for line in lines) == len(ONE_OF_EACH)
 
 
 def test_the_published_schema_is_the_generated_one() -> None:
     """`python -m helix_spec.trace` was run after the last change of a type."""
-    assert trace_schema() == published_schema()
+    assert published_schema() == trace_schema()
 
 
 def test_the_schema_is_valid_and_describes_dumped_traces() -> None:
@@ -242,7 +242,7 @@ def test_a_bad_value_before_broken_text_is_still_a_trace_error(
 def test_a_file_that_asks_for_too_much_is_refused(
     tmp_path: Path, config: dict[str, Any], events: list[Event], field: str, complaint: str
 ) -> None:
-    """Neither pools nor requests of a stranger's file can fill the memory; field and limit told."""
+    """A stranger's file cannot fill the memory; the message names field and limit."""
     model = ModelShape(q_heads=8192, kv_heads=4096, layers=config.pop("layers", 1), head_dim=2)
     wanted = {"layout": CONFIG.layout, "pages": [9, 9], "max_len": 2**31 - 1, "model": model}
     path = tmp_path / "large.json"
@@ -260,7 +260,7 @@ def test_what_is_large_and_refused_for_its_counts_may_be_asked(tmp_path: Path) -
     trace = Trace(config=config, events=[*turns, *wrong])
     path = tmp_path / "wrong.json"
     path.write_bytes(dump_trace(trace))
-    assert trace == load_trace(path)
+    assert load_trace(path) == trace
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -272,11 +272,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_missing_member_points_at_the_object_around_it() -> None:
     """A path that leaves the document ends at its last part that exists."""
     text = '{"a":\n {"b": 1}}'
-    assert [1, 2, 2, 2] == [line_of(text, path) for path in ("$", "$.a", "$.a.b", "$.a.c")]
+    assert [line_of(text, path) for path in ("$", "$.a", "$.a.b", "$.a.c")] == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("text", ['{"a": 1,\n[1]: 2}', '{"a": 1,\n{}: 2}', '{"a":', "", "{", " "])
 def test_the_line_of_a_field_in_what_is_no_json(text: str) -> None:
     """What follows a fault may be anything; the members before it count."""
-    assert 1 == line_of(text, "$.a")
+    assert line_of(text, "$.a") == 1
     assert line_of(text, "$.b.c") in (1, 2)

@@ -33,7 +33,7 @@ from helix_conformance.drive.messages import (
 from helix_conformance.engines import EngineSpecError, engine_settings, load_engine
 from helix_spec.engine import Engine
 
-LONGEST_LINE: Final = 2**28
+MAX_LINE_BYTES: Final = 2**28
 """Bytes of one request."""
 
 
@@ -99,7 +99,7 @@ def main(spec: str) -> None:
         server = Server(spec)
     except EngineSpecError as error:
         sys.exit(str(error))
-    while line := sys.stdin.buffer.readline(LONGEST_LINE):
+    while line := sys.stdin.buffer.readline(MAX_LINE_BYTES):
         try:
             answers.write(reply(server, line))
         except RequestError as error:

@@ -48,7 +48,7 @@ START_LIMIT_S: Final = 120.0
 """How long a process may take until it says `ready`: it may have much to load."""
 FAREWELL_S: Final = 2.0
 """How long processes may take to end once their stdin has; then they are killed."""
-LONGEST_LINE: Final = 2**28
+MAX_LINE_BYTES: Final = 2**28
 """Bytes of one answer; a line that does not end before is garbage."""
 KEPT: Final = 2**16
 """Bytes of stderr that are kept of each process, the last ones."""
@@ -135,8 +135,8 @@ class _Child:
             self.searched = 0
             self._take(answer_of(line))
         self.searched = len(self.unread)
-        if self.searched > LONGEST_LINE:
-            raise AnswerError(f"its line is longer than {LONGEST_LINE} bytes")
+        if self.searched > MAX_LINE_BYTES:
+            raise AnswerError(f"its line is longer than {MAX_LINE_BYTES} bytes")
         return bool(chunk)
 
     def _take(self, answer: FromEngine) -> None:

@@ -68,8 +68,8 @@ from vllm.v1.worker.gpu.cp_utils import prepare_dcp_local_seq_lens
 
 buffer_utils.is_uva_available = lambda: False  # it takes a CPU to have pinned memory
 
-MOST_REQUESTS: Final = 128
-MOST_TOKENS: Final = 4096
+MAX_REQUESTS: Final = 128
+MAX_TOKENS: Final = 4096
 """Sizes of vLLM's persistent buffers: more than any trace of the suite needs."""
 NULL_BLOCK: Final = 1
 """vLLM keeps block 0 of a pool for itself; page p of the suite is its block p + 1."""
@@ -86,8 +86,8 @@ class TablesV1:
         tables_v1.get_dcp_group, tables_v1.get_pcp_group = lambda: group, lambda: alone
         self.sharding = (layout.cp_size, rank, interleave)
         self.tables = tables_v1.MultiGroupBlockTable(
-            max_num_reqs=MOST_REQUESTS,
-            max_num_batched_tokens=MOST_TOKENS,
+            max_num_reqs=MAX_REQUESTS,
+            max_num_batched_tokens=MAX_TOKENS,
             pin_memory=False,
             device=torch.device("cpu"),
             block_sizes=[layout.tokens_per_block],
@@ -144,17 +144,17 @@ class TablesV2:
         self.sharding = (layout.cp_size, rank, interleave)
         self.tables = BlockTables(
             block_sizes=[layout.tokens_per_block],
-            max_num_reqs=MOST_REQUESTS,
-            max_num_batched_tokens=MOST_TOKENS,
+            max_num_reqs=MAX_REQUESTS,
+            max_num_batched_tokens=MAX_TOKENS,
             max_num_blocks_per_group=[_most_blocks(config)],
             device=torch.device("cpu"),
             cp_size=layout.cp_size,
             cp_rank=rank,
             cp_interleave=interleave,
         )
-        self.free = list(reversed(range(MOST_REQUESTS)))
+        self.free = list(reversed(range(MAX_REQUESTS)))
         self.index: dict[int, int] = {}
-        self.lens = torch.zeros(MOST_REQUESTS, dtype=torch.int32)
+        self.lens = torch.zeros(MAX_REQUESTS, dtype=torch.int32)
 
     def add(self, id: int, blocks: list[int]) -> None:
         """A request joins; its index may have been another's."""

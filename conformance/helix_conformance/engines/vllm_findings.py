@@ -19,7 +19,7 @@ from helix_conformance.drive.driver import Driver
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.engines import load_engine
-from helix_conformance.session import check_trace, numbers_of
+from helix_conformance.session import check_trace
 from helix_spec.trace import load_trace
 
 FOLDER = Path(__file__).parents[2] / "findings"
@@ -58,7 +58,7 @@ def still_shown(findings: Sequence[Finding]) -> Iterator[tuple[Finding, set[str]
             for finding in mine:
                 trace = load_trace(FOLDER / f"{finding.trace}.json")
                 failure = check_trace(driver, trace, frozenset(driver.profiles))
-                yield finding, set() if failure is None else numbers_of(failure)
+                yield finding, set() if failure is None else failure.invariants
         finally:
             driver.close()
 

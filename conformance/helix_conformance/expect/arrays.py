@@ -7,17 +7,16 @@ a time; tests hold the two together. Axes: n tokens, heads, dim; S keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from helix_reference.attention import U32, UNIT_ROUNDOFF
 from helix_spec.config import CacheDType, Config, ModelShape
 from helix_spec.events import Merge
-from helix_spec.values import LEVELS, TENSOR_CODE, Tensor
+from helix_spec.values import LEVELS, TENSOR_CODE, U32, UNIT_ROUNDOFF, Tensor
 
 Array = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -66,6 +65,11 @@ class Tokens:
     events: Ints
     places: Ints
     positions: Ints
+
+
+def token_columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
+    """Return tokens given by event, place in it and global position as columns."""
+    return Tokens(*np.array(tokens, dtype=np.int64).reshape(-1, 3).T)
 
 
 def tokens_of(identities: Sequence[tuple[int, int]], first: int) -> Tokens:
@@ -117,18 +121,18 @@ def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -
 class Rotated:
     """Rows after RoPE: `exact` float64, `stored` as they are kept.
 
-    Honest roundings lie between `least` and `most`, which are kept in the same types.
+    Correct roundings lie between `lower` and `upper`, which are kept in the same types.
     """
 
     exact: Array
     stored: Array
-    least: Array
-    most: Array
+    lower: Array
+    upper: Array
 
     @property
-    def doubt(self) -> Array:
-        """Per entry, how far apart two honest roundings may lie."""
-        return self.most - self.least
+    def uncertainty(self) -> Array:
+        """Per entry, how far apart two correct roundings may lie."""
+        return self.upper - self.lower
 
     def between(self, first: int, end: int) -> Rotated:
         """The rows of some of the tokens."""
@@ -141,7 +145,7 @@ class Rotated:
 
     @property
     def _parts(self) -> tuple[Array, Array, Array, Array]:
-        return self.exact, self.stored, self.least, self.most
+        return self.exact, self.stored, self.lower, self.upper
 
 
 def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
@@ -190,22 +194,22 @@ class KeysValues:
     """Keys and values of S tokens in one layer: arrays (S, kv_heads, key_dim or value_dim)."""
 
     stored: Array
-    doubt: Array
+    uncertainty: Array
     values: Array
 
 
 def exact_attention(
-    model: ModelShape, q: Array, q_doubt: Array, kv: KeysValues, ranks: Ints
+    model: ModelShape, q: Array, q_uncertainty: Array, kv: KeysValues, ranks: Ints
 ) -> tuple[Array, Array]:
     """Attention of one token over S keys: output (q_heads, value_dim), bound E (q_heads) (ATT-4).
 
-    q and q_doubt have shape (q_heads, key_dim); `ranks[j]` is the cp_rank that holds key j. The
-    terms are those of `helix_reference.attention.error_bound`.
+    q and q_uncertainty have shape (q_heads, key_dim); `ranks[j]` is the cp_rank that holds key j.
+    The terms are those of `helix_reference.attention.error_bound`.
     """
     width, scale, heads = model.key_dim, model.scale, model.kv_heads
     # The query heads of a group share a KV head: they are the rows of one matrix product.
-    q, q_doubt = (x.reshape(heads, -1, width) for x in (q, q_doubt))
-    k, dk, v = (x.transpose(1, 0, 2) for x in (kv.stored, kv.doubt, kv.values))
+    q, q_uncertainty = (x.reshape(heads, -1, width) for x in (q, q_uncertainty))
+    k, dk, v = (x.transpose(1, 0, 2) for x in (kv.stored, kv.uncertainty, kv.values))
     columns = k.transpose(0, 2, 1)
     scores = scale * (q @ columns)  # (kv_heads, group, S)
     top = scores.max(-1, keepdims=True)
@@ -224,7 +228,7 @@ def exact_attention(
     squares = ((p * _norm(apart) * score_error) ** 2).sum(-1)
     squares += ((p * _norm(v)[:, None] * UNIT_ROUNDOFF[model.product_dtype]) ** 2).sum(-1)
     moved = ((scale * p)[:, :, None] * columns[:, None]) @ apart
-    squares += _in_doubt(q_doubt * _norm(moved), model.dtype) ** 2
+    squares += _propagated(q_uncertainty * _norm(moved), model.dtype) ** 2
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
     mine = ranks == np.arange(ranks.max() + 1)[:, None, None, None]
     share = p * mine  # (ranks, kv_heads, group, S)
@@ -238,6 +242,98 @@ def exact_attention(
     mass = p @ np.abs(v)
     squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
     return output.reshape(model.q_heads, -1), np.sqrt(squares).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """K and V of a request's tokens as they are cached: arrays (layers, S, kv_heads, dim)."""
+
+    tokens: list[tuple[int, int]]
+    keys: Rotated
+    values: Array
+
+
+class KeptRows:
+    """K and V of requests, worked out for new tokens and kept while the tokens stay the same."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.kept: dict[int, Kept] = {}
+
+    def of(self, id: int, tokens: list[tuple[int, int]]) -> Kept:
+        """Return K and V of all tokens of a request."""
+        self.work_out({id: tokens})
+        return self.kept[id]
+
+    def forget(self, id: int) -> None:
+        """Forget a request that was released."""
+        self.kept.pop(id, None)
+
+    def work_out(self, tokens_of: Mapping[int, list[tuple[int, int]]]) -> None:
+        """Work out K and V of the tokens of these requests that are new, of all in one go."""
+        shape, heads = self.config.model, range(self.config.model.kv_heads)
+        changed = {
+            id: tokens
+            for id, tokens in tokens_of.items()
+            if id not in self.kept or self.kept[id].tokens != tokens
+        }
+        if not changed:
+            return
+        same = {
+            id: _alike(self.kept[id].tokens, tokens) if id in self.kept else 0
+            for id, tokens in changed.items()
+        }
+        fresh = token_columns(
+            [
+                (*tokens[position], position)
+                for id, tokens in changed.items()
+                for position in range(same[id], len(tokens))
+            ]
+        )
+        keys = cached_keys(shape, self.config.seed, fresh, heads)
+        values = cached_values(shape, self.config.seed, fresh, heads)
+        end = 0
+        for id, tokens in changed.items():
+            begin, end = end, end + len(tokens) - same[id]
+            k, v = keys.between(begin, end), values[:, begin:end]
+            if same[id]:
+                k = self.kept[id].keys.between(0, same[id]).followed_by(k)
+                v = np.concatenate([self.kept[id].values[:, : same[id]], v], axis=1)
+            self.kept[id] = Kept(list(tokens), k, v)
+
+
+def _alike(some: Sequence[Any], others: Sequence[Any]) -> int:
+    """How many entries two lists begin with alike."""
+    for place, (one, other) in enumerate(zip(some, others, strict=False)):
+        if one != other:
+            return place
+    return min(len(some), len(others))
+
+
+def token_attention(
+    model: ModelShape, query: Rotated, kept: Kept, holders: Ints
+) -> tuple[Array, Array]:
+    """Return the exact output of one token, and its bound E: arrays by layer and query head.
+
+    `query` is of this token alone, (layers, 1, q_heads, key_dim). The token sees the first
+    len(holders) tokens of its request; `holders[p]` is the cp_rank that holds position p.
+    """
+    seen = slice(0, len(holders))
+    layers = [
+        exact_attention(
+            model,
+            query.stored[layer, 0],
+            query.uncertainty[layer, 0],
+            KeysValues(
+                kept.keys.stored[layer, seen],
+                kept.keys.uncertainty[layer, seen],
+                kept.values[layer, seen],
+            ),
+            holders,
+        )
+        for layer in range(model.layers)
+    ]
+    return np.stack([output for output, _ in layers]), np.stack([bound for _, bound in layers])
 
 
 def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tuple[Array, Array]:
@@ -326,19 +422,19 @@ def encode_array(x: Any) -> Any:
     raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
 
 
-def _in_doubt(effects: Array, dtype: CacheDType) -> Array:
-    """What doubts about the entries of a vector do together: see the reference's `_in_doubt`."""
+def _propagated(effects: Array, dtype: CacheDType) -> Array:
+    """Uncertainties of one vector, together: see the reference's `_propagated`."""
     return _norm(effects) if dtype == "float32" else effects.sum(-1)
 
 
-def _rotation(q: Array, doubts: Array, dtype: CacheDType) -> Array:
-    """What doubts about the entries of keys do to scores: `_in_doubt` of |q| times each key's.
+def _rotation(q: Array, uncertainties: Array, dtype: CacheDType) -> Array:
+    """Uncertainties of keys propagated to scores: `_propagated` of |q| times each key's.
 
-    q (heads, group, dim), doubts (heads, S, dim); returns (heads, group, S).
+    q (heads, group, dim), uncertainties (heads, S, dim); returns (heads, group, S).
     """
     if dtype == "float32":
-        return np.sqrt(q**2 @ (doubts**2).transpose(0, 2, 1))
-    together: Array = np.abs(q) @ doubts.transpose(0, 2, 1)
+        return np.sqrt(q**2 @ (uncertainties**2).transpose(0, 2, 1))
+    together: Array = np.abs(q) @ uncertainties.transpose(0, 2, 1)
     return together
 
 

@@ -10,8 +10,15 @@ from typing import Any
 import msgspec
 
 from helix_conformance import __version__
-from helix_conformance.expect.arrays import cached_keys, cached_values, tokens_of
+from helix_conformance.expect.arrays import (
+    cached_keys,
+    cached_values,
+    supplied_partials,
+    token_columns,
+)
 from helix_conformance.expect.cases import CASES, Case
+from helix_conformance.expect.expectation import Expectation
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import (
     FORMAT,
     FORMAT_PAGE,
@@ -28,17 +35,6 @@ from helix_conformance.expect.vectors import (
     dump_vector,
     vector_schema,
 )
-from helix_reference.attention import (
-    Partial,
-    Token,
-    error_bound,
-    key,
-    merge_bound,
-    query,
-    supplied,
-    value,
-)
-from helix_reference.model import Model, Page, Request
 from helix_spec.config import config_problem
 from helix_spec.events import MERGE, Event, Merge, Reason, features_of
 
@@ -51,8 +47,8 @@ DIGITS = 9
 def make_vector(case: Case) -> Vector:
     """The vector of a case: what the reference model answers, step by step."""
     legal = config_problem(case.config) is None
-    recorder = _Recorder(case) if legal else None
-    steps = [] if recorder is None else [recorder.step(event) for event in case.events]
+    writer = _Writer(case) if legal else None
+    steps = [] if writer is None else [writer.step(event) for event in case.events]
     return Vector(
         format=FORMAT,
         suite=__version__,
@@ -63,7 +59,7 @@ def make_vector(case: Case) -> Vector:
         notes=list(case.notes),
         config=case.config,
         refused=None if legal else "bad_config",
-        rows=[] if recorder is None else recorder.rows(),
+        rows=[] if writer is None else writer.rows(),
         steps=steps,
     )
 
@@ -93,151 +89,125 @@ def _needed(case: Case, steps: Sequence[Step]) -> list[str]:
     return [profile for profile in order if profile in needed]
 
 
-class _Recorder:
-    """Plays a case on the reference and writes down what every rank would say."""
+class _Writer:
+    """Writes down what the recorder expects of a case."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.config = case.config
-        self.model = Model(case.config)
-        self.cp = self.model.layout.cp_size
-        self.labels: list[dict[Page, int]] = [{} for _ in range(self.cp)]
-        self.tokens: dict[Token, int] = {}
-        """Which row a token has."""
+        self.recorder = Recorder(case.config)
+        self.labels: list[dict[Any, int]] = [{} for _ in case.config.pages]
+        """Of each cp_rank, the label of each page."""
+        self.tokens: dict[tuple[int, int, int], int] = {}
+        """Which row a token has: event, place in it, position."""
 
     def step(self, event: Event) -> Step:
         """Let the event happen."""
-        reason = self.model.apply(event)
-        decoded = self._decoded() if self.model.last_steps else None
+        expected = self.recorder.next(event)
         if isinstance(event, Merge):
-            return Step(event=event, refused=reason, merged=self._merged(event))
-        state = self._state() if self.case.shows_state(self.model.events_seen) else None
-        return Step(event=event, refused=reason, decoded=decoded, state=state)
+            return Step(event=event, refused=expected.refused, merged=self._merged(event, expected))
+        decoded = self._decoded(expected) if expected.decoded is not None else None
+        state = self._state() if self.case.shows_state(expected.index + 1) else None
+        return Step(event=event, refused=expected.refused, decoded=decoded, state=state)
 
-    def _merged(self, event: Merge) -> Merged:
-        shape, seed = self.config.model, self.config.seed
+    def _merged(self, event: Merge, expected: Expectation) -> Merged:
+        outputs, lses = supplied_partials(self.config, event, range(self.config.model.q_heads))
         partials = [
             [
-                [supplied(shape, seed, number, token, head, level) for head in range(shape.q_heads)]
-                for token, level in enumerate(row)
+                [
+                    Supplied(None, None) if lse == -math.inf else Supplied(output.tolist(), lse)
+                    for output, lse in zip(by_head, by_lse.tolist(), strict=True)
+                ]
+                for by_head, by_lse in zip(by_token, lses_of, strict=True)
             ]
-            for number, row in enumerate(event.levels)
+            for by_token, lses_of in zip(outputs, lses, strict=True)
         ]
-        exact = [
-            [merge_bound(shape, of_head) for of_head in zip(*of_token, strict=True)]
-            for of_token in zip(*partials, strict=True)
-        ]
-        return Merged(
-            partials=[[[_supplied(p) for p in by_head] for by_head in x] for x in partials],
-            output=[[_output(*of_head) for of_head in of_token] for of_token in exact],
-        )
+        return Merged(partials=partials, output=[by_layer[0] for by_layer in _outputs(expected)])
 
-    def _decoded(self) -> Decoded:
-        steps, ranks = self.model.last_steps, range(self.cp)
-        outcomes = [self.model.outcome(rank, None) for rank in ranks]
-        owners = [owner for step in steps for owner in step.owners]
+    def _decoded(self, expected: Expectation) -> Decoded:
+        assert expected.decoded is not None
+        past_len, position_ids, owners, slots, visible = expected.decoded
+        by_token = _outputs(expected) if self.case.depth == "attention" else None
         return Decoded(
-            past_len=[[o.past_len[i] for o in outcomes] for i in range(len(steps))],
-            position_ids=outcomes[0].position_ids,
-            owners=owners,
-            slots=self._slots(),
-            visible=[[(o.visible or [])[t] for o in outcomes] for t in range(len(owners))],
-            output=self._output() if self.case.depth == "attention" else None,
+            past_len=[list(row) for row in past_len],
+            position_ids=position_ids,
+            owners=list(owners),
+            slots=[
+                (self._label(owner, page), offset)
+                for owner, (page, offset) in zip(owners, slots, strict=True)
+            ],
+            visible=[list(row) for row in visible],
+            output=by_token and [list(of_layer) for of_layer in zip(*by_token, strict=True)],
         )
 
-    def _slots(self) -> list[tuple[int, int]]:
-        slots = []
-        for step in self.model.last_steps:
-            held = list(step.past_len)
-            for owner in step.owners:
-                table = self.model.requests[step.id].tables[owner]
-                page, offset = divmod(held[owner], self.model.layout.tokens_per_block)
-                slots.append((self._label(owner, table[page]), offset))
-                held[owner] += 1
-        return slots
-
-    def _label(self, rank: int, page: Page) -> int:
+    def _label(self, rank: int, page: Any) -> int:
         labels = self.labels[rank]
         return labels.setdefault(page, len(labels))
 
     def _state(self) -> State:
-        live = {id: r for id, r in sorted(self.model.requests.items()) if not r.preempted}
-        deep = self.case.depth != "pages" and self.case.rows
+        state, ranks = self.recorder.state, range(len(self.labels))
+        live, deep = sorted(state.live), self.case.depth != "pages" and self.case.rows
         return State(
-            local_len={id: [len(held) for held in r.ranks] for id, r in live.items()},
+            local_len={id: list(state.lengths(id)) for id in live},
             block_tables={
-                id: [[self._label(rank, page) for page in t] for rank, t in enumerate(r.tables)]
-                for id, r in live.items()
+                id: [
+                    [self._label(rank, page) for page in table]
+                    for rank, table in enumerate(state.tables(id))
+                ]
+                for id in live
             },
-            free_pages=[len(pool.free) for pool in self.model.pools],
-            preempted=sorted(id for id, r in self.model.requests.items() if r.preempted),
-            cached={id: self._cached(r) for id, r in live.items()} if deep else None,
-            unwritten_from={id: list(r.high_water) for id, r in live.items()} if deep else None,
+            free_pages=state.free_pages,
+            preempted=state.preempted,
+            cached={id: [self._cached(id, rank) for rank in ranks] for id in live}
+            if deep
+            else None,
+            unwritten_from={id: [state.contents(id, rank)[1] for rank in ranks] for id in live}
+            if deep
+            else None,
         )
 
-    def _cached(self, request: Request) -> list[list[int]]:
+    def _cached(self, id: int, rank: int) -> list[int]:
+        held, _ = self.recorder.state.contents(id, rank)
         return [
-            [
-                self.tokens.setdefault(Token(*request.tokens[position], position), len(self.tokens))
-                for position in held
-            ]
-            for held in request.ranks
+            self.tokens.setdefault((*identity, position), len(self.tokens))
+            for position, identity in held
         ]
 
     def rows(self) -> list[Row]:
         """K and V of every token that a state named."""
         shape, seed = self.config.model, self.config.seed
         heads, found = range(shape.kv_heads), []
-        for token in self.tokens:
-            column = tokens_of([(token.event, token.place)], token.position)
+        for event, place, position in self.tokens:
+            column = token_columns([(event, place, position)])
             keys = cached_keys(shape, seed, column, heads)
             values = cached_values(shape, seed, column, heads)
             found.append(
                 Row(
-                    event=token.event,
-                    place=token.place,
-                    position=token.position,
-                    least_keys=_each(_down, keys.least[:, 0].tolist()),
-                    most_keys=_each(_up, keys.most[:, 0].tolist()),
+                    event=event,
+                    place=place,
+                    position=position,
+                    least_keys=_each(_down, keys.lower[:, 0].tolist()),
+                    most_keys=_each(_up, keys.upper[:, 0].tolist()),
                     values=values[:, 0].tolist(),
                 )
             )
         return found
 
-    def _output(self) -> list[list[list[Output]]]:
-        shape = self.config.model
-        return [
-            [
-                [self._attend(layer, step.id, step.first + place, h) for h in range(shape.q_heads)]
-                for step in self.model.last_steps
-                for place in range(len(step.owners))
-            ]
-            for layer in range(shape.layers)
-        ]
 
-    def _attend(self, layer: int, id: int, position: int, head: int) -> Output:
-        shape, seed, request = self.config.model, self.config.seed, self.model.requests[id]
-        seen = [Token(*request.tokens[p], p) for p in range(position + 1)]
-        holder = {p: rank for rank, held in enumerate(request.ranks) for p in held}
-        kv_head = head // (shape.q_heads // shape.kv_heads)
-        output, bound = error_bound(
-            shape,
-            query(shape, seed, seen[-1], layer, head),
-            [key(shape, seed, token, layer, kv_head) for token in seen],
-            [value(shape, seed, token, layer, kv_head) for token in seen],
-            [holder[p] for p in range(position + 1)],
-        )
-        return _output(output, bound)
+def _outputs(expected: Expectation) -> list[list[list[Output]]]:
+    """The outputs of a decode or merge, by token, layer and query head."""
+    assert expected.outputs is not None
+    return [
+        [
+            [_output(*of_head) for of_head in zip(o.tolist(), e.tolist(), strict=True)]
+            for o, e in zip(exact, bound, strict=True)
+        ]
+        for exact, bound in expected.outputs()
+    ]
 
 
 def _output(exact: Sequence[float], bound: float) -> Output:
     return Output([_digits(x) for x in exact], _bound(bound, math.hypot(*exact)))
-
-
-def _supplied(partial: Partial) -> Supplied:
-    if partial.lse == -math.inf:
-        return Supplied(None, None)
-    return Supplied(partial.output, partial.lse)
 
 
 def _digits(x: float) -> float:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
+import numpy as np
 
+from helix_conformance.expect import expectation
+from helix_conformance.expect.arrays import Array
+from helix_conformance.expect.expectation import Expectation, Request, Rows
+from helix_conformance.expect.expectation import Output as Expected
 from helix_spec.config import Config, config_problem, decode_layout, encode_layout, layout_schema
 from helix_spec.events import Decode, Event, Merge, Reason, RequestId
 from helix_spec.layouts import parse_layout
@@ -189,6 +196,19 @@ def load_vector(path: Path) -> Vector:
     return vector
 
 
+def load_vectors(folder: Path) -> list[Vector]:
+    """Return all vectors in a folder, by name.
+
+    Raises VectorError when there is none, or a wrong one.
+    """
+    if not folder.is_dir():
+        raise VectorError(f"{folder} is not a folder of vectors.")
+    paths = sorted(path for path in folder.glob("*.json") if path.name != SCHEMA_FILE)
+    if not paths:
+        raise VectorError(f"{folder} holds no vector: there is no .json file in it.")
+    return [load_vector(path) for path in paths]
+
+
 def _error(path: Path, data: bytes, field: str, message: str) -> VectorError:
     line = line_of(data.decode(errors="replace"), field)
     return VectorError(f"{path}, line {line}, field {field}: {message.rstrip('.')}.")
@@ -265,6 +285,121 @@ def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str
     for by_rank in (state.cached or {}).values():
         if any(row >= rows for held in by_rank for row in held):
             yield ".state.cached", f"a row is not below {rows}"
+
+
+@dataclass(eq=False, slots=True)
+class _LabelledPage:
+    """A page that a vector knows by its number, a label."""
+
+    number: int
+    holders: int = 1
+
+
+class VectorState:
+    """The state after a vector's latest step that tells of it; see `expectation.State`."""
+
+    requests: Mapping[int, Request] | None = None
+
+    def __init__(self, vector: Vector) -> None:
+        self.vector = vector
+        self.shown = State(local_len={}, block_tables={}, free_pages=list(vector.config.pages))
+        self.pages: list[dict[int, _LabelledPage]] = [{} for _ in vector.config.pages]
+        """Of each cp_rank, the pages by their labels."""
+
+    def show(self, state: State) -> None:
+        """Take the state after a step. Labels in no block table are not used any more."""
+        self.shown = state
+        for rank, pages in enumerate(self.pages):
+            held = Counter(label for t in state.block_tables.values() for label in t[rank])
+            for label in held.keys() - pages.keys():
+                pages[label] = _LabelledPage(label)
+            for label, page in pages.items():
+                page.holders = held[label]
+
+    def page(self, rank: int, label: int) -> _LabelledPage:
+        """Return the page that a label stands for on a cp_rank."""
+        return self.pages[rank].setdefault(label, _LabelledPage(label))
+
+    @property
+    def live(self) -> Collection[int]:
+        """See `expectation.State.live`."""
+        return list(self.shown.local_len)
+
+    @property
+    def preempted(self) -> list[int]:
+        """See `expectation.State.preempted`."""
+        return self.shown.preempted
+
+    @property
+    def free_pages(self) -> list[int]:
+        """See `expectation.State.free_pages`."""
+        return self.shown.free_pages
+
+    def lengths(self, id: int) -> Sequence[int]:
+        """See `expectation.State.lengths`."""
+        return self.shown.local_len[id]
+
+    def tables(self, id: int) -> Sequence[Sequence[_LabelledPage]]:
+        """See `expectation.State.tables`."""
+        tables = self.shown.block_tables[id]
+        return [[self.page(rank, label) for label in t] for rank, t in enumerate(tables)]
+
+    def contents(self, id: int, rank: int) -> tuple[list[int], int] | None:
+        """See `expectation.State.contents`."""
+        if self.shown.cached is None or self.shown.unwritten_from is None:
+            return None
+        return self.shown.cached[id][rank], self.shown.unwritten_from[id][rank]
+
+    def rows(self, id: int, rank: int, heads: range) -> Rows:
+        """See `expectation.State.rows`."""
+        cached = (self.shown.cached or {})[id][rank]
+        held = [self.vector.rows[row] for row in cached]
+        mine, shape = slice(heads.start, heads.stop), self.vector.config.model
+
+        def stacked(parts: Iterable[Any], dim: int) -> Array:
+            blank = np.zeros((shape.layers, 0, len(heads), dim))
+            return np.stack([np.array(part)[:, mine] for part in parts], axis=1) if held else blank
+
+        return Rows(
+            [row.position for row in held],
+            stacked((row.least_keys for row in held), shape.key_dim),
+            stacked((row.most_keys for row in held), shape.key_dim),
+            stacked((row.values for row in held), shape.value_dim),
+        )
+
+
+def expectations(vector: Vector) -> Iterator[Expectation]:
+    """Yield what a vector expects, step by step: its state is good until the next."""
+    state = VectorState(vector)
+    for index, step in enumerate(vector.steps):
+        if step.state is not None:
+            state.show(step.state)
+        shown = state if step.state is not None else None
+        decoded, outputs = None, list[Expected]()
+        if step.decoded is not None:
+            slots = [
+                (state.page(owner, label), offset)
+                for owner, (label, offset) in zip(
+                    step.decoded.owners, step.decoded.slots, strict=True
+                )
+            ]
+            columns = step.decoded
+            decoded = expectation.Decoded(
+                columns.past_len, columns.position_ids, columns.owners, slots, columns.visible
+            )
+            outputs = [_outputs(layers) for layers in zip(*columns.output or [], strict=True)]
+        if step.merged is not None:
+            outputs = [_outputs([heads]) for heads in step.merged.output]
+        told = (lambda outputs=outputs: outputs) if outputs else None
+        yield Expectation(index, step.event, step.refused, decoded, shown, told)
+
+
+def _outputs(layers: Sequence[Sequence[Output]]) -> Expected:
+    """One token's outputs by layer and query head, as arrays."""
+    return Expected(
+        np.array([[output.exact for output in heads] for heads in layers]),
+        np.array([[output.bound for output in heads] for heads in layers]),
+    )
 
 
 def vector_schema() -> dict[str, Any]:

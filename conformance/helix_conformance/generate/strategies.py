@@ -16,8 +16,7 @@ from typing import Any, Final, get_args
 import msgspec
 from hypothesis import strategies as st
 
-from helix_reference.model import Model
-from helix_reference.refusals import refusal
+from helix_conformance.expect.recorder import Recorder
 from helix_spec.config import Admission, Config, DType, LatentShape, ModelShape, config_problem
 from helix_spec.events import (
     FEATURES,
@@ -375,20 +374,20 @@ def long_groups(*, super_block: int, max_len: int) -> set[int]:
     return {super_block + by for by in (-1, 0, 1, super_block)} - {0} | {1 + max_len // 200}
 
 
-def realise(model: Model, intent: Intent) -> Iterable[Event]:
-    """The events that an intent means in this state of the model; none when it fits none.
+def realise(recorder: Recorder, intent: Intent) -> Iterable[Event]:
+    """The events that an intent means in this state; none when it fits none.
 
-    Those of some wishes depend on the ones before: the model must have seen each before the next.
+    Those of some wishes depend on the ones before, which the recorder must have seen.
     """
-    requests = model.requests
+    requests = recorder.state.requests
     first = intent.far
     free = [id for id in range(first, first + len(requests) + intent.times) if id not in requests]
     fresh = free[0]
     if intent.kind == "wrong":
         preempted_first = sorted(requests, key=lambda id: not requests[id].preempted)
-        return [_careless(intent, [*preempted_first, fresh], model.layout.cp_size)]
+        return [_careless(intent, [*preempted_first, fresh], recorder.config.layout.cp_size)]
     if intent.kind == "fill":
-        return [Admit(fresh, max(1, _longest(model, fresh) - intent.size))]
+        return [Admit(fresh, max(1, _longest(recorder, fresh) - intent.size))]
     if intent.kind == "admit":
         times = intent.times if intent.size <= LONG else 1  # many short ones, or a long one
         return [Admit(id, intent.size) for id in free[:times]]
@@ -399,7 +398,7 @@ def realise(model: Model, intent: Intent) -> Iterable[Event]:
     if intent.kind == "release":
         fitting = list(requests)
     if intent.kind == "stray":
-        return _with_a_stray(model, intent, fresh)
+        return _with_a_stray(recorder, intent, fresh)
     if intent.kind == "accept":
         fitting = [id for id in fitting if requests[id].open_group]
     if intent.kind == "sampled":
@@ -411,7 +410,7 @@ def realise(model: Model, intent: Intent) -> Iterable[Event]:
     id = picked[0]
     match intent.kind:
         case "decode" | "leap":
-            return _repeated(model, Decode(picked, lens, intent.pad), intent.times)
+            return _repeated(recorder, Decode(picked, lens, intent.pad), intent.times)
         case "skip":
             return [Skip(picked, lens)]
         case "accept":
@@ -424,49 +423,51 @@ def realise(model: Model, intent: Intent) -> Iterable[Event]:
         case "resume":
             return [Preempt(id), Resume(id)]
         case "starve":
-            return _starved(model, id, intent.size)
+            return _starved(recorder, id, intent.size)
         case "lineage":
-            return _lineage(model, id, intent)
+            return _lineage(recorder, id, intent)
         case "sampled":
             return [Sampled(picked)]
         case _:
             return [Release(one) for one in picked]
 
 
-def _longest(model: Model, id: int) -> int:
+def _longest(recorder: Recorder, id: int) -> int:
     """The longest prompt that there is room for now; 0 where pools are too large to fill."""
-    slots = sum(len(pool.free) for pool in model.pools) * model.layout.tokens_per_block
+    slots = sum(recorder.state.free_pages) * recorder.config.layout.tokens_per_block
     if slots > LONG_ENOUGH:
         return 0
-    lengths = range(1, 1 + min(slots, model.config.max_len))
-    return bisect_left(lengths, True, key=lambda n: refusal(model, Admit(id, n)) is not None)
+    lengths = range(1, 1 + min(slots, recorder.config.max_len))
+    return bisect_left(lengths, True, key=lambda n: recorder.refusal(Admit(id, n)) is not None)
 
 
-def _starved(model: Model, id: int, spare: int) -> Iterator[Event]:
+def _starved(recorder: Recorder, id: int, spare: int) -> Iterator[Event]:
     """A request is preempted, others take nearly all its room, and it must wait to resume."""
     yield Preempt(id)
-    first, second = islice((new for new in count() if new not in model.requests), 2)
-    yield Admit(first, max(1, _longest(model, first) - spare))
+    first, second = islice((new for new in count() if new not in recorder.state.requests), 2)
+    yield Admit(first, max(1, _longest(recorder, first) - spare))
     yield Resume(id)
     yield Admit(second, 1)
     yield Release(first)
     yield Resume(id)
 
 
-def _lineage(model: Model, id: int, intent: Intent) -> Iterator[Event]:
+def _lineage(recorder: Recorder, id: int, intent: Intent) -> Iterator[Event]:
     """A fork grows and is forked too; they end in some order, and one takes all their room."""
-    child, grandchild = islice((new for new in count() if new not in model.requests), 2)
+    child, grandchild = islice((new for new in count() if new not in recorder.state.requests), 2)
     yield Fork(id, child)
-    yield from _repeated(model, Decode([child], [1]), min(8, model.layout.tokens_per_block))
+    yield from _repeated(
+        recorder, Decode([child], [1]), min(8, recorder.config.layout.tokens_per_block)
+    )
     yield Fork(child, grandchild)
     for one in list(permutations((id, child, grandchild)))[intent.kept]:
         yield Release(one)
-    yield Admit(child, max(1, _longest(model, child) - intent.size))
+    yield Admit(child, max(1, _longest(recorder, child) - intent.size))
 
 
-def _with_a_stray(model: Model, intent: Intent, fresh: int) -> list[Event]:
+def _with_a_stray(recorder: Recorder, intent: Intent, fresh: int) -> list[Event]:
     """An event for several requests, one of which it does not fit; then for the others alone."""
-    requests = model.requests
+    requests = recorder.state.requests
     fitting = [
         id
         for id, request in requests.items()
@@ -487,16 +488,18 @@ def _with_a_stray(model: Model, intent: Intent, fresh: int) -> list[Event]:
             return [Decode(more, [1] * len(more)), Decode(ids, [1] * len(ids))]
 
 
-def _repeated(model: Model, decode: Decode, times: int) -> list[Event]:
+def _repeated(recorder: Recorder, decode: Decode, times: int) -> list[Event]:
     """A decode again and again; with overlap the scheduler samples as late as it may."""
     events = list[Event]()
-    behind = {id: model.requests[id].outstanding for id in decode.ids}
+    behind = {id: recorder.state.requests[id].outstanding for id in decode.ids}
     for _ in range(times):
         late = [id for id in decode.ids if behind[id] == 2]
         if late:
             events.append(Sampled(late))
         events.append(decode)
-        behind = {id: count - (id in late) + model.config.overlap for id, count in behind.items()}
+        behind = {
+            id: count - (id in late) + recorder.config.overlap for id, count in behind.items()
+        }
     return events
 
 
@@ -537,11 +540,11 @@ def realised(config: Config, features: Collection[str], wishes: Sequence[Intent]
 
     What is refused once is not tried again at once.
     """
-    model, events = Model(config, features), list[Event]()
+    recorder, events = Recorder(config, {*features, "pages"}), list[Event]()
     for wish in wishes:
-        for event in events[-1:] if wish.kind == "again" else realise(model, wish):
+        for event in events[-1:] if wish.kind == "again" else realise(recorder, wish):
             events.append(event)
-            if model.apply(event) is not None and wish.kind not in _GOES_ON:
+            if recorder.next(event).refused is not None and wish.kind not in _GOES_ON:
                 break
     return Trace(config=config, events=events)
 

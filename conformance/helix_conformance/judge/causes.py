@@ -13,7 +13,7 @@ import msgspec
 
 from helix_conformance.judge.failure import Violation, in_order
 from helix_conformance.judge.shrink import with_room
-from helix_spec.config import LARGEST_MAX_LEN
+from helix_spec.config import MAX_REQUEST_LEN
 from helix_spec.events import Admit, Decode, Event, Merge
 from helix_spec.trace import Trace
 
@@ -65,7 +65,7 @@ def _without_empty_ranks(trace: Trace) -> Trace:
         else _with_keys(event)
         for event in trace.events
     ]
-    longest = min(LARGEST_MAX_LEN, trace.config.max_len + more)
+    longest = min(MAX_REQUEST_LEN, trace.config.max_len + more)
     config = _set(with_room(trace).config, max_len=longest)
     return _set(trace, config=config, events=events)
 

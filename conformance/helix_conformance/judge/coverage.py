@@ -1,6 +1,6 @@
 """How often a run visited the situations in which engines go wrong.
 
-A `Coverage` is fed every event with the reference model after it. It judges nothing: it says
+A `Coverage` is fed every expectation. It judges nothing: it says
 whether a green run has been where it matters, and tells what it missed from what it could not
 have met. It looks at what an event touched and at nothing else, so that counting costs little
 beside judging.
@@ -13,7 +13,8 @@ from itertools import pairwise
 from math import gcd
 from typing import Final
 
-from helix_reference.model import Model, Page, Request, Step
+from helix_conformance.expect.expectation import Expectation, Page, Request, State
+from helix_spec.config import Config
 from helix_spec.events import (
     FEATURES,
     Accept,
@@ -45,7 +46,7 @@ _REFUSED: Final[dict[Reason, str]] = {
 
 SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
     "prompt of whole super-blocks": (RANKS,),
-    "prompt that is a multiple of nothing": (RANKS,),
+    "prompt coprime to T*C": (RANKS,),
     "id admitted again": (),
     "empty rank": (RANKS,),
     "page boundary": (),
@@ -109,11 +110,12 @@ class Coverage:
         self.counts = dict.fromkeys(SITUATIONS, 0)
         self.trace: _Trace | None = None
 
-    def saw(self, model: Model, event: Event, reason: Reason | None) -> None:
-        """One event of a trace, and the model after it."""
-        if self.trace is None or self.trace.model is not model:
-            self.trace = _Trace(model)
-        for name in self.trace.saw(event, reason):
+    def saw(self, config: Config, expected: Expectation) -> None:
+        """Count one event of a trace of this configuration."""
+        if self.trace is None or expected.index == 0:
+            assert expected.state is not None
+            self.trace = _Trace(config, expected.state)
+        for name in self.trace.saw(expected):
             self.counts[name] += 1
 
     @property
@@ -137,9 +139,9 @@ class Coverage:
 class _Trace:
     """What has to be remembered of one trace."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.cp, self.t = model.layout.cp_size, model.layout.tokens_per_block
+    def __init__(self, config: Config, state: State) -> None:
+        self.state, self.max_len = state, config.max_len
+        self.cp, self.t = config.layout.cp_size, config.layout.tokens_per_block
         self.accepted: Event | None = None
         """The event before, when it was."""
         self.ever: set[int] = set()
@@ -151,12 +153,20 @@ class _Trace:
         """Tables of requests that were forked."""
         self.grown: dict[int, list[int]] = {}
         """Pages on each rank of requests whose last group was longer than one."""
-        self.free = [len(pool.free) for pool in model.pools]
+        self.free = list(state.free_pages)
         self.untouched = list(self.free)
         """Per rank, free pages now, and those never taken. Pools give out first what came back."""
+        used = [sum(len(state.tables(id)[rank]) for id in state.live) for rank in range(self.cp)]
+        self.sizes = [free + held for free, held in zip(self.free, used, strict=True)]
 
-    def saw(self, event: Event, reason: Reason | None) -> set[str]:
+    def request(self, id: int) -> Request:
+        """A request as it is now."""
+        assert self.state.requests is not None
+        return self.state.requests[id]
+
+    def saw(self, expected: Expectation) -> set[str]:
         """The situations that this event was in."""
+        event, reason = expected.event, expected.refused
         before, self.accepted = self.accepted, event if reason is None else None
         if reason is not None:
             twice = ["accepted, then told again and refused"] if event == before else []
@@ -174,8 +184,7 @@ class _Trace:
                 if self.skipped and not self.skipped.isdisjoint(ids):
                     found.add("skip, then decode")
                     self.skipped.difference_update(ids)
-                for step in self.model.last_steps:
-                    self._stepped(step, self.model.requests[step.id], found)
+                self._stepped(event, expected, found)
             case Admit(id, prompt_len):
                 found.update(self._admitted(id, prompt_len))
             case Accept(id):
@@ -211,63 +220,73 @@ class _Trace:
             if prompt_len % (self.cp * self.t) == 0:
                 yield "prompt of whole super-blocks"
             if gcd(prompt_len, self.cp * self.t) == 1:
-                yield "prompt that is a multiple of nothing"
+                yield "prompt coprime to T*C"
 
-    def _stepped(self, step: Step, request: Request, found: set[str]) -> None:
-        """A request's part in a decode. Most are of one token: that way is short."""
-        owners, past, t = step.owners, step.past_len, self.t
-        if len(owners) == 1:
-            held = past[owners[0]]
-            if held and held % t == 0:
-                found.add("page boundary")
-            if self.grown:
-                self.grown.pop(step.id, None)
-        else:
-            self._grouped(step, found)
-            self.grown[step.id] = [len(table) for table in request.tables]
-        if self.cp > 1:
-            if [] in request.ranks:
-                found.add("empty rank")
-            if (owners[0] - request.shift) % self.cp == 0 and self._last_was_last(step, request):
-                found.add("ownership wrap")
-        if request.outstanding == 2:
-            found.add("two decodes outstanding")
-        if len(request.tokens) == self.model.config.max_len:
-            found.add("max_len reached")
-        if step.id in self.shared:
-            found.add("fork, then divergence")
-            tables = self._tables(step.id)
-            for old, new in zip(self.shared[step.id], tables, strict=True):
-                if old != new[: len(old)]:
-                    found.add("copy on write")
-            self.shared[step.id] = tables
+    def _stepped(self, event: Decode, expected: Expectation, found: set[str]) -> None:
+        """Each request's part in a decode. Most are of one token: that way is short."""
+        decoded, token = expected.decoded, 0
+        assert decoded is not None
+        columns = zip(event.ids, event.query_lens, decoded.past_len, strict=True)
+        for id, query_len, past_len in columns:
+            request, owners = self.request(id), decoded.owners[token : token + query_len]
+            first = decoded.position_ids[token]
+            token += query_len
+            if query_len == 1:
+                held = past_len[owners[0]]
+                if held and held % self.t == 0:
+                    found.add("page boundary")
+                if self.grown:
+                    self.grown.pop(id, None)
+            else:
+                self._grouped(owners, past_len, request.shift, found)
+                self.grown[id] = [len(table) for table in request.tables]
+            if self.cp > 1:
+                if [] in request.ranks:
+                    found.add("empty rank")
+                turn_begins = (owners[0] - request.shift) % self.cp == 0
+                if turn_begins and self._last_was_last(first, past_len, request):
+                    found.add("ownership wrap")
+            if request.outstanding == 2:
+                found.add("two decodes outstanding")
+            if len(request.tokens) == self.max_len:
+                found.add("max_len reached")
+            if id in self.shared:
+                self._diverged(id, found)
 
-    def _grouped(self, step: Step, found: set[str]) -> None:
+    def _diverged(self, id: int, found: set[str]) -> None:
+        """A request that was forked got tokens of its own."""
+        found.add("fork, then divergence")
+        tables = self._tables(id)
+        for old, new in zip(self.shared[id], tables, strict=True):
+            if old != new[: len(old)]:
+                found.add("copy on write")
+        self.shared[id] = tables
+
+    def _grouped(
+        self, owners: Sequence[int], past_len: Sequence[int], shift: int, found: set[str]
+    ) -> None:
         """A group of several tokens, and the boundaries inside it."""
-        held = list(step.past_len)
-        if len(step.owners) > self.cp * self.t:
+        held = list(past_len)
+        if len(owners) > self.cp * self.t:
             found.add("group longer than a super-block")
-        for place, owner in enumerate(step.owners):
+        for place, owner in enumerate(owners):
             if held[owner] and held[owner] % self.t == 0:
                 found.add("page boundary")
                 if place:
                     found.add("page boundary inside a group")
             held[owner] += 1
-        if len(set(step.owners)) > 1:
+        if len(set(owners)) > 1:
             found.add("ownership boundary inside a group")
-            shift = self.model.requests[step.id].shift
-            roles = [(owner - shift) % self.cp for owner in step.owners]
-            if (self.cp - 1, 0) in pairwise(roles):
+            logical = [(owner - shift) % self.cp for owner in owners]
+            if (self.cp - 1, 0) in pairwise(logical):
                 found.add("ownership wrap")
 
-    def _last_was_last(self, step: Step, request: Request) -> bool:
-        """Whether the token before this step was decoded, by the last rank of the turn."""
+    def _last_was_last(self, first: int, past_len: Sequence[int], request: Request) -> bool:
+        """Whether the token before position `first` was decoded, by the last rank of the turn."""
         rank = (request.shift - 1) % self.cp
-        held = step.past_len[rank]
+        held = past_len[rank]
         return (
-            step.first > request.prompt_len
-            and held > 0
-            and request.ranks[rank][held - 1] == step.first - 1
+            first > request.prompt_len and held > 0 and request.ranks[rank][held - 1] == first - 1
         )
 
     def _rewound(self, id: int) -> Iterator[str]:
@@ -278,15 +297,15 @@ class _Trace:
 
     def _pages(self, found: set[str]) -> None:
         """What the pools show after an event that may have moved pages."""
-        for rank, pool in enumerate(self.model.pools):
-            before, free = self.free[rank], len(pool.free)
+        for rank, free in enumerate(self.state.free_pages):
+            before = self.free[rank]
             if free < before:
                 if before > self.untouched[rank]:
                     found.add("released page used again")
-                if pool.size - free > HIGH_PAGE:
+                if self.sizes[rank] - free > HIGH_PAGE:
                     found.add("high page ids")
                 self.untouched[rank] = min(self.untouched[rank], free)
             self.free[rank] = free
 
     def _tables(self, id: int) -> Sequence[list[Page]]:
-        return [list(table) for table in self.model.requests[id].tables]
+        return [list(table) for table in self.state.tables(id)]

@@ -1,13 +1,15 @@
-"""What a red run is made of: invariants that failed, and answers that are none."""
+"""What a failing run is made of: invariants that failed, and answers that are none."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
+from helix_conformance.drive.driver import Answer, EngineFailure
 from helix_spec import invariants
+from helix_spec.trace import Trace
 
 
 class Violation(msgspec.Struct, frozen=True):
@@ -21,7 +23,7 @@ class Violation(msgspec.Struct, frozen=True):
     request: int | None = None
 
 
-class GarbageError(Exception):
+class MalformedAnswer(Exception):
     """An answer that cannot be read as one: wrong columns, wrong shapes. It names the rank."""
 
     def __init__(self, rank: int, message: str) -> None:
@@ -29,8 +31,47 @@ class GarbageError(Exception):
         self.rank = rank
 
 
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """What a failing run shows: the trace up to where it fails, and what is wrong there."""
+
+    trace: Trace
+    event: int | None
+    """Index of the event that was answered wrongly; None at start or at the end."""
+    violations: list[Violation] = []
+    answers: list[Answer] = []
+    """What each rank answered to that event, outputs and cached rows left out."""
+    engine_failure: str | None = None
+    """How an engine died, timed out or gave a malformed answer (LIVE-1); then no more is known."""
+    rank: int | None = None
+    """The rank that did."""
+
+    @property
+    def verdict(self) -> Literal["fail", "error"]:
+        """`fail` for a difference, `error` for an engine that failed."""
+        return "fail" if self.engine_failure is None else "error"
+
+    @property
+    def invariants(self) -> set[str]:
+        """The invariants that it names."""
+        if self.engine_failure is not None:
+            return {"LIVE-1"}
+        return {violation.invariant for violation in self.violations}
+
+
+def engine_failure(trace: Trace, error: EngineFailure) -> Failure:
+    """Return the failure of an engine that did not answer, at the end of this trace."""
+    return Failure(trace=trace, event=error.event, engine_failure=str(error), rank=error.rank)
+
+
+def shown(answer: Answer) -> Answer:
+    """Return an answer without its arrays: what can be shown."""
+    outcome = msgspec.structs.replace(answer.outcome, output=None)
+    view = answer.view and msgspec.structs.replace(answer.view, keys={}, values={})
+    return Answer(outcome, view)
+
+
 def in_order(violations: Iterable[Violation]) -> list[Violation]:
-    """Sorted as SPEC.md numbers them, ranks rising."""
+    """Return the violations as SPEC.md numbers them, ranks rising."""
     return sorted(
         violations,
         key=lambda v: (invariants.NUMBERS.index(v.invariant), -1 if v.rank is None else v.rank),

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.strategies import AMPLE
-from helix_reference.model import Model
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled, Skip, ids_of
 from helix_spec.layouts import Layout
@@ -118,14 +118,12 @@ def with_room(trace: Trace) -> Trace:
 
 def gone_on(trace: Trace) -> Trace:
     """The trace, and some who live at its end decoded until each rank has had its turn."""
-    model = Model(trace.config)
-    for event in trace.events:
-        model.apply(event)
-    ids = [id for id, request in model.requests.items() if not request.preempted][:4]
+    state = _played(trace).state
+    ids = list(state.live)[:4]
     if not ids:
         return trace
     turn = [Decode(ids, [1] * len(ids)), *([Sampled(ids)] if trace.config.overlap else [])]
-    waiting = [Sampled([id]) for id in ids for _ in range(model.requests[id].outstanding)]
+    waiting = [Sampled([id]) for id in ids for _ in range(state.requests[id].outstanding)]
     turns = min(100, 2 * trace.config.layout.cp_size * trace.config.layout.tokens_per_block)
     return _set(trace, events=[*trace.events, *waiting, *turn * turns])
 
@@ -288,11 +286,16 @@ def _with_same_room(candidate: Trace, trace: Trace) -> Trace | None:
 
 
 def _free(trace: Trace) -> list[int]:
-    """Free pages of each cp_rank after the events, in the reference."""
-    model = Model(trace.config)
+    """Free pages of each cp_rank after the events."""
+    return _played(trace).state.free_pages
+
+
+def _played(trace: Trace) -> Recorder:
+    """A recorder that has seen all events."""
+    recorder = Recorder(trace.config)
     for event in trace.events:
-        model.apply(event)
-    return [len(pool.free) for pool in model.pools]
+        recorder.next(event)
+    return recorder
 
 
 def _renamed(event: Event, names: dict[int, int]) -> Event:

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Final, Literal, Self
 
 import msgspec
 
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.failure import Violation
-from helix_reference.model import Model
 from helix_spec.config import config_problem
 from helix_spec.engine import LADDER, PROFILES
 from helix_spec.events import Event, Reason, features_of
@@ -33,8 +33,8 @@ from helix_spec.layouts import NAMED_LAYOUTS, layout_name
 from helix_spec.trace import Trace
 
 LAYOUTS: Final = (*NAMED_LAYOUTS, "custom")
-LARGEST_FILE: Final = 2**20
-LONGEST_LINE: Final = 2**12
+MAX_FILE_BYTES: Final = 2**20
+MAX_LINE_BYTES: Final = 2**12
 """In bytes: Python's TOML parser takes a time that grows with the square of a line."""
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Link = Annotated[str, msgspec.Meta(pattern=r"^https?://\S+$")]
@@ -133,10 +133,10 @@ class Known:
         except OSError as error:
             raise LedgerError(f"{path}: cannot be read: {error.strerror}.") from error
         longest = max(map(len, data.splitlines()), default=0)
-        if len(data) > LARGEST_FILE or longest > LONGEST_LINE:
+        if len(data) > MAX_FILE_BYTES or longest > MAX_LINE_BYTES:
             raise LedgerError(
                 f"{path}: has {len(data)} bytes and a line of {longest}; a ledger has at most "
-                f"{LARGEST_FILE} and lines of {LONGEST_LINE}."
+                f"{MAX_FILE_BYTES} and lines of {MAX_LINE_BYTES}."
             )
         try:
             return cls(msgspec.toml.decode(data, type=_File).difference)
@@ -196,10 +196,10 @@ class Known:
             return None if Reason.BAD_CONFIG in reasons else trace
         if trace.config.overlap and "overlap" in profiles:
             return None
-        model = Model(trace.config, declared, allocates="pages" in declared)
+        recorder = Recorder(trace.config, declared)
         events: list[Event] = []
         for event in trace.events:
-            if features_of(event) & profiles or model.apply(event) in reasons:
+            if features_of(event) & profiles or recorder.next(event).refused in reasons:
                 break
             events.append(event)
         return msgspec.structs.replace(trace, events=events)

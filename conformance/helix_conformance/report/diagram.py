@@ -13,14 +13,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from helix_conformance.expect.expectation import Expectation, Request
+from helix_conformance.expect.recorder import ModelState, Recorder
 from helix_conformance.report.show import event_text
-from helix_reference.model import Model, Request
-from helix_spec.events import FEATURES, Event, ids_of
+from helix_spec.engine import PROFILES
+from helix_spec.events import Decode, Event, ids_of
+from helix_spec.layouts import Layout
 from helix_spec.trace import Trace
 
-MOST_STOPS: Final = 500
+MAX_STOPS: Final = 500
 """Of a longer trace every so many events are drawn, and all around the one that fails."""
-MOST_REQUESTS: Final = 24
+MAX_REQUESTS: Final = 24
 """Of more requests those that the failing event names are drawn, then the first."""
 WIDEST_CELLS: Final = 16
 """Pages of at most so many tokens are drawn token by token, larger ones as runs."""
@@ -113,31 +116,30 @@ def film(
     *,
     wrong: Sequence[Wrong] = (),
     at: int | None = None,
-    features: Collection[str] = FEATURES,
-    allocates: bool = True,
+    declared: Collection[str] = PROFILES,
 ) -> Film:
     """The film of a trace; `wrong` is marked at the stop after event `at`.
 
-    `features` and `allocates` are those of the engine that it was played on: what it does not
-    declare is refused.
+    `declared` are the profiles of the engine that it was played on: what needs another is refused.
     """
     chosen = _chosen(len(trace.events), at)
-    model = Model(trace.config, features, allocates=allocates)
-    stops, frames = [Stop(None, "before the first event")], [_frame(model)]
+    recorder, layout = Recorder(trace.config, declared), trace.config.layout
+    state = recorder.state
+    stops, frames = [Stop(None, "before the first event")], [_frame(state, {}, layout)]
     seen: dict[int, None] = {}
     for index, event in enumerate(trace.events):
-        reason = model.apply(event)
-        seen |= dict.fromkeys(model.requests)
+        expected = recorder.next(event)
+        seen |= dict.fromkeys(state.requests)
         if index in chosen:
-            stops.append(Stop(index, event_text(event), reason))
-            frames.append(_frame(model))
+            stops.append(Stop(index, event_text(event), expected.refused))
+            frames.append(_frame(state, first_new(expected), layout))
     drawn = _drawn(list(seen), wrong, None if at is None else trace.events[at])
     shown = len(stops) - 1
     if at is not None:
         shown = next(number for number, stop in enumerate(stops) if stop.event == at)
-    t = model.layout.tokens_per_block
+    t = layout.tokens_per_block
     panels = [
-        _panel(id, frames, model.layout.cp_size, t, [w for w in wrong if w.request == id], shown)
+        _panel(id, frames, layout.cp_size, t, [w for w in wrong if w.request == id], shown)
         for id in drawn
     ]
     return Film(
@@ -145,7 +147,7 @@ def film(
         list(trace.config.pages),
         stops,
         panels,
-        _pools(frames, trace.config.pages) if allocates else None,
+        _pools(frames, trace.config.pages) if "pages" in declared else None,
         shown,
         len(trace.events),
         len(seen),
@@ -154,9 +156,9 @@ def film(
 
 def _chosen(events: int, at: int | None) -> set[int]:
     """Indices of the events after which there is a stop."""
-    if events <= MOST_STOPS:
+    if events <= MAX_STOPS:
         return set(range(events))
-    every = -(-events // (MOST_STOPS - 20))
+    every = -(-events // (MAX_STOPS - 20))
     middle = events - 1 if at is None else at
     around = range(max(0, middle - 8), min(events, middle + 8))
     return {*range(0, events, every), events - 1, *around}
@@ -166,7 +168,7 @@ def _drawn(ids: list[int], wrong: Sequence[Wrong], event: Event | None) -> list[
     """The requests that have a panel, in the order of their ids."""
     named = [w.request for w in wrong] + ([] if event is None else ids_of(event))
     first = [id for id in dict.fromkeys([*named, *ids]) if id in ids]
-    return sorted(first[:MOST_REQUESTS])
+    return sorted(first[:MAX_REQUESTS])
 
 
 # What there is after one event
@@ -220,18 +222,27 @@ _identity = id
 """By it pages are told apart; `id` is a request's everywhere else."""
 
 
-def _frame(model: Model) -> _Frame:
+def first_new(expected: Expectation) -> dict[int, int]:
+    """Return the position of each request's first new token, after an accepted decode."""
+    found, token = dict[int, int](), 0
+    if isinstance(expected.event, Decode) and expected.decoded is not None:
+        for id, query_len in zip(expected.event.ids, expected.event.query_lens, strict=True):
+            found[id] = expected.decoded.position_ids[token]
+            token += query_len
+    return found
+
+
+def _frame(state: ModelState, new: Mapping[int, int], layout: Layout) -> _Frame:
     holders: dict[int, list[int]] = {}
-    for id, request in model.requests.items():
+    for id, request in state.requests.items():
         for table in request.tables:
             for page in table:
                 holders.setdefault(_identity(page), []).append(id)
-    new = {step.id: step.first for step in model.last_steps}
     states = {
-        id: _state(id, request, holders, new.get(id), model.layout.tokens_per_block)
-        for id, request in model.requests.items()
+        id: _state(id, request, holders, new.get(id), layout.tokens_per_block)
+        for id, request in state.requests.items()
     }
-    return _Frame(states, [len(pool.free) for pool in model.pools])
+    return _Frame(states, state.free_pages)
 
 
 def _state(

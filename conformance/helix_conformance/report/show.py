@@ -8,7 +8,8 @@ from itertools import pairwise
 import msgspec
 from msgspec import NODEFAULT
 
-from helix_reference.model import Model, Request
+from helix_conformance.expect.expectation import Request
+from helix_conformance.expect.recorder import Recorder
 from helix_spec.config import Config, config_problem
 from helix_spec.events import Event, Merge
 from helix_spec.trace import Trace
@@ -16,18 +17,19 @@ from helix_spec.trace import Trace
 
 def trace_text(trace: Trace) -> Iterator[str]:
     """Lines: the configuration, each event with its refusal, and the placement at the end."""
-    model = Model(trace.config)
     settings = "".join(f", {setting}" for setting in _set_apart(trace.config))
     yield f"{trace.config.layout}, pools of {trace.config.pages} pages{settings}"
     problem = config_problem(trace.config)
     if problem is not None:
         yield f"must be refused: {problem}"
+        return
+    recorder = Recorder(trace.config)
     for index, event in enumerate(trace.events):
-        reason = model.apply(event)
+        reason = recorder.next(event).refused
         yield f"event {index}: {event_text(event)}" + (f" -> refused: {reason}" if reason else "")
-    for id, request in model.requests.items():
+    for id, request in recorder.state.requests.items():
         yield ""
-        yield from placement_text(id, request, model)
+        yield from placement_text(id, request, trace.config.layout.tokens_per_block)
 
 
 def _set_apart(config: Config) -> Iterator[str]:
@@ -50,14 +52,14 @@ def event_text(event: Event) -> str:
     return f"{type(event).__name__.lower()} {given}"
 
 
-def placement_text(id: int, request: Request, model: Model) -> Iterator[str]:
+def placement_text(id: int, request: Request, tokens_per_block: int) -> Iterator[str]:
     """Where one request's tokens are: one line for each rank, pages between bars."""
     state = ", preempted" if request.preempted else ""
     yield (
         f"request {id}: {len(request.tokens)} tokens, prompt of {request.prompt_len}, "
         f"{request.steps} decoded{state}"
     )
-    t = model.layout.tokens_per_block
+    t = tokens_per_block
     for rank, (positions, table) in enumerate(zip(request.ranks, request.tables, strict=True)):
         pages = [
             f"{ranges(positions[i * t : (i + 1) * t])} (page {page.number})"

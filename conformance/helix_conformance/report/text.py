@@ -17,7 +17,7 @@ from rich.table import Table
 
 from helix_conformance import __version__
 from helix_conformance.judge.coverage import SITUATIONS, Coverage
-from helix_conformance.judge.failure import Violation
+from helix_conformance.judge.failure import Failure, Violation
 from helix_conformance.judge.xfail import Difference, Known
 from helix_conformance.report.show import event_text, trace_text
 from helix_conformance.report.stream import (
@@ -31,7 +31,7 @@ from helix_conformance.report.stream import (
     Verdict,
     append_line,
 )
-from helix_conformance.session import Failure, Tally
+from helix_conformance.session import Tally
 from helix_spec.engine import LADDER, PROFILES
 from helix_spec.invariants import sentence
 from helix_spec.trace import dump_trace

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from helix_conformance.drive.driver import Answer
+from helix_conformance.expect.expectation import Expectation, outcome_of
+from helix_conformance.expect.recorder import ModelState, Recorder
 from helix_conformance.report.diagram import Film, Wrong, film
 from helix_conformance.report.stream import FailureLine
-from helix_reference.model import Model
-from helix_spec.config import config_problem
-from helix_spec.engine import Outcome
-from helix_spec.events import FEATURES, Reason, ids_of
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import PROFILES, Outcome
+from helix_spec.events import Decode, Reason, ids_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +43,43 @@ def scene(failure: FailureLine) -> Scene:
     trace, event = failure.trace, failure.event
     if config_problem(trace.config) is not None:
         return Scene(failure, None, [], [], [])
-    features = set(failure.declared) & set(FEATURES) if failure.declared else set(FEATURES)
-    allocates = "pages" in failure.declared or not failure.declared
-    model, reason = Model(trace.config, features, allocates=allocates), None
+    declared, layout = failure.declared or PROFILES, trace.config.layout
+    recorder, last = Recorder(trace.config, declared), None
     for one in trace.events if event is None else trace.events[: event + 1]:
-        reason = model.apply(one)
-    expected = [model.outcome(rank, reason) for rank in range(model.layout.cp_size)]
+        last = recorder.next(one)
+    expected = [outcome_of(last, rank, layout) for rank in range(layout.cp_size)]
     ranks = [
         _row(
             answer,
-            expected[rank % model.layout.cp_size],
-            model,
-            rank,
+            expected[rank % layout.cp_size],
+            recorder.state,
+            rank % layout.cp_size,
+            layout.tokens_per_block,
             judged=event is not None,
             lengths="lengths" in failure.declared,
         )
         for rank, answer in enumerate(failure.answers)
     ]
     columns = list(dict.fromkeys(name for row in ranks for name in row))
-    marks = _merged(_marks(failure, model, expected)) if event is not None else []
-    drawn = film(trace, wrong=marks, at=event, features=features, allocates=allocates)
+    marks = []
+    if event is not None and last is not None:
+        marks = _merged(_marks(failure, last, recorder.state, expected))
+    drawn = film(trace, wrong=marks, at=event, declared=declared)
     return Scene(failure, drawn, columns, ranks, marks)
 
 
 def _row(
-    answer: Answer, expected: Outcome, model: Model, rank: int, *, judged: bool, lengths: bool
+    answer: Answer,
+    expected: Outcome,
+    state: ModelState,
+    cp_rank: int,
+    t: int,
+    *,
+    judged: bool,
+    lengths: bool,
 ) -> dict[str, Cell]:
     """One rank's answer by column; with `lengths` an engine has to know them."""
-    outcome, row, t = answer.outcome, dict[str, Cell](), model.layout.tokens_per_block
+    outcome, row = answer.outcome, dict[str, Cell]()
     if judged:
         row["answer"] = _cell(_said(expected.reason), _said(outcome.reason))
         if expected.reason is None and outcome.reason is None:
@@ -79,8 +89,8 @@ def _row(
             offsets, told = ([_offset(s, t) for s in one.slots] for one in (expected, outcome))
             row["slots"] = Cell(offsets, outcome.slots, offsets != told)
     if answer.view is not None and lengths:
-        view = model.view(rank % model.layout.cp_size, list(answer.view.local_len))
-        row["local_len"] = _cell(view.local_len, answer.view.local_len)
+        held = {id: state.lengths(id)[cp_rank] for id in answer.view.local_len if id in state.live}
+        row["local_len"] = _cell(held, answer.view.local_len)
     return row
 
 
@@ -97,16 +107,18 @@ def _cell(expected: Any, observed: Any) -> Cell:
     return Cell(expected, observed, expected != observed)
 
 
-def _marks(failure: FailureLine, model: Model, expected: Sequence[Outcome]) -> Iterator[Wrong]:
+def _marks(
+    failure: FailureLine, last: Expectation, state: ModelState, expected: Sequence[Outcome]
+) -> Iterator[Wrong]:
     """Tokens and ranks on which an answer is wrong, in the requests of the failing event."""
-    cp = model.layout.cp_size
+    cp = len(expected)
     for rank, answer in enumerate(failure.answers):
         wanted, told, cp_rank = expected[rank % cp], answer.outcome, rank % cp
         if wanted.reason is None and told.reason is None:
-            yield from _token_marks(model, rank, wanted, told)
+            yield from _token_marks(failure.trace.config, last, rank, wanted, told)
         if answer.view is not None and "lengths" in failure.declared:
             for id, count in answer.view.local_len.items():
-                held = len(model.requests[id].ranks[cp_rank]) if id in model.requests else 0
+                held = state.lengths(id)[cp_rank] if id in state.requests else 0
                 if count != held:
                     what = f"rank {rank} reports local_len {count} of request {id}; it is {held}"
                     yield Wrong(id, cp_rank, None, "", what)
@@ -125,23 +137,27 @@ def _marks(failure: FailureLine, model: Model, expected: Sequence[Outcome]) -> I
             yield Wrong(id, rank % cp, None, "", what)
 
 
-def _token_marks(model: Model, rank: int, wanted: Outcome, told: Outcome) -> Iterator[Wrong]:
+def _token_marks(
+    config: Config, last: Expectation, rank: int, wanted: Outcome, told: Outcome
+) -> Iterator[Wrong]:
     """New tokens that a rank claims or writes and should not, or should and does not."""
-    cp_rank, t = rank % model.layout.cp_size, model.layout.tokens_per_block
-    tokens = iter(zip(wanted.active, told.active, wanted.slots, told.slots, strict=False))
-    for step in model.last_steps:
-        positions = model.requests[step.id].ranks[cp_rank]
-        extra = len(positions)
-        for place, (right, claimed, slot, written) in enumerate(islice(tokens, len(step.owners))):
-            position, index = step.first + place, extra
-            if right:
-                index = positions.index(position)
-            problem = _token_problem(right, claimed, _offset(slot, t), _offset(written, t))
-            if problem:
-                extra += not right
-                what = f"rank {rank} {problem} position {position} of request {step.id}"
-                what += f"; its owner is rank {step.owners[place]}"
-                yield Wrong(step.id, cp_rank, index, str(position), what)
+    cp_rank, t = rank % config.layout.cp_size, config.layout.tokens_per_block
+    assert isinstance(last.event, Decode) and last.decoded is not None
+    ids = [
+        id for id, n in zip(last.event.ids, last.event.query_lens, strict=True) for _ in range(n)
+    ]
+    told_of = zip(wanted.active, told.active, wanted.slots, told.slots, strict=False)
+    extra = Counter[int]()
+    for token, (right, claimed, slot, written) in enumerate(told_of):
+        id, position = ids[token], last.decoded.position_ids[token]
+        problem = _token_problem(right, claimed, _offset(slot, t), _offset(written, t))
+        if problem:
+            held = last.decoded.visible[token][cp_rank]
+            index = held - 1 if right else held + extra[id]
+            extra[id] += not right
+            what = f"rank {rank} {problem} position {position} of request {id}"
+            what += f"; its owner is rank {last.decoded.owners[token]}"
+            yield Wrong(id, cp_rank, index, str(position), what)
 
 
 def _token_problem(right: bool, claimed: bool, offset: int, written: int) -> str:

@@ -9,7 +9,8 @@ import msgspec
 
 from helix_conformance.zoo.parts import LOCKSTEP, NAMED_LAZY, OverModel, Stored, mutant
 from helix_reference.dealing import deal_prompt
-from helix_reference.model import Growth, Identity, Model, Page, Request
+from helix_reference.model import Model
+from helix_reference.state import Identity, Page, Request
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Decode, Event, Reason, Sampled, Skip
@@ -254,9 +255,9 @@ class InactiveTakesPage(OverModel):
     """When the owner takes a page, so does every other rank, under `lazy`."""
 
     class Wrong(Model):
-        def _make_room(self, request: Request, rank: int, filled: int) -> None:
-            super()._make_room(request, rank, filled)
-            for other in set(range(self.layout.cp_size)) - {rank} if filled == 0 else set():
+        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
+            super()._make_room(request, rank, opens)
+            for other in set(range(self.layout.cp_size)) - {rank} if opens else set():
                 request.tables[other].append(self.pools[other].take())
 
     model_class = Wrong
@@ -267,7 +268,7 @@ class PagesFromGlobalLength(OverModel):
     """A prompt's pages are counted from its global length, before it is localised."""
 
     class Wrong(Model):
-        def pages_for_prompt(self, ranks: list[list[int]]) -> list[int]:
+        def pages_of(self, ranks: list[list[int]]) -> list[int]:
             total = sum(len(positions) for positions in ranks)
             return [ceil_div(total, self.layout.tokens_per_block)] * len(ranks)
 
@@ -282,9 +283,9 @@ class NoCopyOnWrite(Stored):
     """A forked request writes into the page that it shares."""
 
     class Wrong(Model):
-        def _make_room(self, request: Request, rank: int, filled: int) -> None:
-            if filled == 0:
-                super()._make_room(request, rank, filled)
+        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
+            if opens:
+                super()._make_room(request, rank, opens)
 
     model_class = Wrong
 
@@ -296,7 +297,7 @@ class SharedPagesFreedWithParent(OverModel):
     class Wrong(Model):
         def _give_pages_back(self, request: Request) -> None:
             for pool, table in zip(self.pools, request.tables, strict=True):
-                pool.free += [page.number for page in table]
+                pool.returned += [page.number for page in table]
 
     model_class = Wrong
 
@@ -325,9 +326,9 @@ class LockstepCopiesOnWriterOnly(OverModel):
             self.writer = owner
             super()._append(request, token, owner)
 
-        def _make_room(self, request: Request, rank: int, filled: int) -> None:
-            if filled == 0 or rank == self.writer:
-                super()._make_room(request, rank, filled)
+        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
+            if opens or rank == self.writer:
+                super()._make_room(request, rank, opens)
 
     model_class = Wrong
 
@@ -337,11 +338,16 @@ class CopiesNotCounted(OverModel):
     """A batch is accepted for the fresh pages it needs; for its copies there may be none left."""
 
     class Wrong(Model):
-        def growth(self, request: Request, query_len: int) -> list[Growth]:
-            return [
-                Growth(growth.rank, growth.fresh, None)
-                for growth in super().growth(request, query_len)
-            ]
+        def refusal(self, event: Event) -> Reason | None:
+            tables = [table for request in self.requests.values() for table in request.tables]
+            holders = {page: page.holders for table in tables for page in table}
+            if isinstance(event, Decode):
+                for page in holders:
+                    page.holders = 1
+            reason = super().refusal(event)
+            for page, count in holders.items():
+                page.holders = count
+            return reason
 
     model_class = Wrong
 
@@ -357,12 +363,12 @@ class LastHolderCopiesToo(OverModel):
             super()._fork(parent, child)
             self.ever = self.ever.union(*parent.tables)
 
-        def _make_room(self, request: Request, rank: int, filled: int) -> None:
+        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
             pool, table = self.pools[rank], request.tables[rank]
-            if filled and table[-1] in self.ever and table[-1].holders == 1 and pool.free:
+            if not opens and table[-1] in self.ever and table[-1].holders == 1 and pool.free:
                 left, table[-1] = table[-1], pool.take()
                 pool.give_back(left)
-            super()._make_room(request, rank, filled)
+            super()._make_room(request, rank, opens)
 
     model_class = Wrong
 

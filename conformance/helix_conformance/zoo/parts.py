@@ -17,7 +17,8 @@ from helix_gpu.bookkeeping.ledger import Ledger
 from helix_gpu.bookkeeping.rank_book import RankBook
 from helix_reference.attention import Token, key, value
 from helix_reference.engine import ReferenceEngine
-from helix_reference.model import Model, Request
+from helix_reference.model import Model
+from helix_reference.state import Request
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Admit, Decode, Event, Resume

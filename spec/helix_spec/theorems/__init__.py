@@ -5,12 +5,16 @@ modules, in reading order:
 
 - `base`: what a theorem is, and what it takes for one to be confirmed;
 - `symbolic`: how a Python function is run on integers that stand for all integers;
+- `crosshair`: whether CrossHair confirms the contract of a function;
+- `shapes`: the pairs of rules that theorems on layouts run through;
+- `mutations`: the wrong formulas that the theorems refute;
 - `euclid`: the three facts about integers that this rests on;
 - `ownership`, `lengths`, `balance`, `pages`, `merge`: the theorems, by invariant;
 - `engines`: engines' own closed forms, equal to a layout or told apart from it;
-- `contracts`: the contracts of the closed forms, and of `callers` of any placement;
-- `mutations`: the wrong formulas that the theorems refute;
-- `manifest.txt`: the theorems that there must be.
+- `callers`: functions that call any placement that meets a contract;
+- `contracts`: the contracts of the closed forms and of `callers`, as theorems;
+- `catalog`: all theorems, held against `manifest.txt`, the theorems that there must be;
+- `__main__`: the command above.
 
 What is proved of what: the theorems of `ownership` to `pages` call `helix_spec.placement` itself,
 on all paths, for all integers; those on layouts use theorems about the integer functions instead

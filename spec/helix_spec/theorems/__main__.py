@@ -11,7 +11,18 @@ from helix_spec.theorems.catalog import contracts_without_theorem, manifest, the
 
 
 def main(arguments: list[str]) -> int:
-    """One JSON object on standard output: a result, or what there is."""
+    """Print one JSON object a line: the result of each theorem, or without ids what there is.
+
+    Parameters
+    ----------
+    arguments
+        Ids of theorems.
+
+    Returns
+    -------
+    int
+        The exit status: 2 for an unknown id, else 0, whatever the verdicts are.
+    """
     if not arguments:
         known = {
             "manifest": manifest(),

@@ -28,6 +28,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 import msgspec
 
 from helix_spec.theorems import symbolic
+from helix_spec.theorems.crosshair import contract_problem
 from helix_spec.theorems.symbolic import Abandoned, ProofError, assume, implies
 
 __all__ = [
@@ -62,9 +63,9 @@ Integer = Annotated[int, None]
 RealNumber = Annotated[Fraction, "real"]
 """Any real number."""
 
-LEAST_TRIED: Final = -2
+MIN_TRIED: Final = -2
 """Where an `Integer` or `RealNumber` starts when small cases are tried."""
-MOST_TRIES: Final = 150_000
+MAX_TRIES: Final = 150_000
 """How many small cases are tried against a wrong formula."""
 
 
@@ -85,7 +86,7 @@ class Wrong:
     """Where it is refuted, when that is too far out to be found by trying small integers."""
 
     def at(self, **point: int) -> Wrong:
-        """The same, refuted at these integers."""
+        """Return the same wrong formula, refuted at these integers."""
         return replace(self, point=point)
 
 
@@ -138,7 +139,7 @@ class Theorem:
     def wrong(
         self, *, point: dict[str, int] | None = None
     ) -> Callable[[Callable[..., bool]], Theorem]:
-        """Adds a wrong claim, named by its docstring; small integers or this point refute it."""
+        """Add a wrong claim, named by its docstring; small integers or this point refute it."""
 
         def add(claim: Callable[..., bool]) -> Theorem:
             self.wrong_claims.append(Wrong(prose(claim).rstrip("."), claim, point=point))
@@ -167,7 +168,7 @@ Least = int | None | Literal["real"]
 
 
 def prose(function: Callable[..., Any]) -> str:
-    """The docstring of a function as one line."""
+    """Return the docstring of a function as one line."""
     return " ".join((inspect.getdoc(function) or "").split())
 
 
@@ -186,9 +187,15 @@ def theorem(
     free: Sequence[str] = (),
     native: bool = False,
 ) -> Callable[[Callable[..., bool]], Theorem]:
-    """Makes a theorem of a claim, whose docstring is its statement.
+    """Make a theorem of a claim, whose docstring is its statement.
 
-    `proves` names numbers of SPEC.md, separated by spaces.
+    The parameters are the fields of `Theorem`; `proves` names numbers of SPEC.md, separated by
+    spaces.
+
+    Raises
+    ------
+    ValueError
+        When there is a theorem of this id already.
     """
 
     def make(claim: Callable[..., bool]) -> Theorem:
@@ -213,7 +220,13 @@ def theorem(
 
 
 def lemma(earlier: Theorem, *arguments: Any) -> None:
-    """Uses an earlier theorem at these arguments: what it assumes is shown, its claim is known."""
+    """Use an earlier theorem at these arguments: show what it assumes, and take its claim as known.
+
+    Raises
+    ------
+    ProofError
+        When the theorem comes after the one being proved, or its assumptions are not known.
+    """
     if not symbolic.proving():
         return
     if list(REGISTRY).index(earlier.id) >= list(REGISTRY).index(_current[-1]):
@@ -244,7 +257,7 @@ _current: Final[list[str]] = []
 
 
 def one_more(name: str) -> Wrong:
-    """The function with a result that is one too large (of a pair: its last part is)."""
+    """Return a wrong formula: the function, its result (of a pair, the last part) one too large."""
     right = _function(name)
 
     def formula(*arguments: Any) -> Any:
@@ -257,7 +270,7 @@ def one_more(name: str) -> Wrong:
 
 
 def check(one: Theorem) -> Result:
-    """Tries the witness, the proof and every wrong formula, in this order."""
+    """Try the witness, the proof and every wrong formula, in this order, and return the result."""
     started = time.monotonic()
     kills: list[Kill] = []
     verdict = _witness_problem(one) or _proof_problem(one)
@@ -293,8 +306,6 @@ def _witness_problem(one: Theorem) -> str | None:
 
 def _proof_problem(one: Theorem) -> str | None:
     if one.contract_of is not None:
-        from helix_spec.theorems.contracts import contract_problem  # which imports this module
-
         problem = contract_problem(one.contract_of)
         return None if problem is None else f"not confirmed: {problem}"
     for case in one.cases or (None,):
@@ -318,7 +329,14 @@ def _proof_problem(one: Theorem) -> str | None:
 
 
 def refute(one: Theorem, wrong: Wrong) -> dict[str, int | str] | None:
-    """The smallest integers, by their sum, for which the claim fails with the wrong formula."""
+    """Return the smallest integers, by their sum, for which the claim fails with the wrong formula.
+
+    Returns
+    -------
+    dict, or None
+        The integers by parameter, and the `case` if there are cases; None when nothing that was
+        tried refutes the formula.
+    """
     claim = one.claim if wrong.of is not None else wrong.formula
     least = _least(claim, one.cases)
     tries = 0
@@ -335,14 +353,14 @@ def refute(one: Theorem, wrong: Wrong) -> dict[str, int | str] | None:
                 if not holds:
                     found: dict[str, int | str] = dict(zip(least, values, strict=True))
                     return found if case is None else {"case": str(case), **found}
-            if tries > MOST_TRIES:
+            if tries > MAX_TRIES:
                 break
     return None
 
 
 def _small(least: Iterable[Least]) -> Iterator[tuple[int, ...]]:
     """All tuples from the least on, by rising sum, then in order."""
-    start = [low if isinstance(low, int) else LEAST_TRIED for low in least]
+    start = [low if isinstance(low, int) else MIN_TRIED for low in least]
     for total in count():
         for above in _summing_to(total, len(start)):
             yield tuple(low + more for low, more in zip(start, above, strict=True))

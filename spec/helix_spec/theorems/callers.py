@@ -17,7 +17,7 @@ from helix_spec import placement
 
 
 def any_owner(position: int, c: int) -> int:
-    """Any rule that gives each position a rank.
+    """Return the rank of a position by any rule that gives each position a rank.
 
     pre: position >= 0 and c > 0
     post: 0 <= _ < c
@@ -26,7 +26,7 @@ def any_owner(position: int, c: int) -> int:
 
 
 def any_page_and_offset(index: int, t: int) -> tuple[int, int]:
-    """Any way to split local indices into pages of t slots.
+    """Return page and offset by any way to split local indices into pages of t slots.
 
     pre: index >= 0 and t > 0
     post: _[0] * t + _[1] == index
@@ -36,7 +36,7 @@ def any_page_and_offset(index: int, t: int) -> tuple[int, int]:
 
 
 def any_length(tokens: int) -> int:
-    """Any local length that is at most the number of tokens.
+    """Return any local length that is at most the number of tokens.
 
     pre: tokens >= 0
     post: 0 <= _ <= tokens
@@ -45,7 +45,7 @@ def any_length(tokens: int) -> int:
 
 
 def one_active_rank(position: int, c: int, one: int, other: int) -> int:
-    """How many of two ranks are active for a token, when its owner is worked out once.
+    """Return how many of two ranks are active for a token, when its owner is worked out once.
 
     pre: position >= 0 and 0 <= one < other < c
     post: 0 <= _ <= 1
@@ -55,7 +55,7 @@ def one_active_rank(position: int, c: int, one: int, other: int) -> int:
 
 
 def global_rank(position: int, c: int, tp_rank: int) -> int:
-    """Global rank of the owner of a position in the group of tp_rank (MAP-1).
+    """Return the global rank of the owner of a position in the group of tp_rank (MAP-1).
 
     pre: position >= 0 and c > 0 and tp_rank >= 0
     post: _ // c == tp_rank
@@ -64,7 +64,7 @@ def global_rank(position: int, c: int, tp_rank: int) -> int:
 
 
 def shifted_owner(position: int, c: int, shift: int) -> int:
-    """The owner after a start shift is a rank again.
+    """Return the owner after a start shift, which is a rank again.
 
     pre: position >= 0 and 0 <= shift < c
     post: 0 <= _ < c
@@ -73,7 +73,7 @@ def shifted_owner(position: int, c: int, shift: int) -> int:
 
 
 def slots_apart(one: int, other: int, t: int) -> bool:
-    """Whether two different local indices have different places.
+    """Return whether two different local indices have different places.
 
     pre: one >= 0 and other >= 0 and one != other and t > 0
     post: _
@@ -82,7 +82,7 @@ def slots_apart(one: int, other: int, t: int) -> bool:
 
 
 def pages_enough(tokens: int, t: int) -> int:
-    """Slots left over when a rank has the pages that `lazy` gives it.
+    """Return the slots left over when a rank has the pages that `lazy` gives it.
 
     pre: tokens >= 0 and t > 0
     post: 0 <= _ < t

@@ -21,27 +21,27 @@ from helix_spec.theorems import (
     pages,
 )
 from helix_spec.theorems.base import REGISTRY, Theorem, Wrong
-from helix_spec.theorems.contracts import contract_lines
+from helix_spec.theorems.crosshair import contract_lines
 
 MODULES: Final = (euclid, ownership, lengths, balance, pages, merge, engines, contracts)
 """Where theorems are, in reading order."""
 
 
 def manifest() -> list[str]:
-    """The ids of the theorems that must be confirmed, in the order in which they are shown."""
+    """Return the ids of the theorems that must be confirmed, in the order of the file."""
     text = files("helix_spec.theorems").joinpath("manifest.txt").read_text()
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
 def theorems() -> dict[str, Theorem]:
-    """All theorems by id, in the order of their modules."""
+    """Return all theorems by id, in the order of their modules."""
     homes = [module.__name__ for module in MODULES]
     by_module = sorted(REGISTRY.values(), key=lambda one: homes.index(one.claim.__module__))
     return {one.id: one for one in by_module}
 
 
 def contracts_without_theorem() -> list[str]:
-    """Functions with a contract in their docstring that no theorem is about."""
+    """Return the functions with a contract in their docstring that no theorem is about."""
     stated = {one.contract_of for one in theorems().values()}
     return [
         name
@@ -52,12 +52,12 @@ def contracts_without_theorem() -> list[str]:
 
 
 def closed_forms() -> list[str]:
-    """The public functions of `placement`, each of which some theorem must be about."""
+    """Return the public functions of `placement`, each of which some theorem must be about."""
     return [name for name in _functions(placement) if not name.startswith("placement._")]
 
 
 def wrong_formulas() -> list[Wrong]:
-    """The wrong formulas that stand in for right ones, each of which some theorem must refute."""
+    """Return the wrong formulas that stand in for right ones; some theorem must refute each."""
     modules = (mutations, merge, engines)
     return [w for module in modules for w in vars(module).values() if isinstance(w, Wrong)]
 

@@ -1,11 +1,7 @@
-"""Contracts that CrossHair confirms: on the closed forms, and on callers of any placement.
+"""Theorems that CrossHair confirms: the closed forms' contracts, and callers of any placement.
 
-The contract of a function is in its docstring, as PEP 316 has it: `pre:` lines say for what
-arguments, `post:` lines what holds of the result `_`. CrossHair runs the function itself on
-symbolic integers, over all paths. Here each contract becomes a theorem, with a witness and wrong
-formulas like any other. Its verdict is read strictly: one line for each `post:`, all of them
-"Confirmed over all paths.", and nothing else; the exit status of CrossHair is 0 also for a
-contract that was never reached.
+Each contract (`crosshair` says what one is) becomes a theorem, with a witness and wrong formulas
+like any other.
 
 Lengths of lists, layouts and whatever else is no integer are outside of what CrossHair decides
 here; the functions on layouts are proved by running them on symbolic integers (`symbolic`).
@@ -15,29 +11,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Sequence
 
-import helix_spec
+from helix_spec.theorems import callers
 from helix_spec.theorems import mutations as m
 from helix_spec.theorems.base import REGISTRY, Natural, Theorem, Wrong, assume
-
-SOLVER_BUDGET: Final = 40_000_000
-"""Z3 resource units for one question of CrossHair's; the contracts here need a tenth."""
-MOST_SECONDS: Final = 60
-"""CPU seconds for one contract. The resource budget ends first; this is for a hang."""
-
-CONFIRMED: Final = "Confirmed over all paths."
-
-
-def contract_lines(function: Callable[..., Any], kind: str) -> list[str]:
-    """The conditions of one kind (`pre` or `post`) in a docstring."""
-    return re.findall(rf"^\s*{kind}: (.+)$", inspect.getdoc(function) or "", re.MULTILINE)
+from helix_spec.theorems.crosshair import contract_lines
 
 
 def contract(
@@ -49,7 +28,17 @@ def contract(
     about: Sequence[str] = (),
     kills: Sequence[Wrong] = (),
 ) -> Theorem:
-    """The theorem that the contract of a function holds. `name` is below `helix_spec`."""
+    """Register and return the theorem that the contract of a function holds.
+
+    Parameters
+    ----------
+    name
+        Module and function, below `helix_spec`.
+    proves
+        Numbers of SPEC.md, separated by spaces.
+    statement, witness, about, kills
+        As in `Theorem`.
+    """
     module_name, _, function_name = name.rpartition(".")
     module = importlib.import_module(f"helix_spec.{module_name}")
     function = getattr(module, function_name)
@@ -80,48 +69,6 @@ def contract(
     )
     REGISTRY[made.id] = made
     return made
-
-
-def contract_problem(name: str) -> str | None:
-    """None when CrossHair confirms every postcondition of the function; else what it says."""
-    module_name, _, function_name = name.rpartition(".")
-    function = getattr(importlib.import_module(f"helix_spec.{module_name}"), function_name)
-    expected = len(contract_lines(function, "post"))
-    if expected == 0:
-        return f"{name} has no contract"
-    home = str(Path(helix_spec.__file__).parents[1])
-    command = [sys.executable, "-m", "crosshair", "check", "--report_all"]
-    command += ["--analysis_kind=PEP316", f"--per_condition_timeout={MOST_SECONDS}"]
-    command += [f"--per_path_timeout={MOST_SECONDS // 2}", f"helix_spec.{name}"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=2 * MOST_SECONDS,
-        env=os.environ
-        | {
-            "PYTHONHASHSEED": "0",
-            "CROSSHAIR_SMT_RLIMIT": str(SOLVER_BUDGET),
-            "PYTHONPATH": os.pathsep.join([home, os.environ.get("PYTHONPATH", "")]),
-        },
-    )
-    return read_report(done.stdout, done.stderr, expected)
-
-
-def read_report(stdout: str, stderr: str, expected: int) -> str | None:
-    """None when a report of CrossHair confirms exactly so many postconditions."""
-    lines = [line for line in stdout.splitlines() if line.strip()]
-    messages = [re.sub(r"^\S+:\d+: (?:info|error|warning): ", "", line) for line in lines]
-    others = [message for message in messages if message != CONFIRMED]
-    if others:
-        return f"CrossHair: {others[0]}"
-    if len(messages) != expected:
-        said = stderr.strip().splitlines()
-        return f"CrossHair reached {len(messages)} of {expected} postconditions" + (
-            f": {said[-1]}" if said else ""
-        )
-    return None
 
 
 contract(
@@ -208,21 +155,15 @@ contract(
 
 def _asked_again(position: int, c: int, one: int, other: int) -> int:
     """Each rank asks for itself, one of them a token later."""
-    from helix_spec.theorems.callers import any_owner
-
-    return (any_owner(position, c) == one) + (any_owner(position + 1, c) == other)
+    return (callers.any_owner(position, c) == one) + (callers.any_owner(position + 1, c) == other)
 
 
 def _tensor_parallel_fastest(position: int, c: int, tp_rank: int) -> int:
-    from helix_spec.theorems.callers import any_owner
-
-    return any_owner(position, c) * 2 + tp_rank
+    return callers.any_owner(position, c) * 2 + tp_rank
 
 
 def _not_wrapped(position: int, c: int, shift: int) -> int:
-    from helix_spec.theorems.callers import any_owner
-
-    return any_owner(position, c) + shift
+    return callers.any_owner(position, c) + shift
 
 
 contract(

@@ -6,7 +6,7 @@ The formulas are restated from what the engines publish, with their own order of
 - vLLM's earlier FlashInfer backend: the interleave-1 length (pull request 25438);
 - FlashInfer: rank r of W holds the global positions W*k + r, and sees those below a bound;
 - TensorRT-LLM: `decode_block_id % cp_size == cp_rank` with `(py_decoding_iter - 1) // T` (pull
-  request 9757), the super-block ledger with the rank's length as a function of the global
+  request 9757), the length of a rank by super-blocks, as a function of the global
   position (pull request 17866), and shares of a prompt, each of what is left.
 
 That an engine runs what is restated here is not proved; the adapters and their traces check it.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from helix_spec import placement
 from helix_spec.layouts import Layout
-from helix_spec.theorems import engines as here
 from helix_spec.theorems import mutations as m
 from helix_spec.theorems.base import Natural, Size, Wrong, assume, lemma, theorem
 from helix_spec.theorems.lengths import chunk_count_step
@@ -29,26 +28,26 @@ from helix_spec.theorems.shapes import DEALING, EVERY_PROMPT, Pair
 
 
 def vllm_local_len(length: int, rank: int, world: int, interleave: int) -> int:
-    """`get_dcp_local_seq_lens`: full rounds, and what is left, clipped."""
+    """Return the length by `get_dcp_local_seq_lens`: full rounds, and what is left, clipped."""
     base = length // interleave // world * interleave
     remainder = length - base * world
     return base + max(0, min(remainder - rank * interleave, interleave))
 
 
 def vllm_local_len_by_rounds(length: int, rank: int, world: int, interleave: int) -> int:
-    """The same with one division by a whole round, as in vLLM's proposals and forks."""
+    """Return the same with one division by a whole round, as in vLLM's proposals and forks."""
     rounds = length // (interleave * world)
     left = length - rounds * interleave * world
     return rounds * interleave + max(0, min(left - rank * interleave, interleave))
 
 
 def vllm_local_len_one(length: int, rank: int, world: int) -> int:
-    """The length that an early FlashInfer backend of vLLM used, for interleave 1."""
+    """Return the length that an early FlashInfer backend of vLLM used, for interleave 1."""
     return length // world + (rank < length % world)
 
 
 def vllm_slot(position: int, world: int, block: int, interleave: int) -> tuple[int, int, int]:
-    """VLLM's slot mapping: owner, row of the block table, and offset in the page."""
+    """Return owner, row of the block table and offset in the page, by vLLM's slot mapping."""
     virtual_block = world * block
     row, inside = position // virtual_block, position % virtual_block
     owner = inside // interleave % world
@@ -57,29 +56,29 @@ def vllm_slot(position: int, world: int, block: int, interleave: int) -> tuple[i
 
 
 def flashinfer_position(key: int, rank: int, world: int) -> int:
-    """Global position of a rank's key under FlashInfer's cyclic context parallelism."""
+    """Return the global position of a rank's key under FlashInfer's cyclic context parallelism."""
     return world * key + rank
 
 
 def flashinfer_visible(bound: int, rank: int, world: int) -> int:
-    """How many keys k of the rank lie below an exclusive bound: world * k + rank < bound."""
+    """Return how many keys k of the rank lie below an exclusive bound: world * k + rank < bound."""
     return max(0, (bound - rank + world - 1) // world)
 
 
 def tensorrt_step_owner(decoding_iter: int, tokens_per_block: int, cp_size: int) -> int:
-    """Pull request 9757; py_decoding_iter counts from 1."""
+    """Return the owner by pull request 9757; py_decoding_iter counts from 1."""
     return (decoding_iter - 1) // tokens_per_block % cp_size
 
 
 def tensorrt_position_owner(
     prompt: int, group_index: int, tokens_per_block: int, cp_size: int
 ) -> int:
-    """Pull request 17866: the owner of the global position."""
+    """Return the owner by pull request 17866: that of the global position."""
     return (prompt + group_index) // tokens_per_block % cp_size
 
 
 def tensorrt_local_len(length: int, rank: int, tokens_per_block: int, cp_size: int) -> int:
-    """Pull request 17866: full super-blocks, and this rank's page of the last."""
+    """Return the length by pull request 17866: full super-blocks, and a page of the last."""
     super_block = tokens_per_block * cp_size
     full, left = length // super_block, length % super_block
     return full * tokens_per_block + min(max(left - rank * tokens_per_block, 0), tokens_per_block)
@@ -161,7 +160,7 @@ def vllm_lengths(prompt: Size, total: Size, rank: Natural, c: Size, t: Size, i: 
     """
     assume(prompt <= total, rank < c)
     ours = placement.local_len(_vllm(c, t, i), prompt, total - prompt, rank)
-    return here.vllm_local_len(total, rank, c, i) == ours
+    return vllm_local_len(total, rank, c, i) == ours
 
 
 @theorem(
@@ -174,7 +173,7 @@ def vllm_lengths_by_rounds(length: Natural, rank: Natural, c: Size, i: Size) -> 
     """Dividing by I*W at once, as the proposals write it, is the same."""
     assume(rank < c)
     ours = placement.chunk_local_len(length, rank, c, i)
-    return here.vllm_local_len_by_rounds(length, rank, c, i) == ours
+    return vllm_local_len_by_rounds(length, rank, c, i) == ours
 
 
 @theorem(
@@ -188,7 +187,7 @@ def vllm_lengths_interleave_one(length: Natural, rank: Natural, c: Size) -> bool
     """The early interleave-1 length L // W + (r < L mod W) is that of vllm_dcp(1)."""
     assume(rank < c)
     ours = placement.chunk_local_len(length, rank, c, 1)
-    return here.vllm_local_len_one(length, rank, c) == ours
+    return vllm_local_len_one(length, rank, c) == ours
 
 
 @theorem(
@@ -203,7 +202,7 @@ def vllm_slots(position: Natural, c: Size, k: Size, i: Size) -> bool:
     offset of vllm_dcp(I).
     """
     block = k * i
-    owner, row, offset = here.vllm_slot(position, c, block, i)
+    owner, row, offset = vllm_slot(position, c, block, i)
     rank = placement.chunk_owner(position, c, i)
     index = placement.chunk_local_len(position, rank, c, i)
     ours = placement.page_and_offset(index, block)
@@ -219,7 +218,7 @@ def vllm_slots(position: Natural, c: Size, k: Size, i: Size) -> bool:
 def flashinfer_positions(key: Natural, rank: Natural, c: Size) -> bool:
     """FlashInfer's cyclic cache is vllm_dcp(1): key k of rank r is position W*k + r."""
     assume(rank < c)
-    return here.flashinfer_position(key, rank, c) == placement.chunk_position(key, rank, c, 1)
+    return flashinfer_position(key, rank, c) == placement.chunk_position(key, rank, c, 1)
 
 
 @theorem(
@@ -235,7 +234,7 @@ def flashinfer_visible_keys(prompt: Size, position: Size, rank: Natural, c: Size
     """
     assume(prompt <= position, rank < c)
     ours = placement.visible_len(_vllm(c, t, 1), prompt, position, rank)
-    return here.flashinfer_visible(position + 1, rank, c) == ours
+    return flashinfer_visible(position + 1, rank, c) == ours
 
 
 # TensorRT-LLM.
@@ -252,7 +251,7 @@ def flashinfer_visible_keys(prompt: Size, position: Size, rank: Natural, c: Size
 def tensorrt_step_rule(pair: Pair, prompt: Size, step: Natural, c: Size, t: Size) -> bool:
     """TensorRT-LLM's rule on py_decoding_iter = n + 1 is the owner of step n in pr9757, pr13180."""
     ours = placement.decode_owner(pair.layout(c, t, t), prompt, step)
-    return here.tensorrt_step_owner(step + 1, t, c) == ours
+    return tensorrt_step_owner(step + 1, t, c) == ours
 
 
 @theorem(
@@ -267,7 +266,7 @@ def tensorrt_position_rule(prompt: Size, step: Natural, c: Size, t: Size) -> boo
     (before its shift).
     """
     ours = placement.decode_owner(_pr17866(c, t), prompt, step)
-    return here.tensorrt_position_owner(prompt, step, t, c) == ours
+    return tensorrt_position_owner(prompt, step, t, c) == ours
 
 
 @theorem(
@@ -280,7 +279,7 @@ def tensorrt_length_formula(length: Natural, rank: Natural, c: Size, t: Size) ->
     """Its length of a rank, by super-blocks of T*C, is the share of dealing blocks in turn."""
     assume(rank < c)
     ours = placement.chunk_local_len(length, rank, c, t)
-    return here.tensorrt_local_len(length, rank, t, c) == ours
+    return tensorrt_local_len(length, rank, t, c) == ours
 
 
 @theorem(
@@ -306,9 +305,9 @@ def tensorrt_lengths(prompt: Size, total: Size, rank: Natural, c: Size, t: Size)
     lemma(owner_in_range, total, c, t)
     lemma(chunk_count_step, total, rank, c, t)
     before = placement.local_len(_pr17866(c, t), prompt, total - prompt, rank)
-    active = here.tensorrt_position_owner(prompt, total - prompt, t, c) == rank
-    in_flight = here.tensorrt_local_len(total + 1, rank, t, c)
-    return (here.tensorrt_local_len(total, rank, t, c) == before) & (in_flight - active == before)
+    active = tensorrt_position_owner(prompt, total - prompt, t, c) == rank
+    in_flight = tensorrt_local_len(total + 1, rank, t, c)
+    return (tensorrt_local_len(total, rank, t, c) == before) & (in_flight - active == before)
 
 
 @theorem(

@@ -180,29 +180,29 @@ def layout_count_step(
 @theorem(
     "prompt-count",
     proves="LEN-1",
-    witness={"prompt": 13, "role": 1, "shift": 3, "c": 4, "t": 2, "i": 1},
+    witness={"prompt": 13, "logical": 1, "shift": 3, "c": 4, "t": 2, "i": 1},
     about=["placement.prompt_local_len"],
     kills=[m.no_clamp_from_below],
     cases=EVERY_PROMPT,
     free=[*DEALING, *SPLITTING],
 )
 def prompt_count(
-    pair: Pair, prompt: Size, role: Natural, shift: Natural, c: Size, t: Size, i: Size
+    pair: Pair, prompt: Size, logical: Natural, shift: Natural, c: Size, t: Size, i: Size
 ) -> bool:
     """A rank's part of the prompt is what contiguous-count or chunk-count-step count up to the
-    prompt length, for the role that the start shift gives it.
+    prompt length, for the logical rank that the start shift gives it.
     """
-    assume(role < c, shift < c)
+    assume(logical < c, shift < c)
     layout = pair.layout(c, t, prompt_interleave=i)
     if pair.prompt == "contiguous":
-        start = placement.contiguous_start(prompt, role, c, t)
-        share = placement.contiguous_start(prompt, role + 1, c, t) - start
-        lemma(contiguous_split_tiles, prompt, role, c, t)
+        start = placement.contiguous_start(prompt, logical, c, t)
+        share = placement.contiguous_start(prompt, logical + 1, c, t) - start
+        lemma(contiguous_split_tiles, prompt, logical, c, t)
     else:
         chunk = pair.prompt_chunk(t, i)
-        share = placement.chunk_local_len(prompt, role, c, chunk)
-        lemma(chunk_count_grows, prompt, 0, role, c, chunk)
-    rank = (role + shift) % c
+        share = placement.chunk_local_len(prompt, logical, c, chunk)
+        lemma(chunk_count_grows, prompt, 0, logical, c, chunk)
+    rank = (logical + shift) % c
     return (share >= 0) & (placement.prompt_local_len(layout, prompt, rank, shift) == share)
 
 
@@ -232,9 +232,9 @@ def lengths_never_negative(
     layout = pair.layout(c, t, owner_interleave=i)
     assume(placement.prompt_local_len(layout, prompt, rank, shift) >= 0)
     if pair.owner != "last_rank":
-        role, origin = (rank - shift) % c, pair.counted(prompt)
-        lemma(chunk_count_grows, origin, total - prompt, role, c, pair.chunk(t, i))
-        lemma(chunk_count_grows, origin + total - prompt, more, role, c, pair.chunk(t, i))
+        logical, origin = (rank - shift) % c, pair.counted(prompt)
+        lemma(chunk_count_grows, origin, total - prompt, logical, c, pair.chunk(t, i))
+        lemma(chunk_count_grows, origin + total - prompt, more, logical, c, pair.chunk(t, i))
     before = placement.local_len(layout, prompt, total - prompt, rank, shift)
     after = placement.local_len(layout, prompt, total + more - prompt, rank, shift)
     return (before >= 0) & (before <= after)
@@ -344,7 +344,7 @@ def decode_sum(
 @theorem(
     "shift-moves-lengths",
     proves="LEN-1 BAL-3",
-    witness={"prompt": 13, "total": 20, "role": 2, "shift": 3, "c": 4, "t": 2, "i": 1, "j": 2},
+    witness={"prompt": 13, "total": 20, "logical": 2, "shift": 3, "c": 4, "t": 2, "i": 1, "j": 2},
     kills=[m.shift_forgotten, m.shift_in_the_wrong_direction, m.shift_taken_back_as_in_c],
     cases=EVERY_PAIR,
     free=[*DEALING, *SPLITTING],
@@ -353,7 +353,7 @@ def shift_moves_lengths(
     pair: Pair,
     prompt: Size,
     total: Size,
-    role: Natural,
+    logical: Natural,
     shift: Natural,
     c: Size,
     t: Size,
@@ -363,10 +363,10 @@ def shift_moves_lengths(
     """A start shift s gives rank (x + s) mod C what rank x has without it; with
     shift-is-a-permutation the sum over the ranks stays the same.
     """
-    assume(role < c, shift < c, prompt <= total)
+    assume(logical < c, shift < c, prompt <= total)
     layout, steps = pair.layout(c, t, i, j), total - prompt
-    shifted = placement.local_len(layout, prompt, steps, (role + shift) % c, shift)
-    return shifted == placement.local_len(layout, prompt, steps, role)
+    shifted = placement.local_len(layout, prompt, steps, (logical + shift) % c, shift)
+    return shifted == placement.local_len(layout, prompt, steps, logical)
 
 
 # Positions and local indices.
@@ -431,12 +431,12 @@ def prompt_index_round_trip(
         lemma(owner_of_a_contiguous_split, position, prompt, c, t)
     else:
         chunk = pair.prompt_chunk(t, i)
-        role = placement.chunk_owner(position, c, chunk)
+        logical = placement.chunk_owner(position, c, chunk)
         lemma(owner_in_range, position, c, chunk)
         lemma(chunk_index_of_position, position, c, chunk)
-        lemma(chunk_count_step, position, role, c, chunk)
-        lemma(chunk_count_grows, position, 0, role, c, chunk)
-        lemma(chunk_count_grows, position + 1, prompt - position - 1, role, c, chunk)
+        lemma(chunk_count_step, position, logical, c, chunk)
+        lemma(chunk_count_grows, position, 0, logical, c, chunk)
+        lemma(chunk_count_grows, position + 1, prompt - position - 1, logical, c, chunk)
     rank = placement.owner(layout, prompt, position, shift)
     index = placement.local_index(layout, prompt, position, shift)
     found = placement.position(layout, prompt, rank, index, shift)
@@ -463,10 +463,10 @@ def decode_index_round_trip(
     layout = pair.layout(c, t, owner_interleave=i)
     if pair.owner != "last_rank":
         origin, chunk = pair.counted(prompt), pair.chunk(t, i)
-        role = placement.chunk_owner(origin + total - prompt, c, chunk)
+        logical = placement.chunk_owner(origin + total - prompt, c, chunk)
         lemma(owner_in_range, origin + total - prompt, c, chunk)
         lemma(chunk_index_of_position, origin + total - prompt, c, chunk)
-        lemma(chunk_count_grows, origin, total - prompt, role, c, chunk)
+        lemma(chunk_count_grows, origin, total - prompt, logical, c, chunk)
     rank = placement.owner(layout, prompt, total, shift)
     index = placement.local_index(layout, prompt, total, shift)
     past = placement.local_len(layout, prompt, total - prompt, rank, shift)
@@ -500,18 +500,18 @@ def prompt_slots_dense(
     assume(index < placement.prompt_local_len(layout, prompt, rank, shift))
     position = placement.position(layout, prompt, rank, index, shift)
     assert position is not None  # a prompt position always is
-    role = (rank - shift) % c
+    logical = (rank - shift) % c
     if pair.prompt == "contiguous":
-        lemma(contiguous_ends, prompt, role, c, t)
-        lemma(contiguous_ends, prompt, role + 1, c, t)
+        lemma(contiguous_ends, prompt, logical, c, t)
+        lemma(contiguous_ends, prompt, logical + 1, c, t)
         lemma(owner_of_a_contiguous_split, position, prompt, c, t)
         found = placement.contiguous_owner(position, prompt, c, t)
-        if found < role:
-            lemma(contiguous_starts_rise, prompt, found + 1, role, c, t)
-        if found > role:
-            lemma(contiguous_starts_rise, prompt, role + 1, found, c, t)
+        if found < logical:
+            lemma(contiguous_starts_rise, prompt, found + 1, logical, c, t)
+        if found > logical:
+            lemma(contiguous_starts_rise, prompt, logical + 1, found, c, t)
     else:
-        lemma(chunk_position_of_index, index, role, prompt, c, pair.prompt_chunk(t, i))
+        lemma(chunk_position_of_index, index, logical, prompt, c, pair.prompt_chunk(t, i))
     return (
         (position < prompt)
         & (placement.owner(layout, prompt, position, shift) == rank)
@@ -546,16 +546,16 @@ def decode_slots_dense(
     assume(rank < c, shift < c, prompt <= total)
     layout = pair.layout(c, t, owner_interleave=i)
     index = placement.prompt_local_len(layout, prompt, rank, shift) + more
-    role = (rank - shift) % c
+    logical = (rank - shift) % c
     if pair.owner != "last_rank":
         origin, chunk = pair.counted(prompt), pair.chunk(t, i)
-        before = placement.chunk_local_len(origin, role, c, chunk)
-        lemma(chunk_count_grows, origin, 0, role, c, chunk)
-        lemma(chunk_position_of_index, before + more, role, origin, c, chunk)
-        lemma(chunk_position_of_index, before + more, role, origin + total - prompt, c, chunk)
+        before = placement.chunk_local_len(origin, logical, c, chunk)
+        lemma(chunk_count_grows, origin, 0, logical, c, chunk)
+        lemma(chunk_position_of_index, before + more, logical, origin, c, chunk)
+        lemma(chunk_position_of_index, before + more, logical, origin + total - prompt, c, chunk)
     position = placement.position(layout, prompt, rank, index, shift)
     if position is None:
-        return role != c - 1
+        return logical != c - 1
     length = placement.local_len(layout, prompt, total - prompt, rank, shift)
     return (
         (position >= prompt)

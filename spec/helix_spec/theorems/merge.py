@@ -21,7 +21,6 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import NamedTuple
 
-from helix_spec.theorems import merge as here
 from helix_spec.theorems.base import RealNumber, Wrong, assume, theorem
 
 
@@ -36,7 +35,7 @@ EMPTY = Partial(Fraction(0), Fraction(0))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
-    """The attention over the keys of both."""
+    """Return the attention over the keys of both."""
     weight = a.weight + b.weight
     if weight == 0:
         return EMPTY
@@ -44,7 +43,7 @@ def merge(a: Partial, b: Partial) -> Partial:
 
 
 def one_key(weight: Fraction, value: Fraction) -> Partial:
-    """The attention over a single key: its exp(score), and its value."""
+    """Return the attention over a single key: its exp(score), and its value."""
     return Partial(weight, value)
 
 
@@ -96,7 +95,7 @@ def commutes(a: RealNumber, x: RealNumber, b: RealNumber, y: RealNumber) -> bool
     """The order of two partials does not matter."""
     assume(a >= 0, b >= 0)
     one, other = _partial(a, x), _partial(b, y)
-    return _same(here.merge(one, other), here.merge(other, one))
+    return _same(merge(one, other), merge(other, one))
 
 
 @theorem(
@@ -111,8 +110,8 @@ def associates(
     """The grouping of three partials does not matter, however many of them are empty."""
     assume(a >= 0, b >= 0, c >= 0)
     one, two, three = _partial(a, x), _partial(b, y), _partial(c, z)
-    left = here.merge(here.merge(one, two), three)
-    return _same(left, here.merge(one, here.merge(two, three)))
+    left = merge(merge(one, two), three)
+    return _same(left, merge(one, merge(two, three)))
 
 
 @theorem(
@@ -127,7 +126,7 @@ def with_empty(a: RealNumber, x: RealNumber) -> bool:
     """
     assume(a >= 0)
     one = _partial(a, x)
-    return _same(here.merge(one, EMPTY), one) & _same(here.merge(EMPTY, one), one)
+    return _same(merge(one, EMPTY), one) & _same(merge(EMPTY, one), one)
 
 
 @theorem(
@@ -145,7 +144,7 @@ def attention_one_key_more(
     assume(total > 0, w > 0)
     before = Partial(total, weighted / total)  # the weighted sum of the values over the weights
     after = Partial(total + w, (weighted + w * v) / (total + w))
-    return _same(here.merge(before, one_key(w, v)), after)
+    return _same(merge(before, one_key(w, v)), after)
 
 
 @theorem(
@@ -160,8 +159,8 @@ def merge_one_key_more(
     """Merging with a partial that has one key more is merging, then adding the key."""
     assume(a >= 0, b >= 0, w > 0)
     one, other, key = _partial(a, x), _partial(b, y), one_key(w, v)
-    left = here.merge(one, here.merge(other, key))
-    return _same(left, here.merge(here.merge(one, other), key))
+    left = merge(one, merge(other, key))
+    return _same(left, merge(merge(one, other), key))
 
 
 @theorem(
@@ -177,8 +176,8 @@ def from_any_pivot(
     the total weight by that number: so the stable form is the same merge.
     """
     assume(a >= 0, b >= 0, pivot > 0)
-    whole = here.merge(_partial(a, x), _partial(b, y))
-    scaled = here.merge(_partial(a / pivot, x), _partial(b / pivot, y))
+    whole = merge(_partial(a, x), _partial(b, y))
+    scaled = merge(_partial(a / pivot, x), _partial(b / pivot, y))
     return _same(Partial(scaled.weight * pivot, scaled.output), whole)
 
 
@@ -197,7 +196,7 @@ def by_maximum_and_sum(
     top = p if p >= q else q
     total = s * (p / top) + u * (q / top)
     output = (s * (p / top) * x + u * (q / top) * y) / total
-    return _same(Partial(total * top, output), here.merge(Partial(p * s, x), Partial(q * u, y)))
+    return _same(Partial(total * top, output), merge(Partial(p * s, x), Partial(q * u, y)))
 
 
 @by_maximum_and_sum.wrong()

@@ -16,7 +16,15 @@ from helix_spec.theorems.base import Wrong, prose
 
 
 def instead_of(function: str, source: str = "") -> Callable[[Callable[..., Any]], Wrong]:
-    """Makes a wrong formula of a function that stands in for `function`."""
+    """Make a wrong formula of a function that stands in for `function`.
+
+    Parameters
+    ----------
+    function
+        Module and function, below `helix_spec`.
+    source
+        The engine or pull request that had it.
+    """
 
     def make(formula: Callable[..., Any]) -> Wrong:
         return Wrong(prose(formula).rstrip("."), formula, function, source)
@@ -25,12 +33,12 @@ def instead_of(function: str, source: str = "") -> Callable[[Callable[..., Any]]
 
 
 def truncated(a: int, b: int) -> int:
-    """Division as C and CUDA have it: towards zero."""
+    """Return the quotient as C and CUDA have it, rounded towards zero."""
     return -(-a // b) if a < 0 else a // b
 
 
 def int32(value: int) -> int:
-    """The value that a signed 32-bit integer keeps of it."""
+    """Return what a signed 32-bit integer keeps of a value."""
     return (value + 2**31) % 2**32 - 2**31
 
 
@@ -201,13 +209,13 @@ def shift_taken_back_as_in_c(
     layout: Layout, prompt_len: int, steps: int, rank: int, shift: int = 0
 ) -> int:
     """Shift taken back as in c."""
-    role = rank - shift  # C: (rank - shift) % cp_size with |rank - shift| < cp_size
+    logical = rank - shift  # C: (rank - shift) % cp_size with |rank - shift| < cp_size
     chunk = layout.owner_interleave or layout.tokens_per_block
     c, origin = layout.cp_size, 0 if layout.owner == "step" else prompt_len
     if layout.owner == "last_rank":
-        return steps if role == c - 1 else 0
-    return placement.chunk_local_len(origin + steps, role, c, chunk) - placement.chunk_local_len(
-        origin, role, c, chunk
+        return steps if logical == c - 1 else 0
+    return placement.chunk_local_len(origin + steps, logical, c, chunk) - placement.chunk_local_len(
+        origin, logical, c, chunk
     )
 
 

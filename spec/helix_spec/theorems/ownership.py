@@ -141,22 +141,22 @@ def contiguous_shares(length: Size, rank: Natural, c: Size, t: Size) -> bool:
     witness={"rank": 0, "shift": 2, "c": 3},
 )
 def shift_is_a_permutation(rank: Natural, shift: Natural, c: Size) -> bool:
-    """Under a start shift s, rank r plays role (r - s) mod C and role x is played by rank (x + s)
-    mod C: each undoes the other, so every role has exactly one rank.
+    """Under a start shift s, rank r has the logical rank (r - s) mod C, and logical rank x is that
+    of rank (x + s) mod C: each undoes the other, so every logical rank has exactly one rank.
     """
     assume(rank < c, shift < c)
-    role = (rank - shift) % c
+    logical = (rank - shift) % c
     return (
-        (role >= 0)
-        & (role < c)
-        & ((role + shift) % c == rank)
+        (logical >= 0)
+        & (logical < c)
+        & ((logical + shift) % c == rank)
         & (((rank + shift) % c - shift) % c == rank)
     )
 
 
 @shift_is_a_permutation.wrong()
 def no_mod(rank: Natural, shift: Natural, c: Size) -> bool:
-    """The role is rank - shift without mod C."""
+    """The logical rank is rank - shift without mod C."""
     assume(rank < c, shift < c)
     return rank - shift >= 0
 

@@ -26,7 +26,7 @@ class Pair:
         owner_interleave: int | None = None,
         pages: PagePolicy = "lazy",
     ) -> Layout:
-        """The layout of these sizes; an interleave is dropped where the rule has none."""
+        """Return the layout of these sizes; an interleave is dropped where the rule has none."""
         return Layout(
             self.prompt,
             self.owner,
@@ -39,15 +39,15 @@ class Pair:
         )
 
     def chunk(self, t: int, interleave: int) -> int:
-        """Tokens that the owner rule deals at a time."""
+        """Return the tokens in a chunk of the owner rule."""
         return interleave if self.owner == "interleave" else t
 
     def prompt_chunk(self, t: int, interleave: int) -> int:
-        """Tokens that a dealt prompt split deals at a time."""
+        """Return the tokens in a chunk of a round-robin prompt split."""
         return interleave if self.prompt == "interleave" else t
 
     def counted(self, prompt: int) -> int:
-        """What the owner rule counts as dealt before the first step."""
+        """Return how many tokens the owner rule counts before the first step."""
         return 0 if self.owner == "step" else prompt
 
 

@@ -26,16 +26,13 @@ Everything here is deterministic: Z3 is bounded by its own resource count, never
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import z3  # type: ignore[import-untyped]  # it has no stubs
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Monomial = tuple[str, ...]
 """Names of the unknowns multiplied, in order; () for a constant."""
@@ -48,7 +45,7 @@ CLAIM_ROUNDS: Final = 40
 """How often a claim is asked again with more facts about products."""
 BRANCH_ROUNDS: Final = 1
 """The same for the question whether a branch can happen: to walk one that cannot is no error."""
-MOST_PATHS: Final = 5_000
+MAX_PATHS: Final = 5_000
 
 
 class Abandoned(Exception):
@@ -89,12 +86,12 @@ class Path:
     # Unknowns and polynomials.
 
     def fresh(self, hint: str) -> Polynomial:
-        """A new unknown."""
+        """Return a new unknown."""
         self.names += 1
         return {(f"{hint}{self.names}",): 1}
 
     def normal(self, poly: Polynomial) -> Polynomial:
-        """The polynomial without unknowns that were replaced."""
+        """Return the polynomial without unknowns that were replaced."""
         while True:
             old = next(((n, m) for m in poly for n in m if n in self.values), None)
             if old is None:
@@ -113,7 +110,7 @@ class Path:
             self.solver.add(_product(product) == self.term(expanded))
 
     def term(self, poly: Polynomial) -> Any:
-        """The polynomial as a linear Z3 term over unknowns and products."""
+        """Return the polynomial as a linear Z3 term over unknowns and products."""
         if self.native:
             return _native_term(poly)
         for monomial in poly:
@@ -140,14 +137,14 @@ class Path:
     # Questions.
 
     def proves(self, formula: Any, rounds: int = BRANCH_ROUNDS) -> bool:
-        """Whether the formula follows from what is known on this path."""
+        """Return whether the formula follows from what is known on this path."""
         at = len(self.answers)
         answer = self.replay[at] if at < len(self.replay) else self._ask(formula, rounds) is None
         self.answers.append(answer)
         return answer
 
     def refutation(self, formula: Any) -> str | None:
-        """None when the formula follows; else what Z3 says, with values that break it if any."""
+        """Return None when the formula follows; else what Z3 says, with values that break it."""
         return self._ask(formula, CLAIM_ROUNDS)
 
     def _ask(self, formula: Any, rounds: int) -> str | None:
@@ -194,7 +191,7 @@ class Path:
     # Branches.
 
     def branch(self, formula: Any) -> bool:
-        """The truth of a formula on this path; where both can be, one here and one later."""
+        """Return the truth of a formula on this path; where both can be, one now and one later."""
         if self.proves(formula):
             taken = True
         elif self.proves(z3.Not(formula)):
@@ -209,7 +206,7 @@ class Path:
         return taken
 
     def divide(self, a: Polynomial, b: Polynomial) -> tuple[Polynomial, Polynomial]:
-        """Quotient and remainder; see the module's text for the three ways."""
+        """Return quotient and remainder; see the module's text for the three ways."""
         zb = self.term(b)
         if not self.proves(zb > 0, CLAIM_ROUNDS):
             raise ProofError(f"division by {_text(b)}, which is not known to be positive")
@@ -521,13 +518,13 @@ def _formula(value: object) -> Any:
 
 
 def proving() -> bool:
-    """Whether a claim is being proved: not run on plain integers, nor used for another proof."""
+    """Return whether a claim is being proved, and neither run on integers nor used as a lemma."""
     path = _PATH.get(None)
     return path is not None and not path.using
 
 
 def assume(*conditions: object) -> None:
-    """What the claim takes for granted. Raises Abandoned where it cannot be.
+    """Add conditions to what is known. Raises Abandoned where they cannot hold.
 
     Where the claim is used for another proof, these are what is to be shown.
     """
@@ -543,7 +540,7 @@ def assume(*conditions: object) -> None:
 
 
 def implies(condition: bool, consequence: bool) -> bool:
-    """Whether the consequence holds where the condition does."""
+    """Return whether the consequence holds where the condition does."""
     if isinstance(condition, Truth) or isinstance(consequence, Truth):
         both: Any = Truth(z3.Implies(_formula(condition), _formula(consequence)))
         return both
@@ -551,7 +548,7 @@ def implies(condition: bool, consequence: bool) -> bool:
 
 
 def use(claim: Callable[[], object]) -> None:
-    """Adds to what is known a claim that is proved elsewhere; what it assumes is shown here."""
+    """Add to what is known a claim that is proved elsewhere; what it assumes is shown here."""
     path = _PATH.get()
     path.using, before = True, path.using
     try:
@@ -562,12 +559,12 @@ def use(claim: Callable[[], object]) -> None:
 
 
 def established(claim: object) -> str | None:
-    """None when the claim follows on the path at hand; else what stands against it."""
+    """Return None when the claim follows on the path at hand; else what stands against it."""
     return _PATH.get().refutation(_formula(claim))
 
 
 def free_function(name: str) -> Callable[..., Whole]:
-    """A function about which nothing is known but that alike arguments have alike results."""
+    """Return a function about which only one thing is known: equal arguments have equal results."""
 
     def call(*arguments: Any) -> Whole:
         path = _PATH.get()
@@ -591,13 +588,13 @@ def _alike(a: Any, b: Any) -> Any:
 
 
 def every_path(run: Callable[[], str | None], native: bool = False) -> tuple[int, str | None]:
-    """Repeats the run for every path; gives their number and the first thing that it returned."""
+    """Repeat the run for every path; return their number and the first thing that it returned."""
     todo: list[list[bool]] = [[]]
     paths = 0
     while todo:
         paths += 1
-        if paths > MOST_PATHS:
-            raise ProofError(f"more than {MOST_PATHS} paths")
+        if paths > MAX_PATHS:
+            raise ProofError(f"more than {MAX_PATHS} paths")
         path = Path(todo.pop(), native)
         with _on(path):
             try:
@@ -611,7 +608,7 @@ def every_path(run: Callable[[], str | None], native: bool = False) -> tuple[int
 
 
 def unknown(name: str, real: bool = False) -> Whole | Real:
-    """The unknown of this name."""
+    """Return the unknown of this name."""
     return Real(z3.Real(name)) if real else Whole({(name,): 1})
 
 

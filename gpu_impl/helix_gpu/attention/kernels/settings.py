@@ -11,7 +11,7 @@ from helix_gpu.attention.kernels.common import power_of_2
 
 MAX_SPLITS: Final = 128
 """Joining more splits than this costs more than the idle multiprocessors did."""
-LEAST_KEYS: Final = 128
+MIN_KEYS: Final = 128
 """One block: no split is meant to have fewer keys."""
 START_KEYS: Final = 320
 """Keys that a program could have read in the time it takes to start and to end. Fitted to table 3
@@ -134,7 +134,7 @@ def splits_for(
     -------
     int
     """
-    most = min(MAX_SPLITS, max(1, -(-longest // LEAST_KEYS)))
+    most = min(MAX_SPLITS, max(1, -(-longest // MIN_KEYS)))
 
     def time(splits: int) -> float:
         turns = -(-rows * kv_heads * splits // (resident * multiprocessors))

@@ -1,0 +1,150 @@
+"""Profiles `attention` and `merge`: outputs within their bound (ATT-1 to 4, MAP-1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from helix_conformance.expect.arrays import Array
+from helix_conformance.expect.expectation import Expectation, Output
+from helix_conformance.judge.cache import array_of
+from helix_conformance.judge.failure import MalformedAnswer, Violation
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
+from helix_spec.events import Decode, Merge
+
+
+@dataclass(frozen=True)
+class _WrongOutput:
+    """The output of one token that is outside its bound: arrays by layer and query head."""
+
+    token: int
+    output: Array
+    expected: Output
+    error: Array
+
+    @property
+    def wrong(self) -> NDArray[np.bool_]:
+        """Which layers and heads are wrong; a NaN is not within the bound either."""
+        return ~(self.error <= self.expected.bound)
+
+    def has_other_heads(self) -> bool:
+        """Whether the heads are all there, in another order: the exchange mixed them up."""
+        return all(map(_other_heads, self.output, *self.expected, self.wrong))
+
+    def violations(
+        self, what: str, numbers: Sequence[str], heads_per_rank: int, request: int | None = None
+    ) -> Iterator[Violation]:
+        """Yield these invariants, with the first layer and head that is wrong."""
+        layer, head = (int(i) for i in np.argwhere(self.wrong)[0])
+        exact, bound = self.expected
+        expected = {"output": exact[layer, head].tolist(), "E": float(bound[layer, head])}
+        observed = {
+            "output": self.output[layer, head].tolist(), "error": float(self.error[layer, head])
+        }  # fmt: skip
+        where = what.format(layer=layer, head=head)
+        for number in numbers:
+            yield Violation(number, where, expected, observed, head // heads_per_rank, request)
+
+
+class AttentionJudge:
+    """ATT-1 to ATT-4, and MAP-1 of the heads."""
+
+    def __init__(self, config: Config) -> None:
+        self.shape = config.model
+        self.heads_per_rank = config.model.q_heads // config.world_size
+        self.merges: dict[bytes, Array] = {}
+        """What came of each merge, to compare with when it comes again (ATT-2)."""
+
+    def decoded(
+        self, expected: Expectation, outcomes: Sequence[Outcome], *, all_else_right: bool
+    ) -> Iterator[Violation]:
+        """Yield what is wrong with the merged outputs of a decode."""
+        event, decoded = expected.event, expected.decoded
+        assert isinstance(event, Decode) and decoded is not None and expected.outputs is not None
+        wanted = (self.shape.layers, len(decoded.owners), self.heads_per_rank, self.shape.value_dim)
+        slices = [array_of(rank, "output", o.output) for rank, o in enumerate(outcomes)]
+        for rank, array in enumerate(slices):
+            if array.shape != wanted:
+                what = f"its output has shape {array.shape}, not {wanted}"
+                raise MalformedAnswer(rank, what)
+        wrong = _outside(np.concatenate(slices, axis=2), expected.outputs())
+        if not wrong:
+            return
+        numbers = ["ATT-1", "ATT-4"]
+        if all(one.has_other_heads() for one in wrong):
+            numbers.append("MAP-1")
+        elif all_else_right and all(0 in decoded.visible[one.token] for one in wrong):
+            numbers.append("ATT-3")  # nothing but the empty rank sets the wrong ones apart
+        token = wrong[0].token
+        of_token = [id for id, n in zip(event.ids, event.query_lens, strict=True) for _ in range(n)]
+        what = (
+            f"attention output of request {of_token[token]} at position "
+            f"{decoded.position_ids[token]}, layer {{layer}}, query head {{head}}; keys seen on "
+            f"each cp_rank: {list(decoded.visible[token])}"
+        )
+        yield from wrong[0].violations(what, numbers, self.heads_per_rank, of_token[token])
+
+    def merged(
+        self, event: Merge, outputs: Sequence[Output], outcomes: Sequence[Outcome]
+    ) -> Iterator[Violation]:
+        """Yield what is wrong with the merge of supplied partials."""
+        wanted = (len(event.levels[0]), self.heads_per_rank, self.shape.value_dim)
+        slices = [array_of(rank, "output", o.output) for rank, o in enumerate(outcomes)]
+        strange = [rank for rank, merged in enumerate(slices) if merged.shape != wanted]
+        for rank in strange:
+            what = "shape of the merged output: tokens, query heads of the rank's slice, D"
+            yield Violation("ATT-1", what, list(wanted), list(slices[rank].shape), rank)
+        if strange:
+            return
+        merged = np.concatenate(slices, axis=1)
+        yield from self._again(event, merged)
+        wrong = _outside(merged[None], outputs)
+        if not wrong:
+            return
+        numbers = ["ATT-1", "ATT-4"]
+        if all(one.has_other_heads() for one in wrong):
+            numbers.append("MAP-1")
+        elif all(None in (row[one.token] for row in event.levels) for one in wrong):
+            numbers.append("ATT-3")
+        if event.order != sorted(event.order):
+            numbers.append("ATT-2")
+        token = wrong[0].token
+        levels = [event.levels[number][token] for number in event.order]
+        what = f"merge of token {token}, query head {{head}}; levels on each cp_rank: {levels}"
+        yield from wrong[0].violations(what, numbers, self.heads_per_rank)
+
+    def _again(self, event: Merge, merged: Array) -> Iterator[Violation]:
+        """ATT-2: the same merge gives the same bits."""
+        before = self.merges.setdefault(msgspec.json.encode(event), merged)
+        if before.tobytes() != merged.tobytes():
+            token, head, _ = (int(i) for i in np.argwhere((before != merged) | np.isnan(merged))[0])
+            what = f"the same merge again: token {token}, query head {head}, bit for bit"
+            first, again = before[token, head].tolist(), merged[token, head].tolist()
+            yield Violation("ATT-2", what, first, again, head // self.heads_per_rank)
+
+
+def _outside(merged: Array, outputs: Sequence[Output]) -> list[_WrongOutput]:
+    """Tokens of outputs (layers, tokens, q_heads, D) that are not all within their bound."""
+    found = []
+    for token, expected in enumerate(outputs):
+        error = np.sqrt(((merged[:, token] - expected.exact) ** 2).sum(-1))
+        if not (error <= expected.bound).all():
+            found.append(_WrongOutput(token, merged[:, token], expected, error))
+    return found
+
+
+def _other_heads(output: Array, exact: Array, bound: Array, wrong: NDArray[np.bool_]) -> bool:
+    """Whether the wrong outputs (heads, dim) are right ones of other wrong heads."""
+    missing = np.flatnonzero(wrong)
+    for row in output[wrong]:
+        error = np.sqrt(((row - exact[missing]) ** 2).sum(-1))
+        found = np.flatnonzero(error <= bound[missing])
+        if not len(found):
+            return False
+        missing = np.delete(missing, found[0])
+    return True

@@ -1,0 +1,112 @@
+"""Profile `cache`: what the slots of each rank hold (OWN-1 by contents, POS-2, PAGE-2, PAGE-4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from helix_conformance.expect.arrays import Array, as_array
+from helix_conformance.expect.expectation import State
+from helix_conformance.judge.failure import MalformedAnswer, Violation
+from helix_spec.config import Config
+from helix_spec.engine import RankView
+
+
+class CacheJudge:
+    """OWN-1, POS-2, PAGE-2 and PAGE-4, by cached rows."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.t = config.layout.tokens_per_block
+        self.cp = config.layout.cp_size
+        self.right: dict[tuple[int, int], tuple[Any, ...]] = {}
+        """Per rank and request, rows that were found right, to look at what changed only."""
+
+    def forget(self, id: int) -> None:
+        """Forget a request that was released."""
+        for rank in range(self.config.world_size):
+            self.right.pop((rank, id), None)
+
+    def rows(
+        self, state: State, rank: int, view: RankView, batch: Sequence[int]
+    ) -> Iterator[Violation]:
+        """What is wrong with one rank's cached rows; `batch` are the requests that decoded."""
+        for id in view.local_len:
+            contents = state.contents(id, rank % self.cp)
+            if contents is None:
+                continue
+            keys = self._array(rank, "keys", view.keys.get(id))
+            values = self._array(rank, "values", view.values.get(id))
+            seen = (*contents, sha256(keys.tobytes() + values.tobytes()).digest())
+            if self.right.get((rank, id)) == seen:
+                continue
+            wrong = list(self._contents(state, rank, id, keys, values, batch))
+            yield from wrong
+            if not wrong:
+                self.right[rank, id] = seen
+
+    def _contents(
+        self, state: State, rank: int, id: int, keys: Array, values: Array, batch: Sequence[int]
+    ) -> Iterator[Violation]:
+        """What one rank's rows of one request hold, against what was written there."""
+        cp_rank = rank % self.cp
+        _, written = state.contents(id, cp_rank) or ((), 0)
+        heads = self.config.kv_heads_of(rank // self.cp)
+        positions, lower, upper, right = state.rows(id, cp_rank, heads)
+        held = len(positions)
+        keys, values = _at_least(keys, held), _at_least(values, held)
+        lost = (values[:, :held] != right).any(axis=(0, 2, 3))
+        if lost.any():
+            index = int(lost.argmax())
+            what = f"V of request {id} at local index {index}, position {positions[index]}"
+            row, want = values[0, index, 0].tolist(), right[0, index, 0].tolist()
+            yield Violation("OWN-1", what, want, row, rank, id)
+            page = state.tables(id)[cp_rank][index // self.t]
+            if batch and id not in batch and page.holders > 1:
+                yield Violation("PAGE-2", what + ", in a shared page", want, row, rank, id)
+        rounded = (lower <= keys[:, :held]) & (keys[:, :held] <= upper)
+        rotated = ~rounded.all(axis=(0, 2, 3)) & ~lost
+        if rotated.any():
+            index = int(rotated.argmax())
+            what = f"K of request {id} at local index {index}, position {positions[index]}"
+            row, want = keys[0, index, 0].tolist(), lower[0, index, 0].tolist()
+            yield Violation("POS-2", what, want, row, rank, id)
+        never = slice(written, None)
+        blank = np.isnan(keys[:, never]).all() and np.isnan(values[:, never]).all()
+        if self.config.poison and not blank:
+            what = f"slots of request {id} from local index {written} on"
+            yield Violation("PAGE-4", what, "never written", "written", rank, id)
+
+    def _array(self, rank: int, name: str, rows: Any) -> Array:
+        """Cached rows (layers, slots, heads, dim), however many slots there are."""
+        if rows is None:
+            raise MalformedAnswer(rank, f"its view lacks the {name} of a live request")
+        shape = self.config.model
+        heads = len(self.config.kv_heads_of(rank // self.cp))
+        dim = shape.key_dim if name == "keys" else shape.value_dim
+        array = array_of(rank, name, rows)
+        if array.size == 0:
+            return np.zeros((shape.layers, 0, heads, dim))
+        rest = (shape.layers, heads, dim)
+        if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != rest:
+            raise MalformedAnswer(
+                rank, f"its {name} have shape {array.shape}; layers, heads and dim are {rest}"
+            )
+        return array
+
+
+def array_of(rank: int, name: str, rows: Any) -> Array:
+    """Return an array that a rank answered as float64. Raises MalformedAnswer."""
+    try:
+        return as_array(rows)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise MalformedAnswer(rank, f"its {name} is no array of numbers: {error}") from error
+
+
+def _at_least(rows: Array, slots: int) -> Array:
+    """Cached rows, blank ones behind them where they are fewer than the tokens they should hold."""
+    blank = np.full((rows.shape[0], max(0, slots - rows.shape[1]), *rows.shape[2:]), np.nan)
+    return np.concatenate([rows, blank], axis=1)

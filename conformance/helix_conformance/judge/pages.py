@@ -1,0 +1,198 @@
+"""Profile `pages`: which physical page is which page of the model (PAGE-1 to 3, GROW-1, OWN-1).
+
+Page numbers are an engine's own business. The suite demands that the mapping of its pages to the
+model's is one to one and stays: that alone holds PAGE-2 and GROW-1, sharing by fork and copy on
+write included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from helix_conformance.expect.expectation import Expectation, Page, State
+from helix_conformance.judge.failure import Violation
+from helix_spec import invariants
+from helix_spec.config import Config
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Decode
+
+UNMAPPED: Final = -(2**62)
+"""Number of a model page that no physical page is mapped to yet: no slot is in it."""
+
+
+class PageMap:
+    """Which physical page of one rank is which page of the model.
+
+    `pool` is the number of pages that the rank has, None for an engine that allocates none.
+    """
+
+    def __init__(self, pool: int | None) -> None:
+        self.pool = pool
+        self.model_pages: dict[int, Page] = {}
+        self.numbers: dict[Page, int] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.expected: dict[int, Sequence[Page]] = {}
+        """Each request's block table and the model's, as last seen: to look again only at what
+        changed."""
+
+    def knows(
+        self, ids: list[int], tables: dict[int, list[int]], expected: Sequence[Sequence[Page]]
+    ) -> bool:
+        """Whether these requests have the block tables that they had, and should have them."""
+        return (
+            [*tables] == ids
+            and [*tables.values()] == [*map(self.tables.get, ids)]
+            and expected == (*map(self.expected.get, ids),)
+        )
+
+    def table(
+        self, rank: int, id: int, table: list[int], expected: Sequence[Page]
+    ) -> Iterator[Violation]:
+        """One request's block table: PAGE-1, PAGE-2 and GROW-1."""
+        if self.tables.get(id) == table and self.expected.get(id) == expected:
+            return
+        if len(table) != len(expected):
+            what = f"pages of request {id}"
+            yield Violation("PAGE-1", what, len(expected), len(table), rank, id)
+        for number, page in zip(table, expected, strict=False):
+            if self.model_pages.get(number) is not page:
+                yield from self.map(rank, id, number, page)
+        extra = table[len(expected) :]
+        if len(set(table)) < len(table) or any(number in self.in_use() for number in extra):
+            what = f"block table of request {id}"
+            yield Violation("PAGE-2", what, "pages of its own", table, rank, id)
+        self.tables[id], self.expected[id] = list(table), list(expected)
+
+    def map(
+        self, rank: int, id: int, number: int, page: Page, *, written: bool = False
+    ) -> Iterator[Violation]:
+        """Map one page: in the pool, the same page as before, and nobody else's."""
+        if number < 0 or (self.pool is not None and number >= self.pool):
+            what = f"page of request {id}, in the rank's pool"
+            right = f"at least 0 and below {self.pool}"
+            yield Violation("PAGE-1", what, right, number, rank, id)
+            return
+        before, known = self.model_pages.get(number), self.numbers.get(page)
+        if before is page:
+            return
+        if known is not None:
+            what = f"page that holds tokens of request {id}"
+            yield Violation("GROW-1", what, known, number, rank, id)
+        if before is not None and before.holders > 0:
+            does = "writes into" if written else "holds"
+            what = f"request {id} {does} a page that is not its own"
+            yield Violation("PAGE-2", what, known, number, rank, id)
+            if written:
+                what = f"request {id} overwrites tokens in a page that is not its own"
+                yield Violation("OWN-1", what, known, number, rank, id)
+            return
+        if before is not None:
+            self.numbers.pop(before, None)
+        self.model_pages[number], self.numbers[page] = page, number
+
+    def forget(self, id: int) -> None:
+        """Forget a request that was released."""
+        self.tables.pop(id, None)
+        self.expected.pop(id, None)
+
+    def in_use(self) -> set[int]:
+        """Return the physical pages that are mapped to a page in use."""
+        return {number for number, page in self.model_pages.items() if page.holders > 0}
+
+
+class PagesJudge:
+    """PAGE-1, PAGE-2, PAGE-3, GROW-1, and OWN-1 by the slots that ranks name."""
+
+    def __init__(self, config: Config, profiles: frozenset[str]) -> None:
+        self.t = config.layout.tokens_per_block
+        self.cp = config.layout.cp_size
+        self.config = config
+        pools = config.pages if "pages" in profiles else [None] * self.cp
+        self.maps = [PageMap(pools[rank % self.cp]) for rank in range(config.world_size)]
+
+    def forget(self, id: int) -> None:
+        """Forget a request that was released."""
+        for page_map in self.maps:
+            page_map.forget(id)
+
+    def slots(self, expected: Expectation) -> list[list[int]]:
+        """Return the slots that each rank should name, as far as its pages are known."""
+        assert expected.decoded is not None
+        owners, places = expected.decoded.owners, expected.decoded.slots
+        slots = [[-1] * len(owners) for _ in self.maps]
+        for token, (owner, (page, offset)) in enumerate(zip(owners, places, strict=True)):
+            for rank in range(owner, len(self.maps), self.cp):
+                number = self.maps[rank].numbers.get(page, UNMAPPED)
+                slots[rank][token] = number * self.t + offset
+        return slots
+
+    def written(
+        self, expected: Expectation, state: State | None, outcomes: Sequence[Outcome]
+    ) -> Iterator[Violation]:
+        """OWN-1: each new token is written once, at its local index, in a page of its request."""
+        event, decoded = expected.event, expected.decoded
+        assert isinstance(event, Decode) and decoded is not None
+        of_token = [id for id, n in zip(event.ids, event.query_lens, strict=True) for _ in range(n)]
+        columns = zip(of_token, decoded.position_ids, decoded.owners, decoded.slots, strict=True)
+        for token, (id, position, owner, (page, offset)) in enumerate(columns):
+            for first in range(0, len(outcomes), self.cp):
+                slots = [o.slots[token] for o in outcomes[first : first + self.cp]]
+                if [rank for rank, slot in enumerate(slots) if slot >= 0] != [owner]:
+                    where = f"the token at position {position} of request {id}"
+                    yield from self._written_elsewhere(where, first, owner, slots, id, state)
+                if slots[owner] >= 0:
+                    rank, (number, given) = first + owner, divmod(slots[owner], self.t)
+                    if given != offset:
+                        index = decoded.visible[token][owner] - 1
+                        what = f"offset in its page of local index {index} of request {id}"
+                        yield Violation("OWN-1", what, offset, given, rank, id)
+                    yield from self.maps[rank].map(rank, id, number, page, written=True)
+
+    def _written_elsewhere(
+        self, where: str, first: int, owner: int, slots: list[int], id: int, state: State | None
+    ) -> Iterator[Violation]:
+        """A token that is not written on its owner alone, in the cp_size ranks from `first` on."""
+        if sum(slot >= 0 for slot in slots) != 1:
+            what = f"slots in which the ranks wrote {where}"
+            yield Violation("OWN-1", what, "one slot", slots, None, id)
+        for rank, slot in enumerate(slots, first):
+            if slot >= 0 and rank != first + owner and self._holds_a_token(rank, slot, state):
+                what = f"slot in which {where} was written"
+                yield Violation("OWN-1", what, "free", slot, rank, id)
+
+    def _holds_a_token(self, rank: int, slot: int, state: State | None) -> bool:
+        """Whether a token of a live request should be in this slot."""
+        page, cp_rank = self.maps[rank].model_pages.get(slot // self.t), rank % self.cp
+        if page is None or state is None:
+            return False
+        for id in state.live:
+            table = list(state.tables(id)[cp_rank])
+            if page in table:
+                return table.index(page) * self.t + slot % self.t < state.lengths(id)[cp_rank]
+        return False
+
+    def held(
+        self, state: State, views: Sequence[RankView], ids: list[int], *, whole: bool
+    ) -> Iterator[Violation]:
+        """PAGE-1, PAGE-2, GROW-1 of these requests' tables, and PAGE-3; `whole`: all live ones."""
+        tables = list(zip(*map(state.tables, ids), strict=True)) or [()] * self.cp
+        free_pages = state.free_pages
+        for rank, view in enumerate(views):
+            page_map, expected = self.maps[rank], tables[rank % self.cp]
+            if not page_map.knows(ids, view.block_tables, expected):
+                for id in view.local_len:
+                    right = state.tables(id)[rank % self.cp]
+                    yield from page_map.table(rank, id, view.block_tables.get(id, []), right)
+            free = free_pages[rank % self.cp]
+            if whole or view.free_pages != free:
+                yield from self._free(rank, view, free)
+
+    def _free(self, rank: int, view: RankView, free: int) -> Iterator[Violation]:
+        """PAGE-3 on one rank; where the free pages are right, the view is of all live requests."""
+        pool = self.config.pages[rank % self.cp]
+        if view.free_pages != free:
+            yield Violation("PAGE-3", "free pages", free, view.free_pages, rank)
+        elif not invariants.page_3(free, view.block_tables, pool):
+            used = len({page for table in view.block_tables.values() for page in table})
+            yield Violation("PAGE-3", "distinct pages in block tables", pool - free, used, rank)
