@@ -370,6 +370,7 @@ def state_of(module: str) -> str:
     files += [file for file in sorted(PACKAGE.rglob("*.py")) if file != _path(module)]
     tests = ROOT / "gpu_impl" / "tests"
     files += [tests / name for name in (*MODULES[module], "conftest.py")]
+    files += sorted((ROOT / "gpu_impl" / "gpu_testing").glob("*.py"))
     for file in (*files, ROOT / "conftest.py", Path(__file__)):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

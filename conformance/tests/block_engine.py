@@ -1,15 +1,10 @@
-"""Engines that play the transformer block of `gpu_impl/tests/test_block.py` in worker processes."""
+"""Engines that play the transformer block of `gpu_testing.block` in worker processes."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+from gpu_testing.block import Experts, Setting
 from helix_conformance.engines.gpu import GpuEngine
 from helix_spec.engine import Outcome, RankView
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "gpu_impl/tests"))
-from test_block import Experts, Setting
 
 
 class Attention(GpuEngine):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_testing import block
 from helix_conformance.drive.driver import Watch
 from helix_conformance.expect.arrays import as_array
 from helix_spec.events import Release
@@ -17,26 +18,21 @@ def outputs(pool, monkeypatch, engine, config):
     return [torch.from_numpy(as_array(answer.outcome.output)) for answer in answers]
 
 
-@pytest.fixture
-def block(monkeypatch):
-    """The module with the block's float64 reference."""
+@pytest.fixture(autouse=True)
+def _ranks_find_the_engine(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    import block_engine  # noqa: F401  # finds test_block
-    import test_block
-
-    return test_block
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attention_with_its_projections(gpu_pool, monkeypatch, block, tp, cp, dtype):
+def test_attention_with_its_projections(gpu_pool, monkeypatch, tp, cp, dtype):
     """Four processes, with real groups of a DeviceMesh, are the block on one rank."""
     config = block.config(tp, cp, dtype)
     answers = outputs(gpu_pool, monkeypatch, "block_engine:Attention", config)
     assert block.Setting(config).right(answers)
 
 
-def test_ffn_on_the_same_ranks(gpu_pool, monkeypatch, block):
+def test_ffn_on_the_same_ranks(gpu_pool, monkeypatch):
     """Two groups of experts over the ranks of tp 2 x cp 2 are the FFN on one rank."""
     answers = outputs(
         gpu_pool, monkeypatch, "block_engine:FeedForward", block.config(2, 2, "float32")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lib.report import write_json
+from lib.timing import in_turn
 
 import torch
 from torch import Tensor
@@ -33,14 +34,8 @@ Run = Callable[[], Tensor]
 
 def speeds(runs: dict[str, Run], size: int, rounds: int) -> dict[str, list[float]]:
     """GB/s of each, from rounds in which each has one turn after a first one to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            if turn:
-                times[name].append(size / (time.perf_counter() - begun) / 1e9)
-    return times
+    taken = in_turn(runs, rounds, warm_up=1)
+    return {name: [size / seconds / 1e9 for seconds in times] for name, times in taken.items()}
 
 
 def vllm_operation(keys: Tensor, values: Tensor, q: Tensor) -> Run | None:
@@ -202,8 +197,7 @@ def main() -> None:
                 )
             figures.append({"dtype": str(dtype), "tokens": tokens, "speeds": measured})
             del runs
-    if options.json:
-        options.json.write_text(json.dumps({"memory": memory, "figures": figures}, indent=1))
+    write_json(options.json, {"memory": memory, "figures": figures})
 
 
 if __name__ == "__main__":

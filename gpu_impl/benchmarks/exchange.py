@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+from lib.ranks import microseconds, world
+from lib.report import write_json
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,9 @@ from torch import Tensor
 from helix_gpu.attention import native
 from helix_gpu.attention.merge import merge
 from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.comm import exchange as exchanges
-from helix_gpu.comm.exchange import MakeExchange, pack, unpack
+from helix_gpu.comm.exchange import MakeExchange
 from helix_spec.config import ModelShape
 
 HEADS, DIM, KEYS, PAGE = 32, 128, 256, 64
@@ -40,9 +42,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def merged_by(make: MakeExchange, output: Tensor, lse: Tensor) -> Run:
     """Pack, one of our exchanges, merge."""
-    group, ranks, n = dist.group.WORLD, dist.get_world_size(), len(output)
-    assert group is not None
-    exchange = make(group, ModelShape(q_heads=HEADS, kv_heads=HEADS, head_dim=DIM))
+    ranks, n = dist.get_world_size(), len(output)
+    exchange = make(world(), ModelShape(q_heads=HEADS, kv_heads=HEADS, head_dim=DIM))
 
     def run() -> Tensor:
         received = exchange(pack(output, lse, ranks, torch.float32))
@@ -73,9 +74,9 @@ def ours_with_attention(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Run:
     pages = torch.stack((k, v), 1).view(n, 2, HEADS, width, PAGE, DIM)
     pages = pages.permute(0, 3, 1, 4, 2, 5).flatten(0, 1).contiguous()
     tables, lengths = torch.arange(n * width).view(n, width), torch.full((n,), KEYS)
-    group = dist.group.WORLD
-    assert group is not None
-    exchange = exchanges.all_to_all(group, ModelShape(q_heads=HEADS, kv_heads=HEADS, head_dim=DIM))
+    exchange = exchanges.all_to_all(
+        world(), ModelShape(q_heads=HEADS, kv_heads=HEADS, head_dim=DIM)
+    )
 
     def run() -> Tensor:
         output, lse = attend(q, pages, tables, lengths)
@@ -92,24 +93,6 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor) -> Run | None:
     from ring_attention_pytorch import tree_attn_decode
 
     return lambda: tree_attn_decode(q[:, :, None], k, v, shard_kv_seq=False, use_triton=False)
-
-
-def microseconds(
-    runs: dict[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
-) -> dict[str, list[float]]:
-    """Of each run, `rounds` times in turn, the slowest rank's time, launching it included."""
-    times = torch.zeros(rounds, len(runs), dtype=torch.float64, device=device)
-    for turn in range(-WARM_UP, rounds):
-        for place, run in enumerate(runs.values()):
-            dist.barrier()
-            begun = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 0:
-                times[turn, place] = (time.perf_counter() - begun) * 1e6
-    dist.all_reduce(times, dist.ReduceOp.MAX)
-    return {name: times[:, place].tolist() for place, name in enumerate(runs)}
 
 
 def runs_for(batch: int, device: torch.device) -> dict[str, dict[str, Run]]:
@@ -157,7 +140,7 @@ def main() -> None:
     figures = []
     for batch in BATCHES:
         for group, runs in runs_for(batch, device).items():
-            measured = microseconds(runs, device)
+            measured = microseconds(runs, device, ROUNDS, WARM_UP)
             base = statistics.median(measured[OURS])
             for name, times in measured.items():
                 low, middle, high = statistics.quantiles(times, n=20)[::9]
@@ -176,8 +159,7 @@ def main() -> None:
                 f"{row['batch']:>5}  {row['group']:<22}{row['name']:<18}{row['median_us']:>9.0f}"
                 f"{row['q05_us']:>9.0f}{row['q95_us']:>9.0f}{row['over_all_to_all']:>7.2f}"
             )
-        if options.json:
-            options.json.write_text(json.dumps(figures, indent=1))
+        write_json(options.json, figures)
     dist.destroy_process_group()
 
 

@@ -5,8 +5,6 @@ says how, and how to read the tables. `--dry-run` does every section on a CPU at
 kernels interpreted. Results go to $OUT (or --out) after each section: `h200.json`, `h200.txt`.
 """
 
-# ruff: noqa: E402 -- whether kernels are interpreted is settled before triton is imported
-
 from __future__ import annotations
 
 import argparse
@@ -18,31 +16,29 @@ import inspect
 import itertools
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-DRY = "--dry-run" in sys.argv
-if DRY:
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, on import.
+from lib import DRY
+from lib.device import DEVICE, TYPE, captured, machine, random, timed
+from lib.kernels import read_kernel, reduce_without_lse_kernel
+from lib.report import BEGUN, LIMIT, Report
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from helix_gpu.attention.kernels.append import append
+from helix_gpu.attention.kernels.common import power_of_2
 from helix_gpu.attention.kernels.decode import decode
 from helix_gpu.attention.kernels.merge import merge_received
 from helix_gpu.attention.kernels.mla import decode_latent
@@ -50,16 +46,10 @@ from helix_gpu.attention.kernels.reduce_pack import reduce_pack
 from helix_gpu.attention.kernels.settings import DecodeSettings, decode_settings, splits_for
 from helix_gpu.attention.kernels.step import StepBuffers, attend_pages, attend_shard, merge_shards
 from helix_gpu.attention.merge import merge
-from helix_gpu.comm.exchange import pack, unpack
+from helix_gpu.attention.partials import pack, unpack
 
-DEVICE = torch.device("cpu" if DRY else "cuda")
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-BEGUN = time.monotonic()
-LIMIT = 520.0
-"""Seconds after which nothing new is begun: the machine gives a command 600."""
 DIM = 16 if DRY else 128
-TYPE = torch.float16 if DRY else torch.bfloat16
-"""What is timed. The interpreter does not round to bfloat16, it cuts."""
 NARROW = torch.float8_e4m3fn
 """The cache of 8 bits that is timed beside it."""
 TO_COMPILE = 1 if DRY else 12
@@ -67,173 +57,6 @@ TO_COMPILE = 1 if DRY else 12
 
 
 # --- What every section uses -------------------------------------------------------------------
-
-
-class Report:
-    """The results so far: a JSON document and text tables, rewritten after every section.
-
-    `name` is that of both files. A report that is `silent`, as all but one of several ranks keep
-    it, prints and writes nothing.
-    """
-
-    def __init__(self, folder: Path, commit: str, name: str = "h200", silent: bool = False) -> None:
-        self.folder, self.name, self.silent = folder, name, silent
-        self.document: dict[str, Any] = {"dry_run": DRY, "machine": machine(commit)}
-        self.text: list[str] = [f"{k}: {v}" for k, v in self.document["machine"].items()]
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def table(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Add rows of equal keys as an aligned table, and print it."""
-        self.say("", f"## {title}", *aligned(rows))
-
-    def say(self, *lines: str) -> None:
-        """Add lines of text, and print them."""
-        self.text += lines
-        if not self.silent:
-            print("\n".join(lines), flush=True)
-
-    def save(self) -> None:
-        """Write both files."""
-        if self.silent:
-            return
-        document = json.dumps(self.document, indent=1, default=str)
-        (self.folder / f"{self.name}.json").write_text(document + "\n")
-        (self.folder / f"{self.name}.txt").write_text("\n".join(self.text) + "\n")
-
-    def section(self, name: str, body: Callable[[dict[str, Any]], None]) -> None:
-        """Run a section; whatever it found is kept, also when it fails."""
-        begun = time.monotonic()
-        found = self.document.setdefault(name, {})
-        self.say("", f"# {name} (at {begun - BEGUN:.0f} s)")
-        if begun - BEGUN > LIMIT:
-            found["not_run"] = "out of time"
-        else:
-            try:
-                body(found)
-            except Exception:
-                found["failure"] = traceback.format_exc()
-        for problem in ("not_run", "failure"):
-            if problem in found:
-                self.say(f"{name}: {problem}: {found[problem]}")
-        found["seconds"] = round(time.monotonic() - begun, 1)
-        self.save()
-
-    def end(self) -> bool:
-        """Say which sections failed, did not run or found something wrong; whether any did."""
-        bad = [
-            name
-            for name, found in self.document.items()
-            if isinstance(found, dict)
-            and any(found.get(k) for k in ("failure", "not_run", "wrong"))
-        ]
-        self.say("", f"{time.monotonic() - BEGUN:.0f} s; not as they should be: {bad or 'none'}")
-        self.save()
-        return bool(bad)
-
-
-def aligned(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Rows of equal keys as the lines of a table."""
-    if not rows:
-        return []
-    cells = [list(rows[0])] + [[shown(row.get(key)) for key in rows[0]] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in cells]
-
-
-def shown(value: Any) -> str:
-    """A table cell."""
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def machine(commit: str) -> dict[str, Any]:
-    """What the figures were taken on."""
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit or output_of("git", "rev-parse", "--short", "HEAD"),
-    }
-    if not DRY:
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {
-            "gpu": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mib": getattr(properties, "L2_cache_size", 0) / 2**20,
-            "cuda": torch.version.cuda,
-            "driver": output_of(
-                "nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"
-            ),
-        }
-    return facts
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or nothing where it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as the replay of a CUDA graph, after a warm-up that compiles what it launches."""
-    if DRY:
-        return run
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-
-    def replay(kept: object = run) -> None:
-        # A graph holds addresses alone: what `run` refers to must live as long as it does.
-        graph.replay()
-
-    return replay
-
-
-@functools.cache
-def flush() -> Callable[[], Any]:
-    """Empties the L2 cache by *reading*: written lines would go to memory during the timing."""
-    other = torch.zeros(1 if DRY else 2**26, dtype=torch.int32, device=DEVICE)
-    return lambda: other.max()
-
-
-def timed(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Microseconds of each candidate, taken in turn with a cold L2: median and spread.
-
-    `spread` is the distance from the 10th to the 90th percentile, as a share of the median.
-    """
-    rounds = 2 if DRY else rounds
-    taken: dict[str, list[Any]] = {name: [] for name in candidates}
-    for _ in range(rounds + 1):
-        for name, run in candidates.items():
-            if DRY:
-                begun = time.perf_counter()
-                run()
-                taken[name].append((time.perf_counter() - begun) * 1e6)
-                continue
-            # The host is ahead of the device by the flush, so the launch is not in the time.
-            flush()()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            taken[name].append((begin, end))
-    if not DRY:
-        torch.cuda.synchronize()
-    found = {}
-    for name, times in taken.items():
-        us = sorted(t if DRY else t[0].elapsed_time(t[1]) * 1e3 for t in times[1:])
-        low, high = us[len(us) // 10], us[(len(us) - 1) * 9 // 10]
-        median = statistics.median(us)
-        found[name] = {"us": median, "spread": (high - low) / median}
-    return found
-
-
-def random(*shape: int, dtype: torch.dtype = TYPE) -> Tensor:
-    """Normal values; drawn anew at every call."""
-    return torch.randn(shape, dtype=torch.float32, device=DEVICE).to(dtype)
 
 
 def in_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -488,17 +311,6 @@ def correctness(report: Report, found: dict[str, Any]) -> None:
 
 
 # --- 2. Ceilings -------------------------------------------------------------------------------
-
-
-@triton.jit
-def read_kernel(x, out, blocks, BLOCK: tl.constexpr, UNROLL: tl.constexpr):
-    """Reads everything, 16 bytes a thread at a time; writes a sum for each program."""
-    total = tl.zeros([BLOCK], tl.int32)
-    # `blocks` is a multiple of UNROLL; offsets stay below 2**31 elements.
-    for block in range(tl.program_id(0) * UNROLL, blocks, tl.num_programs(0) * UNROLL):
-        for i in tl.static_range(UNROLL):
-            total += tl.load(x + (block + i) * BLOCK + tl.arange(0, BLOCK))
-    tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 
 def ceilings(report: Report, found: dict[str, Any]) -> None:
@@ -938,25 +750,6 @@ def sdpa_run(shape: Shape, *, folded: bool) -> Callable[[], Any]:
     return lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-@triton.jit
-def reduce_without_lse_kernel(
-    partial_out, partial_lse2, out, out_split, lse_split, splits,
-    PADDED_SPLITS: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """`reduce_pack_kernel` for one rank, without the log-sum-exp: what it costs to give it."""
-    item = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    split, dim = tl.arange(0, PADDED_SPLITS).to(tl.int64), tl.arange(0, DIM)
-    lse2 = tl.load(
-        partial_lse2 + split * lse_split + item, mask=split < splits, other=float("-inf")
-    )
-    at = split[:, None] * out_split + item * DIM + dim[None, :]
-    outputs = tl.load(partial_out + at, mask=(split < splits)[:, None], other=0.0)
-    weights = tl.exp2(lse2 - tl.max(lse2, 0))
-    weights = weights / tl.sum(weights, 0)
-    kept = tl.where((weights != 0)[:, None], outputs * weights[:, None], 0.0)
-    tl.store(out + item * DIM + dim, tl.sum(kept, 0).to(out.dtype.element_ty))
-
-
 def without_lse_run(
     shape: Shape, paging: tuple[Tensor, Tensor, Tensor], settings: DecodeSettings, splits: int
 ) -> Callable[[], Tensor]:
@@ -965,7 +758,7 @@ def without_lse_run(
     out = torch.empty_like(q)
     partial = torch.empty(splits, *q.shape, dtype=torch.float32, device=DEVICE)
     lse2 = torch.empty(splits, *q.shape[:2], dtype=torch.float32, device=DEVICE)
-    padded = triton.next_power_of_2(splits)
+    padded = power_of_2(splits)
 
     def run() -> Tensor:
         decode(q, *paging, partial, lse2, settings=settings)
@@ -1563,7 +1356,9 @@ def main() -> None:
         return
     # A kernel that hangs ends the process before the machine's own limit does.
     faulthandler.dump_traceback_later(LIMIT + 60, exit=True)
-    report = Report(arguments.out or Path(os.environ.get("OUT", "runs/h200")), arguments.commit)
+    report = Report(
+        arguments.out or Path(os.environ.get("OUT", "runs/h200")), machine(arguments.commit)
+    )
     flashinfer = start_flashinfer()
     sections: list[tuple[str, Callable[[dict[str, Any]], None]]] = [
         ("1 correctness", functools.partial(correctness, report)),

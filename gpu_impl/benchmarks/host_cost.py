@@ -10,13 +10,14 @@ that needs one, the slot of each new token.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+
+from lib.report import write_json
+from lib.timing import in_turn
 
 from helix_gpu.bookkeeping.rank_book import RankBook
 from helix_spec.config import Config, ModelShape
@@ -86,17 +87,6 @@ def has_vllm() -> bool:
         return False
 
 
-def microseconds(steps: dict[str, Step]) -> dict[str, list[float]]:
-    """Time of each step, STEPS times in turn."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(STEPS):
-        for name, step in steps.items():
-            begun = time.perf_counter()
-            step()
-            times[name].append((time.perf_counter() - begun) * 1e6)
-    return times
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -112,7 +102,8 @@ def main() -> None:
         steps = {"ours": our_step(requests, context)}
         if with_vllm:
             steps["vLLM"] = vllm_step(requests, context)
-        for name, times in microseconds(steps).items():
+        for name, seconds in in_turn(steps, STEPS).items():
+            times = [1e6 * one for one in seconds]
             low, high = (statistics.quantiles(times, n=20)[i] for i in (0, -1))
             middle = statistics.median(times)
             print(
@@ -123,8 +114,7 @@ def main() -> None:
                 {"name": name, "requests": requests, "context": context, "median_us": middle,
                  "q05_us": low, "q95_us": high}
             )  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -6,83 +6,36 @@
 Prints tables, and writes them as JSON to `--out`. README.md beside this file says how to read them.
 """
 
-# ruff: noqa: E402 -- whether kernels are interpreted is settled before triton is imported
-
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-DRY = "--dry-run" in sys.argv
-if DRY:
-    os.environ["TRITON_INTERPRET"] = "1"
+from lib import DRY
+from lib.device import DEVICE, again, device_time, strict, wait
+from lib.exchanges import exchanged
+from lib.models import models
+from lib.report import show, write_json
 
 import torch
 import torch.distributed as dist
-from h200 import aligned
 from torch import Tensor
 
 from helix_gpu.cache import HelixCache
 from helix_gpu.comm.exchange import MakeExchange, all_to_all
 from helix_gpu.comm.push import push
-from helix_gpu.graphs import Replay, StepGraph, cuda_graph
-from helix_spec.config import Config, LatentShape, ModelShape
+from helix_gpu.graphs import StepGraph, cuda_graph
+from helix_spec.config import Config, ModelShape
 
-DEVICE = "cpu" if DRY else "cuda"
 REPLAYS = 8 if DRY else 1000
 LEAVING = 4 if DRY else 40
 """Steps from one request that leaves, and comes back half as many later, to the next."""
 PROMPTS = [1, 3, 5, 9] if DRY else [1, 15, 16, 17, 500, 1000, 2047, 4000]
-DTYPE = "float16" if DRY else "bfloat16"  # the interpreter does not round to bfloat16, it cuts
-
-NARROW = "float8_e4m3fn"
-LATENT = LatentShape(latent_dim=32, rope_dim=16) if DRY else LatentShape()
-
-
-def models() -> dict[str, ModelShape]:
-    """The models whose steps are replayed: probabilities meet V on the matrix units."""
-    layers, heads, kv_heads, dim = (2, 4, 2, 16) if DRY else (4, 32, 8, 128)
-    types: dict[str, Any] = {"dtype": DTYPE, "product_dtype": DTYPE, "partial_dtype": DTYPE}
-    grouped = {"layers": layers, "q_heads": heads, "kv_heads": kv_heads, "head_dim": dim}
-    latent = {
-        "layers": layers,
-        "q_heads": 4 * heads,
-        "kv_heads": 1,
-        "head_dim": 192,
-        "latent": LATENT,
-    }
-    return {
-        "grouped queries": ModelShape(**grouped, **types),
-        "grouped queries, 8-bit cache": ModelShape(**grouped, **types, cache_dtype=NARROW),
-        "latents": ModelShape(**latent, **types),
-        "latents, 8-bit cache": ModelShape(**latent, **types, cache_dtype=NARROW),
-    }
-
-
-def again(work: Callable[[], None]) -> Replay:
-    """What stands in for a CUDA graph where there is none: doing it again."""
-    work()
-    return work
-
-
-def wait() -> None:
-    """Until the device has nothing left to do."""
-    if not DRY:
-        torch.cuda.synchronize()
-
-
-def strict(on: bool) -> None:
-    """Whether PyTorch raises where the host would wait for the device."""
-    if not DRY:
-        torch.cuda.set_sync_debug_mode("error" if on else "default")
 
 
 class Twins:
@@ -181,59 +134,6 @@ def launched(twins: Twins, live: list[int], q: Tensor, k: Tensor, v: Tensor | No
     )
 
 
-def exchanged(
-    name: str, make: MakeExchange, group: dist.ProcessGroup | None = None
-) -> dict[str, Any]:
-    """An exchange of all ranks, captured: what arrives is what this replay sends."""
-    exchange = make(group or dist.group.WORLD, models()["grouped queries"])
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    send = torch.zeros(ranks, 4096, dtype=torch.uint8, device=DEVICE)
-    received = torch.zeros_like(send)
-    peers = torch.arange(ranks, device=DEVICE)[:, None]
-
-    def message(step: int, source: int | Tensor, target: int | Tensor) -> Tensor:
-        # No byte is the same one replay earlier or later, nor from or for another rank.
-        at = torch.arange(send.shape[1], device=DEVICE)
-        return ((37 * at + 11 * step + 101 * source + 53 * target) % 251).to(torch.uint8)
-
-    def work() -> None:
-        received.copy_(exchange(send))
-
-    replay = again(work) if DRY else cuda_graph(work)
-    for step in range(REPLAYS):
-        send.copy_(message(step, rank, peers))
-        replay()
-        wrong += (received != message(step, peers, rank)).sum()
-    dist.all_reduce(wrong)
-    us = device_time(replay)
-    return {"exchange": name, "replays": REPLAYS, "wrong bytes": int(wrong), "us": us}
-
-
-def device_time(run: Replay, times: int = 3 if DRY else 200) -> float:
-    """Median microseconds of a run, from its start on the device to its end."""
-    return statistics.median(once(run) for _ in range(times))
-
-
-def once(run: Callable[[], object]) -> float:
-    """Microseconds of one run on the device; those of the host in a dry run."""
-    if DRY:
-        begun = time.perf_counter()
-        run()
-        return (time.perf_counter() - begun) * 1e6
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3
-
-
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows of equal keys as a table."""
-    print("", f"## {title}", *aligned(rows), sep="\n", flush=True)
-
-
 def main() -> None:
     """Replay the models' steps and the exchanges; exit status 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -247,11 +147,10 @@ def main() -> None:
         store = dist.FileStore(f"{folder}/store", 1)
         dist.init_process_group("gloo" if DRY else "nccl", store=store, rank=0, world_size=1)
         makers: dict[str, MakeExchange] = {"packed all-to-all": all_to_all, "push": push}
-        found["exchanges"] = [exchanged(name, make) for name, make in makers.items()]
+        found["exchanges"] = [exchanged(name, make, REPLAYS) for name, make in makers.items()]
         dist.destroy_process_group()
     show("exchanges of one rank with itself", found["exchanges"])
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_json(arguments.out, found)
     wrong = any(row["elements that differ"] or not row["caches equal"] for row in found["steps"])
     sys.exit(wrong or any(row["wrong bytes"] for row in found["exchanges"]))
 

@@ -6,11 +6,12 @@ Run as `PYTHONPATH=spec:gpu_impl python gpu_impl/benchmarks/ledger.py [--json FI
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import time
 from pathlib import Path
+
+from lib.report import write_json
+from lib.timing import in_turn
 
 import numpy as np
 
@@ -30,12 +31,11 @@ def step_times(layout: str, batch: int, context: int, query_len: int) -> list[fl
         # Unequal lengths, so that pages open and turns end in different steps.
         ledger.admit(ledger.plan_admit(id, context + id))
     ids, query_lens = list(range(batch)), [query_len] * batch
-    times = []
-    for _ in range(REPEATS):
-        begun = time.perf_counter()
+
+    def step() -> None:
         ledger.advance(ledger.plan_step(ids, query_lens))
-        times.append((time.perf_counter() - begun) * 1e6)
-    return times
+
+    return [1e6 * seconds for seconds in in_turn({"step": step}, REPEATS)["step"]]
 
 
 def main() -> None:
@@ -60,12 +60,11 @@ def main() -> None:
                 {"requests": batch, "context": context, "median_us": median,
                  "p5_us": low, "p95_us": high}
             )  # fmt: skip
-    if arguments.json:
-        setting = {"layout": arguments.layout, "query_len": arguments.query_len}
-        setting |= {"cp_size": CP_SIZE, "repeats": REPEATS}
-        machine = {"python": platform.python_version(), "numpy": np.__version__}
-        document = {"setting": setting | machine, "figures": figures}
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    setting = {"layout": arguments.layout, "query_len": arguments.query_len}
+    setting |= {"cp_size": CP_SIZE, "repeats": REPEATS}
+    machine = {"python": platform.python_version(), "numpy": np.__version__}
+    document = {"setting": setting | machine, "figures": figures}
+    write_json(arguments.json, document)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,14 @@ os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
 }
 
-import msgspec
-import torch
-import torch.distributed as dist
-from h200 import DEVICE, DRY, TYPE, Report, captured, random, read_kernel
-from launch import again, device_time, exchanged, models
-from merges import MODEL as GROUPED
-from merges import Merges, message_bytes, pushing
-from skew import LAYOUTS, PAGE, config_for, grown, judged, share_memory
-from together import (
+from lib import DRY, device
+from lib.balance import LAYOUTS, PAGE, config_for, grown, judged, share_memory
+from lib.device import DEVICE, TYPE, again, captured, device_time, random
+from lib.exchanges import MODEL as GROUPED
+from lib.exchanges import Merges, exchanged, message_bytes, pushing
+from lib.kernels import read_kernel
+from lib.models import models
+from lib.ranks import (
     PATIENCE,
     Found,
     More,
@@ -50,6 +49,11 @@ from together import (
     times_of,
     world,
 )
+from lib.report import Report
+
+import msgspec
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.attention.kernels.step import attend_shard
@@ -69,6 +73,8 @@ LATENT = models()["latents"]
 BATCHES = (1, 2) if DRY else (1, 8, 64, 256)
 EXCHANGES = 2 if DRY else 20
 """Exchanges one after another in a graph whose time is taken."""
+REPLAYS = 8 if DRY else 1000
+"""Of each captured exchange."""
 FRACTIONS = (0.0, 1.0) if DRY else (0.0, 0.5, 1.0, 2.0)
 READERS = [(1024, 4, 4, 4)] if DRY else [(1024, 4, 2112, 8), (2048, 2, 2112, 8), (2048, 2, 528, 8)]
 """The best of `h200.py`: block, unrolled, programs, warps."""
@@ -207,12 +213,12 @@ def captures(report: Report, found: Found, more: More) -> None:
     found["rows"] = rows = list[Found]()
     try:
         for make in makes:
-            rows.append(exchanged(make.__name__, make))
+            rows.append(exchanged(make.__name__, make, REPLAYS))
         # A mesh makes a group of its own, and so a communicator.
         config = config_for("pr9757", dist.get_world_size(), GROUPED, 1, PAGE, (0.0,))
         group = helix_mesh(config, DEVICE.type).get_group("cp")
         for make in makes:
-            rows.append(exchanged(f"{make.__name__} in a mesh's group", make, group))
+            rows.append(exchanged(f"{make.__name__} in a mesh's group", make, REPLAYS, group))
     finally:
         report.table("captured exchanges, every message checked", rows)
     found["wrong"] = sum(row["wrong bytes"] for row in rows)
@@ -508,7 +514,7 @@ SECTIONS: list[tuple[str, Callable[[Report, Found, More], None], float]] = [
 def run(arguments: argparse.Namespace) -> bool:
     """The sections in order; whether any was not as it should be."""
     ranks, rank = Ranks(), dist.get_rank()
-    report = Report(arguments.out, arguments.commit, name="ranks", silent=rank > 0)
+    report = Report(arguments.out, device.machine(arguments.commit), name="ranks", silent=rank > 0)
     report.say(f"{dist.get_world_size()} ranks, {dist.get_backend()}")
     for name, body, seconds in SECTIONS:
         if not arguments.only or name[0] in arguments.only:

@@ -29,14 +29,14 @@ spread f + a*S/C*(1 + x), for prompts of S tokens and x decoded ones for each of
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
-import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lib.balance import LAYOUTS, PAGE, Figures, config_for, grown, judged, share_memory
+from lib.report import write_json
 
 import torch
 import torch.distributed as dist
@@ -45,13 +45,12 @@ from torch import Tensor
 from helix_gpu.attention import native
 from helix_gpu.cache import HelixCache
 from helix_gpu.comm.mesh import helix_mesh
-from helix_spec.config import Config, ModelShape
+from helix_planner.plans import Hardware, Load, ModelCard, plan
+from helix_spec.config import ModelShape
 from helix_spec.layouts import named_layout
-from helix_spec.placement import pages_needed
 
-LAYOUTS = ("before_9757", "pr9757", "pr17866", "balanced")
 FRACTIONS = (0.0, 0.5, 1.0, 2.0)
-BATCH, PROMPT, PAGE, ROUNDS, WARM_UP = 4, 16384, 64, 120, 2
+BATCH, PROMPT, ROUNDS, WARM_UP = 4, 16384, 120, 2
 MODEL = ModelShape(layers=1, q_heads=32, kv_heads=1, head_dim=64, dtype="float32")
 RESAMPLED, GOAL = 1000, 0.1
 CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
@@ -83,64 +82,6 @@ class Turns:
         return partial
 
 
-def config_for(
-    name: str,
-    c: int,
-    model: ModelShape,
-    batch: int,
-    prompt: int,
-    fractions: Sequence[float],
-    steps: int = PAGE,
-) -> Config:
-    """A layout of `c` ranks with room for what `grown` makes of these, and so many more steps."""
-    rules = named_layout(name, cp_size=c, tokens_per_block=PAGE)
-    most = int(prompt * max(fractions))
-    return Config(
-        layout=f"{name}/1:C={c},T={PAGE}",
-        # As many as the longest batch fills, and those that requests open when measured.
-        pages=[
-            sum(
-                pages_needed(rules, prompt, most, rank, id if name == "balanced" else 0)
-                + len(fractions) * -(-steps // PAGE)
-                for id in range(batch)
-            )
-            for rank in range(c)
-        ],
-        max_len=prompt + most + PAGE + steps,
-        model=model,
-        poison=False,
-    )
-
-
-def grown(
-    cache: HelixCache, batch: int, prompt: int, fractions: Sequence[float]
-) -> list[list[int]]:
-    """A batch of requests at each of the fractions of decoded / prompt tokens.
-
-    Batches are forks of each other, so that they share their prompts and what was decoded first.
-    Prompts are zeros, and nothing is cached of decoded tokens: they have lengths and pages.
-    """
-    model, none = cache.config.model, torch.zeros((), dtype=cache.dtype, device=cache.device)
-
-    def zeros(positions: Tensor) -> tuple[Tensor, Tensor | None]:
-        k = none.expand(model.layers, len(positions), cache.kv_heads, model.key_dim)
-        return k, None if model.latent else k
-
-    for id in range(batch):
-        cache.admit(id, prompt, zeros, rotated=True)
-    batches, ids, decoded = list[list[int]](), list(range(batch)), 0
-    for place, x in enumerate(fractions):
-        if place:
-            parents, ids = ids, [id + batch for id in ids]
-            for parent, child in zip(parents, ids, strict=True):
-                cache.fork(parent, child)
-        while decoded < x * prompt:
-            cache.book.decode_step(ids, [PAGE] * batch)
-            decoded += PAGE
-        batches.append(ids)
-    return batches
-
-
 class Steps:
     """Steps of one layout, for a batch at each of the FRACTIONS of decoded / prompt tokens."""
 
@@ -165,17 +106,6 @@ class Steps:
         begun = read_clocks()
         self.cache.decode(ids, q, kv, kv)
         return read_clocks() - begun - self.turns.waited
-
-
-def share_memory(caches: list[HelixCache]) -> None:
-    """Let all caches read the same pages, of random numbers.
-
-    In memory of their own one layout was up to 20 percent slower than another that holds as much,
-    a whole run long: how a pool's memory lies is none of the layout's doing.
-    """
-    largest = max((cache.pool for cache in caches), key=lambda pool: pool.shape[1]).normal_()
-    for cache in caches:
-        cache.pool = largest[:, : cache.pool.shape[1]]
 
 
 def measure() -> dict[str, dict[str, Tensor]]:
@@ -206,9 +136,6 @@ def measure() -> dict[str, dict[str, Tensor]]:
 
 def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
     """What `helix-conformance plan` says, given this machine's own constants."""
-    # Only needed here: `ranks.py` takes the rest to machines without what the suite needs.
-    from helix_planner.plans import Hardware, Load, ModelCard, plan
-
     numbers = 2 * MODEL.kv_heads * MODEL.head_dim
     card = ModelCard(MODEL.layers, 0, MODEL.q_heads, MODEL.kv_heads, MODEL.head_dim, 0, 0)
     machine = Hardware(
@@ -224,23 +151,6 @@ def planned_ratio(c: int, fixed: float, per_token: float, x: float) -> float:
         for name in ("before_9757", "balanced")
     )
     return before / even
-
-
-Figures = dict[str, list[float]]
-"""By layout, one for each of the fractions."""
-
-
-def judged(steps: Figures, c: int, prompt: int, fractions: Sequence[float]) -> dict[str, Any]:
-    """What the closed form says of the steps of one clock, and how far measured ones are off."""
-    even, share = steps["balanced"], prompt / c
-    a, f = statistics.linear_regression([share * (1 + x) for x in fractions], even)
-    closed = [(f + a * share * (1 + c * x)) / (f + a * share * (1 + x)) for x in fractions]
-    ratios = {
-        name: [step / base for step, base in zip(of, even, strict=True)]
-        for name, of in steps.items()
-    }
-    off = [r / form - 1 for r, form in zip(ratios["before_9757"], closed, strict=True)]
-    return {"fixed": f, "per_token": a, "closed": closed, "ratios": ratios, "off": off}
 
 
 def middle_means(steps: dict[str, Tensor]) -> Figures:
@@ -310,8 +220,7 @@ def main() -> None:
             print(row("  at least", one["least"], ".1%"))
             print(row("  at most", one["most"], ".1%"))
         print(f"\nwithin {GOAL:.0%} by processor time: {verdict(found['processor'])}")
-        if options.json:
-            options.json.write_text(json.dumps({"x": FRACTIONS, "clocks": found}, indent=1))
+        write_json(options.json, {"x": FRACTIONS, "clocks": found})
     dist.destroy_process_group()
 
 

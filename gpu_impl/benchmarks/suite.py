@@ -9,12 +9,14 @@ decode, reduction into the send buffer, and after an exchange by copy the merge 
 from __future__ import annotations
 
 import argparse
-import json
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lib.device import again
+from lib.report import write_json
 
 import torch
 
@@ -26,18 +28,12 @@ from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.report.text import failure_text
 from helix_gpu.attention.kernels import merge, step
 from helix_gpu.cache import DecodeStep
-from helix_gpu.graphs import Replay, StepGraph, cuda_graph
+from helix_gpu.graphs import StepGraph, cuda_graph
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_TURN = threading.Lock()
-
-
-def again(work: Callable[[], None]) -> Replay:
-    """What stands in for a CUDA graph where there is none: doing it again."""
-    work()
-    return work
 
 
 CAPTURE = cuda_graph if DEVICE == "cuda" else again
@@ -137,8 +133,7 @@ def main() -> None:
                 if failure is not None:
                     row["failure"] = "\n".join(map(str, failure_text(failure)))
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            if arguments.out:
-                arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+            write_json(arguments.out, rows)
     driver.close()
     raise SystemExit(any(row["verdict"] not in ("pass", "not run") for row in rows))
 

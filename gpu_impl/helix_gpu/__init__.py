@@ -1,18 +1,19 @@
 """A sharded decode KV cache on torch.distributed: paged pool, ledger, attention, exchange, merge.
 
 Helix parallelism (arXiv 2507.07120; TensorRT-LLM pull request 9757) spreads the KV cache of one
-sequence over `cp_size` ranks. The modules, in reading order:
+sequence over `cp_size` ranks. Each layer below imports only those above it:
 
-- `refusals`: why an event changes nothing;
-- `dealing`: which tokens of a prompt each rank gets, and whose turn it is after it;
+- `bookkeeping`: which rank holds which token, in which page, without tensors: `refusals`,
+  `dealing`, `sharing`, `ledger`, `allocator`, `block_tables`, `rank_book`;
 - `transfer`: what moves where when a prompt comes from ranks that split it otherwise;
-- `sharing`: which pages several requests hold after a fork;
-- `ledger`: the counters that all ranks keep alike, without communication;
-- `allocator`, `block_tables`, `bookkeeping`: one rank's own pages and slots;
-- `rope`, `attention`, `exchange`, `merge`: the arithmetic of one decode step;
-- `push`, `hop_b`: an exchange by writing into the peers' memory; exchange and attention at a time;
+- `attention`: partial attention over a rank's own pages, and the merge: `rope`, `paged`, `native`,
+  `backends` (`flashinfer`), `partials`, `merge`, and `kernels` (`rope`, `append`, `decode`, `mla`,
+  `reduce_pack`, `merge`, `step`, `settings`, `paging`, `common`);
+- `comm`: ranks and how partials travel between them: `mesh`, `exchange`, `push`, `windows`,
+  `push_kernels`, `hop_b`;
 - `cache`: the public face, `HelixCache`;
-- `mesh`, `block`: ranks as TP x CP, and a transformer block whose FFN uses them as EP x TP.
+- `graphs`: steps captured once and replayed;
+- `block`: a transformer block whose FFN uses the ranks as EP x TP.
 
-Nothing is imported here: everything up to `bookkeeping` runs without torch.
+Nothing is imported here: `bookkeeping` and `transfer` run without torch.
 """

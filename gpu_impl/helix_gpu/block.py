@@ -33,10 +33,19 @@ class AttentionWeights:
     """[q_heads * head_dim, hidden]."""
 
     def shard(self, mesh: DeviceMesh) -> AttentionWeights:
-        """This rank's share of the whole, on a mesh of axes ("tp", "cp").
+        """Return this rank's share of the whole.
 
         Q, K and V are split over tp and the same on all cp ranks: each projects all the heads of
         its tp shard, so that no query travels. O is split over all ranks, by `slice_of`.
+
+        Parameters
+        ----------
+        mesh : DeviceMesh
+            With axes ("tp", "cp").
+
+        Returns
+        -------
+        AttentionWeights
         """
         tp_rank, tp_size = mesh.get_local_rank("tp"), mesh["tp"].size()
         q, k, v = (x.chunk(tp_size, 1)[tp_rank].contiguous() for x in (self.q, self.k, self.v))
@@ -46,8 +55,22 @@ class AttentionWeights:
 class AttentionBlock:
     """QKV projection, RoPE, Helix attention, output projection and its reduction, for one layer.
 
-    `weights` are this rank's share. Every rank makes the same calls. Raises ValueError for weights
-    that are another share, and for a model with a latent cache, whose projections are others.
+    Every rank makes the same calls.
+
+    Parameters
+    ----------
+    cache : HelixCache
+    layer : int
+    weights : AttentionWeights
+        This rank's share.
+    mesh : DeviceMesh
+        With axes ("tp", "cp").
+
+    Raises
+    ------
+    ValueError
+        For weights that are another share, and for a model with a latent cache, whose projections
+        are others.
     """
 
     def __init__(
@@ -61,10 +84,19 @@ class AttentionBlock:
 
     @torch.no_grad()
     def __call__(self, step: DecodeStep, x: Tensor) -> Tensor:
-        """The layer's output [m, hidden] for a step begun, the same on all ranks.
+        """Return the layer's output for a step begun, the same on all ranks.
 
-        `x` [m + pad, hidden] of the model's type, the same on all ranks, has a row for each new
-        token of the step, dummies last. The sum over ranks is in the model's type.
+        The sum over ranks is in the model's type.
+
+        Parameters
+        ----------
+        step : DecodeStep
+        x : Tensor, the model's type [m + pad, hidden]
+            The same on all ranks: a row for each new token of the step, dummies last.
+
+        Returns
+        -------
+        Tensor, the model's type [m, hidden]
         """
         heads, model = (len(x), -1, self.cache.config.model.head_dim), self.weights
         q, k, v = ((x @ projection).view(heads) for projection in (model.q, model.k, model.v))
@@ -86,10 +118,23 @@ class FeedForwardWeights:
     """[experts, width, hidden]."""
 
     def shard(self, mesh: DeviceMesh) -> FeedForwardWeights:
-        """This rank's share of the whole, on a mesh of axes ("ep", "tp").
+        """Return this rank's share of the whole.
 
-        Experts are dealt over ep in equal runs, and each one's width is split over tp. Raises
-        ValueError if they do not divide.
+        Experts are split over ep in equal runs, and each one's width over tp.
+
+        Parameters
+        ----------
+        mesh : DeviceMesh
+            With axes ("ep", "tp").
+
+        Returns
+        -------
+        FeedForwardWeights
+
+        Raises
+        ------
+        ValueError
+            If experts or width do not divide.
         """
         (experts, _, width), (ep_size, tp_size) = self.gate.shape, mesh.shape
         if experts % ep_size or width % tp_size:
@@ -107,7 +152,15 @@ class FeedForwardWeights:
 
 
 class FeedForward:
-    """The FFN of one layer on the ranks of an attention mesh, as `mesh.repurposed` sees them."""
+    """The FFN of one layer on the ranks of an attention mesh, as `mesh.repurposed` returns them.
+
+    Parameters
+    ----------
+    weights : FeedForwardWeights
+        This rank's share.
+    mesh : DeviceMesh
+        With axes ("ep", "tp").
+    """
 
     def __init__(self, weights: FeedForwardWeights, mesh: DeviceMesh) -> None:
         self.weights = weights
@@ -116,11 +169,20 @@ class FeedForward:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, routing: Tensor) -> Tensor:
-        """The sum over experts of routing * down(silu(gate(x)) * up(x)), [m, hidden].
+        """Return the sum over experts of routing * down(silu(gate(x)) * up(x)).
 
-        `x` [m, hidden] of the weights' type and `routing` float32 [m, all experts], 0 where a
-        token does not go, are the same on all ranks, and so is the result. One all-reduce adds
-        the parts of an expert and the experts.
+        One all-reduce adds the parts of an expert and the experts.
+
+        Parameters
+        ----------
+        x : Tensor, the weights' type [m, hidden]
+            The same on all ranks.
+        routing : Tensor, float32 [m, all experts]
+            0 where a token does not go; the same on all ranks.
+
+        Returns
+        -------
+        Tensor, the weights' type [m, hidden]
         """
         output = torch.zeros_like(x, dtype=torch.float32)
         for place, (gate, up, down) in enumerate(

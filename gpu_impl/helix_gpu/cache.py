@@ -15,11 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from helix_gpu.attention.backends import AttendPages
 from helix_gpu.attention.merge import merge
 from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.attention.rope import rope_table, rotate
 from helix_gpu.bookkeeping.ledger import Admission, Ints, Step
 from helix_gpu.bookkeeping.rank_book import PageCopy, RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import check_config
-from helix_gpu.comm.exchange import Exchange, MakeExchange, all_to_all, pack, unpack
+from helix_gpu.comm.exchange import Exchange, MakeExchange, all_to_all
 from helix_gpu.comm.hop_b import Costs, Lane, SameLane
 from helix_gpu.comm.mesh import check_mesh, slice_of
 from helix_spec.config import Config
@@ -60,7 +61,7 @@ class DecodeStep:
     """With HOP-B, where it pays: two steps over parts of these very tensors."""
 
     def split(self) -> tuple[DecodeStep, DecodeStep]:
-        """The first half of the rows, and the others."""
+        """Return the first half of the rows, and the others."""
         border = len(self.lengths) // 2
         first, second = (
             replace(
@@ -72,7 +73,7 @@ class DecodeStep:
         return first, second
 
     def parts(self) -> list[tuple[slice, DecodeStep]]:
-        """What attends and travels together: rows of this step, and the step that they are."""
+        """Return what attends and travels together: rows, and the step that they are."""
         if not self.halves:
             return [(slice(None), self)]
         border = len(self.halves[0].lengths)
@@ -80,13 +81,12 @@ class DecodeStep:
 
 
 class HelixCache:
-    """The KV cache of global rank `rank` (= tp_rank * cp_size + cp_rank), all layers.
+    """The KV cache of one rank, all layers.
 
-    `HelixCache.on` takes rank, group and device from a mesh. Without one, `group` holds the ranks
-    of this tp_rank, in the order of their cp_rank; None when cp_size is 1. Every rank makes the
-    same calls. Heads are counted per rank: `kv_heads` and `q_heads` of its tensor-parallel shard
-    before the exchange; after it the rank holds slice `rank` of all query heads, of
-    q_heads / (tp_size * cp_size) heads (MAP-1).
+    `HelixCache.on` takes rank, group and device from a mesh. Every rank makes the same calls. Heads
+    are counted per rank: `kv_heads` and `q_heads` of its tensor-parallel shard before the exchange;
+    after it the rank holds slice `rank` of all query heads, of q_heads / (tp_size * cp_size) heads
+    (MAP-1).
 
     With a latent cache (MLA, `config.model.latent`) every rank caches the one latent: K is its
     latent and rotated parts side by side, V is None, Q is absorbed (multiplied by the up-projection
@@ -97,20 +97,50 @@ class HelixCache:
     beyond its largest number, 448, must be divided by a scale before, and Q or the output
     multiplied by it.
 
-    Raises Refused(bad_config), and ValueError for a rank or group that does not fit. Methods
-    that change something raise Refused before they do, the same on all ranks, and ValueError
-    for tensors of the wrong shape or type. `exchange` stands in for the group's all-to-all.
+    Methods that change something raise Refused before they do, the same on all ranks, and
+    ValueError for tensors of the wrong shape or type.
 
-    `backend` says what attends: `torch` (only on the CPU, where it is the default), `triton`, the
-    kernels of `attention.kernels`, or a function such as `attention.native.attend_pages` and those
-    of `attention.backends`. The steps of `triton` wait for nothing on the host, and can be captured
-    in a CUDA graph: see `reserve` and `graphs`.
+    The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often aborts a
+    process that still refers to a gloo group when it exits.
 
-    With `hop_b`, what attending and exchanging cost here, a step's rows attend in two halves, the
-    first of which travels meanwhile, wherever that saves time. Every rank is given the same costs.
+    Parameters
+    ----------
+    config : Config
+    rank : int
+        Global rank, tp_rank * cp_size + cp_rank.
+    group : ProcessGroup, optional
+        The ranks of this tp_rank, in the order of their cp_rank; not needed when cp_size is 1.
+    device : torch.device or str
+    exchange : Exchange, optional
+        Used in place of the group's all-to-all.
+    backend : {"torch", "triton"} or AttendPages, optional
+        What attends: `torch` (only on the CPU, where it is the default), `triton`, the kernels of
+        `attention.kernels`, or a function such as `attention.native.attend_pages` and those of
+        `attention.backends`. The steps of `triton` wait for nothing on the host, and can be
+        captured in a CUDA graph: see `reserve` and `graphs`.
+    hop_b : Costs, optional
+        What attending and exchanging cost here, the same on every rank. With it a step's rows
+        attend in two halves, the first of which travels meanwhile, wherever that saves time.
 
-    The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often
-    aborts a process that still refers to a gloo group when it exits.
+    Raises
+    ------
+    Refused
+        With `bad_config`.
+    ValueError
+        For a rank or group that does not fit.
+
+    Examples
+    --------
+    >>> from helix_spec.config import ModelShape
+    >>> model = ModelShape(layers=1, q_heads=2, kv_heads=1, head_dim=4, dtype="float32")
+    >>> config = Config(layout="pr9757/1:C=1,T=2", pages=[8], max_len=16, model=model)
+    >>> cache = HelixCache(config, rank=0)
+    >>> cache.admit(7, 3, lambda positions: (torch.zeros(1, 3, 1, 4), torch.ones(1, 3, 1, 4)))
+    >>> k, v = torch.zeros(1, 1, 1, 4), torch.full((1, 1, 1, 4), 5.0)
+    >>> cache.decode([7], torch.zeros(1, 1, 2, 4), k, v).mean().item()  # of values 1, 1, 1, 5
+    2.0
+    >>> cache.local_len(7), cache.block_table(7)
+    (4, [0, 1])
     """
 
     @classmethod
@@ -122,10 +152,24 @@ class HelixCache:
         backend: Backend | None = None,
         hop_b: Costs | None = None,
     ) -> Self:
-        """The share of this process on a mesh of axes ("tp", "cp"), as `helix_mesh` makes it.
+        """Return the cache of this process on a mesh; every rank calls it.
 
-        `make_exchange` is one of `comm.exchange`. Raises Refused(bad_config), and ValueError
-        for a mesh that does not fit, before anything else happens; every rank calls it.
+        Parameters
+        ----------
+        config : Config
+        mesh : DeviceMesh
+            With axes ("tp", "cp"), as `helix_mesh` makes it.
+        make_exchange : MakeExchange
+            One of `comm.exchange`, or `comm.push.push`.
+        backend, hop_b
+            As the class takes them.
+
+        Raises
+        ------
+        Refused
+            With `bad_config`, before anything else happens.
+        ValueError
+            For a mesh that does not fit, before anything else happens.
         """
         check_config(config)
         check_mesh(config, mesh)
@@ -189,25 +233,45 @@ class HelixCache:
 
     @property
     def request_ids(self) -> list[int]:
-        """Live requests, in the order in which they were placed."""
+        """Return the live requests, in the order in which they were placed."""
         return self.book.request_ids
 
     @property
     def preempted_ids(self) -> list[int]:
-        """Preempted requests, in rising order."""
+        """Return the preempted requests, in rising order."""
         return self.book.preempted_ids
 
     @property
     def free_pages(self) -> int:
-        """Pages of this rank's pool that no request holds."""
+        """Return the number of pages of this rank's pool that no request holds."""
         return self.book.free_pages
 
     def local_len(self, id: int) -> int:
-        """Tokens of a live request on this rank. Raises Refused."""
+        """Return the tokens of a live request on this rank.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         return self.book.local_len(id)
 
     def block_table(self, id: int) -> list[int]:
-        """Physical pages of a live request on this rank, in local order. Raises Refused."""
+        """Return the physical pages of a live request on this rank, in local order.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         return self.book.block_table(id)
 
     @torch.no_grad()
@@ -216,9 +280,24 @@ class HelixCache:
     ) -> None:
         """Take this rank's share of a prompt whose KV exists already.
 
-        `prompt_kv` is asked once for the rank's positions, after the admission is certain and
-        before anything changes; it is not asked when the rank holds none. Its K is rotated here,
-        unless it comes from another cache, where it is `rotated`.
+        Parameters
+        ----------
+        id : int
+        prompt_len : int
+            Tokens of the prompt.
+        prompt_kv : PromptKV
+            Asked once for the rank's positions, after the admission is certain and before anything
+            changes; not asked when the rank holds none.
+        rotated : bool
+            Whether its K is rotated already, as that of another cache is. Otherwise it is rotated
+            here.
+
+        Raises
+        ------
+        Refused
+            For an id that is known, an empty prompt, one that is too long, and exhausted pools.
+        ValueError
+            For K or V of the wrong shape or type.
         """
         self._place(self.book.plan_admit(id, prompt_len), prompt_kv, rotated)
 
@@ -226,16 +305,46 @@ class HelixCache:
     def resume(self, id: int, prompt_kv: PromptKV, *, rotated: bool = False) -> None:
         """Place a preempted request anew, as a prompt of all its tokens so far.
 
-        `prompt_kv` is asked as `admit` asks it, now for decoded tokens too: K and V come again.
+        Parameters
+        ----------
+        id : int
+        prompt_kv : PromptKV
+            Asked as `admit` asks it, now for decoded tokens too: K and V come again.
+        rotated : bool
+            As `admit` takes it.
+
+        Raises
+        ------
+        Refused
+            For a request that is not preempted, and exhausted pools.
+        ValueError
+            For K or V of the wrong shape or type.
         """
         self._place(self.book.plan_resume(id), prompt_kv, rotated)
 
     @torch.no_grad()
     def read(self, id: int, first: int, tokens: int) -> tuple[Tensor, Tensor | None]:
-        """K (rotated) and V of a live request's local indices [first, first + tokens).
+        """Return K (rotated) and V of a live request's local indices [first, first + tokens).
 
-        Each [layers, tokens, kv_heads, head_dim] of the model's type; V is None where a latent
-        is cached. Raises Refused, and IndexError for tokens that are not on this rank.
+        Parameters
+        ----------
+        id : int
+        first : int
+            Local index on this rank.
+        tokens : int
+
+        Returns
+        -------
+        k : Tensor, the model's type [layers, tokens, kv_heads, head_dim]
+        v : Tensor or None
+            As `k`; None where a latent is cached.
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        IndexError
+            For tokens that are not on this rank.
         """
         table, held = self.book.block_table(id), self.book.local_len(id)
         if not 0 <= first <= first + tokens <= held:
@@ -248,25 +357,80 @@ class HelixCache:
         return k, v[0] if v else None
 
     def prefill(self, id: int, prompt_len: int, chunk: int) -> Iterator[DecodeStep]:
-        """Take a prompt whose KV is computed here: a step for each `chunk` of its tokens.
+        """Take a prompt whose KV is computed here, and return its steps.
 
         Pages are taken at once. Call `attend` for every layer of each step, in order, before
         anything else that names the request.
+
+        Parameters
+        ----------
+        id : int
+        prompt_len : int
+            Tokens of the prompt.
+        chunk : int
+            Tokens of a step, at most.
+
+        Returns
+        -------
+        iterator of DecodeStep
+
+        Raises
+        ------
+        Refused
+            As `admit`.
+        ValueError
+            For a chunk below one token.
         """
         return self._chunks(self.book.plan_admit(id, prompt_len), chunk)
 
     def recompute(self, id: int, chunk: int) -> Iterator[DecodeStep]:
-        """Resume a preempted request like `prefill`, computing all its tokens again."""
+        """Resume a preempted request like `prefill`, computing all its tokens again.
+
+        Parameters
+        ----------
+        id : int
+        chunk : int
+            Tokens of a step, at most.
+
+        Returns
+        -------
+        iterator of DecodeStep
+
+        Raises
+        ------
+        Refused
+            As `resume`.
+        ValueError
+            For a chunk below one token.
+        """
         return self._chunks(self.book.plan_resume(id), chunk)
 
     @torch.no_grad()
     def begin(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
     ) -> DecodeStep:
-        """Start a step of `query_lens[i]` new tokens per request: pages are taken, lengths advance.
+        """Begin a step of new tokens for each request: pages are taken, lengths advance.
 
-        Call `attend` once for each layer next. `query_lens` defaults to ones; `pad` dummy
-        requests follow the real ones. The new tokens stand request after request, m in all.
+        Call `attend` once for each layer next. The new tokens stand request after request, m in
+        all.
+
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+        query_lens : sequence of int, [n], optional
+            New tokens of each request; one unless given.
+        pad : int
+            Dummy requests behind the real ones.
+
+        Returns
+        -------
+        DecodeStep
+
+        Raises
+        ------
+        Refused
+            For a batch or a count that is not right, a request that is not live or would be too
+            long, and exhausted pools.
         """
         return self._start(self.book.plan_step(ids, query_lens, pad))
 
@@ -274,12 +438,30 @@ class HelixCache:
     def attend(
         self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
     ) -> Tensor:
-        """One layer of a step begun: append K and V where owned, attend, exchange, merge.
+        """Do one layer of a step begun: append K and V where owned, attend, exchange, merge.
 
-        `q` [m + pad, q_heads, head_dim], `k` and `v` [m + pad, kv_heads, head_dim] of the model's
-        type, not rotated; dummies last, whose content counts for nothing. Returns the output
-        [m, q_heads / cp_size, head_dim] of this rank's slice of the query heads. Each token sees
-        those before it and itself, of its own group too.
+        Each token sees those before it and itself, of its own group too.
+
+        Parameters
+        ----------
+        step : DecodeStep
+        layer : int
+        q : Tensor, the model's type [m + pad, q_heads, head_dim]
+            Not rotated; dummies last, whose content counts for nothing.
+        k : Tensor, the model's type [m + pad, kv_heads, head_dim]
+            Not rotated.
+        v : Tensor, the model's type [m + pad, kv_heads, head_dim], optional
+            None exactly where a latent is cached.
+
+        Returns
+        -------
+        Tensor, the model's type [m, q_heads / cp_size, head_dim]
+            The output of this rank's slice of the query heads.
+
+        Raises
+        ------
+        ValueError
+            For tensors of the wrong shape or type.
         """
         model, rows, pool = self.config.model, len(step.lengths), self.pool[layer]
         self._check("Q", q, (rows, self.q_heads, model.key_dim))
@@ -306,9 +488,17 @@ class HelixCache:
     def combine(self, output: Tensor, lse: Tensor) -> Tensor:
         """Exchange the partials of all ranks and merge those of this rank's slice of the heads.
 
-        `output` float32 [n, q_heads, value_dim] and `lse` float32 [n, q_heads], the natural
-        log-sum-exp, -inf where this rank has no keys. Returns [n, q_heads / cp_size, value_dim] of
-        the model's type. Every rank of the group calls it.
+        Every rank of the group calls it.
+
+        Parameters
+        ----------
+        output : Tensor, float32 [n, q_heads, value_dim]
+        lse : Tensor, float32 [n, q_heads]
+            Natural log-sum-exp, -inf where this rank has no keys.
+
+        Returns
+        -------
+        Tensor, the model's type [n, q_heads / cp_size, value_dim]
         """
         model, cp_size = self.config.model, self.book.layout.cp_size
         partials = output[None], lse[None]
@@ -321,14 +511,28 @@ class HelixCache:
 
     @torch.no_grad()
     def reserve(self, rows: int) -> DecodeStep:
-        """A step of `rows` dummies, in whose buffers every later step of so many rows begins.
+        """Return a step of dummies, in whose buffers every later step of as many rows begins.
 
         Capture `attend` over it in a CUDA graph, with every rank alike, and replay the graph after
         each `begin` of `rows` new tokens and dummies in all: its tensors then say where this step's
         tokens are. `attend` returns all `rows` for it. A step is good until the next one of as many
         rows begins: attend to all its layers, or replay, before that. Tables are made for the
         longest request that the configuration allows, and for those HOP-B is decided. Reserving
-        again gives the same buffers. Raises ValueError for less than one row.
+        again gives the same buffers.
+
+        Parameters
+        ----------
+        rows : int
+            New tokens and dummies together.
+
+        Returns
+        -------
+        DecodeStep
+
+        Raises
+        ------
+        ValueError
+            For less than one row.
         """
         if rows < 1:
             raise ValueError(f"rows is {rows}; a step has at least one.")
@@ -349,10 +553,28 @@ class HelixCache:
         pad: int = 0,
         query_lens: Sequence[int] | None = None,
     ) -> Tensor:
-        """A whole step: `begin`, then `attend` for every layer.
+        """Do a whole step: `begin`, then `attend` for every layer.
 
-        `q`, `k` and `v` as `attend` takes them, with a first axis of layers; so is the output,
-        [layers, m, q_heads / cp_size, head_dim].
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+        q, k, v : Tensor
+            As `attend` takes them, with a first axis of layers.
+        pad : int
+            Dummy requests behind the real ones.
+        query_lens : sequence of int, [n], optional
+            New tokens of each request; one unless given.
+
+        Returns
+        -------
+        Tensor, the model's type [layers, m, q_heads / cp_size, head_dim]
+
+        Raises
+        ------
+        Refused
+            As `begin`.
+        ValueError
+            For tensors of the wrong shape or type.
         """
         plan = self.book.plan_step(ids, query_lens, pad)
         model, rows = self.config.model, len(plan.positions) + pad
@@ -363,27 +585,94 @@ class HelixCache:
         return torch.stack([self.attend(step, i, q[i], k[i], values[i]) for i in layers])
 
     def skip(self, ids: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
-        """Prepare a step that never runs: raises Refused as the decode would, changes nothing."""
+        """Prepare a step that never runs; nothing changes.
+
+        Parameters
+        ----------
+        ids, query_lens
+            As `begin` takes them.
+
+        Raises
+        ------
+        Refused
+            As `begin`.
+        """
         self.book.skip(ids, query_lens)
 
     def accept(self, id: int, kept: int) -> None:
-        """Keep the first `kept` tokens of a request's last group; the others were never decoded."""
+        """Keep the first tokens of a request's last group; the others were never decoded.
+
+        Parameters
+        ----------
+        id : int
+        kept : int
+            Tokens that stay.
+
+        Raises
+        ------
+        Refused
+            For a count outside the group, a request that is not live, and one without an open
+            group.
+        """
         self.book.accept(id, kept)
 
     def sampled(self, ids: Sequence[int]) -> None:
-        """With `config.overlap`: each request's oldest outstanding decode has been sampled."""
+        """Count each request's oldest outstanding decode as sampled; with `config.overlap` alone.
+
+        Parameters
+        ----------
+        ids : sequence of int
+
+        Raises
+        ------
+        Refused
+            Without overlap, for an empty or repeated list, and for a request without such a decode.
+        """
         self.book.sampled(ids)
 
     def fork(self, parent: int, child: int) -> None:
-        """A request begins as a copy of `parent` and shares its pages until it writes."""
+        """Begin a request as a copy of another, whose pages it shares until it writes.
+
+        Parameters
+        ----------
+        parent : int
+            A live request.
+        child : int
+            Id of the new one.
+
+        Raises
+        ------
+        Refused
+            For a parent that is not live, and a child that is known.
+        """
         self.book.fork(parent, child)
 
     def preempt(self, id: int) -> None:
-        """A request gives its pages back and stays known, until `resume` or `release`."""
+        """Free the pages of a live request, which stays known until `resume` or `release`.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         self.book.preempt(id)
 
     def release(self, id: int) -> None:
-        """End a request, live or preempted; pages that no other request holds are free again."""
+        """End a request, live or preempted; pages that no other request holds are free again.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not known.
+        """
         self.book.release(id)
 
     def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:

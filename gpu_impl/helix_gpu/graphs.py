@@ -15,7 +15,19 @@ Capture = Callable[[Callable[[], None]], Replay]
 
 
 def cuda_graph(work: Callable[[], None]) -> Replay:
-    """A CUDA graph of what `work` launches. Every rank of the exchange captures alike."""
+    """Return the replay of a CUDA graph of what `work` launches.
+
+    Every rank of the exchange captures alike.
+
+    Parameters
+    ----------
+    work : callable
+        Launches kernels and collectives.
+
+    Returns
+    -------
+    Replay
+    """
     # Before a capture kernels must be compiled and collectives connected, on another stream.
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call,unused-ignore]
     aside.wait_stream(torch.cuda.current_stream())
@@ -30,12 +42,25 @@ def cuda_graph(work: Callable[[], None]) -> Replay:
 
 
 class StepGraph:
-    """The decode step of all layers for a batch of `rows` new tokens and dummies together.
+    """The decode step of all layers for a batch of a fixed number of rows.
 
-    One for each batch size that is captured. The host writes where this step's tokens are into
-    the buffers of `HelixCache.reserve(rows)`, and Q, K and V into those of the graph; then it
-    replays. Every rank makes the same calls, with the same `rows`. The cache attends with
-    `triton`: raises ValueError for another backend, whose work cannot be captured.
+    One for each batch size that is captured. The host writes where this step's tokens are into the
+    buffers of `HelixCache.reserve(rows)`, and Q, K and V into those of the graph; then it replays.
+    Every rank makes the same calls, with the same `rows`.
+
+    Parameters
+    ----------
+    cache : HelixCache
+        It attends with `triton`.
+    rows : int
+        New tokens and dummies together.
+    capture : Capture
+        What captures.
+
+    Raises
+    ------
+    ValueError
+        For another backend, whose work cannot be captured.
     """
 
     def __init__(self, cache: HelixCache, rows: int, capture: Capture = cuda_graph) -> None:
@@ -70,10 +95,27 @@ class StepGraph:
         v: Tensor | None = None,
         query_lens: Sequence[int] | None = None,
     ) -> Tensor:
-        """`HelixCache.decode` of m new tokens, at most `rows`; dummies are the rest.
+        """Do `HelixCache.decode` of m new tokens, at most `rows`; dummies are the rest.
 
-        `q`, `k` and `v` [layers, m, …] have no dummies. The output [layers, m, …] is good until
-        the next call. Raises as `HelixCache.decode` does, and ValueError for too many tokens.
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+        q, k, v : Tensor [layers, m, heads, dim]
+            As `HelixCache.decode` takes them, without dummies.
+        query_lens : sequence of int, [n], optional
+            New tokens of each request; one unless given.
+
+        Returns
+        -------
+        Tensor [layers, m, heads, dim]
+            Good until the next call.
+
+        Raises
+        ------
+        Refused
+            As `HelixCache.decode`.
+        ValueError
+            For too many tokens, or tensors of the wrong shape.
         """
         tokens = len(ids) if query_lens is None else sum(query_lens)
         inputs = self._inputs(tokens, q, k, v)
@@ -82,9 +124,22 @@ class StepGraph:
 
     @torch.no_grad()
     def replay(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
-        """All layers of the step that `HelixCache.begin` has begun last, of `rows` rows.
+        """Do all layers of the step that `HelixCache.begin` has begun last, of `rows` rows.
 
-        Arguments, output and errors as `decode` has them; rows that are not given are dummies.
+        Parameters
+        ----------
+        q, k, v : Tensor
+            As `decode` takes them; rows that are not given are dummies.
+
+        Returns
+        -------
+        Tensor
+            As `decode` returns it.
+
+        Raises
+        ------
+        ValueError
+            For too many tokens, or tensors of the wrong shape.
         """
         tokens = q.shape[1]
         return self._replayed(tokens, self._inputs(tokens, q, k, v))

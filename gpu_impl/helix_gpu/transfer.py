@@ -28,10 +28,30 @@ class Move:
 
 
 def transfer(source: Sequence[Hand], target: Sequence[Hand]) -> list[Move]:
-    """The moves that turn one split of a prompt into another, by rising position.
+    """Return the moves that turn one split of a prompt into another, by rising position.
 
-    `source[r]` and `target[r]` are the hands of rank r on either side, of the same prompt. A
-    target rank finds its tokens in local order. Raises ValueError for two prompt lengths.
+    A target rank finds its tokens in local order.
+
+    Parameters
+    ----------
+    source, target : sequence of Hand
+        Prompt shard of each rank on either side, of the same prompt; see `dealing.deal_prompt`.
+
+    Returns
+    -------
+    list of Move
+
+    Raises
+    ------
+    ValueError
+        For two prompt lengths.
+
+    Examples
+    --------
+    >>> one = [Hand(range(2), chunk_tokens=2, prompt_len=4)]
+    >>> two = [Hand(range(1), 2, 4), Hand(range(1, 2), 2, 4)]
+    >>> [(move.target, move.position, move.tokens) for move in transfer(one, two)]
+    [(0, 0, 2), (1, 2, 2)]
     """
     if source[0].prompt_len != target[0].prompt_len:
         raise ValueError(

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_testing.exact import UNIT, exact_attention
+from gpu_testing.pages import scattered
 from helix_gpu.attention.kernels import step as kernels
 from helix_gpu.attention.kernels.append import append, append_latent
 from helix_gpu.attention.kernels.decode import decode
@@ -24,89 +25,31 @@ from helix_gpu.attention.kernels.rope import rotated
 from helix_gpu.attention.kernels.settings import DecodeSettings, splits_for
 from helix_gpu.attention.merge import merge
 from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.attention.rope import rope_table, rotate
 from helix_gpu.bookkeeping.rank_book import RankBook
-from helix_gpu.comm.exchange import pack, unpack
 from helix_spec.config import Config, ModelShape
 
 # Numpy, which computes what the kernels say, warns at log2(0) and NaN * 0.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF = torch.inf
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 DTYPES = list(UNIT)
-Doubles = NDArray[np.float64]
 Values = Callable[..., Tensor]
-
-
-def exact(
-    q: Tensor, k: Tensor, v: Tensor, product: torch.dtype, scale: float | None = None
-) -> tuple[Doubles, Doubles, Doubles]:
-    """Float64 attention of one query [heads, dim] over k, v [tokens, kv_heads, dim].
-
-    Output, natural log-sum-exp and, per head, the bound E of SPEC.md (ATT-4) for a float32 output
-    whose weights met the values in type `product`.
-    """
-    group = q.shape[0] // k.shape[1]
-    query = q.double().numpy()
-    keys, values = (x.double().numpy().repeat(group, 1) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    products = query * keys
-    scores = products.sum(-1) * scale
-    top = scores.max(0)
-    lse = top + np.log(np.exp(scores - top).sum(0))
-    p = np.exp(scores - lse)
-    o = (p[..., None] * values).sum(0)
-    norm, u32 = np.linalg.norm, UNIT[torch.float32]
-    spread = scale * q.shape[-1] ** 0.5 * norm(products, axis=-1)
-    drift = (q.shape[-1] / 3) ** 0.5
-    ds = u32 * (spread + (drift + 2) * abs(scores) + abs(scores).max(0))
-    squares = ((p * norm(values - o, axis=-1) * ds) ** 2).sum(0)
-    squares += ((p * norm(values, axis=-1) * UNIT[product]) ** 2).sum(0)
-    squares += (u32 * norm(o, axis=-1)) ** 2
-    sizes = norm((p[..., None] * abs(values)).sum(0), axis=-1)
-    squares += (u32 * (len(keys) ** 0.5 + 2) * sizes) ** 2
-    return o, lse, np.sqrt(squares)
-
-
-def scattered(
-    shards: Sequence[tuple[Tensor, Tensor]], t: int, heads_first: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The requests' K and V in shuffled pages of a pool of NaN; tables and lengths.
-
-    Entries past a table's end name a page of NaN. With `heads_first` the pool lies in memory as
-    [pages, 2, kv_heads, t, dim].
-    """
-    lengths = [len(k) for k, _ in shards]
-    counts = [-(-length // t) for length in lengths]
-    kv_heads, dim = shards[0][0].shape[1:]
-    total = sum(counts) + 2
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).tolist()
-    pages = torch.full((total, 2, t, kv_heads, dim), torch.nan, dtype=shards[0][0].dtype)
-    if heads_first:
-        pages = pages.transpose(2, 3).contiguous().transpose(2, 3)
-    tables = torch.full((len(shards), max(counts) + 1), order.pop())
-    for row, shard in enumerate(shards):
-        for column in range(counts[row]):
-            page = tables[row, column] = order.pop()
-            for part, x in enumerate(shard):
-                chunk = x[column * t : (column + 1) * t]
-                pages[page, part, : len(chunk)] = chunk
-    return pages, tables, torch.tensor(lengths)
 
 
 def check_rows(
     output: Tensor, lse: Tensor, q: Tensor, shards: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
     """Every row equals float64 within its bound; empty ones are exactly (0, -inf)."""
-    assert (torch.float32, torch.float32) == (output.dtype, lse.dtype)
+    assert (output.dtype, lse.dtype) == (torch.float32, torch.float32)
     for row, (k, v) in enumerate(shards):
         if not len(k):
             assert not output[row].any()
             assert bool((lse[row] == -INF).all())
             continue
-        o, exact_lse, bound = exact(q[row], k, v, q.dtype)
-        assert (np.linalg.norm(o - output[row].numpy(), axis=-1) <= bound).all()
+        o, exact_lse, bound = exact_attention(q[row], [(k, v)], product=q.dtype)
+        assert ((o - output[row]).norm(dim=-1) <= bound).all()
         np.testing.assert_allclose(lse[row].numpy(), exact_lse, rtol=2e-6, atol=2e-6)
 
 
@@ -147,7 +90,7 @@ def test_append_latent_writes_one_part(values: Values) -> None:
     rows, pool = values((3, 576), 1), torch.full((2, 4, 576), torch.nan)
     append_latent(rows, pool, torch.tensor([5, -1, 0]))
     assert torch.equal(rows[[0, 2]], pool.flatten(0, 1)[[5, 0]])
-    assert 6 == int(pool.isnan().all(-1).sum())
+    assert int(pool.isnan().all(-1).sum()) == 6
 
 
 SHAPES = [
@@ -247,9 +190,9 @@ def test_empty_splits_say_so_and_write_nothing_else(values: Values) -> None:
             if not size:
                 assert out[split, row].isnan().all() and bool((lse2[split, row] == -INF).all())
                 continue
-            part = [x[begin : begin + size] for x in shards[row]]
-            o, lse, bound = exact(q[row], *part, torch.float32)
-            assert (np.linalg.norm(o - out[split, row].numpy(), axis=-1) <= bound).all()
+            k, v = (x[begin : begin + size] for x in shards[row])
+            o, lse, bound = exact_attention(q[row], [(k, v)])
+            assert ((o - out[split, row]).norm(dim=-1) <= bound).all()
             np.testing.assert_allclose(lse2[split, row] * np.log(2), lse, rtol=1e-6, atol=1e-6)
             begin += size
 
@@ -287,8 +230,10 @@ def test_decode_latent_against_float64(
         if not len(row):
             assert not output[i].any() and bool((lse[i] == -INF).all())
             continue
-        o, exact_lse, bound = exact(q[i], row, row[..., :latent], dtype, scale)
-        assert (np.linalg.norm(o - output[i].numpy(), axis=-1) <= bound).all()
+        o, exact_lse, bound = exact_attention(
+            q[i], [(row, row[..., :latent])], product=dtype, scale=scale
+        )
+        assert ((o - output[i]).norm(dim=-1) <= bound).all()
         np.testing.assert_allclose(lse[i], exact_lse, rtol=2e-6, atol=2e-6)
 
 
@@ -310,7 +255,7 @@ def partials(ranks: int, n: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
 def test_reduce_pack_is_merge_then_pack(
     wire: torch.dtype, splits: int, n: int, heads: int, dim: int, ranks: int
 ) -> None:
-    """Splits are joined as ranks are, and lie where `exchange.pack` puts them."""
+    """Splits are joined as ranks are, and lie where `partials.pack` puts them."""
     outputs, lses = partials(splits, n, heads, dim)
     expected = pack(*merge(outputs, lses), ranks, wire)
     send = torch.full_like(expected, 255)
@@ -352,7 +297,7 @@ def test_merge_where_one_partial_dominates() -> None:
         )
         out, lse = torch.empty(1, 1, 2), torch.empty(1, 1)
         merge_received(received, out, lse, torch.float32)
-        assert torch.equal(outputs[1], out) and high == lse.item()
+        assert torch.equal(outputs[1], out) and lse.item() == high
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, INF])
@@ -435,17 +380,17 @@ def test_splits_fill_the_device() -> None:
 
     20 rows would leave most multiprocessors idle in their second turn: they take five full ones.
     """
-    assert [16, 2, 1, 4, 1, 8, 1] == [
+    assert [
         splits_for(*case)
         for case in [
             (1, 8, 131072), (8, 8, 32768), (32, 8, 32768), (20, 8, 32768),
             (4, 8, 64), (1, 1, 1024), (0, 8, 0),
         ]
-    ]  # fmt: skip
+    ] == [16, 2, 1, 4, 1, 8, 1]  # fmt: skip
     # Four programs a multiprocessor: what was fastest with an 8-bit cache on an H200.
-    assert [66, 8, 2] == [
+    assert [
         splits_for(*case, resident=4) for case in [(1, 8, 131072), (8, 8, 32768), (32, 8, 32768)]
-    ]
+    ] == [66, 8, 2]
 
 
 def test_layouts_that_kernels_would_misread_are_refused(values: Values) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
+from gpu_testing.ranks import run_ranks
 from helix_gpu.bookkeeping.rank_book import RankStep
 from helix_gpu.cache import Backend, DecodeStep, HelixCache
 from helix_gpu.comm.exchange import Exchange
@@ -111,26 +111,6 @@ def _kernels_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(InterpretedFunction, "run", lambda *a, **kw: noted(in_turn)(*a, **kw))
 
 
-class Table:
-    """An all-to-all among threads; what is laid down is copied, since the sender goes on."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=60)
-        self.sent: list[Tensor] = [torch.empty(0)] * ranks
-
-    def seat(self, rank: int) -> Exchange:
-        """The exchange of one rank."""
-
-        def exchange(send: Tensor) -> Tensor:
-            self.sent[rank] = send.clone()
-            self.barrier.wait()
-            received = torch.stack([row[rank] for row in self.sent])
-            self.barrier.wait()
-            return received
-
-        return noted(exchange)
-
-
 def on_ranks(
     config: Config,
     body: Callable[[HelixCache], Any],
@@ -138,18 +118,11 @@ def on_ranks(
     cache_class: type[HelixCache] = HelixCache,
 ) -> Any:
     """What `body` makes of every rank's cache."""
-    table = Table(config.layout.cp_size)
 
-    def one(rank: int) -> Any:
-        try:
-            seat = table.seat(rank)
-            return body(cache_class(config, rank=rank, exchange=seat, backend=backend))
-        except BaseException:
-            table.barrier.abort()
-            raise
+    def make(config: Config, *, exchange: Exchange, **options: Any) -> HelixCache:
+        return cache_class(config, exchange=noted(exchange), **options)
 
-    with ThreadPoolExecutor(config.world_size) as pool:
-        return list(pool.map(one, range(config.world_size)))
+    return run_ranks(config, lambda cache, rank: body(cache), make, backend=backend)
 
 
 SMALL = ModelShape(q_heads=2, kv_heads=1)

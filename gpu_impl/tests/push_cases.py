@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helix_gpu.comm.push import _arrivals, _slots, _window_bytes
 from helix_gpu.comm.push_kernels import PARTS, put, take
+from helix_gpu.comm.windows import arrivals, slots, window_bytes
 
 
 class Ranks:
@@ -18,7 +18,7 @@ class Ranks:
 
     def __init__(self, ranks: int, capacity: int) -> None:
         self.ranks, self.capacity = ranks, capacity
-        size = _window_bytes(ranks, capacity)
+        size = window_bytes(ranks, capacity)
         self.windows = [torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)]
         self.addresses = torch.tensor([window.data_ptr() for window in self.windows])
         self.epochs = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
@@ -62,12 +62,12 @@ def test_slots_and_counts_are_the_protocols() -> None:
     world = Ranks(2, 32)
     first, second = messages(2, 32, 0), messages(2, 32, 1)
     world.put(first)
-    slots = _slots(world.windows[1], 2, 32)
-    assert torch.equal(torch.stack([send[1] for send in first]), slots[0])
-    assert not slots[1].any()
-    assert [PARTS, PARTS] == _arrivals(world.windows[1], 2).tolist()
+    window = slots(world.windows[1], 2, 32)
+    assert torch.equal(torch.stack([send[1] for send in first]), window[0])
+    assert not window[1].any()
+    assert arrivals(world.windows[1], 2).tolist() == [PARTS, PARTS]
     world.take(first)
     world.put(second)
-    assert torch.equal(torch.stack([send[1] for send in first]), slots[0])
-    assert torch.equal(torch.stack([send[1] for send in second]), slots[1])
-    assert [2 * PARTS, 2 * PARTS] == _arrivals(world.windows[1], 2).tolist()
+    assert torch.equal(torch.stack([send[1] for send in first]), window[0])
+    assert torch.equal(torch.stack([send[1] for send in second]), window[1])
+    assert arrivals(world.windows[1], 2).tolist() == [2 * PARTS, 2 * PARTS]

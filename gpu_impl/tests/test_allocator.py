@@ -9,8 +9,8 @@ def test_pages_are_distinct_and_counted() -> None:
     """Pages taken are distinct and in range, and free + taken = pages."""
     allocator = PageAllocator(7)
     taken = allocator.take(3) + allocator.take(4)
-    assert list(range(7)) == sorted(taken)
-    assert 0 == allocator.free
+    assert sorted(taken) == list(range(7))
+    assert allocator.free == 0
 
 
 def test_last_given_back_goes_out_first() -> None:
@@ -18,7 +18,7 @@ def test_last_given_back_goes_out_first() -> None:
     allocator = PageAllocator(5)
     allocator.take(3)
     allocator.give_back([0, 2])
-    assert [2, 0, 3] == allocator.take(3)
+    assert allocator.take(3) == [2, 0, 3]
 
 
 def test_taking_too_many_takes_none() -> None:
@@ -26,7 +26,7 @@ def test_taking_too_many_takes_none() -> None:
     allocator = PageAllocator(2)
     with pytest.raises(RuntimeError, match="3 pages were asked for and 2 are free"):
         allocator.take(3)
-    assert 2 == allocator.free
+    assert allocator.free == 2
 
 
 @pytest.mark.parametrize("pages", [[0, 0], [1, 2], [5], [-1]])
@@ -36,7 +36,7 @@ def test_giving_back_what_is_not_taken_gives_none(pages: list[int]) -> None:
     allocator.take(2)
     with pytest.raises(RuntimeError, match="given back"):
         allocator.give_back(pages)
-    assert 1 == allocator.free
+    assert allocator.free == 1
 
 
 def test_shared_pages_are_free_when_the_last_holder_lets_go() -> None:
@@ -46,13 +46,13 @@ def test_shared_pages_are_free_when_the_last_holder_lets_go() -> None:
     allocator.share(pages)
     allocator.share(pages[:1])
     allocator.give_back(pages)
-    assert 2 == allocator.free
+    assert allocator.free == 2
     allocator.give_back(pages)
-    assert 3 == allocator.free
+    assert allocator.free == 3
     allocator.give_back(pages[:1])
-    assert 4 == allocator.free
+    assert allocator.free == 4
 
 
 def test_a_large_pool_costs_nothing() -> None:
     """A pool of 2**31 - 1 pages needs no list of them."""
-    assert 2**31 - 1 == PageAllocator(2**31 - 1).free
+    assert PageAllocator(2**31 - 1).free == 2**31 - 1

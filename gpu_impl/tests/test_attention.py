@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_testing.pages import scattered
 from helix_gpu.attention import native, paged
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -22,23 +23,6 @@ def attend_pages(request: pytest.FixtureRequest) -> Attend:
     if not native.available():
         pytest.skip("There is no C++ compiler or no ninja on the PATH.")
     return native.attend_pages
-
-
-def scattered(shards: list[tuple[Tensor, Tensor]], t: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The requests' K and V in shuffled pages of a pool of NaN; tables and lengths."""
-    lengths = [len(k) for k, _ in shards]
-    counts = [-(-length // t) for length in lengths]
-    kv_heads, dim = shards[0][0].shape[1:]
-    order = iter(torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(1)))
-    pages = torch.full((sum(counts) + 3, 2, t, kv_heads, dim), torch.nan, dtype=shards[0][0].dtype)
-    tables = torch.zeros(len(shards), max(counts), dtype=torch.int64)
-    for row, shard in enumerate(shards):
-        for column in range(counts[row]):
-            page = tables[row, column] = next(order)
-            for part, x in enumerate(shard):
-                chunk = x[column * t : (column + 1) * t]
-                pages[page, part, : len(chunk)] = chunk
-    return pages, tables, torch.tensor(lengths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +54,7 @@ def test_against_float64(
         for n in lengths
     ]
     output, lse = attend_pages(q, *scattered(shards, t))
-    assert (torch.float32, torch.float32) == (output.dtype, lse.dtype)
+    assert (output.dtype, lse.dtype) == (torch.float32, torch.float32)
     for row, shard in enumerate(shards):
         if not lengths[row]:
             assert torch.equal(torch.zeros(heads, dim), output[row])

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from gpu_testing.exact import UNIT
 from helix_gpu.attention.backends import discovered, load
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rope_table, rotate
@@ -25,7 +26,6 @@ from helix_gpu.cache import HelixCache
 from helix_spec.config import Config, LatentShape, ModelShape
 
 Fixture = Callable[..., Any]
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 INF = torch.inf
 MODEL = ModelShape(
     q_heads=8, kv_heads=2, head_dim=64,
@@ -47,7 +47,7 @@ class FakeFlashInfer(types.ModuleType):
 
         class Wrapper:
             def __init__(self, workspace: Tensor, layout: str, *, use_tensor_cores: bool) -> None:
-                assert (torch.uint8, "NHD") == (workspace.dtype, layout)
+                assert (workspace.dtype, layout) == (torch.uint8, "NHD")
                 self.planned = False
 
             def plan(
@@ -56,9 +56,9 @@ class FakeFlashInfer(types.ModuleType):
                 q_data_type: torch.dtype, kv_data_type: torch.dtype, sm_scale: float | None,
             ) -> None:  # fmt: skip
                 for index in (indptr, indices, last_page_len):
-                    assert (torch.int32, 1) == (index.dtype, index.dim())
+                    assert (index.dtype, index.dim()) == (torch.int32, 1)
                 assert len(indptr) == len(last_page_len) + 1 and indptr[-1] == len(indices)
-                assert ((1 <= last_page_len) & (last_page_len <= page_size)).all()
+                assert ((last_page_len >= 1) & (last_page_len <= page_size)).all()
                 self.rows = [indices[a:b].long() for a, b in itertools.pairwise(indptr)]
                 self.last = last_page_len.tolist()
                 self.shape = (q_heads, kv_heads, head_dim, page_size)
@@ -69,9 +69,9 @@ class FakeFlashInfer(types.ModuleType):
             def run(self, q: Tensor, pool: Tensor, *, return_lse: bool) -> tuple[Tensor, Tensor]:
                 assert self.planned and return_lse
                 q_heads, kv_heads, head_dim, page_size = self.shape
-                assert (len(self.rows), q_heads, head_dim) == tuple(q.shape)
-                assert (2, page_size, kv_heads, head_dim) == tuple(pool.shape[1:])
-                assert self.types == (q.dtype, pool.dtype)
+                assert tuple(q.shape) == (len(self.rows), q_heads, head_dim)
+                assert tuple(pool.shape[1:]) == (2, page_size, kv_heads, head_dim)
+                assert (q.dtype, pool.dtype) == self.types
                 answers = [
                     self.row(x, pool, pages, last)
                     for x, pages, last in zip(q, self.rows, self.last, strict=True)
@@ -157,11 +157,11 @@ class Paged:
 def test_flashinfer_is_found_where_it_is(install: Fixture) -> None:
     """It is named when it can be imported, and asking for it elsewhere says what is missing."""
     if importlib.util.find_spec("flashinfer") is None:
-        assert [] == discovered()
+        assert discovered() == []
         with pytest.raises(ValueError, match="needs the package flashinfer-python, which is not"):
             load("flashinfer", MODEL)
     install(FakeFlashInfer())
-    assert ["flashinfer"] == discovered()
+    assert discovered() == ["flashinfer"]
     with pytest.raises(ValueError, match="There is no backend 'flash'; there are flashinfer"):
         load("flash", MODEL)
 
@@ -211,7 +211,7 @@ def test_a_cache_attends_with_flashinfer(
 
     answers = run_ranks(config, body)
     output, lengths = (torch.cat([answer[0] for answer in answers], 2), [n for _, n in answers])
-    assert [[3], [2], [1], [0]] == lengths
+    assert lengths == [[3], [2], [1], [0]]
     table = rope_table(torch.arange(tokens), 64, MODEL.rope_base)
     last, keys = rotate(q[0], *table)[-1], rotate(k[0], *table)
     held = [[0, 1, 5], [2, 3], [4], []]

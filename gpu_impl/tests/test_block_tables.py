@@ -18,20 +18,20 @@ def test_what_was_written_is_read() -> None:
     tables.write(ints(2, 0), ints(1, 1), [5, 4])
     tables.begin(5, [])
     tables.write(ints(5), ints(9), [9])
-    assert [5, 8, 4] == tables.page(ints(2, 0, 0), ints(1, 0, 1)).tolist()
-    assert [[8, 4], [6, 5]] == tables.read(ints(0, 2), 2).tolist()
-    assert 9 == tables.read(ints(5), 10)[0, 9]
-    assert [[6], [], [8, 4]] == tables.lists(ints(2, 5, 0), ints(1, 0, 2))
+    assert tables.page(ints(2, 0, 0), ints(1, 0, 1)).tolist() == [5, 8, 4]
+    assert tables.read(ints(0, 2), 2).tolist() == [[8, 4], [6, 5]]
+    assert tables.read(ints(5), 10)[0, 9] == 9
+    assert tables.lists(ints(2, 5, 0), ints(1, 0, 2)) == [[6], [], [8, 4]]
 
 
 def test_reading_beyond_what_was_written() -> None:
     """Pages that nobody wrote are there, of page numbers that exist."""
     tables = BlockTables()
     tables.begin(3, [])
-    assert [[0, 0, 0]] == tables.read(ints(3), 3).tolist()
-    assert (0, 4) == tables.read(ints(), 4).shape
+    assert tables.read(ints(3), 3).tolist() == [[0, 0, 0]]
+    assert tables.read(ints(), 4).shape == (0, 4)
     tables.write(ints(), ints(), [])
-    assert [[0, 0, 0, 0]] == tables.read(ints(0), 4).tolist()
+    assert tables.read(ints(0), 4).tolist() == [[0, 0, 0, 0]]
 
 
 def test_a_copy_goes_its_own_way() -> None:
@@ -40,7 +40,7 @@ def test_a_copy_goes_its_own_way() -> None:
     tables.begin(0, [4, 5])
     tables.copy(0, 6)
     tables.write(ints(6), ints(1), [3])
-    assert [[4, 5], [4, 3]] == tables.read(ints(0, 6), 2).tolist()
+    assert tables.read(ints(0, 6), 2).tolist() == [[4, 5], [4, 3]]
 
 
 def test_tables_are_as_large_as_needed_or_twice_as_large_as_before() -> None:
@@ -52,34 +52,34 @@ def test_tables_are_as_large_as_needed_or_twice_as_large_as_before() -> None:
 
     tables.write(ints(), ints(), [])
     tables.begin(0, [])
-    assert (1, 0) == size()
+    assert size() == (1, 0)
     tables.begin(2, [1])
-    assert (3, 1) == size()
+    assert size() == (3, 1)
     tables.write(ints(0, 2), ints(4, 2), [1, 1])
-    assert (3, 5) == size()
+    assert size() == (3, 5)
     tables.read(ints(2), 5)
     tables.begin(2, [1, 2, 3, 4, 5])
     tables.copy(0, 2)
-    assert (3, 5) == size()
+    assert size() == (3, 5)
     tables.copy(0, 3)
-    assert (6, 5) == size()
+    assert size() == (6, 5)
     tables.read(ints(3), 6)
-    assert (6, 10) == size()
+    assert size() == (6, 10)
     tables.begin(13, [1])
-    assert (14, 10) == size()
+    assert size() == (14, 10)
     tables.begin(14, [1] * 10)
-    assert (28, 10) == size()
+    assert size() == (28, 10)
 
 
 def test_nothing_is_copied_that_has_room() -> None:
     """A table without rows or pages stays so, and one that is large enough stays where it is."""
     tables = BlockTables()
-    assert (0, 0) == tables._pages.shape
+    assert tables._pages.shape == (0, 0)
     tables.write(ints(), ints(), [])
-    assert (0, 0) == tables._pages.shape
+    assert tables._pages.shape == (0, 0)
     tables.begin(0, [])
     tables.copy(0, 4)
-    assert (5, 0) == tables._pages.shape
+    assert tables._pages.shape == (5, 0)
     tables.begin(4, [1, 2])
     before = tables._pages
     tables.write(ints(0), ints(0), [3])

@@ -30,16 +30,16 @@ def test_ranks_agree_on_every_step(name: str) -> None:
     for n in range(20):
         before = [[book.local_len(id) for id in range(3)] for book in ranks]
         steps = [book.decode_step([0, 1, 2], pad=1) for book in ranks]
-        assert [1] * 3 == np.sum([step.active for step in steps], axis=0).tolist()
+        assert np.sum([step.active for step in steps], axis=0).tolist() == [1] * 3
         for book, step, lengths in zip(ranks, steps, before, strict=True):
-            assert lengths == step.past_len.tolist()
-            assert [1 + n, 4 + n, 13 + n] == step.position_ids.tolist()
-            assert (step.past_len + step.active).tolist() == step.visible.tolist()
-            assert [book.local_len(id) for id in range(3)] == step.visible.tolist()
+            assert step.past_len.tolist() == lengths
+            assert step.position_ids.tolist() == [1 + n, 4 + n, 13 + n]
+            assert step.visible.tolist() == (step.past_len + step.active).tolist()
+            assert step.visible.tolist() == [book.local_len(id) for id in range(3)]
             for id, (active, index) in enumerate(zip(step.active, step.past_len, strict=True)):
                 table = book.block_table(id)
                 slot = table[index // T] * T + index % T if active else -1
-                assert slot == step.slots[id]
+                assert step.slots[id] == slot
 
 
 @pytest.mark.parametrize("name", NAMED_LAYOUTS)
@@ -53,15 +53,15 @@ def test_pages_are_conserved(name: str) -> None:
         for _ in range(20):
             book.decode_step([2, 0])
             now = [book.block_table(id) for id in range(3)]
-            assert tables == [new[: len(old)] for old, new in zip(tables, now, strict=True)]
+            assert [new[: len(old)] for old, new in zip(tables, now, strict=True)] == tables
             used = [page for table in now for page in table]
             assert len(used) == len(set(used))
             assert 50 == book.free_pages + len(used) == book.ledger.free[book.cp_rank] + len(used)
             tables = now
         for id in (1, 0, 2):
             book.release(id)
-        assert 50 == book.free_pages
-        assert [] == book.request_ids
+        assert book.free_pages == 50
+        assert book.request_ids == []
 
 
 def test_an_inactive_rank_takes_nothing_under_lazy() -> None:
@@ -71,8 +71,8 @@ def test_an_inactive_rank_takes_nothing_under_lazy() -> None:
     table = book.block_table(7)
     for _ in range(30):
         step = book.decode_step([7])
-        assert ([], [-1]) == (step.taken, step.slots.tolist())
-    assert table == book.block_table(7)
+        assert (step.taken, step.slots.tolist()) == ([], [-1])
+    assert book.block_table(7) == table
 
 
 def test_lockstep_takes_pages_together() -> None:
@@ -80,8 +80,8 @@ def test_lockstep_takes_pages_together() -> None:
     ranks = books("pr17866")
     for book in ranks:
         book.admit(0, C * T)
-    assert [1] * C == [len(book.decode_step([0]).taken) for book in ranks]
-    assert [0] * C == [len(book.decode_step([0]).taken) for book in ranks]
+    assert [len(book.decode_step([0]).taken) for book in ranks] == [1] * C
+    assert [len(book.decode_step([0]).taken) for book in ranks] == [0] * C
 
 
 def test_skip_is_refused_as_the_decode_and_changes_nothing() -> None:
@@ -92,11 +92,11 @@ def test_skip_is_refused_as_the_decode_and_changes_nothing() -> None:
     skipped.skip([3])
     with pytest.raises(Refused) as refused:
         skipped.skip([3, 4], [1, 1])
-    assert Reason.UNKNOWN_REQUEST == refused.value.reason
-    assert plain.free_pages == skipped.free_pages
+    assert refused.value.reason == Reason.UNKNOWN_REQUEST
+    assert skipped.free_pages == plain.free_pages
     one, other = plain.decode_step([3]), skipped.decode_step([3])
-    assert one.slots.tolist() == other.slots.tolist()
-    assert one.position_ids.tolist() == other.position_ids.tolist()
+    assert other.slots.tolist() == one.slots.tolist()
+    assert other.position_ids.tolist() == one.position_ids.tolist()
 
 
 def test_recycled_rows_forget_their_pages() -> None:
@@ -105,7 +105,7 @@ def test_recycled_rows_forget_their_pages() -> None:
     book.admit(0, 40)
     book.release(0)
     book.admit(1, 2)
-    assert 1 == len(book.block_table(1))
+    assert len(book.block_table(1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_bad_configurations_are_refused(change: dict[str, object]) -> None:
     }
     with pytest.raises(Refused, match=r"\.$") as refused:
         RankBook(Config(**(config | change)), 0)  # type: ignore[arg-type]
-    assert Reason.BAD_CONFIG == refused.value.reason
+    assert refused.value.reason == Reason.BAD_CONFIG
 
 
 def test_cp_rank_outside_the_layout() -> None:
@@ -141,7 +141,7 @@ def test_long_tables_grow() -> None:
     book.admit(0, 1)
     for _ in range(501):
         book.decode_step([0])
-    assert 251 == len(set(book.block_table(0)))
+    assert len(set(book.block_table(0))) == 251
     assert np.array_equal(book.block_table(0), sorted(book.block_table(0)))
 
 
@@ -156,14 +156,14 @@ def test_ranks_agree_on_groups(name: str) -> None:
         book.admit(0, 4)
         book.admit(1, 13)
     steps = [book.decode_step([1, 0], [5, 2], pad=1) for book in ranks]
-    assert [1] * 7 == np.sum([step.active for step in steps], axis=0).tolist()
+    assert np.sum([step.active for step in steps], axis=0).tolist() == [1] * 7
     for book, step in zip(ranks, steps, strict=True):
-        assert [13, 14, 15, 16, 17, 4, 5] == step.position_ids.tolist()
+        assert step.position_ids.tolist() == [13, 14, 15, 16, 17, 4, 5]
         tables = [book.block_table(1)] * 5 + [book.block_table(0)] * 2
         held = step.past_len.repeat([5, 2])
         for group in (slice(0, 5), slice(5, 7)):
             seen = held[group] + step.active[group].cumsum()
-            assert seen.tolist() == step.visible[group].tolist()
+            assert step.visible[group].tolist() == seen.tolist()
         for table, active, seen, slot in zip(
             tables, step.active, step.visible, step.slots, strict=True
         ):
@@ -180,7 +180,7 @@ def test_the_ledger_knows_what_the_allocator_holds(name: str) -> None:
         def agrees(book: RankBook = book, rank: int = rank) -> None:
             _, tables = book.holdings(book.request_ids)
             used = {page for table in tables for page in table}
-            assert 50 == book.free_pages + len(used)
+            assert book.free_pages + len(used) == 50
             assert book.free_pages == book.ledger.free[rank]
 
         book.admit(0, 7)
@@ -201,7 +201,7 @@ def test_the_ledger_knows_what_the_allocator_holds(name: str) -> None:
         for id in (2, 3, 1):
             book.release(id)
             agrees()
-        assert 50 == book.free_pages
+        assert book.free_pages == 50
 
 
 def book_of(layout: str, rank: int = 0) -> RankBook:
@@ -218,8 +218,8 @@ def test_a_copy_has_the_tokens_of_the_open_page_alone() -> None:
     lazy.fork(0, 1)
     source = lazy.block_table(1)[-1]
     step = lazy.decode_step([1])
-    assert [(source, lazy.block_table(1)[-1], 3)] == [
-        (copy.source, copy.target, copy.tokens) for copy in step.copied
+    assert [(copy.source, copy.target, copy.tokens) for copy in step.copied] == [
+        (source, lazy.block_table(1)[-1], 3)
     ]
     tokens = []
     for rank in range(2):
@@ -227,7 +227,7 @@ def test_a_copy_has_the_tokens_of_the_open_page_alone() -> None:
         lockstep.admit(0, 21)
         lockstep.fork(0, 1)
         tokens.append([copy.tokens for copy in lockstep.decode_step([1]).copied])
-    assert [[4], [1]] == sorted(tokens, reverse=True)
+    assert sorted(tokens, reverse=True) == [[4], [1]]
 
 
 def test_a_prompt_in_chunks_is_every_token_once() -> None:
@@ -238,21 +238,21 @@ def test_a_prompt_in_chunks_is_every_token_once() -> None:
         plan = book.plan_admit(0, 7)
         book.place(plan)
         chunks = list(book.prompt_chunks(plan, 3))
-        assert [[0, 1, 2], [3, 4, 5], [6]] == [chunk.position_ids.tolist() for chunk in chunks]
+        assert [chunk.position_ids.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4, 5], [6]]
         for chunk in chunks:
             assert {-1} >= set(chunk.slots[~chunk.active].tolist())
             assert (chunk.slots[chunk.active] >= 0).all()
-            assert 0 == chunk.pad
+            assert chunk.pad == 0
         owned += [p for chunk in chunks for p in chunk.position_ids[chunk.active].tolist()]
-    assert list(range(7)) == sorted(owned)
+    assert sorted(owned) == list(range(7))
 
 
 def test_a_step_has_no_dummies_unless_asked() -> None:
     """`pad` is 0 where it is not given."""
     book = book_of("pr9757/1:C=1,T=4", 0)
     book.admit(0, 3)
-    assert 0 == book.plan_step([0]).pad
-    assert 0 == book.decode_step([0]).pad
+    assert book.plan_step([0]).pad == 0
+    assert book.decode_step([0]).pad == 0
 
 
 @pytest.mark.parametrize("cp_rank", [-1, 2, 3])
@@ -267,7 +267,7 @@ def test_steps_say_what_was_there_before() -> None:
     book = RankBook(Config(layout="pr9757/1:C=2,T=4", pages=[9, 9], max_len=99), 0)
     plan = book.plan_admit(0, 13)
     book.place(plan)
-    assert [[0], [5], [8]] == [step.past_len.tolist() for step in book.prompt_chunks(plan, 5)]
+    assert [step.past_len.tolist() for step in book.prompt_chunks(plan, 5)] == [[0], [5], [8]]
     none = RankStep.of_dummies(3)
-    assert [0] * 3 == [len(none.past_len), len(none.position_ids), len(none.slots)]
-    assert 0 == book.ledger.plan_step([0], [1]).pad
+    assert [len(none.past_len), len(none.position_ids), len(none.slots)] == [0] * 3
+    assert book.ledger.plan_step([0], [1]).pad == 0

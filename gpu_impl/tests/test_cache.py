@@ -162,8 +162,8 @@ def test_outputs_equal_attention_over_the_whole(
     travels = getattr(torch, wire) if setting.layout.cp_size > 1 else torch.float32
     for n, held in enumerate(spread(setting, steps=9)):
         output = torch.cat([outputs[n] for outputs in by_rank], 2)
-        assert (LAYERS, 3, heads[0], DIM) == output.shape
-        assert model.dtype == output.dtype
+        assert output.shape == (LAYERS, 3, heads[0], DIM)
+        assert output.dtype == model.dtype
         for row, request in enumerate((2, 0, 1)):
             everything = list(range(PROMPTS[request] + n + 1))
             q = model.rotated(request, everything[-1:], 0)[:, 0]
@@ -208,7 +208,7 @@ def test_cached_rows_are_the_rotated_tokens(
         order = [
             int((got_v == v[:, [p]]).flatten(2).all(2).all(0).nonzero()[0, 0]) for p in everything
         ]
-        assert everything == sorted(order)
+        assert sorted(order) == everything
         assert torch.equal(k, got_k[:, order])
         assert torch.equal(v, got_v[:, order])
 
@@ -225,7 +225,7 @@ def test_an_inactive_rank_writes_nothing(run_ranks: Fixture, values: Fixture) ->
             model.decode(cache, rank, [0], [13 + n], pad=2)
         return torch.equal(before, cache.pool.view(torch.int32))
 
-    assert [True, True, True, False] == run_ranks(setting, body)
+    assert run_ranks(setting, body) == [True, True, True, False]
 
 
 def test_dummies_change_no_bit(run_ranks: Fixture, values: Fixture) -> None:
@@ -264,7 +264,7 @@ def test_prompt_is_asked_for_only_where_held(values: Fixture) -> None:
         cache.admit(0, 5, prompt_kv)
         with pytest.raises(Refused):
             cache.admit(0, 5, prompt_kv)
-    assert {0: [[0, 1]], 1: [[2, 3]], 2: [[4]], 3: []} == asked
+    assert asked == {0: [[0, 1]], 1: [[2, 3]], 2: [[4]], 3: []}
 
 
 def test_failures_before_the_commit_leak_nothing(values: Fixture) -> None:
@@ -280,13 +280,13 @@ def test_failures_before_the_commit_leak_nothing(values: Fixture) -> None:
         cache.admit(0, 5, broken)
     with pytest.raises(ValueError, match=r"The prompt's K is torch.float32 \(1,\); it must be"):
         cache.admit(0, 5, lambda _: (torch.zeros(1), torch.zeros(1)))
-    assert ([], 40) == (cache.request_ids, cache.free_pages)
+    assert (cache.request_ids, cache.free_pages) == ([], 40)
     model.admit(cache, 0, 0, 4)
     q, k = torch.zeros(LAYERS, 1, 8, DIM), torch.zeros(LAYERS, 1, 2, DIM)
     for batch in ((q, k, k.double()), (q[:1], k, k), (q, k[:, :, :1], k)):
         with pytest.raises(ValueError, match="it must be torch"):
             cache.decode([0], *batch)
-    assert (38, 4) == (cache.free_pages, cache.local_len(0))
+    assert (cache.free_pages, cache.local_len(0)) == (38, 4)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_decode_refuses_before_it_looks_at_tensors(
     nothing = torch.empty(0)
     with pytest.raises(Refused) as refused:
         cache.decode(ids, nothing, nothing, nothing, pad=pad)
-    assert expected == refused.value.reason
+    assert refused.value.reason == expected
 
 
 def test_a_released_id_starts_afresh(run_ranks: Fixture, values: Fixture) -> None:
@@ -356,13 +356,13 @@ def test_another_function_may_attend(values: Fixture) -> None:
         model.admit(cache, 0, 0, 5)
         outputs.append(model.decode(cache, 0, [0], [5]))
     assert torch.equal(*outputs)
-    assert [{"scale": DIM**-0.5, "value_dim": DIM}] * LAYERS == calls
+    assert calls == [{"scale": DIM**-0.5, "value_dim": DIM}] * LAYERS
 
 
 def test_torch_attends_on_the_cpu_alone() -> None:
     """On another device the kernels are the default, and torch's operation is an error."""
     setting = config("pr9757/1:C=1,T=2")
-    assert "triton" == HelixCache(setting, rank=0, device="meta").backend
+    assert HelixCache(setting, rank=0, device="meta").backend == "triton"
     with pytest.raises(ValueError, match="on the CPU alone, not on meta"):
         HelixCache(setting, rank=0, device="meta", backend="torch")
 
@@ -435,7 +435,7 @@ def test_a_copied_page_holds_the_earlier_tokens_alone(
         model.admit(cache, rank, 0, 5)
         before, free = rows(cache, 0).clone(), cache.free_pages
         cache.fork(0, 1)
-        assert (free, cache.block_table(0)) == (cache.free_pages, cache.block_table(1))
+        assert (cache.free_pages, cache.block_table(1)) == (free, cache.block_table(0))
         held = cache.local_len(0)
         grouped(model, cache, rank, {1: [5, 6, 7]})
         assert torch.equal(before.nan_to_num(7), rows(cache, 0).nan_to_num(7))
@@ -445,7 +445,7 @@ def test_a_copied_page_holds_the_earlier_tokens_alone(
         assert mine[:, after:].isnan().all()
         for id in (0, 1):
             cache.release(id)
-        assert setting.pages[0] == cache.free_pages
+        assert cache.free_pages == setting.pages[0]
 
     run_ranks(setting, body)
 
@@ -484,7 +484,7 @@ def test_a_resumed_request_is_a_prompt_of_all_its_tokens(
         grouped(model, cache, rank, {0: [5, 6, 7, 8]})
         cache.accept(0, 2)
         cache.preempt(0)
-        assert ([], [0], 40) == (cache.request_ids, cache.preempted_ids, cache.free_pages)
+        assert (cache.request_ids, cache.preempted_ids, cache.free_pages) == ([], [0], 40)
 
         def prompt_kv(positions: Tensor) -> tuple[Tensor, Tensor]:
             k, v = (model.tokens(0, positions.tolist(), code) for code in (1, 2))
@@ -549,10 +549,10 @@ def test_prefill_is_refused_before_its_first_step(values: Fixture) -> None:
     for id, prompt_len, reason in ((0, 0, Reason.EMPTY_PROMPT), (0, 81, Reason.OUT_OF_PAGES)):
         with pytest.raises(Refused) as refused:
             cache.prefill(id, prompt_len, 4)
-        assert reason == refused.value.reason
+        assert refused.value.reason == reason
     with pytest.raises(ValueError, match="at least one token"):
         cache.prefill(0, 3, 0)
-    assert ([], 40) == (cache.request_ids, cache.free_pages)
+    assert (cache.request_ids, cache.free_pages) == ([], 40)
 
 
 def test_four_ranks_hold_nearly_four_times_the_tokens(run_ranks: Fixture) -> None:

@@ -31,24 +31,24 @@ def test_a_hand_cannot_be_changed() -> None:
 def test_contiguous_example() -> None:
     """L=13, T=2, C=4: contiguous puts 0-3, 4-7, 8-11 and 12 on the ranks."""
     expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
-    assert expected == positions("pr9757/1:C=4,T=2", 13)
+    assert positions("pr9757/1:C=4,T=2", 13) == expected
 
 
 def test_round_robin_example() -> None:
     """L=13, T=2, C=4: round_robin deals blocks in turn."""
     expected = [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12], [6, 7]]
-    assert expected == positions("pr13180/1:C=4,T=2", 13)
+    assert positions("pr13180/1:C=4,T=2", 13) == expected
 
 
 def test_pr9757_example() -> None:
     """L=400, T=100, C=4: rank r holds [100r, 100r + 100)."""
     expected = [list(range(100 * r, 100 * r + 100)) for r in range(4)]
-    assert expected == positions("pr9757/1:C=4,T=100", 400)
+    assert positions("pr9757/1:C=4,T=100", 400) == expected
 
 
 def test_short_prompt_leaves_ranks_empty() -> None:
     """A prompt shorter than C blocks leaves ranks without tokens, which is legal."""
-    assert [[0, 1], [2], [], []] == positions("pr9757/1:C=4,T=2", 3)
+    assert positions("pr9757/1:C=4,T=2", 3) == [[0, 1], [2], [], []]
 
 
 @given(st.sampled_from(SPLITS), st.integers(1, 5), st.integers(1, 200), st.integers(0, 4))
@@ -59,8 +59,8 @@ def test_every_token_is_dealt_once(split: str, c: int, prompt_len: int, shift: i
     )
     hands = deal_prompt(layout, prompt_len, shift % c)
     dealt = [hand.positions() for hand in hands]
-    assert list(range(prompt_len)) == sorted(np.concatenate(dealt).tolist())
-    assert [len(hand) for hand in dealt] == [hand.tokens for hand in hands]
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(prompt_len))
+    assert [hand.tokens for hand in hands] == [len(hand) for hand in dealt]
     assert all((np.diff(hand) > 0).all() for hand in dealt)
 
 
@@ -69,13 +69,13 @@ def test_shift_turns_the_table(name: str) -> None:
     """Under a shift of s, rank r + s gets what rank r would get."""
     layout = named_layout(name, cp_size=4, tokens_per_block=2)
     plain = [hand.chunks for hand in deal_prompt(layout, 13, 0)]
-    assert plain[-1:] + plain[:-1] == [hand.chunks for hand in deal_prompt(layout, 13, 1)]
+    assert [hand.chunks for hand in deal_prompt(layout, 13, 1)] == plain[-1:] + plain[:-1]
 
 
 def test_absurd_prompt_costs_nothing() -> None:
     """A prompt of 2**53 tokens is dealt without memory for each token."""
     hands = deal_prompt(parse_layout("vllm_dcp/1:C=4,T=1,I=1"), 2**53, 0)
-    assert 2**53 == sum(hand.tokens for hand in hands)
+    assert sum(hand.tokens for hand in hands) == 2**53
 
 
 @pytest.mark.parametrize("shift", range(4))
@@ -85,5 +85,5 @@ def test_a_rotated_last_rank_moves_forward(shift: int) -> None:
         "custom/1:prompt=contiguous,owner=last_rank,pages=lazy,start=rotated,C=4,T=2"
     )
     owner, left = first_turn(layout, 5, shift)
-    assert (3 + shift) % 4 == owner
-    assert 2**60 < left
+    assert owner == (3 + shift) % 4
+    assert left > 2**60

@@ -12,21 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpu_testing.exact import UNIT
 from helix_gpu.attention.merge import merge
-from helix_gpu.comm.exchange import (
-    Exchange,
-    MakeExchange,
-    all_gather,
-    all_to_all,
-    pack,
-    reduce_scatter,
-    unpack,
-)
+from helix_gpu.attention.partials import pack, unpack
+from helix_gpu.comm.exchange import Exchange, MakeExchange, all_gather, all_to_all, reduce_scatter
 from helix_gpu.comm.push import push
 from helix_spec.config import DType, ModelShape
 
 OnRanks = Callable[[int, Callable[[int], Any]], list[Any]]
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 INF = torch.inf
 EXCHANGES: list[MakeExchange] = [all_to_all, all_gather, reduce_scatter, push]
 IN_ORDER: list[MakeExchange] = [all_to_all, all_gather, push]
@@ -55,7 +48,7 @@ def test_round_trip(wire: torch.dtype, n: int, heads: int, dim: int, ranks: int)
 def test_bytes_on_the_wire() -> None:
     """A rank sends each other head_dim elements and one float32 per row and head, no more."""
     sent = pack(torch.zeros(8, 64, 128), torch.zeros(8, 64), 4, torch.bfloat16)
-    assert (4, 8 * 16 * (128 * 2 + 4)) == sent.shape
+    assert sent.shape == (4, 8 * 16 * (128 * 2 + 4))
 
 
 @dataclass
@@ -219,7 +212,7 @@ def test_a_push_names_the_peer_that_is_silent(
         return str(silent.value)
 
     sentence = "Rank 1 of the group has sent 0 messages in 0.2 seconds; message 1 is waited for."
-    assert [sentence, ""] == on_ranks(2, body)
+    assert on_ranks(2, body) == [sentence, ""]
 
 
 # Wrong exchanges: the tests above would see each of them

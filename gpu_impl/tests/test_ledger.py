@@ -58,22 +58,22 @@ def reason(book: Ledger, attempt: str, *args: Any) -> Reason:
     before = state(book)
     with pytest.raises(Refused) as refused:
         getattr(book, attempt)(*args)
-    assert before == state(book)
+    assert state(book) == before
     return refused.value.reason
 
 
 def test_pr9757_example() -> None:
     """L=400, T=100, C=4: steps 100r to 100r + 99 belong to rank r, and all end with 200."""
     book = started("pr9757/1:C=4,T=100", 400)
-    assert [n // 100 for n in range(400)] == [decode(book, 0)[0] for _ in range(400)]
-    assert [200] * 4 == book.local_lens([0])[0].tolist()
+    assert [decode(book, 0)[0] for _ in range(400)] == [n // 100 for n in range(400)]
+    assert book.local_lens([0])[0].tolist() == [200] * 4
 
 
 def test_before_9757_example() -> None:
     """Under before_9757 the last rank takes every step."""
     book = started("before_9757/1:C=4,T=100", 400)
-    assert [3] * 400 == [decode(book, 0)[0] for _ in range(400)]
-    assert [100, 100, 100, 500] == book.local_lens([0])[0].tolist()
+    assert [decode(book, 0)[0] for _ in range(400)] == [3] * 400
+    assert book.local_lens([0])[0].tolist() == [100, 100, 100, 500]
 
 
 @pytest.mark.parametrize(
@@ -86,19 +86,19 @@ def test_before_9757_example() -> None:
 def test_round_robin_example(name: str, owners: list[int], after_2: list[int]) -> None:
     """L=13, T=2, C=4: owners of steps 0 to 7, lengths after 2 and after 8 steps."""
     book = started(f"{name}/1:C=4,T=2", 13)
-    assert owners[:2] == [decode(book, 0)[0] for _ in range(2)]
-    assert after_2 == book.local_lens([0])[0].tolist()
-    assert owners[2:] == [decode(book, 0)[0] for _ in range(6)]
-    assert [6, 6, 5, 4] == book.local_lens([0])[0].tolist()
+    assert [decode(book, 0)[0] for _ in range(2)] == owners[:2]
+    assert book.local_lens([0])[0].tolist() == after_2
+    assert [decode(book, 0)[0] for _ in range(6)] == owners[2:]
+    assert book.local_lens([0])[0].tolist() == [6, 6, 5, 4]
 
 
 def test_lockstep_capacity_example() -> None:
     """T=32, C=4, 3 pages a rank hold 384 global tokens; 401 need 4 pages on each rank."""
     small = started("pr17866/1:C=4,T=32", 383, pages=[3] * 4)
     decode(small, 0)
-    assert Reason.OUT_OF_PAGES == reason(small, "plan_step", [0], [1])
-    assert Reason.OUT_OF_PAGES == reason(small, "plan_admit", 1, 401)
-    assert [4] * 4 == started("pr17866/1:C=4,T=32", 401, pages=[4] * 4).held([0])[0].tolist()
+    assert reason(small, "plan_step", [0], [1]) == Reason.OUT_OF_PAGES
+    assert reason(small, "plan_admit", 1, 401) == Reason.OUT_OF_PAGES
+    assert started("pr17866/1:C=4,T=32", 401, pages=[4] * 4).held([0])[0].tolist() == [4] * 4
 
 
 def test_rotated_start_shifts_each_admission() -> None:
@@ -109,8 +109,8 @@ def test_rotated_start_shifts_each_admission() -> None:
     book.release(4)
     book.admit(book.plan_admit(5, 3))
     lengths = [[2, 1, 0, 0], [0, 2, 1, 0], [0, 0, 2, 1], [1, 0, 0, 2]]
-    assert [*lengths, lengths[1]] == [book.local_lens([id])[0].tolist() for id in (0, 1, 2, 3, 5)]
-    assert [1, 2, 3, 0, 2] == decode(book, 0, 1, 2, 3, 5)
+    assert [book.local_lens([id])[0].tolist() for id in (0, 1, 2, 3, 5)] == [*lengths, lengths[1]]
+    assert decode(book, 0, 1, 2, 3, 5) == [1, 2, 3, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_decoding_goes_on_as_the_prompt_was_dealt(text: str) -> None:
         for n in range(1, 14):
             decode(book, 0)
             hands = deal_prompt(book.layout, prompt_len + n, 0)
-            assert [hand.tokens for hand in hands] == book.local_lens([0])[0].tolist()
+            assert book.local_lens([0])[0].tolist() == [hand.tokens for hand in hands]
 
 
 @st.composite
@@ -161,23 +161,23 @@ def test_counters_agree_with_each_other(layout: Layout, traffic: list[tuple[int,
         ids = [id for id, (_, steps) in enumerate(traffic) if n < steps]
         step = book.plan_step(ids, [1] * len(ids))
         book.advance(step)
-        assert [total[id] for id in ids] == step.positions.tolist()
+        assert step.positions.tolist() == [total[id] for id in ids]
         for i, id in enumerate(ids):
             total[id] += 1
             grown = book.local_lens([id])[0] - step.past_lens[i]
-            assert [r == step.owners[i] for r in range(c)] == grown.astype(bool).tolist()
+            assert grown.astype(bool).tolist() == [r == step.owners[i] for r in range(c)]
     for id in total:
         lengths = book.local_lens([id])[0]
-        assert total[id] == lengths.sum()
+        assert lengths.sum() == total[id]
         pages = -(-lengths // t)
         if book.layout.pages == "lockstep":
             assert (pages <= book.held([id])[0]).all()
             pages = np.full(c, -(-total[id] // (t * c)))
-        assert pages.tolist() == book.held([id])[0].tolist()
-    assert [PLENTY] * c == (book.free + sum(book.held([id])[0] for id in total)).tolist()
+        assert book.held([id])[0].tolist() == pages.tolist()
+    assert (book.free + sum(book.held([id])[0] for id in total)).tolist() == [PLENTY] * c
     for id in total:
         book.release(id)
-    assert [PLENTY] * c == book.free.tolist()
+    assert book.free.tolist() == [PLENTY] * c
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_counters_agree_with_each_other(layout: Layout, traffic: list[tuple[int,
 def test_admit_refusals(expected: Reason, id: int, prompt_len: int) -> None:
     """The first reason in order is given, nothing changes, and rotation does not count it."""
     book = started("balanced/1:C=4,T=2", 3, pages=[9, 9, 9, 8])
-    assert expected == reason(book, "plan_admit", id, prompt_len)
+    assert reason(book, "plan_admit", id, prompt_len) == expected
 
 
 @pytest.mark.parametrize(
@@ -218,17 +218,17 @@ def test_step_refusals(expected: Reason, ids: list[int], query_lens: list[int], 
     book = ledger("pr9757/1:C=2,T=2", pages=[6, 20], max_len=12)
     for id, prompt_len in enumerate([4, 4, 12]):
         book.admit(book.plan_admit(id, prompt_len))
-    assert [1, 15] == book.free.tolist()
-    assert expected == reason(book, "plan_step", ids, query_lens, pad)
+    assert book.free.tolist() == [1, 15]
+    assert reason(book, "plan_step", ids, query_lens, pad) == expected
 
 
 def test_release_refuses_the_unknown() -> None:
     """A request that is not live cannot be released, looked at or decoded."""
     book = started("pr9757/1:C=2,T=2", 3)
     book.release(0)
-    assert Reason.UNKNOWN_REQUEST == reason(book, "release", 0)
+    assert reason(book, "release", 0) == Reason.UNKNOWN_REQUEST
     for attempt in ("local_lens", "held", "rows"):
-        assert Reason.UNKNOWN_REQUEST == reason(book, attempt, [0])
+        assert reason(book, attempt, [0]) == Reason.UNKNOWN_REQUEST
 
 
 def test_need_is_counted_over_the_batch() -> None:
@@ -236,8 +236,8 @@ def test_need_is_counted_over_the_batch() -> None:
     book = ledger("pr9757/1:C=2,T=2", pages=[3, 3])
     for id in (0, 1):
         book.admit(book.plan_admit(id, 4))
-    assert Reason.OUT_OF_PAGES == reason(book, "plan_step", [0, 1], [1, 1])
-    assert [0] == decode(book, 1)
+    assert reason(book, "plan_step", [0, 1], [1, 1]) == Reason.OUT_OF_PAGES
+    assert decode(book, 1) == [0]
 
 
 def test_a_plan_changes_nothing() -> None:
@@ -246,7 +246,7 @@ def test_a_plan_changes_nothing() -> None:
     before = state(book)
     book.plan_step([0], [1], pad=5)
     book.plan_admit(1, 7)
-    assert before == state(book)
+    assert state(book) == before
 
 
 def test_a_plan_cannot_be_changed() -> None:
@@ -282,9 +282,9 @@ def test_rows_are_recycled() -> None:
     for id in range(100):
         book.admit(book.plan_admit(id, 1 + id % 5))
         decode(book, id)
-        assert [id] == book.ids
-        assert 2 + id % 5 == book.local_lens([id])[0].sum()
-        assert 0 == book.rows([id])[0]
+        assert book.ids == [id]
+        assert book.local_lens([id])[0].sum() == 2 + id % 5
+        assert book.rows([id])[0] == 0
         book.release(id)
 
 
@@ -293,8 +293,8 @@ def test_growth_keeps_what_was_there() -> None:
     book = ledger("pr9757/1:C=2,T=2")
     for id in range(50):
         book.admit(book.plan_admit(id, id + 1))
-    assert [id + 1 for id in range(50)] == [book.local_lens([id])[0].sum() for id in range(50)]
-    assert 50 == len({book.rows([id])[0] for id in range(50)})
+    assert [book.local_lens([id])[0].sum() for id in range(50)] == [id + 1 for id in range(50)]
+    assert len({book.rows([id])[0] for id in range(50)}) == 50
 
 
 # Groups and rewinds
@@ -316,14 +316,14 @@ def test_group_over_a_boundary_example() -> None:
     """SPEC 11.6: a group of four over an ownership and a page boundary, two of it kept."""
     book = started("vllm_dcp/1:C=2,T=4,I=2", 5)
     step = grouped(book, [0], [4])
-    assert [5, 6, 7, 8] == step.positions.tolist()
-    assert [0, 1, 1, 0] == step.owners.tolist()
-    assert [[3, 2], [4, 2], [4, 3], [4, 4]] == step.past_lens.tolist()
-    assert ([5, 4], [2, 2]) == (book.local_lens([0])[0].tolist(), book.held([0])[0].tolist())
+    assert step.positions.tolist() == [5, 6, 7, 8]
+    assert step.owners.tolist() == [0, 1, 1, 0]
+    assert step.past_lens.tolist() == [[3, 2], [4, 2], [4, 3], [4, 4]]
+    assert (book.local_lens([0])[0].tolist(), book.held([0])[0].tolist()) == ([5, 4], [2, 2])
     accept(book, 0, 2)
-    assert ([4, 3], [1, 1]) == (book.local_lens([0])[0].tolist(), book.held([0])[0].tolist())
-    assert [PLENTY - 1] * 2 == book.free.tolist()
-    assert [1, 0] == [decode(book, 0)[0] for _ in range(2)]
+    assert (book.local_lens([0])[0].tolist(), book.held([0])[0].tolist()) == ([4, 3], [1, 1])
+    assert book.free.tolist() == [PLENTY - 1] * 2
+    assert [decode(book, 0)[0] for _ in range(2)] == [1, 0]
 
 
 @given(layouts(), st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
@@ -344,14 +344,14 @@ def test_a_group_is_its_tokens_one_by_one(
             for nth in range(query_len):
                 alone = grouped(single, [id], [1])
                 place = step.firsts[id] + nth
-                assert id == step.requests[place]
-                assert alone.positions[0] == step.positions[place]
-                assert alone.owners[0] == step.owners[place]
-                assert alone.past_lens[0].tolist() == step.past_lens[place].tolist()
+                assert step.requests[place] == id
+                assert step.positions[place] == alone.positions[0]
+                assert step.owners[place] == alone.owners[0]
+                assert step.past_lens[place].tolist() == alone.past_lens[0].tolist()
                 pages += alone.pages
-        assert pages.tolist() == step.pages.tolist()
+        assert step.pages.tolist() == pages.tolist()
         single._rows["group"][single.rows(ids)] = lens
-        assert state(single) == state(whole)
+        assert state(whole) == state(single)
 
 
 @given(layouts(), st.integers(1, 40), st.integers(1, 30), st.data())
@@ -365,7 +365,7 @@ def test_a_rewind_leaves_what_the_kept_tokens_leave(
         book.admit(book.plan_admit(0, prompt_len))
         grouped(book, [0], [query_len])
         accept(book, 0, min(kept, query_len))
-    assert state(never) == state(rewound)
+    assert state(rewound) == state(never)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_accept_refusals(expected: Reason, id: int, kept: int) -> None:
         book.admit(book.plan_admit(request, 4))
     grouped(book, [0, 2], [3, 3])
     book.preempt(2)
-    assert expected == reason(book, "plan_accept", id, kept)
+    assert reason(book, "plan_accept", id, kept) == expected
 
 
 @pytest.mark.parametrize("ender", ["accept", "decode", "fork", "resume"])
@@ -398,21 +398,21 @@ def test_what_closes_a_group(ender: str) -> None:
         accept(book, 0, 5)
     elif ender == "decode":
         decode(book, 0)
-        assert Reason.BAD_COUNT == reason(book, "plan_accept", 0, 2)
+        assert reason(book, "plan_accept", 0, 2) == Reason.BAD_COUNT
         accept(book, 0, 1)
     elif ender == "fork":
         book.fork(0, 1)
-        assert Reason.NOTHING_OPEN == reason(book, "plan_accept", 1, 1)
+        assert reason(book, "plan_accept", 1, 1) == Reason.NOTHING_OPEN
     else:
         book.preempt(0)
         book.admit(book.plan_resume(0))
-    assert Reason.NOTHING_OPEN == reason(book, "plan_accept", 0, 1)
+    assert reason(book, "plan_accept", 0, 1) == Reason.NOTHING_OPEN
 
 
 def test_a_huge_group_is_refused_before_it_is_dealt() -> None:
     """A group of a billion tokens is refused at once, for no page could hold it."""
     book = started("pr9757/1:C=2,T=2", 3, max_len=2**31 - 1)
-    assert Reason.OUT_OF_PAGES == reason(book, "plan_step", [0], [2**30])
+    assert reason(book, "plan_step", [0], [2**30]) == Reason.OUT_OF_PAGES
 
 
 # Forks and copies
@@ -423,24 +423,24 @@ def test_copy_on_write_example() -> None:
     book = started("pr9757/1:C=2,T=4", 2, pages=[3, 3])
     book.fork(0, 1)
     book.fork(0, 2)
-    assert [2, 3] == book.free.tolist()
+    assert book.free.tolist() == [2, 3]
     book.free[0] = 1
-    assert Reason.OUT_OF_PAGES == reason(book, "plan_step", [2, 0, 1], [1, 1, 1])
+    assert reason(book, "plan_step", [2, 0, 1], [1, 1, 1]) == Reason.OUT_OF_PAGES
     book.free[0] = 2
     step = grouped(book, [2, 0, 1], [1, 1, 1])
-    assert [True, True, False] == [write.copies for write in step.shared]
-    assert [0, 3] == book.free.tolist()
-    assert [] == grouped(book, [0, 1, 2], [1, 1, 1]).shared
+    assert [write.copies for write in step.shared] == [True, True, False]
+    assert book.free.tolist() == [0, 3]
+    assert grouped(book, [0, 1, 2], [1, 1, 1]).shared == []
 
 
 def test_need_sees_the_copies_of_those_before() -> None:
     """Two holders in one batch need one page; were each counted alone, it would be two."""
     book = started("pr9757/1:C=2,T=4", 2, pages=[2, 1])
     book.fork(0, 1)
-    assert [1, 0] == book.plan_step([0, 1], [1, 1]).pages.tolist()
-    assert [1, 0] == book.plan_step([0], [1]).pages.tolist()
+    assert book.plan_step([0, 1], [1, 1]).pages.tolist() == [1, 0]
+    assert book.plan_step([0], [1]).pages.tolist() == [1, 0]
     decode(book, 0, 1)
-    assert [0, 1] == book.free.tolist()
+    assert book.free.tolist() == [0, 1]
 
 
 def test_lockstep_copies_on_every_rank() -> None:
@@ -448,9 +448,9 @@ def test_lockstep_copies_on_every_rank() -> None:
     book = started("pr17866/1:C=3,T=2", 7)
     book.fork(0, 1)
     step = grouped(book, [1], [1])
-    assert [(0, True), (1, True), (2, True)] == [(w.rank, w.copies) for w in step.shared]
-    assert [1] * 3 == step.pages.tolist()
-    assert [PLENTY - 3] * 3 == book.free.tolist()
+    assert [(w.rank, w.copies) for w in step.shared] == [(0, True), (1, True), (2, True)]
+    assert step.pages.tolist() == [1] * 3
+    assert book.free.tolist() == [PLENTY - 3] * 3
 
 
 def test_a_full_page_is_never_copied() -> None:
@@ -458,7 +458,7 @@ def test_a_full_page_is_never_copied() -> None:
     book = started("pr9757/1:C=2,T=2", 4)
     book.fork(0, 1)
     step = grouped(book, [0, 1], [4, 4])
-    assert ([], [2, 2]) == (step.shared, step.pages.tolist())
+    assert (step.shared, step.pages.tolist()) == ([], [2, 2])
 
 
 def test_a_copied_page_stays_copied() -> None:
@@ -467,9 +467,9 @@ def test_a_copied_page_stays_copied() -> None:
     book.fork(0, 1)
     grouped(book, [0], [6])
     accept(book, 0, 1)
-    assert [PLENTY - 2, PLENTY] == book.free.tolist()
-    assert [0, 0] == grouped(book, [0], [1]).pages.tolist()
-    assert [False] == [write.copies for write in grouped(book, [1], [1]).shared]
+    assert book.free.tolist() == [PLENTY - 2, PLENTY]
+    assert grouped(book, [0], [1]).pages.tolist() == [0, 0]
+    assert [write.copies for write in grouped(book, [1], [1]).shared] == [False]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
@@ -482,8 +482,8 @@ def test_shared_pages_go_back_with_their_last_holder(order: tuple[int, ...]) -> 
     grouped(book, [0, 2], [7, 1])
     for id in order:
         book.release(id)
-    assert [40, 40] == book.free.tolist()
-    assert ({}, {}) == (book._stems, book._open_pages.holders)
+    assert book.free.tolist() == [40, 40]
+    assert (book._stems, book._open_pages.holders) == ({}, {})
 
 
 def test_a_long_line_of_forks_stays_small() -> None:
@@ -515,7 +515,7 @@ def test_fork_refusals(expected: Reason, parent: int, child: int) -> None:
     book = started("pr9757/1:C=2,T=2", 3)
     book.admit(book.plan_admit(1, 3))
     book.preempt(1)
-    assert expected == reason(book, "fork", parent, child)
+    assert reason(book, "fork", parent, child) == expected
 
 
 # Preempted requests
@@ -529,17 +529,17 @@ def test_resume_deals_all_tokens_as_a_prompt() -> None:
     grouped(book, [1], [6])
     before = book.local_lens([1])[0].tolist()
     book.preempt(1)
-    assert ([0], [1]) == (book.ids, list(book.preempted))
-    assert [PLENTY - 1, PLENTY - 1, PLENTY, PLENTY] == book.free.tolist()
+    assert (book.ids, list(book.preempted)) == ([0], [1])
+    assert book.free.tolist() == [PLENTY - 1, PLENTY - 1, PLENTY, PLENTY]
     book.admit(book.plan_resume(1))
-    assert before == book.local_lens([1])[0].tolist()
-    assert ([0, 1], [], 2) == (book.ids, list(book.preempted), book.admitted)
+    assert book.local_lens([1])[0].tolist() == before
+    assert (book.ids, list(book.preempted), book.admitted) == ([0, 1], [], 2)
     restarted = started("pr9757/1:C=4,T=2", 3)
     grouped(restarted, [0], [6])
     restarted.preempt(0)
     restarted.admit(restarted.plan_resume(0))
-    assert [4, 2, 2, 1] == restarted.local_lens([0])[0].tolist()
-    assert [0] == decode(restarted, 0)
+    assert restarted.local_lens([0])[0].tolist() == [4, 2, 2, 1]
+    assert decode(restarted, 0) == [0]
 
 
 @pytest.mark.parametrize(
@@ -563,8 +563,8 @@ def test_refusals_around_preemption(expected: Reason, attempt: str, args: tuple[
         book.admit(book.plan_admit(id, 4))
     book.preempt(1)
     grouped(book, [0], [5])
-    assert [0, 1] == book.free.tolist()
-    assert expected == reason(book, attempt, *args)
+    assert book.free.tolist() == [0, 1]
+    assert reason(book, attempt, *args) == expected
 
 
 def test_a_preempted_request_can_be_released() -> None:
@@ -572,8 +572,8 @@ def test_a_preempted_request_can_be_released() -> None:
     book = started("pr9757/1:C=2,T=2", 3)
     book.preempt(0)
     book.release(0)
-    assert ([], [PLENTY] * 2) == (list(book.preempted), book.free.tolist())
-    assert Reason.UNKNOWN_REQUEST == reason(book, "plan_resume", 0)
+    assert (list(book.preempted), book.free.tolist()) == ([], [PLENTY] * 2)
+    assert reason(book, "plan_resume", 0) == Reason.UNKNOWN_REQUEST
 
 
 # Overlap
@@ -593,21 +593,21 @@ def test_a_third_outstanding_decode_is_refused() -> None:
     book = overlapped()
     decode(book, 0)
     decode(book, 0)
-    assert Reason.BAD_COUNT == reason(book, "plan_step", [9, 0], [1, 1])
+    assert reason(book, "plan_step", [9, 0], [1, 1]) == Reason.BAD_COUNT
     book.sampled([0])
     decode(book, 0)
     book.preempt(0)
     book.admit(book.plan_resume(0))
-    assert Reason.NOTHING_OPEN == reason(book, "sampled", [0])
+    assert reason(book, "sampled", [0]) == Reason.NOTHING_OPEN
 
 
 def test_accept_waits_for_all_samples() -> None:
     """`accept` needs every decode sampled; a fork's child has none outstanding."""
     book = overlapped()
     grouped(book, [0], [3])
-    assert Reason.NOTHING_OPEN == reason(book, "plan_accept", 0, 1)
+    assert reason(book, "plan_accept", 0, 1) == Reason.NOTHING_OPEN
     book.fork(0, 2)
-    assert Reason.NOTHING_OPEN == reason(book, "sampled", [2])
+    assert reason(book, "sampled", [2]) == Reason.NOTHING_OPEN
     book.sampled([0])
     grouped(book, [1], [3])
     book.sampled([1])
@@ -627,12 +627,12 @@ def test_sampled_refusals(expected: Reason, ids: list[int]) -> None:
     """The first reason in order; nothing is sampled of a list that is refused."""
     book = overlapped()
     decode(book, 0)
-    assert expected == reason(book, "sampled", ids)
+    assert reason(book, "sampled", ids) == expected
 
 
 def test_sampled_without_overlap() -> None:
     """Without overlap there is nothing to sample: unsupported, whatever the ids."""
-    assert Reason.UNSUPPORTED == reason(started("pr9757/1:C=2,T=2", 3), "sampled", [])
+    assert reason(started("pr9757/1:C=2,T=2", 3), "sampled", []) == Reason.UNSUPPORTED
 
 
 # Memory
@@ -666,7 +666,7 @@ def test_open_pages_hold_groups_when_nothing_is_free() -> None:
     book = Ledger(parse_layout("vllm_dcp/1:C=4,T=4,I=1"), [3] * 4, 100)
     for id in range(3):
         book.admit(book.plan_admit(id, 1))
-    assert [0] * 4 == book.free.tolist()
-    assert 45 == len(book.plan_step([0, 1, 2], [15] * 3).owners)
+    assert book.free.tolist() == [0] * 4
+    assert len(book.plan_step([0, 1, 2], [15] * 3).owners) == 45
     with pytest.raises(Refused, match="1 pages and has 0 free"):
         book.plan_step([0, 1, 2], [15, 15, 16])

@@ -81,7 +81,7 @@ def test_one_shard_may_dominate() -> None:
     for low, high in ((-100.0, 100.0), (3e4, 3.1e4), (-3.1e4, -3e4)):
         merged, lse = merge(outputs, torch.tensor([[low], [high]]))
         assert torch.equal(outputs[1], merged)
-        assert high == lse.item()
+        assert lse.item() == high
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, INF])
@@ -95,4 +95,4 @@ def test_partials_in_half_precision_are_merged_in_float32() -> None:
     """Bfloat16 partials of equal weight give their float32 mean."""
     outputs = torch.tensor([[[1.0]], [[1.0078125]]], dtype=torch.bfloat16)
     merged, _ = merge(outputs, torch.zeros(2, 1))
-    assert [[1.00390625]] == merged.tolist()
+    assert merged.tolist() == [[1.00390625]]

@@ -31,12 +31,12 @@ def test_cp_varies_fastest(on_ranks: OnRanks) -> None:
         return slice_of(mesh), cp, tp, dist.get_process_group_ranks(whole_group(mesh))
 
     everyone = [0, 1, 2, 3]
-    assert [
+    assert on_ranks(4, body) == [
         (0, [0, 1], [0, 2], everyone),
         (1, [0, 1], [1, 3], everyone),
         (2, [2, 3], [0, 2], everyone),
         (3, [2, 3], [1, 3], everyone),
-    ] == on_ranks(4, body)
+    ]
 
 
 def test_a_cache_takes_its_place_from_the_mesh(on_ranks: OnRanks) -> None:
@@ -46,7 +46,7 @@ def test_a_cache_takes_its_place_from_the_mesh(on_ranks: OnRanks) -> None:
         cache = HelixCache.on(CONFIG, helix_mesh(CONFIG))
         return cache.book.cp_rank, cache.kv_heads, cache.q_heads
 
-    assert [(0, 1, 4), (1, 1, 4), (0, 1, 4), (1, 1, 4)] == on_ranks(4, body)
+    assert on_ranks(4, body) == [(0, 1, 4), (1, 1, 4), (0, 1, 4), (1, 1, 4)]
 
 
 def test_part_of_a_larger_mesh(on_ranks: OnRanks) -> None:
@@ -59,7 +59,7 @@ def test_part_of_a_larger_mesh(on_ranks: OnRanks) -> None:
         cache = HelixCache.on(config, mesh)
         return cache.book.cp_rank, dist.get_process_group_ranks(whole_group(mesh))
 
-    assert [(0, [0, 1]), (1, [0, 1]), (0, [2, 3]), (1, [2, 3])] == on_ranks(4, body)
+    assert on_ranks(4, body) == [(0, [0, 1]), (1, [0, 1]), (0, [2, 3]), (1, [2, 3])]
 
 
 def test_more_tp_ranks_than_kv_heads(on_ranks: OnRanks) -> None:
@@ -74,7 +74,7 @@ def test_more_tp_ranks_than_kv_heads(on_ranks: OnRanks) -> None:
         return refused.value.reason, str(refused.value), made
 
     for reason, sentence, made in on_ranks(4, body):
-        assert (Reason.BAD_CONFIG, 0) == (reason, made)
+        assert (reason, made) == (Reason.BAD_CONFIG, 0)
         assert "tp_size 4 is above the 2 KV heads" in sentence
 
 
@@ -111,7 +111,7 @@ def test_the_ffn_uses_the_same_ranks(ep_size: int, tp_size: int, on_ranks: OnRan
         ffn = repurposed(helix_mesh(CONFIG), ep_size)
         return ffn.get_local_rank("ep"), ffn.get_local_rank("tp")
 
-    assert [divmod(rank, tp_size) for rank in range(4)] == on_ranks(4, body)
+    assert on_ranks(4, body) == [divmod(rank, tp_size) for rank in range(4)]
 
 
 def test_the_ffn_on_a_part_of_a_mesh(on_ranks: OnRanks) -> None:

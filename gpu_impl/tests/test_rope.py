@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_testing.exact import UNIT
 from helix_gpu.attention.rope import rope_table, rotate
-
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @pytest.mark.parametrize("dtype", UNIT)
@@ -24,7 +23,7 @@ def test_rotation_is_within_the_contract(dtype: torch.dtype, head_dim: int) -> N
 
     table = rope_table(torch.from_numpy(positions), head_dim, 10000.0)
     got = rotate(torch.from_numpy(x).to(dtype), *table)
-    assert dtype == got.dtype
+    assert got.dtype == dtype
     assert (np.abs(expected - got.double().numpy()) <= UNIT[dtype] * np.abs(expected) + slack).all()
 
 

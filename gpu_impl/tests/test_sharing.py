@@ -7,12 +7,12 @@ def test_a_tag_lives_as_long_as_somebody_shares() -> None:
     """Joining gives a tag two holders; it is forgotten when the last has left."""
     pages = OpenPages()
     tag = pages.join(0)
-    assert 1 == tag
-    assert tag == pages.join(tag)
-    assert {tag: 3} == pages.holders
-    assert [True, True, False] == [pages.leave(tag) for _ in range(3)]
-    assert {} == pages.holders
-    assert 2 == pages.join(0)
+    assert tag == 1
+    assert pages.join(tag) == tag
+    assert pages.holders == {tag: 3}
+    assert [pages.leave(tag) for _ in range(3)] == [True, True, False]
+    assert pages.holders == {}
+    assert pages.join(0) == 2
 
 
 def test_the_last_writer_of_all_holders_copies_nothing() -> None:
@@ -20,8 +20,8 @@ def test_the_last_writer_of_all_holders_copies_nothing() -> None:
     pages = OpenPages()
     tag = pages.join(pages.join(0))
     other = pages.join(0)
-    assert [True, True, True, False] == pages.must_copy([tag, other, tag, tag])
-    assert [True, True] == pages.must_copy([tag, tag])
+    assert pages.must_copy([tag, other, tag, tag]) == [True, True, True, False]
+    assert pages.must_copy([tag, tag]) == [True, True]
 
 
 def test_forks_of_one_length_stand_on_one_stem() -> None:
@@ -29,10 +29,10 @@ def test_forks_of_one_length_stand_on_one_stem() -> None:
     first = branch(None, (2, 1))
     assert first == Stem((2, 1), None, 2)
     assert first is branch(first, (2, 1))
-    assert 3 == first.holders
+    assert first.holders == 3
     taller = branch(first, (2, 2))
     assert taller == Stem((2, 2), first, 2)
-    assert 3 == first.holders
+    assert first.holders == 3
 
 
 def test_requests_without_full_pages_share_no_stem() -> None:
@@ -55,7 +55,7 @@ def test_letting_go_leaves_the_part_that_others_hold() -> None:
     high = branch(low, (2,))
     assert high is let_go(high)
     assert low is let_go(high)
-    assert 1 == low.holders
+    assert low.holders == 1
     assert let_go(low) is None
     assert let_go(None) is None
 

@@ -42,23 +42,23 @@ def test_every_token_moves_once(one: str, other: str, prompt_len: int, data: st.
             (source[move.source], move.source_index),
             (target[move.target], move.target_index),
         ):
-            assert tokens == positions[index : index + move.tokens]
+            assert positions[index : index + move.tokens] == tokens
         moved += tokens
-    assert list(range(prompt_len)) == moved
+    assert moved == list(range(prompt_len))
 
 
 def test_from_a_single_rank() -> None:
     """Ten tokens on one rank in pages of 4, to round-robin blocks of 3 on two."""
     single = deal_prompt(parse_layout("pr9757/1:C=1,T=4"), 10, 0)
     pair = deal_prompt(parse_layout("pr13180/1:C=2,T=3"), 10, 0)
-    assert [
+    assert transfer(single, pair) == [
         Move(0, 0, 0, 3, 0, 0),
         Move(0, 1, 3, 1, 3, 0),
         Move(0, 1, 4, 2, 4, 1),
         Move(0, 0, 6, 2, 6, 3),
         Move(0, 0, 8, 1, 8, 5),
         Move(0, 1, 9, 1, 9, 3),
-    ] == transfer(single, pair)
+    ]
 
 
 def test_a_move_cannot_be_changed() -> None:
@@ -118,7 +118,7 @@ def test_reading_what_is_elsewhere(values: Fixture) -> None:
     """Tokens that are not on this rank are an error, not stale rows."""
     cache = caches("pr9757/1:C=3,T=2")[0]
     cache.admit(7, 4, lambda at: (values((2, len(at), 2, 4), 1), values((2, len(at), 2, 4), 2)))
-    assert (2, 2, 2, 4) == cache.read(7, 0, 2)[0].shape
+    assert cache.read(7, 0, 2)[0].shape == (2, 2, 2, 4)
     for first, tokens in ((1, 2), (-1, 1), (0, -1)):
         with pytest.raises(IndexError, match="this rank holds 2"):
             cache.read(7, first, tokens)

@@ -35,28 +35,28 @@ def test_merge_of_any_split_is_the_whole(ranks, order, seed):
         mine = [j for j, holder in enumerate(ranks) if holder == rank]
         partials.append(attend(q, [keys[j] for j in mine], [values[j] for j in mine], 4, 0.5))
     merged = merge(partials)
-    assert whole.output == pytest.approx(merged.output, abs=1e-12)
-    assert whole.lse == pytest.approx(merged.lse, abs=1e-12)
+    assert merged.output == pytest.approx(whole.output, abs=1e-12)
+    assert merged.lse == pytest.approx(whole.lse, abs=1e-12)
 
 
 def test_no_keys_is_the_identity():
     """Without keys the partial is (0, -inf); merging such partials alone gives it again."""
-    assert EMPTY == attend([1.0] * 4, [], [], 4, 0.5)
-    assert EMPTY == merge([EMPTY, EMPTY])
+    assert attend([1.0] * 4, [], [], 4, 0.5) == EMPTY
+    assert merge([EMPTY, EMPTY]) == EMPTY
     one = attend([1.0] * 4, *keys_and_values(1), 4, 0.5)
-    assert one == merge([EMPTY, one])
+    assert merge([EMPTY, one]) == one
 
 
 def test_an_empty_rank_may_hold_nan():
     """What lies in the memory of a rank without keys counts for nothing (ATT-3)."""
     one = attend([1.0] * 4, *keys_and_values(3), 4, 0.5)
-    assert one == merge([Partial([math.nan] * 4, -math.inf), one])
+    assert merge([Partial([math.nan] * 4, -math.inf), one]) == one
 
 
 def test_probe_weighs_all_keys_alike():
     """The output of a probe head is the mean of the values."""
     keys, values = keys_and_values(5)
     probe = query(SHAPE, 0, Token(0, 5, 5), 0, 0)
-    assert [0.0] * 4 == probe.stored
+    assert probe.stored == [0.0] * 4
     mean = [sum(v[d] for v in values) / 5 for d in range(4)]
-    assert mean == pytest.approx(attend(probe.stored, keys, values, 4, 0.5).output)
+    assert attend(probe.stored, keys, values, 4, 0.5).output == pytest.approx(mean)

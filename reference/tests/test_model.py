@@ -72,55 +72,58 @@ def free(model: Model) -> list[int]:
 def test_example_of_pr_9757(name, expected):
     """SPEC 11.1: 400 prompt tokens and 400 steps on four ranks, before and after."""
     model = model_of(f"{name}/1:C=4,T=100", Admit(0, 400), *[Decode([0], [1])] * 400)
-    assert expected == model.requests[0].ranks
+    assert model.requests[0].ranks == expected
 
 
 def test_short_prompt_with_a_short_last_block():
     """SPEC 11.2: prompts of 13 tokens in blocks of 2, and the lengths after 2 and 8 steps."""
     model = model_of("pr9757/1:C=4,T=2", Admit(0, 13))
-    assert [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]] == model.requests[0].ranks
+    assert model.requests[0].ranks == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
     for name, after_2 in (("pr13180", [6, 4, 3, 2]), ("pr17866", [4, 4, 4, 3])):
         model = model_of(f"{name}/1:C=4,T=2", Admit(0, 13))
-        assert [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12], [6, 7]] == model.requests[0].ranks
+        assert model.requests[0].ranks == [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12], [6, 7]]
         model = model_of(f"{name}/1:C=4,T=2", Admit(0, 13), *[Decode([0], [1])] * 2)
-        assert after_2 == lengths(model)
+        assert lengths(model) == after_2
         for _ in range(6):
             model.apply(Decode([0], [1]))
-        assert [6, 6, 5, 4] == lengths(model)
+        assert lengths(model) == [6, 6, 5, 4]
 
 
 def test_capacity_is_counted_in_global_tokens():
     """SPEC 11.4: three pages of 32 on each of four ranks hold 384 tokens, and not one more."""
     model = model_of("pr17866/1:C=4,T=32", Admit(0, 383), Decode([0], [1]), pages=[3] * 4)
-    assert Reason.OUT_OF_PAGES == model.apply(Decode([0], [1]))
-    assert Reason.OUT_OF_PAGES == model.apply(Skip([0], [1]))
-    assert 384 == len(model.requests[0].tokens)
+    assert model.apply(Decode([0], [1])) == Reason.OUT_OF_PAGES
+    assert model.apply(Skip([0], [1])) == Reason.OUT_OF_PAGES
+    assert len(model.requests[0].tokens) == 384
 
 
 def test_rotated_start_evens_the_ranks():
     """SPEC 11.5: four equal requests in a row give every rank the same total."""
     model = model_of("balanced/1:C=4,T=2", *(Admit(id, 3) for id in range(4)))
     model.apply(Decode([0, 1, 2, 3], [1] * 4))
-    assert [[2, 2, 0, 0], [0, 2, 2, 0], [0, 0, 2, 2], [2, 0, 0, 2]] == [
-        lengths(model, id) for id in range(4)
+    assert [lengths(model, id) for id in range(4)] == [
+        [2, 2, 0, 0],
+        [0, 2, 2, 0],
+        [0, 0, 2, 2],
+        [2, 0, 0, 2],
     ]
 
 
 def test_group_over_a_boundary_and_its_rewind():
     """SPEC 11.6: a group of four straddles owner and page; two kept, pages go back, ids anew."""
     model = model_of("vllm_dcp/1:C=2,T=4,I=2", Admit(7, 5), Decode([7], [4]))
-    assert [[0, 1, 4, 5, 8], [2, 3, 6, 7]] == model.requests[7].ranks
-    assert [2, 2] == [len(table) for table in tables(model, 7)]
+    assert model.requests[7].ranks == [[0, 1, 4, 5, 8], [2, 3, 6, 7]]
+    assert [len(table) for table in tables(model, 7)] == [2, 2]
     (rank_0, rank_1) = (model.outcome(rank, None) for rank in (0, 1))
-    assert ([3], [2]) == (rank_0.past_len, rank_1.past_len)
-    assert ([5, 6, 7, 8], [5, 6, 7, 8]) == (rank_0.position_ids, rank_1.position_ids)
-    assert ([True, False, False, True], [4, 4, 4, 5]) == (rank_0.active, rank_0.visible)
-    assert ([False, True, True, False], [2, 3, 4, 4]) == (rank_1.active, rank_1.visible)
+    assert (rank_0.past_len, rank_1.past_len) == ([3], [2])
+    assert (rank_0.position_ids, rank_1.position_ids) == ([5, 6, 7, 8], [5, 6, 7, 8])
+    assert (rank_0.active, rank_0.visible) == ([True, False, False, True], [4, 4, 4, 5])
+    assert (rank_1.active, rank_1.visible) == ([False, True, True, False], [2, 3, 4, 4])
     assert None is model.apply(Accept(7, 2))
-    assert [[0, 1, 4, 5], [2, 3, 6]] == model.requests[7].ranks
-    assert [1, 1] == [len(table) for table in tables(model, 7)]
+    assert model.requests[7].ranks == [[0, 1, 4, 5], [2, 3, 6]]
+    assert [len(table) for table in tables(model, 7)] == [1, 1]
     model.apply(Decode([7], [1]))
-    assert (3, 0) == model.requests[7].tokens[7]
+    assert model.requests[7].tokens[7] == (3, 0)
 
 
 def test_copy_on_write_in_the_order_of_the_batch():
@@ -129,29 +132,29 @@ def test_copy_on_write_in_the_order_of_the_batch():
     model = model_of("pr9757/1:C=2,T=4", *forked)
     ((shared,), ()) = tables(model)
     model.apply(Decode([2, 0, 1], [1, 1, 1]))
-    assert [[shared], []] == tables(model, 1)
-    assert 3 == len({*tables(model, 0)[0], *tables(model, 1)[0], *tables(model, 2)[0]})
+    assert tables(model, 1) == [[shared], []]
+    assert len({*tables(model, 0)[0], *tables(model, 1)[0], *tables(model, 2)[0]}) == 3
     model = model_of("pr9757/1:C=2,T=4", *forked, pages=[2, 2])
-    assert Reason.OUT_OF_PAGES == model.apply(Decode([2, 0, 1], [1, 1, 1]))
-    assert [[shared - 48], []] == tables(model, 2)
-    assert [1, 2] == free(model)
+    assert model.apply(Decode([2, 0, 1], [1, 1, 1])) == Reason.OUT_OF_PAGES
+    assert tables(model, 2) == [[shared - 48], []]
+    assert free(model) == [1, 2]
 
 
 def test_copy_on_write_on_every_rank_under_lockstep():
     """Under lockstep a page of the open super-block is copied on all ranks, also by idle ones."""
     model = model_of("pr17866/1:C=2,T=2", Admit(0, 1), Fork(0, 1), pages=[5, 5])
     model.apply(Decode([1], [1]))
-    assert [3, 3] == free(model)
+    assert free(model) == [3, 3]
 
 
 def test_identities_are_where_tokens_came_from():
     """SPEC 11.8: identity is the event's index, refused ones counted, and the place in it."""
     model = model_of("pr9757/1:C=2,T=4", Admit(4, 16))
-    assert Reason.DUPLICATE_REQUEST == model.apply(Admit(4, 9))
+    assert model.apply(Admit(4, 9)) == Reason.DUPLICATE_REQUEST
     model.apply(Admit(5, 3))
     model.apply(Decode([5, 4], [2, 1]))
-    assert [(2, 0), (2, 1), (2, 2), (3, 0), (3, 1)] == model.requests[5].tokens
-    assert (3, 2) == model.requests[4].tokens[16]
+    assert model.requests[5].tokens == [(2, 0), (2, 1), (2, 2), (3, 0), (3, 1)]
+    assert model.requests[4].tokens[16] == (3, 2)
     model.apply(Fork(5, 6))
     model.apply(Preempt(5))
     model.apply(Resume(5))
@@ -179,27 +182,27 @@ def test_order_of_the_reasons():
         (Resume(1), Reason.NOT_PREEMPTED),
         (Sampled([]), Reason.UNSUPPORTED),
     ):
-        assert expected == model.apply(event), event
+        assert model.apply(event) == expected, event
 
 
 def test_what_no_pool_could_hold_is_refused_before_it_is_dealt():
     """A prompt, a group and a skipped group of two billion tokens cost nothing."""
     model = model_of("pr9757/1:C=2,T=2", Admit(0, 2), pages=[9, 9], max_len=2**31 - 1)
     for event in (Admit(1, 2**31 - 2), Decode([0], [2**31 - 4]), Skip([0], [2**31 - 4])):
-        assert Reason.OUT_OF_PAGES == model.apply(event)
+        assert model.apply(event) == Reason.OUT_OF_PAGES
 
 
 def test_overlap_allows_one_outstanding_decode():
     """The third decode that nobody sampled is refused, and accept waits for its own sample."""
     model = model_of("pr9757/1:C=2,T=2", Admit(0, 2), Decode([0], [2]), overlap=True)
-    assert Reason.NOTHING_OPEN == model.apply(Accept(0, 1))
+    assert model.apply(Accept(0, 1)) == Reason.NOTHING_OPEN
     assert None is model.apply(Decode([0], [2]))
-    assert Reason.BAD_COUNT == model.apply(Decode([0], [1]))
+    assert model.apply(Decode([0], [1])) == Reason.BAD_COUNT
     assert None is model.apply(Sampled([0]))
-    assert Reason.NOTHING_OPEN == model.apply(Accept(0, 1))
+    assert model.apply(Accept(0, 1)) == Reason.NOTHING_OPEN
     assert None is model.apply(Sampled([0]))
     assert None is model.apply(Accept(0, 1))
-    assert Reason.NOTHING_OPEN == model.apply(Sampled([0]))
+    assert model.apply(Sampled([0])) == Reason.NOTHING_OPEN
 
 
 def state(model: Model) -> object:
@@ -226,15 +229,15 @@ def test_any_trace(trace):
         before = copy.deepcopy(state(model))
         reason = model.apply(event)
         if reason is not None or isinstance(event, Skip):
-            assert before == state(model)
+            assert state(model) == before
         for request in model.requests.values():
             if request.preempted:
                 continue
             of_request = (model.layout, request.prompt_len, request.steps)
             for rank, positions in enumerate(request.ranks):
-                assert placement.local_len(*of_request, rank, request.shift) == len(positions)
+                assert len(positions) == placement.local_len(*of_request, rank, request.shift)
                 wanted = placement.pages_needed(*of_request, rank, request.shift)
-                assert wanted == len(request.tables[rank])
+                assert len(request.tables[rank]) == wanted
         for rank, pool in enumerate(model.pools):
             used = {p.number for r in model.requests.values() for p in (r.tables or [[]] * 9)[rank]}
             free = [*pool.returned, *range(pool.untouched)]
@@ -251,7 +254,7 @@ def test_dealing_agrees_with_the_closed_forms(layout: Layout, prompt_len, shift)
             assert index == placement.local_index(layout, prompt_len, position, shift)
     for step in range(30):
         expected = placement.decode_owner(layout, prompt_len, step, shift)
-        assert expected == decode_owner(layout, prompt_len, step, shift)
+        assert decode_owner(layout, prompt_len, step, shift) == expected
 
 
 def test_spec_and_reference_need_no_torch():
@@ -269,7 +272,7 @@ def test_spec_and_reference_need_no_torch():
         "print(len(engine.apply(Decode([0], [1])).output))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ("", "1\n") == (done.stderr, done.stdout)
+    assert (done.stderr, done.stdout) == ("", "1\n")
 
 
 def test_release_gives_every_page_back():
@@ -277,4 +280,4 @@ def test_release_gives_every_page_back():
     model = model_of("pr13180/1:C=3,T=2", Admit(0, 9), Fork(0, 1), Decode([1], [3]), Preempt(0))
     for event in (Release(0), Release(1)):
         assert None is model.apply(event)
-    assert [50] * 3 == free(model)
+    assert free(model) == [50] * 3

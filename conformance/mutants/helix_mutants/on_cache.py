@@ -15,11 +15,11 @@ from torch import Tensor
 
 from helix_gpu.attention.merge import merge
 from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.partials import pack
 from helix_gpu.attention.rope import rope_table
 from helix_gpu.bookkeeping.ledger import Admission, Step
 from helix_gpu.bookkeeping.rank_book import PageCopy, RankBook, RankStep
 from helix_gpu.cache import DecodeStep, HelixCache, PromptKV
-from helix_gpu.comm.exchange import pack
 from helix_mutants.parts import OverCache, mutant, rebound
 from helix_spec.config import Config
 from helix_spec.engine import Outcome

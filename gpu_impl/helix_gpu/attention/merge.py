@@ -7,12 +7,28 @@ from torch import Tensor
 
 
 def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention over all keys, from C attentions over disjoint keys.
+    """Return the attention over all keys, from C attentions over disjoint keys.
 
-    `outputs` [C, ..., head_dim] of any type; `lses` float32 [C, ...], their natural log-sum-exp.
-    Returns the merged output and log-sum-exp, both float32. A partial without keys (-inf) counts
-    for nothing, whatever its output holds; all of them without keys give (0, -inf). Ranks are
-    added in order, so every run rounds alike.
+    A partial without keys (-inf) counts for nothing, whatever its output holds; all of them without
+    keys give (0, -inf). Ranks are added in order, so every run rounds alike.
+
+    Parameters
+    ----------
+    outputs : Tensor, any float type [C, ..., head_dim]
+    lses : Tensor, float32 [C, ...]
+        Their natural log-sum-exps.
+
+    Returns
+    -------
+    output : Tensor, float32 [..., head_dim]
+    lse : Tensor, float32 [...]
+
+    Examples
+    --------
+    >>> outputs = torch.tensor([[1.0], [4.0], [torch.nan]])
+    >>> output, lse = merge(outputs, torch.tensor([2.0, 1.0, 0.0]).log())
+    >>> output.tolist(), lse.exp().round().tolist()
+    ([2.0], 3.0)
     """
     weights, lse = shares(lses)
     merged = torch.zeros_like(outputs[0], dtype=torch.float32)
@@ -22,13 +38,22 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shares(lses: Tensor) -> tuple[Tensor, Tensor]:
-    """What each partial's output counts for, and the log-sum-exp over all keys.
-
-    `lses` float32 [C, ...], natural; so are the shares, which sum to 1, or are all 0 where no
-    partial has a key. The log-sum-exp is [...], -inf there.
+    """Return the weight of each partial's output, and the log-sum-exp over all keys.
 
     With M = max lse_r and w_r = exp(lse_r - M): share_r = w_r / sum w, lse = M + ln(sum w). A NaN
     log-sum-exp, which no partial may have, stays visible.
+
+    Parameters
+    ----------
+    lses : Tensor, float32 [C, ...]
+        Natural log-sum-exps.
+
+    Returns
+    -------
+    shares : Tensor, float32 [C, ...]
+        They sum to 1, or are all 0 where no partial has a key.
+    lse : Tensor, float32 [...]
+        -inf where no partial has a key.
     """
     top = lses.amax(0)
     top = top.where(top != -torch.inf, 0)
@@ -40,9 +65,18 @@ def shares(lses: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weighted(output: Tensor, share: Tensor) -> Tensor:
-    """An output [..., head_dim] times its share [...], float32; 0 where the share is 0.
+    """Return an output times its share, 0 where the share is 0.
 
     An output without keys may be NaN, and NaN * 0 is NaN.
+
+    Parameters
+    ----------
+    output : Tensor, any float type [..., head_dim]
+    share : Tensor, float32 [...]
+
+    Returns
+    -------
+    Tensor, float32 [..., head_dim]
     """
     share = share[..., None]
     return (share * output.float()).where(share != 0, 0)

@@ -31,16 +31,38 @@ def attend_pages(
     scale: float | None = None,
     value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Partial attention of each new token over the first `lengths[i]` slots of its request.
+    """Return the partial attention of each new token over the slots of its request on this rank.
 
-    `q` [n, q_heads, key_dim]; `pages` [pages, parts, tokens_per_block, kv_heads, key_dim] of any
-    float type, K in the first part; the values are the first `value_dim` elements (all of them by
-    default) of the last part, which with a latent cache is the same. `tables` int64 [n, width]
-    page numbers, any existing page where there is none to see; `lengths` int64 [n]. Scores are
-    scaled by `scale`, 1 / sqrt(key_dim) by default. All on the CPU.
+    Everything is float32 whatever the type. All tensors are on the CPU.
 
-    Returns the output [n, q_heads, value_dim] and its natural log-sum-exp [n, q_heads], both
-    float32; a token without keys gives (0, -inf). Everything is float32 whatever the type.
+    Parameters
+    ----------
+    q : Tensor, any float type [n, q_heads, key_dim]
+    pages : Tensor, any float type [pages, parts, tokens_per_block, kv_heads, key_dim]
+        K is the first part. The values are the first `value_dim` elements of the last part, which
+        with a latent cache is the same.
+    tables : Tensor, int64 [n, width]
+        Page numbers; any existing page where there is none to see.
+    lengths : Tensor, int64 [n]
+        Slots that each token sees.
+    scale : float, optional
+        Of the scores; 1 / sqrt(key_dim) unless given.
+    value_dim : int, optional
+        Elements of a value; key_dim unless given.
+
+    Returns
+    -------
+    output : Tensor, float32 [n, q_heads, value_dim]
+    lse : Tensor, float32 [n, q_heads]
+        Natural log-sum-exp; a token without keys gives (0, -inf).
+
+    Examples
+    --------
+    >>> pages = torch.arange(16.0).view(2, 2, 4, 1, 1)  # two pages of K and V, four tokens each
+    >>> q, tables = torch.zeros(1, 1, 1), torch.tensor([[1, 0]])
+    >>> output, lse = attend_pages(q, pages, tables, torch.tensor([5]))
+    >>> output.item()  # the mean of the values 12 to 15 of page 1 and the first one of page 0, 4
+    11.600000381469727
     """
     t, kv_heads, key_dim = pages.shape[2:]
     scale, value_dim = scale or key_dim**-0.5, value_dim or key_dim

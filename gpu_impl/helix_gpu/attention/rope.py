@@ -9,11 +9,22 @@ from torch import Tensor
 
 
 def rope_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each float32 [n, 1, dim / 2], of int64 `positions` [n].
+    """Return the cosines and sines of the angles by which positions are rotated.
 
-    `dim` elements are turned. The angle position * base ** (-2 d / dim) is taken in float64, since
-    a float32 angle is off by a tenth of a radian at a million tokens; cosine and sine are rounded
-    once.
+    The angle position * base ** (-2 d / dim) is taken in float64, since a float32 angle is off by a
+    tenth of a radian at a million tokens; cosine and sine are rounded once.
+
+    Parameters
+    ----------
+    positions : Tensor, int64 [n]
+        Global positions.
+    dim : int
+        Elements that are rotated.
+    base : float
+
+    Returns
+    -------
+    cos, sin : Tensor, float32 [n, 1, dim / 2]
     """
     angles = positions.to(torch.float64)[:, None, None] * _inv_freq(dim, base, positions.device)
     return angles.cos().float(), angles.sin().float()
@@ -30,11 +41,27 @@ def _inv_freq(dim: int, base: float, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last elements of `x` [..., n, heads, dim] by the table of its n positions.
+    """Return `x` with the last elements rotated by the table of its positions.
 
-    The table says how many; those before them stay. Products and sums are float32, rounded once
-    to x's own type: an entry is within u|x| + 3 * 2**-24 (|a| + |b|) of the exact rotation of its
-    pair (a, b), u being the rounding unit of the type.
+    The table says how many; those before them stay. Products and sums are float32, rounded once to
+    x's own type: an entry is within u|x| + 3 * 2**-24 (|a| + |b|) of the exact rotation of its pair
+    (a, b), u being the rounding unit of the type.
+
+    Parameters
+    ----------
+    x : Tensor, any float type [..., n, heads, dim]
+    cos, sin : Tensor, float32 [n, 1, half]
+        As `rope_table` returns them.
+
+    Returns
+    -------
+    Tensor, as `x`
+
+    Examples
+    --------
+    >>> x = torch.tensor([[[1.0, 0.0]]])  # one token at position 1, one head, one pair
+    >>> rotate(x, *rope_table(torch.tensor([1]), dim=2, base=10000.0))
+    tensor([[[0.5403, 0.8415]]])
     """
     still = x.shape[-1] - 2 * cos.shape[-1]
     a, b = x[..., still:].float().chunk(2, dim=-1)

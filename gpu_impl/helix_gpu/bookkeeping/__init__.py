@@ -1,1 +1,12 @@
-"""Counters that all ranks keep alike without communication, and one rank's pages; without torch."""
+"""Bookkeeping of a sharded cache, in NumPy alone: which rank holds which token, in which page.
+
+- `refusals`: the exception of a refused event, and the check of a configuration;
+- `dealing`: the prompt shard of each rank, and the rank that owns the first decoded token;
+- `sharing`: counts of the pages that several requests hold after a fork;
+- `ledger`: the counters that all ranks keep alike without communication;
+- `allocator`: the free pages of one rank's pool;
+- `block_tables`: the pages of each request on one rank;
+- `rank_book`: `RankBook`, the ledger seen from one rank, with its pages and slots.
+
+Nothing is imported here, and none of these modules needs torch.
+"""

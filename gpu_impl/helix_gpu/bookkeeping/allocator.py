@@ -6,9 +6,23 @@ from collections.abc import Iterable
 
 
 class PageAllocator:
-    """Hands out page numbers 0 to pages - 1; the page given back last goes out first.
+    """Hands out the page numbers of one pool; the page returned last is taken first.
 
     Pages never taken are a counter rather than a list, so a large pool costs nothing.
+
+    Parameters
+    ----------
+    pages : int
+        Pages of the pool, numbered from 0.
+
+    Examples
+    --------
+    >>> allocator = PageAllocator(4)
+    >>> allocator.take(3)
+    [0, 1, 2]
+    >>> allocator.give_back([1])
+    >>> allocator.take(2), allocator.free
+    ([1, 3], 0)
     """
 
     def __init__(self, pages: int) -> None:
@@ -19,11 +33,22 @@ class PageAllocator:
 
     @property
     def free(self) -> int:
-        """Pages that can be taken."""
+        """Return the number of pages that can be taken."""
         return self.pages - len(self._holders)
 
     def take(self, count: int) -> list[int]:
-        """Take `count` pages. Raises RuntimeError, and takes none, when fewer are free."""
+        """Take pages and return their numbers.
+
+        Parameters
+        ----------
+        count : int
+            How many.
+
+        Raises
+        ------
+        RuntimeError
+            When fewer are free; none is taken.
+        """
         if count > self.free:
             raise RuntimeError(
                 f"{count} pages were asked for and {self.free} are free; the ledger should have "
@@ -40,14 +65,26 @@ class PageAllocator:
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more request holds these pages, which are taken."""
+        """Count one more holder of each of these pages, which are taken.
+
+        Parameters
+        ----------
+        pages : iterable of int
+        """
         for page in pages:
             self._holders[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """One holder of each lets go; a page is free when the last has.
+        """Count one holder less of each of these pages; a page without holders is free.
 
-        Raises RuntimeError, and gives none back, unless each is taken and appears once.
+        Parameters
+        ----------
+        pages : iterable of int
+
+        Raises
+        ------
+        RuntimeError
+            Unless each is taken and appears once; none is given back.
         """
         pages = list(pages)
         wrong = set(pages) - self._holders.keys()

@@ -13,40 +13,97 @@ Ints = NDArray[np.int64]
 class BlockTables:
     """A table of page numbers that grows by doubling: a row for each request.
 
-    It does not know how long the rows are; entries past a request's last page are stale, yet
-    always numbers of pages that exist.
+    It does not know how long the rows are. Entries past a request's last page are stale, yet always
+    numbers of pages that exist.
+
+    Examples
+    --------
+    >>> tables = BlockTables()
+    >>> tables.begin(0, [5, 2])
+    >>> tables.write(np.array([0]), np.array([2]), [7])
+    >>> tables.lists(np.array([0]), np.array([3]))
+    [[5, 2, 7]]
     """
 
     def __init__(self) -> None:
         self._pages: Ints = np.zeros((0, 0), dtype=np.int64)
 
     def begin(self, row: int, pages: Sequence[int]) -> None:
-        """Let a request's row begin with these pages."""
+        """Begin a request's row with these pages.
+
+        Parameters
+        ----------
+        row : int
+        pages : sequence of int
+        """
         self._grow(row + 1, len(pages))
         self._pages[row, : len(pages)] = pages
 
     def write(self, rows: Ints, columns: Ints, pages: Sequence[int]) -> None:
-        """Put `pages[i]` at local page `columns[i]` of row `rows[i]`, which has begun."""
+        """Write `pages[i]` at local page `columns[i]` of row `rows[i]`, which has begun.
+
+        Parameters
+        ----------
+        rows, columns : ndarray, int64 [n]
+        pages : sequence of int, [n]
+        """
         self._grow(0, int(columns.max(initial=-1)) + 1)
         self._pages[rows, columns] = pages
 
     def read(self, rows: Ints, width: int) -> Ints:
-        """[n, width] the first `width` pages of rows that have begun; stale past their last."""
+        """Return the first pages of rows that have begun; stale past their last.
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [n]
+        width : int
+            Pages of each.
+
+        Returns
+        -------
+        ndarray, int64 [n, width]
+        """
         self._grow(0, width)
         return self._pages[:, :width][rows]
 
     def lists(self, rows: Ints, widths: Ints) -> list[list[int]]:
-        """The first `widths[i]` pages of row `rows[i]`, which it has been given."""
+        """Return the first `widths[i]` pages of row `rows[i]`, which have been written.
+
+        Parameters
+        ----------
+        rows, widths : ndarray, int64 [n]
+
+        Returns
+        -------
+        list of list of int
+        """
         table = self._pages
         return [table[r, :n].tolist() for r, n in zip(rows.tolist(), widths.tolist(), strict=True)]
 
     def copy(self, source: int, row: int) -> None:
-        """Let `row` begin as a copy of row `source`."""
+        """Begin a row as a copy of another.
+
+        Parameters
+        ----------
+        source : int
+            Row that is copied.
+        row : int
+            Row that begins.
+        """
         self._grow(row + 1, 0)
         self._pages[row] = self._pages[source]
 
     def page(self, rows: Ints, columns: Ints) -> Ints:
-        """[n] the page at local page `columns[i]` of row `rows[i]`."""
+        """Return the page at local page `columns[i]` of row `rows[i]`.
+
+        Parameters
+        ----------
+        rows, columns : ndarray, int64 [n]
+
+        Returns
+        -------
+        ndarray, int64 [n]
+        """
         return self._pages[rows, columns]
 
     def _grow(self, rows: int, columns: int) -> None:

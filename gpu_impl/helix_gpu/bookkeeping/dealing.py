@@ -1,7 +1,7 @@
-"""Dealing tokens to ranks: the prompt's chunks, and whose turn it is once they are dealt.
+"""How tokens are split over ranks: the prompt's shards, and the owner of each decoded token.
 
-A *role* is a rank as the layout's rules name it, before the start shift: role i is played by
-rank (i + shift) mod cp_size.
+A *logical rank* (`role` in the code) is a rank as the layout's rules name it, before the start
+shift: logical rank i is rank (i + shift) mod cp_size.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ FOREVER: Final = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Hand:
-    """The prompt tokens dealt to one rank, as rising chunk numbers of `chunk_tokens` each.
+    """The prompt shard of one rank, as rising chunk numbers.
 
-    Only the prompt's last chunk may be cut short, and it is the last of whichever hand holds it.
+    Only the prompt's last chunk may be cut short, and it is the last of whichever shard holds it.
+
+    Parameters
+    ----------
+    chunks : range
+        Numbers of the chunks, from the prompt's first one on.
+    chunk_tokens : int
+        Tokens of a chunk.
+    prompt_len : int
+        Tokens of the whole prompt.
     """
 
     chunks: range
@@ -31,24 +40,54 @@ class Hand:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in the hand."""
+        """Return the number of tokens in the shard."""
         if not self.chunks:
             return 0
         end = (self.chunks[-1] + 1) * self.chunk_tokens
         return len(self.chunks) * self.chunk_tokens - max(0, end - self.prompt_len)
 
     def positions(self) -> NDArray[np.int64]:
-        """Global positions of the tokens, in local order: int64 [tokens]."""
+        """Return the global positions of the shard's tokens, in local order.
+
+        Returns
+        -------
+        ndarray, int64 [tokens]
+
+        Examples
+        --------
+        >>> Hand(range(1, 4, 2), chunk_tokens=2, prompt_len=7).positions().tolist()
+        [2, 3, 6]
+        """
         first = np.arange(self.chunks.start, self.chunks.stop, self.chunks.step) * self.chunk_tokens
         return (first[:, None] + np.arange(self.chunk_tokens)).ravel()[: self.tokens]
 
 
 def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[Hand]:
-    """Deal a prompt of `prompt_len` tokens; the hands by rank.
+    """Return the prompt shard of each rank.
 
-    `contiguous` serves the roles one after the other, each an equal share, rounded up, of what
-    is left (TensorRT-LLM pull request 9757); the other splits deal chunk by chunk around the
-    table (pull request 13180, and vLLM's interleave). Ranges keep hands small at any length.
+    `contiguous` gives the logical ranks one after the other an equal share, rounded up, of what is
+    left (TensorRT-LLM pull request 9757). The other splits give out chunk by chunk, round-robin
+    (pull request 13180, and vLLM's interleave). Ranges keep shards small at any length.
+
+    Parameters
+    ----------
+    layout : Layout
+    prompt_len : int
+        Tokens of the prompt.
+    shift : int
+        Rank that logical rank 0 is.
+
+    Returns
+    -------
+    list of Hand
+        One for each rank.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> layout = parse_layout("pr9757/1:C=2,T=4")
+    >>> [shard.positions().tolist() for shard in deal_prompt(layout, prompt_len=9, shift=0)]
+    [[0, 1, 2, 3, 4, 5, 6, 7], [8]]
     """
     c = layout.cp_size
     chunk_tokens = layout.prompt_interleave or layout.tokens_per_block
@@ -65,17 +104,42 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[Hand]:
 
 
 def owner_chunk(layout: Layout) -> int:
-    """Tokens that one rank takes in a row during decode."""
+    """Return the tokens that one rank takes in a row during decode.
+
+    Parameters
+    ----------
+    layout : Layout
+
+    Returns
+    -------
+    int
+        FOREVER where the last rank takes all of them.
+    """
     if layout.owner == "last_rank":
         return FOREVER
     return layout.owner_interleave or layout.tokens_per_block
 
 
 def first_turn(layout: Layout, prompt_len: int, shift: int) -> tuple[int, int]:
-    """The rank that owns the first decoded token, and how many it takes before the turn passes.
+    """Return the owner of the first decoded token, and how many it takes before the next rank does.
 
-    `step` starts a new round after the prompt (pull request 9757); the position rules go on as
-    if the owner rule had dealt the prompt too (pull request 17866).
+    `step` starts a new round after the prompt (pull request 9757); the position rules go on as if
+    the owner rule had split the prompt too (pull request 17866).
+
+    Parameters
+    ----------
+    layout : Layout
+    prompt_len : int
+        Tokens of the prompt.
+    shift : int
+        Rank that logical rank 0 is.
+
+    Returns
+    -------
+    owner : int
+        The rank.
+    left : int
+        Tokens until the next rank owns them.
     """
     c, chunk = layout.cp_size, owner_chunk(layout)
     if layout.owner == "last_rank":

@@ -1,8 +1,8 @@
-"""The ledger: what every rank knows about every request, kept alike without communication.
+"""The ledger: counters of every request, which every rank keeps alike without communication.
 
-It holds counters alone (whose turn it is, tokens left in the turn, lengths and pages of all
-ranks) and advances them token by token, so a step costs the same at any context length. A plan
-decides every refusal and changes nothing; applying it cannot fail.
+It holds counters alone (the owner of the next token, the tokens left until the owner changes,
+lengths and pages of all ranks) and advances them token by token, so a step costs the same at any
+context length. A plan decides every refusal and changes nothing; applying it cannot fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,20 @@ Ints = NDArray[np.int64]
 
 
 class Admission(NamedTuple):
-    """An admission that will be accepted. `hands[r]`, `pages[r]`: tokens and pages of rank r."""
+    """The plan of an admission or resumption, which will be accepted.
+
+    Parameters
+    ----------
+    id : int
+    prompt_len : int
+        Tokens to place.
+    shift : int
+        Rank that logical rank 0 is.
+    hands : list of Hand, [cp_size]
+        Prompt shard of each rank.
+    pages : ndarray, int64 [cp_size]
+        Pages that it takes on each rank.
+    """
 
     id: int
     prompt_len: int
@@ -33,10 +46,10 @@ class Admission(NamedTuple):
 
 
 class Step(NamedTuple):
-    """New tokens for each of n requests, m in all, as all ranks see them (int64 unless said).
+    """The plan of a step: new tokens for each of n requests, m in all (int64 unless said).
 
-    Tokens stand request after request, in the order of the batch. A tuple, as all plans are:
-    a frozen dataclass of so many fields takes as long to make as two of numpy's operations.
+    Tokens stand request after request, in the order of the batch. A tuple, as all plans are: a
+    frozen dataclass of so many fields takes as long to make as two of numpy's operations.
     """
 
     rows: Ints
@@ -68,7 +81,7 @@ class Step(NamedTuple):
 
 
 class SharedWrite(NamedTuple):
-    """A request writes into its open page on a rank, which a fork has shared."""
+    """A write into an open page on a rank that a fork has shared."""
 
     place: int
     """Place of the request in the batch."""
@@ -78,7 +91,19 @@ class SharedWrite(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """An acceptance that will be accepted: what a request has after it."""
+    """The plan of an acceptance: what a request has after it.
+
+    Parameters
+    ----------
+    row : int
+        Where the ledger keeps the request.
+    total : int
+        Tokens on all ranks.
+    owner : int
+        Rank that owns the next token.
+    left : int
+        Tokens until the next rank owns them.
+    """
 
     row: int
     total: int
@@ -95,7 +120,25 @@ class Rewind(NamedTuple):
 class Ledger:
     """Counters of all known requests, identical on every rank.
 
-    `pages[r]` is the pool size of rank r; `max_len` the global tokens a request may reach.
+    Parameters
+    ----------
+    layout : Layout
+    pages : sequence of int, [cp_size]
+        Pool size of each rank.
+    max_len : int
+        Global tokens that a request may reach.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> ledger = Ledger(parse_layout("pr9757/1:C=2,T=2"), pages=[8, 8], max_len=100)
+    >>> row = ledger.admit(ledger.plan_admit(7, prompt_len=5))
+    >>> step = ledger.plan_step([7], [3])
+    >>> step.owners.tolist(), step.positions.tolist()
+    ([0, 0, 1], [5, 6, 7])
+    >>> ledger.advance(step)
+    >>> ledger.local_lens([7]).tolist()
+    [[6, 2]]
     """
 
     def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
@@ -136,38 +179,113 @@ class Ledger:
 
     @property
     def ids(self) -> list[int]:
-        """Live requests, in the order in which they were placed."""
+        """Return the live requests, in the order in which they were placed."""
         return list(self._row_of)
 
     def live(self, ids: Sequence[int]) -> list[int]:
-        """Those of the requests that are live."""
+        """Return those of the requests that are live, in their order.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        """
         return [id for id in ids if id in self._row_of]
 
     def rows(self, ids: Sequence[int]) -> Ints:
-        """[n] where the ledger keeps live requests. Raises Refused(unknown or preempted)."""
+        """Return the rows in which the ledger keeps live requests.
+
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+
+        Returns
+        -------
+        ndarray, int64 [n]
+
+        Raises
+        ------
+        Refused
+            For a request that is not known, or preempted.
+        """
         try:
             return np.fromiter(map(self._row_of.__getitem__, ids), np.int64, len(ids))
         except KeyError as error:
             raise self._not_live(error.args[0]) from None
 
     def local_lens(self, ids: Sequence[int]) -> Ints:
-        """[n, cp_size] tokens of live requests on each rank."""
+        """Return the tokens of live requests on each rank.
+
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+
+        Returns
+        -------
+        ndarray, int64 [n, cp_size]
+
+        Raises
+        ------
+        Refused
+            As `rows`.
+        """
         lengths: Ints = self._rows["local_len"][self.rows(ids)]
         return lengths
 
     def held(self, ids: Sequence[int]) -> Ints:
-        """[n, cp_size] pages of live requests on each rank, shared ones included."""
+        """Return the pages of live requests on each rank, shared ones included.
+
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+
+        Returns
+        -------
+        ndarray, int64 [n, cp_size]
+
+        Raises
+        ------
+        Refused
+            As `rows`.
+        """
         state = self._rows[self.rows(ids)]
         return self._pages_for(state["total"], state["local_len"])
 
     def on_rank(self, rank: int, rows: Ints) -> tuple[Ints, Ints]:
-        """[n] tokens and [n] pages of the requests in these rows on one rank."""
+        """Return the tokens and pages of requests on one rank.
+
+        Parameters
+        ----------
+        rank : int
+        rows : ndarray, int64 [n]
+            Where the ledger keeps the requests.
+
+        Returns
+        -------
+        tokens, pages : ndarray, int64 [n]
+        """
         local_len: Ints = self._rows["local_len"][rows, rank]
         held = self._rows["total"][rows] if self.layout.pages == "lockstep" else local_len
         return local_len, -(-held // self._block)
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
-        """Deal a new request's prompt. Raises Refused; changes nothing."""
+        """Plan the admission of a new request; nothing changes.
+
+        Parameters
+        ----------
+        id : int
+        prompt_len : int
+            Tokens of the prompt.
+
+        Returns
+        -------
+        Admission
+
+        Raises
+        ------
+        Refused
+            For an id that is known, an empty prompt, one that is too long, and pools that are
+            exhausted.
+        """
         self._check_new(id)
         if prompt_len < 1:
             raise Refused(
@@ -183,7 +301,21 @@ class Ledger:
         return self._plan_placing(id, prompt_len, shift)
 
     def plan_resume(self, id: int) -> Admission:
-        """Deal all tokens of a preempted request as a prompt. Raises Refused; changes nothing."""
+        """Plan to place all tokens of a preempted request as a prompt; nothing changes.
+
+        Parameters
+        ----------
+        id : int
+
+        Returns
+        -------
+        Admission
+
+        Raises
+        ------
+        Refused
+            For a request that is not preempted, and pools that are exhausted.
+        """
         if id in self._row_of:
             raise Refused(
                 Reason.NOT_PREEMPTED, f"Request {id} is live; only a preempted one can resume."
@@ -193,7 +325,16 @@ class Ledger:
         return self._plan_placing(id, *self.preempted[id])
 
     def admit(self, plan: Admission) -> int:
-        """Apply an admission or resumption planned against the present state; its row."""
+        """Apply an admission or resumption planned against the present state, and return its row.
+
+        Parameters
+        ----------
+        plan : Admission
+
+        Returns
+        -------
+        int
+        """
         row = self._take_row(plan.id)
         owner, left = first_turn(self.layout, plan.prompt_len, plan.shift)
         local_len = [hand.tokens for hand in plan.hands]
@@ -204,9 +345,25 @@ class Ledger:
         return row
 
     def plan_step(self, ids: Sequence[int], query_lens: Sequence[int], pad: int = 0) -> Step:
-        """Place `query_lens[i]` new tokens for each request. Raises Refused; changes nothing.
+        """Plan `query_lens[i]` new tokens for each request; nothing changes.
 
-        `pad` dummy requests fill the batch and have no entries in the step.
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+        query_lens : sequence of int, [n]
+            New tokens of each request.
+        pad : int
+            Dummy requests that fill the batch and have no entries in the step.
+
+        Returns
+        -------
+        Step
+
+        Raises
+        ------
+        Refused
+            For a batch or a count that is not right, a request that is not live or would be too
+            long, and pools that are exhausted.
         """
         rows = self._batch_rows(ids, query_lens, pad)
         lens, tokens = np.array(query_lens, dtype=np.int64), sum(query_lens)
@@ -230,7 +387,12 @@ class Ledger:
         )  # fmt: skip
 
     def advance(self, step: Step) -> None:
-        """Apply a step planned against the present state."""
+        """Apply a step planned against the present state.
+
+        Parameters
+        ----------
+        step : Step
+        """
         state, rows = self._rows, step.rows
         for write in step.shared:
             row = rows[write.place]
@@ -248,7 +410,24 @@ class Ledger:
         self.free -= step.pages
 
     def plan_accept(self, id: int, kept: int) -> Rewind:
-        """Rewind an open group to its first `kept` tokens. Raises Refused; changes nothing."""
+        """Plan to rewind an open group to its first tokens; nothing changes.
+
+        Parameters
+        ----------
+        id : int
+        kept : int
+            Tokens of the group that stay.
+
+        Returns
+        -------
+        Rewind
+
+        Raises
+        ------
+        Refused
+            For a count outside the group, a request that is not live, and one without an open
+            group.
+        """
         group = int(self._rows["group"][self._row_of[id]]) if id in self._row_of else 0
         if kept < 1 or (group and kept > group):
             raise Refused(
@@ -275,7 +454,12 @@ class Ledger:
         )  # fmt: skip
 
     def accept(self, plan: Rewind) -> None:
-        """Apply an acceptance planned against the present state."""
+        """Apply an acceptance planned against the present state.
+
+        Parameters
+        ----------
+        plan : Rewind
+        """
         state = self._rows
         state["total"][plan.row] = plan.total
         state["owner"][plan.row] = plan.owner
@@ -286,7 +470,17 @@ class Ledger:
         self.free += plan.held - plan.kept
 
     def sampled(self, ids: Sequence[int]) -> None:
-        """The tokens of each request's oldest outstanding decode are known. Raises Refused."""
+        """Count the oldest outstanding decode of each request as sampled.
+
+        Parameters
+        ----------
+        ids : sequence of int
+
+        Raises
+        ------
+        Refused
+            Without overlap, for an empty or repeated list, and for a request without such a decode.
+        """
         if not self.overlap:
             raise Refused(
                 Reason.UNSUPPORTED, "Without overlap the tokens of a decode are known at once."
@@ -303,7 +497,20 @@ class Ledger:
         self._rows["outstanding"][rows] -= 1
 
     def fork(self, parent: int, child: int) -> None:
-        """A request begins as a copy of `parent` that shares its pages. Raises Refused."""
+        """Begin a request as a copy of another that shares its pages.
+
+        Parameters
+        ----------
+        parent : int
+            A live request.
+        child : int
+            Id of the new one.
+
+        Raises
+        ------
+        Refused
+            For a parent that is not live, and a child that is known.
+        """
         self._check_new(child)
         source = int(self.rows([parent])[0])
         row = self._take_row(child)
@@ -320,13 +527,33 @@ class Ledger:
             self._stems[source] = self._stems[row] = stem
 
     def preempt(self, id: int) -> None:
-        """A live request gives its pages back and stays known. Raises Refused."""
+        """Free the pages of a live request, which stays known.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         row = int(self.rows([id])[0])
         self.preempted[id] = (int(self._rows["total"][row]), int(self._rows["shift"][row]))
         self._vacate(id)
 
     def release(self, id: int) -> None:
-        """End a request, live or preempted; pages that no other holds are free. Raises Refused."""
+        """End a request, live or preempted; pages that no other request holds are free.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not known.
+        """
         if self.preempted.pop(id, None) is None:
             self.rows([id])
             self._vacate(id)

@@ -43,13 +43,27 @@ class RankStep(NamedTuple):
 
     @classmethod
     def of_dummies(cls, pad: int) -> RankStep:
-        """A step without tokens."""
+        """Return a step without tokens.
+
+        Parameters
+        ----------
+        pad : int
+            Dummy requests.
+        """
         none = np.zeros(0, dtype=np.int64)
         return cls(none, none, none.astype(bool), none, none, none, [], [], pad)
 
 
 class PageCopy(NamedTuple):
-    """Copy on write: the first `tokens` slots of page `source` go to page `target`."""
+    """Copy on write: the first slots of a page go to another page.
+
+    Parameters
+    ----------
+    source, target : int
+        Physical pages.
+    tokens : int
+        Slots to copy.
+    """
 
     source: int
     target: int
@@ -57,11 +71,32 @@ class PageCopy(NamedTuple):
 
 
 class RankBook:
-    """The bookkeeping of cp_rank `cp_rank`: lengths, pages, slots and positions.
+    """The bookkeeping of one cp_rank: lengths, pages, slots and positions.
 
     Ranks that apply the same events give the same answers and the same refusals without
-    talking. Raises Refused(bad_config) for a configuration it may not start with, ValueError
-    for a cp_rank outside it.
+    communication.
+
+    Parameters
+    ----------
+    config : Config
+    cp_rank : int
+
+    Raises
+    ------
+    Refused
+        With `bad_config` for a configuration that it may not start with.
+    ValueError
+        For a cp_rank outside the configuration.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=2,T=2", pages=[8, 8], max_len=100)
+    >>> book = RankBook(config, cp_rank=1)
+    >>> book.admit(7, prompt_len=5)  # rank 0 has four of the five tokens
+    [0]
+    >>> step = book.decode_step([7], [3])
+    >>> step.position_ids.tolist(), step.active.tolist(), step.slots.tolist()
+    ([5, 6, 7], [False, False, True], [-1, -1, 1])
     """
 
     def __init__(self, config: Config, cp_rank: int) -> None:
@@ -81,49 +116,127 @@ class RankBook:
 
     @property
     def request_ids(self) -> list[int]:
-        """Live requests, in the order in which they were placed."""
+        """Return the live requests, in the order in which they were placed."""
         return self.ledger.ids
 
     @property
     def preempted_ids(self) -> list[int]:
-        """Preempted requests, in rising order."""
+        """Return the preempted requests, in rising order."""
         return sorted(self.ledger.preempted)
 
     @property
     def free_pages(self) -> int:
-        """Pages of this rank's pool that no request holds."""
+        """Return the number of pages of this rank's pool that no request holds."""
         return self._allocator.free
 
     def live(self, ids: Sequence[int]) -> list[int]:
-        """Those of the requests that are live, in their order."""
+        """Return those of the requests that are live, in their order.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        """
         return self.ledger.live(ids)
 
     def local_len(self, id: int) -> int:
-        """Tokens of a live request on this rank. Raises Refused."""
+        """Return the tokens of a live request on this rank.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         return self.holdings([id])[0][0]
 
     def block_table(self, id: int) -> list[int]:
-        """Physical pages of a live request on this rank, in local order. Raises Refused."""
+        """Return the physical pages of a live request on this rank, in local order.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         return self.holdings([id])[1][0]
 
     def holdings(self, ids: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-        """Tokens of live requests on this rank, and their block tables. Raises Refused."""
+        """Return the tokens of live requests on this rank, and their block tables.
+
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+
+        Returns
+        -------
+        tokens : list of int, [n]
+        tables : list of list of int, [n]
+            Physical pages in local order.
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         rows = self.ledger.rows(ids)
         lengths, pages = self.ledger.on_rank(self.cp_rank, rows)
         return lengths.tolist(), self.tables.lists(rows, pages)
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
-        """Deal a new request's prompt. Raises Refused; changes nothing."""
+        """Plan the admission of a new request; nothing changes.
+
+        Parameters
+        ----------
+        id : int
+        prompt_len : int
+            Tokens of the prompt.
+
+        Returns
+        -------
+        Admission
+
+        Raises
+        ------
+        Refused
+            As `Ledger.plan_admit`.
+        """
         return self.ledger.plan_admit(id, prompt_len)
 
     def plan_resume(self, id: int) -> Admission:
-        """Deal all tokens of a preempted request as a prompt. Raises Refused; changes nothing."""
+        """Plan to place all tokens of a preempted request as a prompt; nothing changes.
+
+        Parameters
+        ----------
+        id : int
+
+        Returns
+        -------
+        Admission
+
+        Raises
+        ------
+        Refused
+            As `Ledger.plan_resume`.
+        """
         return self.ledger.plan_resume(id)
 
     def place(self, plan: Admission) -> list[int]:
         """Apply an admission or resumption planned against the present state.
 
-        Returns the physical pages that it took.
+        Parameters
+        ----------
+        plan : Admission
+
+        Returns
+        -------
+        list of int
+            Physical pages that it took on this rank.
         """
         taken = self._allocator.take(int(plan.pages[self.cp_rank]))
         row = self.ledger.admit(plan)
@@ -131,17 +244,57 @@ class RankBook:
         return taken
 
     def admit(self, id: int, prompt_len: int) -> list[int]:
-        """Admit a request; the physical pages it took here. Raises Refused."""
+        """Admit a request, and return the physical pages that it took on this rank.
+
+        Parameters
+        ----------
+        id : int
+        prompt_len : int
+            Tokens of the prompt.
+
+        Returns
+        -------
+        list of int
+
+        Raises
+        ------
+        Refused
+            As `plan_admit`.
+        """
         return self.place(self.plan_admit(id, prompt_len))
 
     def resume(self, id: int) -> list[int]:
-        """Place a preempted request anew; the physical pages it took here. Raises Refused."""
+        """Place a preempted request anew, and return the physical pages that it took on this rank.
+
+        Parameters
+        ----------
+        id : int
+
+        Returns
+        -------
+        list of int
+
+        Raises
+        ------
+        Refused
+            As `plan_resume`.
+        """
         return self.place(self.plan_resume(id))
 
     def prompt_chunks(self, plan: Admission, tokens: int) -> Iterator[RankStep]:
-        """The prompt of an admission that was placed, as steps of at most so many tokens.
+        """Yield the prompt of an admission that was placed, as steps of a limited number of tokens.
 
         Each token sees those before it and itself; nothing is taken or changed.
+
+        Parameters
+        ----------
+        plan : Admission
+        tokens : int
+            Tokens of a step, at most.
+
+        Yields
+        ------
+        RankStep
         """
         mine, row = plan.hands[self.cp_rank].positions(), self.ledger.rows([plan.id])
         t = self.layout.tokens_per_block
@@ -157,14 +310,38 @@ class RankBook:
     def plan_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
     ) -> Step:
-        """Place the new tokens of each request; `query_lens` defaults to ones. Raises Refused.
+        """Plan the new tokens of each request. Nothing changes: it is all that a skipped step does.
 
-        Changes nothing: it is all that a skipped step does.
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+        query_lens : sequence of int, [n], optional
+            New tokens of each request; one unless given.
+        pad : int
+            Dummy requests behind them.
+
+        Returns
+        -------
+        Step
+
+        Raises
+        ------
+        Refused
+            As `Ledger.plan_step`.
         """
         return self.ledger.plan_step(ids, [1] * len(ids) if query_lens is None else query_lens, pad)
 
     def advance(self, step: Step) -> RankStep:
-        """Apply a step planned against the present state."""
+        """Apply a step planned against the present state, and return what this rank sees of it.
+
+        Parameters
+        ----------
+        step : Step
+
+        Returns
+        -------
+        RankStep
+        """
         taken = self._allocator.take(int(step.pages[self.cp_rank]))
         rows = step.rows[step.requests]
         copied = self._copy_on_write(step, taken)
@@ -185,15 +362,53 @@ class RankBook:
     def decode_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
     ) -> RankStep:
-        """New tokens for each request. Raises Refused."""
+        """Plan and apply a step, and return what this rank sees of it.
+
+        Parameters
+        ----------
+        ids, query_lens, pad
+            As `plan_step` takes them.
+
+        Returns
+        -------
+        RankStep
+
+        Raises
+        ------
+        Refused
+            As `plan_step`.
+        """
         return self.advance(self.plan_step(ids, query_lens, pad))
 
     def skip(self, ids: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
-        """Prepare a step that never runs: raises Refused as the decode would, changes nothing."""
+        """Plan a step that never runs; nothing changes.
+
+        Parameters
+        ----------
+        ids, query_lens
+            As `plan_step` takes them.
+
+        Raises
+        ------
+        Refused
+            As `plan_step`.
+        """
         self.plan_step(ids, query_lens)
 
     def accept(self, id: int, kept: int) -> None:
-        """Rewind all but the first `kept` tokens of a request's open group. Raises Refused."""
+        """Rewind a request's open group to its first tokens.
+
+        Parameters
+        ----------
+        id : int
+        kept : int
+            Tokens of the group that stay.
+
+        Raises
+        ------
+        Refused
+            As `Ledger.plan_accept`.
+        """
         plan = self.ledger.plan_accept(id, kept)
         mine = slice(self.cp_rank, self.cp_rank + 1)
         (table,) = self.tables.lists(np.array([plan.row]), plan.held[mine])
@@ -201,24 +416,67 @@ class RankBook:
         self._allocator.give_back(table[int(plan.kept[self.cp_rank]) :])
 
     def sampled(self, ids: Sequence[int]) -> None:
-        """The tokens of each request's oldest outstanding decode are known. Raises Refused."""
+        """Count the oldest outstanding decode of each request as sampled.
+
+        Parameters
+        ----------
+        ids : sequence of int
+
+        Raises
+        ------
+        Refused
+            As `Ledger.sampled`.
+        """
         self.ledger.sampled(ids)
 
     def fork(self, parent: int, child: int) -> None:
-        """A request begins as a copy of `parent` that shares all its pages. Raises Refused."""
+        """Begin a request as a copy of another that shares all its pages.
+
+        Parameters
+        ----------
+        parent : int
+            A live request.
+        child : int
+            Id of the new one.
+
+        Raises
+        ------
+        Refused
+            For a parent that is not live, and a child that is known.
+        """
         self.ledger.fork(parent, child)
         source, row = self.ledger.rows([parent, child]).tolist()
         self.tables.copy(source, row)
         self._allocator.share(self.block_table(child))
 
     def preempt(self, id: int) -> None:
-        """A live request gives its pages back and stays known. Raises Refused."""
+        """Free the pages of a live request, which stays known.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not live.
+        """
         pages = self.block_table(id)
         self.ledger.preempt(id)
         self._allocator.give_back(pages)
 
     def release(self, id: int) -> None:
-        """End a request, live or preempted; pages that no other holds are free. Raises Refused."""
+        """End a request, live or preempted; pages that no other request holds are free.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is not known.
+        """
         pages = [] if id in self.ledger.preempted else self.block_table(id)
         self.ledger.release(id)
         self._allocator.give_back(pages)

@@ -7,7 +7,15 @@ from helix_spec.events import Reason
 
 
 class Refused(Exception):
-    """An event, or a configuration, that every rank refuses for the same `reason`."""
+    """An event, or a configuration, that every rank refuses for the same reason.
+
+    Parameters
+    ----------
+    reason : Reason
+        What the trace language calls it.
+    sentence : str
+        What was wrong, for people.
+    """
 
     def __init__(self, reason: Reason, sentence: str) -> None:
         super().__init__(sentence)
@@ -15,7 +23,17 @@ class Refused(Exception):
 
 
 def check_config(config: Config) -> None:
-    """Raise Refused(bad_config) when this engine may not start with the configuration."""
+    """Raise unless this engine may start with the configuration.
+
+    Parameters
+    ----------
+    config : Config
+
+    Raises
+    ------
+    Refused
+        With the reason `bad_config` and a sentence.
+    """
     problem = config_problem(config)
     if problem is not None:
         raise Refused(Reason.BAD_CONFIG, problem)

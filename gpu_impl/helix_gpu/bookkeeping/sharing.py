@@ -1,9 +1,10 @@
 """Which pages several requests hold after a fork, in counters: no page has a number here.
 
-A fork shares every page on every rank. The full ones are never written again, and a request gives
-up all of them at once: requests that begin alike stand on one `Stem`. The open ones, partly
-filled, each have a tag with its number of holders, since a request leaves them one by one when it
-writes. So forks, copies and releases cost the same whatever the number of tokens cached.
+A fork shares every page on every rank. The full ones are never written again, and a request
+releases all of them at once: requests that begin alike have a common `Stem`, the full pages of
+their shared prefix. The open ones, partly filled, each have a tag with its number of holders, since
+a request leaves them one by one when it writes. So forks, copies and releases cost the same
+whatever the number of tokens cached.
 """
 
 from __future__ import annotations
@@ -15,14 +16,35 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class OpenPages:
-    """Holders of the open pages that were shared, by tag. Tag 0 is a page never shared."""
+    """Holders of the open pages that were shared, by tag. Tag 0 is a page never shared.
+
+    Parameters
+    ----------
+    holders : dict of int to int
+        Number of holders by tag.
+    tags : int
+        Tags given out so far.
+
+    Examples
+    --------
+    >>> pages = OpenPages()
+    >>> tag = pages.join(0)  # a fork: two requests hold the page
+    >>> pages.must_copy([tag, tag])  # both write: the last one may write in place
+    [True, False]
+    """
 
     holders: dict[int, int] = field(default_factory=dict)
     tags: int = 0
     """Tags given out so far."""
 
     def join(self, tag: int) -> int:
-        """One more request holds the page of this tag; the tag that it has from now on."""
+        """Count one more holder of the page with this tag, and return its tag from now on.
+
+        Parameters
+        ----------
+        tag : int
+            0 if the page was never shared: it is given a new tag.
+        """
         if not tag:
             self.tags += 1
             tag = self.tags
@@ -30,7 +52,13 @@ class OpenPages:
         return tag
 
     def leave(self, tag: int) -> bool:
-        """A request lets go of the page, or makes it its own; whether others still hold it."""
+        """Count one holder less of the page with this tag, and return whether others still hold it.
+
+        Parameters
+        ----------
+        tag : int
+            Of a page that is shared.
+        """
         self.holders[tag] -= 1
         if self.holders[tag]:
             return True
@@ -38,9 +66,19 @@ class OpenPages:
         return False
 
     def must_copy(self, tags: Sequence[int]) -> list[bool]:
-        """Whether these writers, one after the other, find other holders in their page.
+        """Return whether each of these writers, one after the other, must copy its page first.
 
-        The last of all the holders finds none: the others have copied and left.
+        It must while the page has other holders. The last of all the holders need not: the others
+        have copied and left.
+
+        Parameters
+        ----------
+        tags : sequence of int
+            Tag of the page that each writer writes into.
+
+        Returns
+        -------
+        list of bool
         """
         left = Counter[int]()
         copies = []
@@ -52,7 +90,17 @@ class OpenPages:
 
 @dataclass(slots=True)
 class Stem:
-    """Full pages that several requests begin with, on the ranks together with those `below`."""
+    """The full pages of a prefix that several requests share, on the ranks.
+
+    Parameters
+    ----------
+    pages : tuple of int, [cp_size]
+        Pages on each rank, those of the shorter prefixes below included.
+    below : Stem or None
+        The longest shorter prefix that is shared, too.
+    holders : int
+        Requests and longer prefixes that stand on this one directly.
+    """
 
     pages: tuple[int, ...]
     """[cp_size] pages on each rank, those of the stems below included."""
@@ -62,9 +110,19 @@ class Stem:
 
 
 def branch(stem: Stem | None, pages: tuple[int, ...]) -> Stem | None:
-    """The stem of a request and of its new fork, when the request has these full pages.
+    """Return the shared prefix of a request and of its new fork.
 
-    `stem` is the one that the request stood on. None when there is no full page at all.
+    Parameters
+    ----------
+    stem : Stem or None
+        The shared prefix that the request had before.
+    pages : tuple of int, [cp_size]
+        Full pages of the request on each rank.
+
+    Returns
+    -------
+    Stem or None
+        None when there is no full page at all.
     """
     while stem is not None and stem.holders == 1:
         stem = stem.below  # nobody else stands there: these pages are the request's own
@@ -76,7 +134,17 @@ def branch(stem: Stem | None, pages: tuple[int, ...]) -> Stem | None:
 
 
 def let_go(stem: Stem | None) -> Stem | None:
-    """A request leaves its stem; the part of it that others still hold."""
+    """Count one holder less of a shared prefix, and return the part of it that others still hold.
+
+    Parameters
+    ----------
+    stem : Stem or None
+        The shared prefix of a request that ends.
+
+    Returns
+    -------
+    Stem or None
+    """
     while stem is not None:
         stem.holders -= 1
         if stem.holders:

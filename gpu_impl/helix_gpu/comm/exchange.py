@@ -2,8 +2,8 @@
 
 Each rank attends with all query heads of its tensor-parallel shard and ends up with the attention
 over all keys for its own slice of them. Outputs and log-sum-exps are packed into one message for
-each rank (`pack`), since decode exchanges are bound by latency (arXiv 2507.07120; vLLM pull
-request 41160). How the messages travel is an `Exchange`:
+each rank (`partials.pack`), since decode exchanges are bound by latency (arXiv 2507.07120; vLLM
+pull request 41160). How the messages travel is an `Exchange`:
 
 | exchange | collectives | bytes sent per rank | order of the sum |
 |---|---|---|---|
@@ -24,21 +24,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.attention.merge import shares, weighted
+from helix_gpu.attention.partials import pack, unpack
 from helix_spec.config import ModelShape
 
 Exchange = Callable[[Tensor], Tensor]
 """From the message to each rank to the partials of this rank's own heads.
 
-uint8 [C, bytes] -> uint8 [P, bytes], rows as `pack` lays them out. P is C, row s from rank s; or
-1, where the exchange has merged on the way. Every rank of the group calls it alike. The result is
-only good until the next call.
+uint8 [C, bytes] -> uint8 [P, bytes], rows as `partials.pack` lays them out. P is C, row s from rank
+s; or 1, where the exchange has merged on the way. Every rank of the group calls it alike. The
+result is only good until the next call.
 """
 MakeExchange = Callable[[dist.ProcessGroup, ModelShape], Exchange]
 """The exchange among the ranks of a group, for a model; every rank of the group calls it."""
 
 
 def all_to_all(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
-    """One all-to-all: every rank gets the messages for it, and no other. The default."""
+    """Return the exchange by one all-to-all: every rank gets the messages for it. The default.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence.
+    model : ModelShape
+
+    Returns
+    -------
+    Exchange
+    """
 
     def exchange(send: Tensor) -> Tensor:
         receive = torch.empty_like(send)
@@ -49,7 +61,20 @@ def all_to_all(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
 
 
 def all_gather(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
-    """Every rank gets all messages and picks its own: C times the bytes, nothing to get wrong."""
+    """Return the exchange by which every rank gets all messages and picks its own.
+
+    It sends C times the bytes.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence.
+    model : ModelShape
+
+    Returns
+    -------
+    Exchange
+    """
 
     def exchange(send: Tensor) -> Tensor:
         return _gathered(send, group)[:, group.rank()]
@@ -58,11 +83,27 @@ def all_gather(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
 
 
 def reduce_scatter(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
-    """An all-gather of log-sum-exps, then a sum of the weighted outputs, scattered by heads.
+    """Return the exchange that gathers log-sum-exps, then sums outputs and scatters them by heads.
 
-    What vLLM (`ag_rs`) and SGLang do by default. They add in the model's type, and the error
-    grows with the ranks; here sums are float32. Raises ValueError when partials should travel
-    in less: rounding them once more would leave the bound of ATT-4.
+    What vLLM (`ag_rs`) and SGLang do by default. They add in the model's type, and the error grows
+    with the ranks; here sums are float32.
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence.
+    model : ModelShape
+
+    Returns
+    -------
+    Exchange
+        It merges on the way: one row comes back.
+
+    Raises
+    ------
+    ValueError
+        When partials should travel in less than float32: rounding them once more would leave the
+        bound of ATT-4.
     """
     if model.partial_dtype != "float32":
         raise ValueError(
@@ -80,33 +121,6 @@ def reduce_scatter(group: dist.ProcessGroup, model: ModelShape) -> Exchange:
         return pack(merged, merged_lses[group.rank()], 1, torch.float32)
 
     return exchange
-
-
-def pack(output: Tensor, lse: Tensor, ranks: int, wire: torch.dtype) -> Tensor:
-    """Bytes for each rank: its heads' outputs in type `wire`, then their float32 log-sum-exps.
-
-    `output` float32 [n, heads, head_dim], `lse` float32 [n, heads], rank d being sent heads
-    [d * heads / ranks, (d + 1) * heads / ranks). Returns uint8 [ranks, bytes].
-    """
-    n, heads, head_dim = output.shape
-    outputs = output.to(wire).view(n, ranks, heads // ranks, head_dim).transpose(0, 1)
-    lses = lse.view(n, ranks, heads // ranks).transpose(0, 1)
-    parts = [part.contiguous().view(ranks, -1).view(torch.uint8) for part in (outputs, lses)]
-    return torch.cat(parts, dim=1)
-
-
-def unpack(
-    received: Tensor, n: int, heads: int, head_dim: int, wire: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Undo `pack` on the receiver, which holds `heads` heads.
-
-    Returns outputs of type `wire` [ranks, n, heads, head_dim] and log-sum-exps float32
-    [ranks, n, heads]. head_dim is even, so the float32 part is aligned.
-    """
-    border = n * heads * head_dim * wire.itemsize
-    outputs = received[:, :border].view(wire).view(-1, n, heads, head_dim)
-    lses = received[:, border:].view(torch.float32).view(-1, n, heads)
-    return outputs, lses
 
 
 def _gathered(mine: Tensor, group: dist.ProcessGroup) -> Tensor:

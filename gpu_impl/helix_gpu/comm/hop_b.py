@@ -31,7 +31,16 @@ MESSAGES: Final = (2**12, 2**20)
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What attending and exchanging cost, the same on all ranks. Seconds and bytes per second."""
+    """What attending and exchanging cost, the same on all ranks. Seconds and bytes per second.
+
+    Examples
+    --------
+    >>> costs = Costs(latency=1e-5, exchange_speed=1e11, attention_speed=4e12, second_half=1e-5)
+    >>> costs.saved(cached=2**30, sent=2**20) > 0  # little to hide
+    False
+    >>> costs.saved(cached=2**32, sent=2**25) > 0
+    True
+    """
 
     latency: float
     """Of an exchange without bytes."""
@@ -43,13 +52,20 @@ class Costs:
     """What attending in two halves takes longer than in one."""
 
     def saved(self, cached: float, sent: float) -> float:
-        """Seconds that two halves save in a layer; negative where they lose.
+        """Return the seconds that two halves save in a layer; negative where they lose.
 
-        `cached` are the bytes of K and V that a rank reads, `sent` those that it sends. Halves pass
-        through attention (a seconds each) and exchange (x each) as two equal jobs through two
-        machines, which takes a + max(a, x) + x (Johnson, Naval Res. Logist. Q. 1, 1954). So where
-        attention is the longer, half of the bytes' time is saved, and the second half's launches
-        are lost; where the exchange is, half of the attention's, and one latency is lost.
+        Halves pass through attention (a seconds each) and exchange (x each) as two equal jobs
+        through two machines, which takes a + max(a, x) + x (Johnson, Naval Res. Logist. Q. 1,
+        1954). So where attention is the longer, half of the bytes' time is saved, and the second
+        half's launches are lost; where the exchange is, half of the attention's, and one latency is
+        lost.
+
+        Parameters
+        ----------
+        cached : float
+            Bytes of K and V that a rank reads.
+        sent : float
+            Bytes that it sends.
         """
         attention = cached / self.attention_speed
         whole = attention + self._exchange(sent)
@@ -69,10 +85,27 @@ def measure(
     cached: int,
     device: torch.device | str = "cpu",
 ) -> Costs:
-    """The costs on these ranks, of which the slowest counts; every rank of the group calls it.
+    """Return the costs on these ranks, of which the slowest counts.
 
-    `exchange` was made for this group and model. `attend(n)` attends with n rows, `rows` (at least
-    2) being those of a usual batch, which reads `cached` bytes of K and V. Takes tens of exchanges.
+    Every rank of the group calls it. It takes tens of exchanges.
+
+    Parameters
+    ----------
+    exchange : Exchange
+        Made for this group and model.
+    group : ProcessGroup
+    model : ModelShape
+    attend : callable
+        `attend(n)` attends with n rows.
+    rows : int
+        Rows of a usual batch, at least 2.
+    cached : int
+        Bytes of K and V that `attend(rows)` reads.
+    device : torch.device or str
+
+    Returns
+    -------
+    Costs
     """
     device, wire = torch.device(device), getattr(torch, model.partial_dtype)
     item = model.value_dim * wire.itemsize + 4  # of one row and head
@@ -93,11 +126,23 @@ def measure(
 
 
 def fitted(times: Sequence[float], sent: Sequence[int], cached: int) -> Costs:
-    """Costs from the times of a small and a large exchange, of attending whole and in halves.
+    """Return the costs from the times of four runs.
 
-    `sent` are the bytes that a rank sends to all others in the two exchanges. A difference that
-    noise has made negative or 0 is taken for 0 seconds: an exchange whose bytes cost nothing, and
-    halves that cost no more, never let HOP-B look better than it is.
+    A difference that noise has made negative or 0 is taken for 0 seconds: an exchange whose bytes
+    cost nothing, and halves that cost no more, never let HOP-B look better than it is.
+
+    Parameters
+    ----------
+    times : sequence of float, [4]
+        Seconds of a small and of a large exchange, of attending whole and in halves.
+    sent : sequence of int, [2]
+        Bytes that a rank sends to all others in the two exchanges.
+    cached : int
+        Bytes of K and V that attending reads.
+
+    Returns
+    -------
+    Costs
     """
     (small, large, whole, halves), (few, many) = times, sent
     per_byte = max(large - small, 0.0) / (many - few)
@@ -129,19 +174,30 @@ def _synchronize(device: torch.device) -> None:
 
 
 class SameLane:
-    """Work is done at once, by who hands it over."""
+    """Does work at once, in the caller's stream or thread."""
 
     def hand(self, work: Work, *given: Tensor) -> Callable[[], Tensor]:
-        """What `work(*given)` gave."""
+        """Do `work(*given)`, and return a function that returns its result.
+
+        Parameters
+        ----------
+        work : callable
+            Takes tensors and returns one.
+        *given : Tensor
+        """
         result = work(*given)
         return lambda: result
 
 
 class Lane:
-    """Work beside the main one, in the order in which it is handed over.
+    """Does work beside the main one, in the order in which it is handed over.
 
     A stream on CUDA, whose work starts when all before it in the current stream has ended, and a
     thread on the CPU.
+
+    Parameters
+    ----------
+    device : torch.device
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -151,7 +207,14 @@ class Lane:
         self.thread = None if self.stream else ThreadPoolExecutor(1)
 
     def hand(self, work: Work, *given: Tensor) -> Callable[[], Tensor]:
-        """Begin `work(*given)`; what is returned waits for its result."""
+        """Begin `work(*given)`, and return a function that waits for its result.
+
+        Parameters
+        ----------
+        work : callable
+            Takes tensors and returns one.
+        *given : Tensor
+        """
         if self.thread is not None:
             return self.thread.submit(work, *given).result
         assert self.stream is not None

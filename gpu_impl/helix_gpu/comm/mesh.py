@@ -16,11 +16,27 @@ FFN_AXES: Final = ("ep", "tp")
 
 
 def helix_mesh(config: Config, device_type: str = "cpu") -> DeviceMesh:
-    """All ranks as tp_size x cp_size, axes ("tp", "cp"); every rank calls it.
+    """Return all ranks as tp_size x cp_size, with axes ("tp", "cp"); every rank calls it.
 
-    torch.distributed is initialised, `device_type` is "cpu" or "cuda". Raises Refused(bad_config)
-    for a configuration that no engine may start with, say more tp ranks than KV heads, and
-    ValueError for another number of processes; both before any group is made.
+    torch.distributed is initialised.
+
+    Parameters
+    ----------
+    config : Config
+    device_type : str
+        "cpu" or "cuda".
+
+    Returns
+    -------
+    DeviceMesh
+
+    Raises
+    ------
+    Refused
+        With `bad_config`, for a configuration that no engine may start with, say more tp ranks than
+        KV heads; before any group is made.
+    ValueError
+        For another number of processes; before any group is made.
     """
     check_config(config)
     if dist.get_world_size() != config.world_size:
@@ -33,9 +49,17 @@ def helix_mesh(config: Config, device_type: str = "cpu") -> DeviceMesh:
 
 
 def check_mesh(config: Config, mesh: DeviceMesh) -> None:
-    """Raise ValueError unless the mesh has the axes ("tp", "cp") in the configuration's sizes.
+    """Raise unless the mesh has the axes ("tp", "cp") in the configuration's sizes.
 
-    It may be a part of a larger one, as `mesh["tp", "cp"]` of pipeline stages.
+    Parameters
+    ----------
+    config : Config
+    mesh : DeviceMesh
+        It may be a part of a larger one, as `mesh["tp", "cp"]` of pipeline stages.
+
+    Raises
+    ------
+    ValueError
     """
     sizes = (config.tp_size, config.layout.cp_size)
     if mesh.mesh_dim_names != AXES or tuple(mesh.shape) != sizes:
@@ -46,23 +70,51 @@ def check_mesh(config: Config, mesh: DeviceMesh) -> None:
 
 
 def slice_of(mesh: DeviceMesh) -> int:
-    """tp_rank * cp_size + cp_rank: the slice of the output projection's heads held here (MAP-1)."""
+    """Return the slice of the output projection's heads held here (MAP-1).
+
+    It is tp_rank * cp_size + cp_rank.
+
+    Parameters
+    ----------
+    mesh : DeviceMesh
+        With axes ("tp", "cp").
+    """
     return mesh.get_local_rank("tp") * mesh["cp"].size() + mesh.get_local_rank("cp")
 
 
 def whole_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The group of all ranks of a mesh, in the order of their slices; every rank calls it."""
+    """Return the group of all ranks of a mesh, in the order of their slices; every rank calls it.
+
+    Parameters
+    ----------
+    mesh : DeviceMesh
+    """
     # Flattening knows the group that covers all processes, and those of a part of a larger mesh.
     return (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
 
 
 def repurposed(mesh: DeviceMesh, ep_size: int = 1) -> DeviceMesh:
-    """The ranks of an attention mesh as the FFN uses them: experts x tensor parallel.
+    """Return the ranks of an attention mesh as the FFN uses them: experts x tensor parallel.
 
     Helix gives the N = tp * cp ranks of the attention to the FFN as EP x TPF = N, without moving
-    anything (arXiv 2507.07120, section 2.2): axes ("ep", "tp"), tp the faster one. A dense FFN has
-    ep_size 1. Every rank calls it. Raises ValueError if ep_size does not divide the ranks, or if
-    the mesh is a part of a larger one: its groups can only be made by all processes together.
+    anything (arXiv 2507.07120, section 2.2). Every rank calls it.
+
+    Parameters
+    ----------
+    mesh : DeviceMesh
+    ep_size : int
+        Groups of experts; 1 for a dense FFN.
+
+    Returns
+    -------
+    DeviceMesh
+        With axes ("ep", "tp"), tp the faster one.
+
+    Raises
+    ------
+    ValueError
+        If ep_size does not divide the ranks, or if the mesh is a part of a larger one: its groups
+        can only be made by all processes together.
     """
     ranks = mesh.size()
     if ranks != dist.get_world_size():

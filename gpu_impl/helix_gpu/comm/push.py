@@ -1,9 +1,10 @@
 """An exchange without collectives: each rank writes its messages into its peers' memory.
 
-Every rank has a *window* that all ranks of the group can write: SLOTS slots of one message from
-each rank, and a count of arrivals from each. On CUDA it is torch's symmetric memory, which peers
-reach over NVLink, and two Triton kernels do the work; multicast is not used. On a CPU it is a
-shared file, and this module does what the kernels do: a simulation, for tests.
+Every rank has a *window* (`windows`) that all ranks of the group can write: SLOTS slots of one
+message from each rank, and a count of arrivals from each. On CUDA it is torch's symmetric memory,
+which peers reach over NVLink, and two Triton kernels do the work (`push_kernels`); multicast is not
+used. On a CPU it is a shared file, and this module does what the kernels do: a simulation, for
+tests.
 
 Why no message is overwritten before it is read, with two slots. Epochs count exchanges. A rank's
 put of epoch n + 2 goes where its put of epoch n went. It begins after the rank's own epoch n + 1
@@ -28,11 +29,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helix_gpu.comm.exchange import Exchange
+from helix_gpu.comm.windows import ALIGNMENT, SLOTS, arrivals, slots, window_bytes
 from helix_spec.config import ModelShape
 
-SLOTS: Final = 2
-ALIGNMENT: Final = 16
-"""Bytes: messages begin at multiples of it, so that the widest stores can be used."""
 PATIENCE: Final = timedelta(seconds=60)
 """How long a CPU rank waits for a message before it gives its peer up."""
 
@@ -68,9 +67,28 @@ Action = Put | Signal | Await | Take
 
 
 def phases(ranks: int, epoch: int) -> list[list[list[Action]]]:
-    """What every rank does in exchange `epoch`, counted from 0: phases of threads of actions.
+    """Return what every rank does in an exchange: phases of threads of actions.
 
     A phase begins when the one before has ended on this rank; its threads run in any order.
+
+    Parameters
+    ----------
+    ranks : int
+        Ranks of the group.
+    epoch : int
+        Number of the exchange, from 0.
+
+    Returns
+    -------
+    list of list of list of Action
+
+    Examples
+    --------
+    >>> puts, takes = phases(ranks=2, epoch=3)
+    >>> puts[1]
+    [Put(peer=1, slot=1), Signal(peer=1)]
+    >>> takes[0]
+    [Await(peer=0, arrivals=4), Take(peer=0, slot=1)]
     """
     slot = epoch % SLOTS
     puts: list[list[Action]] = [[Put(peer, slot), Signal(peer)] for peer in range(ranks)]
@@ -81,14 +99,24 @@ def phases(ranks: int, epoch: int) -> list[list[list[Action]]]:
 
 
 def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2**20) -> Exchange:
-    """The exchange by one-sided writes; every rank of the group calls it.
-
-    `message_bytes` bounds what a rank sends to one other in an exchange: rows * heads / C *
-    (head_dim * element size + 4). Memory is taken for SLOTS * C of them. The ranks are on one
-    host. Raises ValueError for a longer message, before any is written.
+    """Return the exchange by one-sided writes; every rank of the group calls it.
 
     On CUDA every rank of the world calls it equally often, as the ranks of a mesh do: torch counts
     rendezvous by process, and a rank that one left out hangs in the next (pytorch issue 196082).
+
+    Parameters
+    ----------
+    group : ProcessGroup
+        The ranks that share a sequence, on one host.
+    model : ModelShape
+    message_bytes : int
+        Bytes that a rank sends to one other in an exchange, at most: rows * heads / C * (head_dim *
+        element size + 4). Memory is taken for SLOTS * C of them.
+
+    Returns
+    -------
+    Exchange
+        It raises ValueError for a longer message, before any is written.
     """
     capacity = -(-message_bytes // ALIGNMENT) * ALIGNMENT
     if "nccl" in dist.get_backend(group):
@@ -106,9 +134,9 @@ class _HostPush:
     def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
         self.rank, self.ranks, self.capacity = group.rank(), group.size(), capacity
         self.epoch = 0
-        windows = _shared_windows(group, _window_bytes(self.ranks, capacity))
-        self.slots = [_slots(window, self.ranks, capacity) for window in windows]
-        self.arrivals = [_arrivals(window, self.ranks) for window in windows]
+        windows = _shared_windows(group, window_bytes(self.ranks, capacity))
+        self.slots = [slots(window, self.ranks, capacity) for window in windows]
+        self.arrivals = [arrivals(window, self.ranks) for window in windows]
 
     def __call__(self, send: Tensor) -> Tensor:
         length = _checked_length(send, self.capacity)
@@ -154,7 +182,7 @@ class _DevicePush:
         self.device = torch.device("cuda", torch.cuda.current_device())
         # Read at the rendezvous. Where multicast cannot be set up, that fails or hangs.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        size = _window_bytes(self.ranks, capacity)
+        size = window_bytes(self.ranks, capacity)
         self.window = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
         self.handle = symmetric_memory.rendezvous(self.window, group)
         self.window.zero_()
@@ -174,25 +202,6 @@ class _DevicePush:
         take(received, self.window, self.epoch, self.capacity)
         self.epoch += 1
         return received
-
-
-def _window_bytes(ranks: int, capacity: int) -> int:
-    """Arrivals, padded, then the slots."""
-    return _arrivals_bytes(ranks) + SLOTS * ranks * capacity
-
-
-def _arrivals_bytes(ranks: int) -> int:
-    return -(-8 * ranks // ALIGNMENT) * ALIGNMENT
-
-
-def _arrivals(window: Tensor, ranks: int) -> Tensor:
-    """int64 [ranks]: messages arrived from each rank, since the window was made."""
-    return window[: 8 * ranks].view(torch.int64)
-
-
-def _slots(window: Tensor, ranks: int, capacity: int) -> Tensor:
-    """uint8 [SLOTS, ranks, capacity]: messages from each rank."""
-    return window[_arrivals_bytes(ranks) :].view(SLOTS, ranks, capacity)
 
 
 def _checked_length(send: Tensor, capacity: int) -> int:

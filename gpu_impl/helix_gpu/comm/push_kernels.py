@@ -1,4 +1,4 @@
-"""Writing messages into the peers' windows and taking them out: `helix_gpu.comm.push` on CUDA."""
+"""Writing messages into the peers' windows and reading them: the kernels of `push` on CUDA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 
 from helix_gpu.attention.kernels.common import FUSION
-from helix_gpu.comm.push import ALIGNMENT, SLOTS
+from helix_gpu.comm.windows import SLOTS, arrivals_bytes
 
 BLOCK: Final = 1024
 """Words of 4 bytes that a program copies at a time."""
@@ -63,35 +63,49 @@ def take_kernel(  # type: ignore[no-untyped-def]
 
 
 def put(send: Tensor, windows: Tensor, epoch: Tensor, rank: int, capacity: int) -> None:
-    """Write message d of `send` uint8 [C, bytes] into the window of rank d, for every d.
+    """Write message d into the window of rank d, for every d.
 
-    `windows` int64 [C] are the windows' addresses, `epoch` int64 [1] the exchanges before this
-    one, `capacity` bytes the room for a message; bytes and capacity are multiples of 4.
+    Parameters
+    ----------
+    send : Tensor, uint8 [C, bytes]
+        A multiple of 4 bytes each.
+    windows : Tensor, int64 [C]
+        Addresses of the windows.
+    epoch : Tensor, int64 [1]
+        Exchanges before this one.
+    rank : int
+        This rank.
+    capacity : int
+        Bytes of a slot, a multiple of 4.
     """
     ranks, words = len(send), send.shape[1] // 4
     put_kernel[(ranks, PARTS)](
         send.view(torch.int32), windows, epoch,
-        words, rank, _slots_at(ranks), capacity // 4,
+        words, rank, arrivals_bytes(ranks), capacity // 4,
         SLOTS=SLOTS, PARTS=PARTS, BLOCK=BLOCK, enable_fp_fusion=FUSION,
     )  # fmt: skip
 
 
 def take(received: Tensor, window: Tensor, epoch: Tensor, capacity: int) -> None:
-    """Wait for the messages of all ranks and copy them to `received` uint8 [C, bytes].
+    """Wait for the messages of all ranks and copy them to `received`.
 
-    `window` is this rank's own, the rest as `put` takes it. The next `put` of this rank must
-    follow in the same stream.
+    The next `put` of this rank must follow in the same stream.
+
+    Parameters
+    ----------
+    received : Tensor, uint8 [C, bytes]
+    window : Tensor, uint8 [bytes]
+        This rank's own; see `windows`.
+    epoch : Tensor, int64 [1]
+        Exchanges before this one.
+    capacity : int
+        Bytes of a slot, a multiple of 4.
     """
     ranks, words = len(received), received.shape[1] // 4
-    border = _slots_at(ranks)
+    border = arrivals_bytes(ranks)
     arrivals = window[: 8 * ranks].view(torch.int64)
     take_kernel[(ranks, PARTS)](
         received.view(torch.int32), arrivals, window[border:].view(torch.int32), epoch,
         words, capacity // 4,
         SLOTS=SLOTS, PARTS=PARTS, BLOCK=BLOCK, enable_fp_fusion=FUSION,
     )  # fmt: skip
-
-
-def _slots_at(ranks: int) -> int:
-    """Bytes of the arrivals, before the slots."""
-    return -(-8 * ranks // ALIGNMENT) * ALIGNMENT

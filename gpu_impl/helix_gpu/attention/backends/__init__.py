@@ -1,7 +1,9 @@
 """Attention of other libraries over this rank's pages: found where installed, never required.
 
 Every backend is a callable like `paged.attend_pages` (`AttendPages`), so that what a library calls
-a log-sum-exp, an empty row or a page table is translated in one place, its adapter.
+a log-sum-exp, an empty row or a page table is translated in one place, its adapter:
+
+- `flashinfer`: FlashInfer's paged decode.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ PACKAGES: Final = {"flashinfer": "flashinfer-python"}
 
 
 class AttendPages(Protocol):
-    """Partial attention of new tokens over this rank's pages; see `paged.attend_pages`."""
+    """The type of a backend: a callable like `paged.attend_pages`."""
 
     def __call__(
         self,
@@ -30,19 +32,48 @@ class AttendPages(Protocol):
         scale: float | None = None,
         value_dim: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Output [n, q_heads, value_dim] and natural log-sum-exp [n, q_heads], both float32."""
+        """Return the partial attention of each new token over its request's slots on this rank.
+
+        Parameters
+        ----------
+        q, pages, tables, lengths, scale, value_dim
+            As `paged.attend_pages` takes them.
+
+        Returns
+        -------
+        output : Tensor, float32 [n, q_heads, value_dim]
+        lse : Tensor, float32 [n, q_heads]
+            Natural log-sum-exp.
+        """
 
 
 def discovered() -> list[str]:
-    """Names of the backends whose library can be imported here."""
+    """Return the names of the backends whose library can be imported here.
+
+    Returns
+    -------
+    list of str
+    """
     return [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
 
 
 def load(name: str, model: ModelShape) -> AttendPages:
-    """The backend of this name for a model.
+    """Return the backend of this name for a model.
 
-    Raises ValueError for a name that there is not, a library that is not installed, or a model
-    that it cannot serve.
+    Parameters
+    ----------
+    name : str
+        One of PACKAGES.
+    model : ModelShape
+
+    Returns
+    -------
+    AttendPages
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, a library that is not installed, or a model that it cannot serve.
     """
     if name not in PACKAGES:
         raise ValueError(f"There is no backend {name!r}; there are {', '.join(PACKAGES)}.")

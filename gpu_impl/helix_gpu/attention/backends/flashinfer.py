@@ -25,11 +25,19 @@ ALL_ON_TENSOR_CORES: Final = 4
 
 
 class FlashInfer:
-    """Attends with FlashInfer. It plans at every call, and so waits for the device: a peer to
-    compare with, or a first step on other hardware, not what a CUDA graph captures.
+    """Attention by FlashInfer.
 
-    Raises ValueError for a model that it cannot serve, or whose declared types promise more than
-    it keeps.
+    It plans at every call, and so waits for the device: a peer to compare with, or a first step on
+    other hardware, not what a CUDA graph captures.
+
+    Parameters
+    ----------
+    model : ModelShape
+
+    Raises
+    ------
+    ValueError
+        For a model that it cannot serve, or whose declared types promise more than it keeps.
     """
 
     def __init__(self, model: ModelShape) -> None:
@@ -50,7 +58,18 @@ class FlashInfer:
         scale: float | None = None,
         value_dim: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `paged.attend_pages`; pages of q's type, no latents."""
+        """Return the partial attention of each new token over its request's slots on this rank.
+
+        Parameters
+        ----------
+        q, pages, tables, lengths, scale, value_dim
+            As `paged.attend_pages` takes them, on one GPU; pages of q's type, no latents.
+
+        Returns
+        -------
+        output : Tensor, float32 [n, q_heads, value_dim]
+        lse : Tensor, float32 [n, q_heads]
+        """
         output = q.new_zeros(q.shape, dtype=torch.float32)
         lse = q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32)
         rows = lengths.nonzero()[:, 0]

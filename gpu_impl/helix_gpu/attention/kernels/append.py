@@ -38,18 +38,35 @@ def append_kernel(  # type: ignore[no-untyped-def]
 
 
 def append(k: Tensor, v: Tensor, pool: Tensor, slots: Tensor) -> None:
-    """Store row i of `k` and `v` at slot `slots[i]` of `pool`, in the pool's type; one launch.
+    """Store row i of K and V at slot `slots[i]` of the pool, in the pool's type; one launch.
 
-    `k`, `v` [n, kv_heads, head_dim], K rotated; `pool` [pages, 2, tokens_per_block, kv_heads,
-    head_dim], K then V; all of any strides with the last 1. `slots` [n] integers, contiguous, page
-    * tokens_per_block + offset. A row whose slot is negative is another rank's: nothing is
-    written. Raises ValueError for other strides.
+    Parameters
+    ----------
+    k, v : Tensor, any float type [n, kv_heads, head_dim]
+        K rotated. Any strides, the last 1.
+    pool : Tensor, any float type [pages, 2, tokens_per_block, kv_heads, head_dim]
+        K, then V. Any strides, the last 1.
+    slots : Tensor, int32 or int64 [n], contiguous
+        Page * tokens_per_block + offset. A row whose slot is negative is another rank's: nothing is
+        written.
+
+    Raises
+    ------
+    ValueError
+        For other strides.
     """
     _launch(k, v, pool, slots, parts=2)
 
 
 def append_latent(latent: Tensor, pool: Tensor, slots: Tensor) -> None:
-    """Store `latent` [n, dim] in `pool` [pages, tokens_per_block, dim], as `append` does."""
+    """Store latent rows in a latent cache, as `append` does.
+
+    Parameters
+    ----------
+    latent : Tensor, any float type [n, dim]
+    pool : Tensor, any float type [pages, tokens_per_block, dim]
+    slots : Tensor, int32 or int64 [n], contiguous
+    """
     rows = latent[:, None]
     _launch(rows, rows, pool[:, None, :, None], slots, parts=1)
 

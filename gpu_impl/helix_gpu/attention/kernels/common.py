@@ -17,19 +17,29 @@ LOG2_E: Final = 1.4426950408889634
 
 
 def interpreted(kernel: object) -> bool:
-    """Whether TRITON_INTERPRET=1 was set when the kernel was made, so that it runs on the CPU."""
+    """Return whether a kernel was made under TRITON_INTERPRET=1, and so runs on the CPU."""
     return not isinstance(kernel, JITFunction)
 
 
 def power_of_2(n: int) -> int:
-    """The least power of 2 that is n or more."""
+    """Return the least power of 2 that is n or more."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def check_layout(*, rows: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    """Raise ValueError unless tensors lie as the kernels take for granted.
+    """Raise unless tensors lie in memory as the kernels take for granted.
 
-    Each of `rows` has the elements of its last axis side by side, each of `whole` all of them.
+    Parameters
+    ----------
+    rows : dict of str to Tensor
+        By name: the elements of the last axis must be side by side.
+    whole : dict of str to Tensor
+        By name: all elements must be.
+
+    Raises
+    ------
+    ValueError
+        With the name and the strides.
     """
     for name, tensor in rows.items():
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

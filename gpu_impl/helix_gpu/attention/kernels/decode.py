@@ -102,18 +102,35 @@ def decode(
     wide: bool = False,
     settings: DecodeSettings | None = None,
 ) -> None:
-    """Attention of `q` over the first `lengths[i]` slots of each row, in S splits.
+    """Write the attention of `q` over the first `lengths[i]` slots of each row, in S splits.
 
-    `q` [n, q_heads, head_dim]; `pool` [pages, 2, tokens_per_block, kv_heads, head_dim], K then
-    V, of q's type or of 8 bits, of any strides with the last 1; `tables` [n, width] integers,
-    page numbers in local order, read no further than the length; `lengths` [n] integers below
-    2**31, contiguous. Scores are scaled by `scale`, 1 / sqrt(head_dim) by default. Probabilities
-    meet V in q's type, where `wide` in float32, which matrix units do not multiply.
+    The splits are for `reduce_pack` alone: one without keys has the log-sum-exp -inf and an output
+    that was never written.
 
-    Writes the splits' normalised outputs to `partial_out` float32 [S, n, q_heads, head_dim] and
-    their log-sum-exps *to base 2* to `partial_lse2` float32 [S, n, q_heads], both contiguous.
-    They are for `reduce_pack` alone: a split without keys has -inf there and an output that was
-    never written. Raises ValueError for other strides.
+    Parameters
+    ----------
+    q : Tensor, any float type [n, q_heads, head_dim]
+    pool : Tensor, q's type or 8 bits [pages, 2, tokens_per_block, kv_heads, head_dim]
+        K, then V. Any strides, the last 1.
+    tables : Tensor, integers [n, width]
+        Page numbers in local order, read no further than the length.
+    lengths : Tensor, integers below 2**31 [n], contiguous
+    partial_out : Tensor, float32 [S, n, q_heads, head_dim], contiguous
+        The splits' normalised outputs.
+    partial_lse2 : Tensor, float32 [S, n, q_heads], contiguous
+        Their log-sum-exps *to base 2*.
+    scale : float, optional
+        Of the scores; 1 / sqrt(head_dim) unless given.
+    wide : bool
+        Whether the P·V product is in float32, which matrix units do not multiply, and not in q's
+        type.
+    settings : DecodeSettings, optional
+        How it is launched; `decode_settings` unless given.
+
+    Raises
+    ------
+    ValueError
+        For other strides.
     """
     check_layout(
         rows={"q": q, "pool": pool, "tables": tables},

@@ -1,4 +1,4 @@
-"""Merging the partials that the ranks sent: `helix_gpu.attention.merge.merge` as one kernel."""
+"""Merging the partials that the ranks sent: `attention.merge.merge` as one kernel."""
 
 from __future__ import annotations
 
@@ -42,13 +42,26 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
 
 def merge_received(received: Tensor, out: Tensor, lse_out: Tensor, wire: torch.dtype) -> None:
-    """Merge the partials over disjoint keys that the ranks sent with `exchange.pack`'s layout.
+    """Merge the partials over disjoint keys that the ranks sent in `partials.pack`'s layout.
 
-    `received` uint8 [ranks, bytes], row s from rank s: outputs of type `wire`, then float32
-    natural log-sum-exps. Writes `out` [n, heads, head_dim] of any float type and the merged
-    natural log-sum-exp to `lse_out` float32 [n, heads], both contiguous. All partials without
-    keys give (0, -inf). Ranks are added in order, in float32, so that every run rounds alike.
-    Raises ValueError for other strides.
+    All partials without keys give (0, -inf). Ranks are added in order, in float32, so that every
+    run rounds alike.
+
+    Parameters
+    ----------
+    received : Tensor, uint8 [ranks, bytes]
+        Row s from rank s: outputs, then float32 natural log-sum-exps.
+    out : Tensor, any float type [n, heads, head_dim], contiguous
+        Where the merged output is written.
+    lse_out : Tensor, float32 [n, heads], contiguous
+        Where its natural log-sum-exp is written.
+    wire : torch.dtype
+        Type of the outputs in `received`.
+
+    Raises
+    ------
+    ValueError
+        For other strides.
     """
     check_layout(rows={"received": received}, whole={})
     border = out.numel() * wire.itemsize
@@ -58,7 +71,15 @@ def merge_received(received: Tensor, out: Tensor, lse_out: Tensor, wire: torch.d
 
 
 def merge_partials(outputs: Tensor, lses: Tensor, out: Tensor, lse_out: Tensor) -> None:
-    """`merge_received` of outputs [ranks, n * heads * head_dim] and lses [ranks, n * heads]."""
+    """Merge partials as `merge_received` does, from two tensors.
+
+    Parameters
+    ----------
+    outputs : Tensor, any float type [ranks, n * heads * head_dim]
+    lses : Tensor, float32 [ranks, n * heads]
+    out, lse_out
+        As `merge_received` takes them.
+    """
     check_layout(rows={"outputs": outputs, "lses": lses}, whole={"out": out, "lse_out": lse_out})
     n, heads, head_dim = out.shape
     merge_kernel[(n * heads,)](

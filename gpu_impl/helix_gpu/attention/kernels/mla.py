@@ -95,12 +95,29 @@ def decode_latent(
     wide: bool = False,
     settings: DecodeSettings | None = None,
 ) -> None:
-    """`decode` for a latent cache: `q` [n, heads, latent + rope], both powers of 2 (512 + 64).
+    """Write the attention of `q` over a latent cache, as `decode` does.
 
-    `q` holds the absorbed query and its rotated part; `pool` [pages, tokens_per_block, latent +
-    rope]; the output is over the latent: `partial_out` [S, n, heads, latent]. `scale` is the
-    model's, 1 / sqrt(128 + 64) for DeepSeek, since the absorbed width does not tell it. The rest
-    is as `decode` says.
+    Parameters
+    ----------
+    q : Tensor, any float type [n, heads, latent + rope]
+        The absorbed query, then its rotated part; both sizes powers of 2 (512 + 64).
+    pool : Tensor, q's type or 8 bits [pages, tokens_per_block, latent + rope]
+    tables, lengths
+        As `decode` takes them.
+    partial_out : Tensor, float32 [S, n, heads, latent], contiguous
+        Over the latent.
+    partial_lse2 : Tensor, float32 [S, n, heads], contiguous
+    scale : float
+        The model's, 1 / sqrt(128 + 64) for DeepSeek, since the absorbed width does not tell it.
+    wide : bool
+        As `decode` takes it.
+    settings : DecodeSettings, optional
+        How it is launched; `latent_settings` unless given.
+
+    Raises
+    ------
+    ValueError
+        For other strides.
     """
     check_layout(
         rows={"q": q, "pool": pool, "tables": tables},

@@ -50,13 +50,26 @@ def reduce_pack_kernel(  # type: ignore[no-untyped-def]
 
 
 def reduce_pack(partial_out: Tensor, partial_lse2: Tensor, send: Tensor, wire: torch.dtype) -> None:
-    """Join the splits that `decode` wrote and pack them for each rank, as `exchange.pack` does.
+    """Join the splits that `decode` wrote and pack them for each rank, as `partials.pack` does.
 
-    `partial_out` float32 [S, n, heads, head_dim], `partial_lse2` float32 [S, n, heads], base 2.
-    `send` uint8 [ranks, bytes]: row d gets the outputs of heads [d * heads / ranks, (d + 1) *
-    heads / ranks) in type `wire`, then their float32 *natural* log-sum-exps. A row without keys
-    gives (0, -inf). head_dim is even; with ranks = 1 and wire float32 this is the local result.
-    Raises ValueError for tensors that are not contiguous.
+    A row without keys gives (0, -inf). With one rank and `wire` float32 this is the local result.
+
+    Parameters
+    ----------
+    partial_out : Tensor, float32 [S, n, heads, head_dim], contiguous
+        head_dim is even.
+    partial_lse2 : Tensor, float32 [S, n, heads], contiguous
+        To base 2.
+    send : Tensor, uint8 [ranks, bytes], contiguous
+        Row d gets the outputs of heads [d * heads / ranks, (d + 1) * heads / ranks), then their
+        float32 *natural* log-sum-exps.
+    wire : torch.dtype
+        Type of the outputs in `send`.
+
+    Raises
+    ------
+    ValueError
+        For tensors that are not contiguous.
     """
     check_layout(
         rows={},

@@ -38,10 +38,22 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `helix_gpu.attention.rope.rotate` gives, to the bit, in one launch where that has nine.
+    """Return what `attention.rope.rotate` returns, to the bit, in one launch where that has nine.
 
-    `x` [n, heads, dim] of any strides with the last 1; `cos`, `sin` float32 [n, 1, half], whole.
-    Raises ValueError for other strides.
+    Parameters
+    ----------
+    x : Tensor, any float type [n, heads, dim]
+        Any strides, the last 1.
+    cos, sin : Tensor, float32 [n, 1, half], contiguous
+
+    Returns
+    -------
+    Tensor, as `x`
+
+    Raises
+    ------
+    ValueError
+        For other strides.
     """
     check_layout(rows={"x": x}, whole={"cos": cos, "sin": sin})
     n, heads, dim = x.shape

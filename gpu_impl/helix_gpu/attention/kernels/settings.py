@@ -22,9 +22,18 @@ of benchmarks/results/h200.txt: what a turn more costs there is the time of 2 to
 class DecodeSettings:
     """One way to compile a decode kernel.
 
-    `block` keys are taken at a time by `warps` warps, and `stages - 1` blocks of K and V are on
-    their way from memory while one is worked on. A program takes up to `heads` query heads that
-    share a KV head. A multiprocessor is to hold `resident` programs at a time.
+    Parameters
+    ----------
+    block : int
+        Keys that are taken at a time.
+    warps : int
+        Warps of a program.
+    stages : int
+        `stages - 1` blocks of K and V are on their way from memory while one is worked on.
+    heads : int
+        Query heads of a KV head that a program takes, at most.
+    resident : int
+        Programs that a multiprocessor is to hold at a time.
     """
 
     block: int
@@ -34,20 +43,38 @@ class DecodeSettings:
     resident: int = 1
 
     def heads_of(self, group: int) -> int:
-        """Query heads a program has room for, in a group of `group`: matrix units want 16."""
+        """Return the query heads that a program takes of a group; matrix units want 16.
+
+        Parameters
+        ----------
+        group : int
+            Query heads that share a KV head.
+        """
         return min(self.heads, max(16, power_of_2(group)))
 
 
 def decode_settings(
     head_dim: int, dtype: torch.dtype, cached: torch.dtype | None = None
 ) -> DecodeSettings:
-    """Settings of `decode` where probabilities meet V in `dtype`; K and V are `cached` in it.
+    """Return the settings of `decode`.
 
     Chosen by table 3 of benchmarks/results/h200.txt, for 128 dimensions: within 0.4 percent of the
     best of pages of 16, 64 and 128 each, with the splits that `splits_for` gives. It is one program
     a multiprocessor, with 128 KiB of K and V on their way; more dimensions keep to those bytes.
     Elements of 8 bits are converted first, which takes longer than to read them: four programs
     convert beside each other.
+
+    Parameters
+    ----------
+    head_dim : int
+    dtype : torch.dtype
+        Type of the P·V product.
+    cached : torch.dtype, optional
+        Type in which K and V are cached.
+
+    Returns
+    -------
+    DecodeSettings
     """
     if dtype == torch.float32:
         # No matrix unit multiplies float32 exactly: small blocks keep operands in registers.
@@ -59,10 +86,21 @@ def decode_settings(
 
 
 def latent_settings(dtype: torch.dtype, cached: torch.dtype | None = None) -> DecodeSettings:
-    """Settings of `decode_latent` where probabilities meet V in `dtype`, latents `cached` in it.
+    """Return the settings of `decode_latent`.
 
     Chosen by the MLA table of benchmarks/results/h200.txt. A program keeps [heads, 512] sums in
     registers, which bounds `heads`: 64 fit, and are by far the fastest.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Type of the P·V product.
+    cached : torch.dtype, optional
+        Type in which latents are cached.
+
+    Returns
+    -------
+    DecodeSettings
     """
     if dtype == torch.float32:
         return DecodeSettings(block=16, warps=8, stages=1, heads=16)
@@ -74,12 +112,27 @@ def latent_settings(dtype: torch.dtype, cached: torch.dtype | None = None) -> De
 def splits_for(
     rows: int, kv_heads: int, longest: int, *, resident: int = 1, multiprocessors: int = 132
 ) -> int:
-    """Splits that take least time for `rows` requests of up to `longest` local keys.
+    """Return the number of splits that takes least time.
 
     Programs run in turns of `resident` a multiprocessor, and each takes the time of its keys and of
-    START_KEYS more. `kv_heads` are the programs of a row and split: for a latent cache, one for
-    every 64 heads. It belongs to a captured graph, so it depends on the bucket and never on the
+    START_KEYS more. It belongs to a captured graph, so it depends on the bucket and never on the
     lengths: those are divided on the device.
+
+    Parameters
+    ----------
+    rows : int
+        Requests.
+    kv_heads : int
+        Programs of a row and split: for a latent cache, one for every 64 heads.
+    longest : int
+        Local keys of a request, at most.
+    resident : int
+        Programs that a multiprocessor holds at a time.
+    multiprocessors : int
+
+    Returns
+    -------
+    int
     """
     most = min(MAX_SPLITS, max(1, -(-longest // MIN_KEYS)))
 

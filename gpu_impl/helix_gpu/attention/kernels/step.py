@@ -14,14 +14,14 @@ from helix_gpu.attention.kernels.merge import merge_received
 from helix_gpu.attention.kernels.mla import decode_latent
 from helix_gpu.attention.kernels.reduce_pack import reduce_pack
 from helix_gpu.attention.kernels.settings import DecodeSettings, splits_for
-from helix_gpu.comm.exchange import unpack
+from helix_gpu.attention.partials import unpack
 
 
 @dataclass(frozen=True, slots=True)
 class StepBuffers:
-    """What one captured step writes, allocated once before capture and kept as long as its graph.
+    """The memory that one captured step writes, allocated before capture and kept with its graph.
 
-    The layers of a step share them.
+    The layers of a step share it.
     """
 
     partial_out: Tensor
@@ -29,7 +29,7 @@ class StepBuffers:
     partial_lse2: Tensor
     """float32 [splits, rows, q_heads], to base 2."""
     send: Tensor
-    """uint8 [ranks, bytes], the layout of `exchange.pack`."""
+    """uint8 [ranks, bytes], the layout of `partials.pack`."""
     received: Tensor
     """uint8 [ranks, bytes], row s from rank s."""
     output: Tensor
@@ -54,11 +54,32 @@ class StepBuffers:
         splits: int | None = None,
         resident: int = 1,
     ) -> StepBuffers:
-        """Buffers for steps of `rows` rows with up to `longest` keys on a rank.
+        """Return buffers for steps of `rows` rows.
 
-        `value_dim` is head_dim, or the latent's 512. `splits` is chosen by `splits_for` unless
-        given, for which alone are needed `resident`, of the settings that `decode` will use, and
-        `kv_heads`: with a latent cache, one for every 64 heads.
+        Parameters
+        ----------
+        rows, q_heads : int
+        kv_heads : int
+            Used to choose `splits`; with a latent cache, one for every 64 heads.
+        value_dim : int
+            head_dim, or the latent's 512.
+        ranks : int
+            Ranks of the exchange.
+        longest : int
+            Keys on a rank, at most.
+        dtype : torch.dtype
+            Type of the output.
+        wire : torch.dtype
+            Type in which partial outputs travel.
+        device : torch.device or str
+        splits : int, optional
+            `splits_for` chooses unless given.
+        resident : int
+            Of the settings that `decode` will use; used to choose `splits`.
+
+        Returns
+        -------
+        StepBuffers
         """
         splits = splits or splits_for(rows, kv_heads, longest, resident=resident)
         heads = q_heads // ranks
@@ -94,10 +115,26 @@ def attend_shard(
 ) -> None:
     """Store K and V where this rank owns them, attend over its pages, fill `buffers.send`.
 
-    Arguments as `append` and `decode` take them, q and k rotated; `lengths` count the new tokens.
-    Without `v` the cache is one of latents: `k` [n, 1, latent + rope], `pool` [pages, 1,
-    tokens_per_block, 1, latent + rope], and `scale` is needed. Three launches. The exchange from
-    `send` to `received` comes next, then `merge_shards`.
+    Three launches. The exchange from `send` to `received` comes next, then `merge_shards`.
+
+    Parameters
+    ----------
+    buffers : StepBuffers
+    q, k : Tensor
+        As `decode` and `append` take them, rotated. Without `v`, `k` is [n, 1, latent + rope].
+    v : Tensor or None
+        As `append` takes it; None where the cache is one of latents.
+    pool : Tensor
+        As `append` takes it. Without `v`, [pages, 1, tokens_per_block, 1, latent + rope].
+    slots, tables : Tensor
+        As `append` and `decode` take them.
+    lengths : Tensor
+        As `decode` takes it; the new tokens count.
+    settings : DecodeSettings, optional
+    scale : float, optional
+        Of the scores; needed without `v`.
+    wide : bool
+        As `decode` takes it.
     """
     partials = buffers.partial_out, buffers.partial_lse2
     how: Any = {"scale": scale, "wide": wide, "settings": settings}
@@ -112,7 +149,16 @@ def attend_shard(
 
 
 def merge_shards(buffers: StepBuffers) -> Tensor:
-    """Merge `buffers.received` into `buffers.output`, which is returned; one launch."""
+    """Merge `buffers.received` into `buffers.output`, which is returned; one launch.
+
+    Parameters
+    ----------
+    buffers : StepBuffers
+
+    Returns
+    -------
+    Tensor [rows, q_heads / ranks, value_dim]
+    """
     merge_received(buffers.received, buffers.output, buffers.lse, buffers.wire)
     return buffers.output
 
@@ -120,9 +166,23 @@ def merge_shards(buffers: StepBuffers) -> Tensor:
 def attend_pages(
     q: Tensor, pool: Tensor, tables: Tensor, lengths: Tensor, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`paged.attend_pages` by these kernels; allocates, so not for a captured step.
+    """Return what `paged.attend_pages` returns, by these kernels.
 
-    Returns float32 output [n, q_heads, head_dim] and natural log-sum-exp [n, q_heads].
+    It allocates, so it is not for a captured step.
+
+    Parameters
+    ----------
+    q : Tensor, any float type [n, q_heads, head_dim]
+    pool, tables, lengths : Tensor
+        As `decode` takes them.
+    splits : int, optional
+        `splits_for` chooses unless given.
+
+    Returns
+    -------
+    output : Tensor, float32 [n, q_heads, head_dim]
+    lse : Tensor, float32 [n, q_heads]
+        Natural log-sum-exp.
     """
     n, q_heads, head_dim = q.shape
     longest = max(1, tables.shape[1] * pool.shape[2])

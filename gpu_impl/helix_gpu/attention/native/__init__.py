@@ -45,7 +45,10 @@ class _Sizes(ctypes.Structure):
 
 @functools.cache
 def available() -> bool:
-    """Whether the operation is built, or can be: it takes ninja and a C++ compiler with OpenMP."""
+    """Return whether the operation is built, or can be.
+
+    It takes ninja and a C++ compiler with OpenMP.
+    """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or shutil.which("ninja") is None:
         return False
@@ -62,9 +65,19 @@ def attend_pages(
     scale: float | None = None,
     value_dim: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `paged.attend_pages` computes, with the same arguments, errors and types.
+    """Return what `paged.attend_pages` returns, for the same arguments and with the same errors.
 
-    It falls back to that function for types and head dimensions that it does not know.
+    It calls that function for types and head dimensions that it does not know.
+
+    Parameters
+    ----------
+    q, pages, tables, lengths, scale, value_dim
+        As `paged.attend_pages` takes them.
+
+    Returns
+    -------
+    output : Tensor, float32 [n, q_heads, value_dim]
+    lse : Tensor, float32 [n, q_heads]
     """
     n, q_heads, key_dim = q.shape
     value_dim = value_dim or key_dim

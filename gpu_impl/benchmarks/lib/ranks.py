@@ -1,4 +1,4 @@
-"""What ranks that measure together share: their clocks, and what they agree on."""
+"""Several ranks that measure together: their clocks, and what they agree on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+from lib import DRY
+from lib.device import DEVICE, flush, once, wait
+from lib.report import BEGUN, Report
+
 import torch
 import torch.distributed as dist
-from exchange import microseconds
-from h200 import BEGUN, DEVICE, DRY, Report, flush
-from launch import once, wait
 from torch import Tensor
 
 from helix_gpu.graphs import Replay
@@ -86,9 +87,27 @@ def times_of(
     }
 
 
+def microseconds(
+    runs: dict[str, Callable[[], object]], device: torch.device, rounds: int, warm_up: int
+) -> dict[str, list[float]]:
+    """Of each run, `rounds` times in turn, the slowest rank's time, launching it included."""
+    times = torch.zeros(rounds, len(runs), dtype=torch.float64, device=device)
+    for turn in range(-warm_up, rounds):
+        for place, run in enumerate(runs.values()):
+            dist.barrier()
+            begun = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 0:
+                times[turn, place] = (time.perf_counter() - begun) * 1e6
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return {name: times[:, place].tolist() for place, name in enumerate(runs)}
+
+
 def host_times(runs: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median microseconds from a run's launch to its end on the device; the slowest rank's."""
-    taken = microseconds(runs, DEVICE, ROUNDS)
+    taken = microseconds(runs, DEVICE, ROUNDS, WARM_UP)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -19,8 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-U32 = UNIT[torch.float32]
+from gpu_testing.exact import U32
+
 FALSE_ALARM = 1e-9
 """Chance that one honest comparison of whole tensors fails."""
 

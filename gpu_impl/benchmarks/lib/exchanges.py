@@ -1,22 +1,26 @@
-"""Ways to exchange the partials of several ranks and to merge them by the kernels."""
+"""Ways to exchange and merge the partials of ranks by the kernels, and captured exchanges."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
+
+from lib import DRY
+from lib.device import DEVICE, TYPE, again, device_time, random
+from lib.models import models
+from lib.ranks import differing, world
 
 import msgspec
 import torch
 import torch.distributed as dist
-from h200 import DEVICE, TYPE, random
-from launch import models
-from together import differing, world
 from torch import Tensor
 
 from helix_gpu.attention.kernels.merge import merge_partials, merge_received
+from helix_gpu.attention.partials import pack
 from helix_gpu.comm import exchange as exchanges
-from helix_gpu.comm.exchange import Exchange, MakeExchange, pack
+from helix_gpu.comm.exchange import Exchange, MakeExchange
 from helix_gpu.comm.push import push
-from helix_gpu.graphs import Replay
+from helix_gpu.graphs import Replay, cuda_graph
 from helix_spec.config import ModelShape
 
 MODEL = models()["grouped queries"]
@@ -113,3 +117,32 @@ class Merges:
         to = {name: (ours, 0.0) for name in ("push", "two all-to-alls", "all_gather")}
         to |= {"all_to_all": (wide, 2.0**-6), "reduce_scatter, float32": (wide, 1e-5)}
         return {name: differing(self.merged[name], *to[name]) for name in self.merged if name in to}
+
+
+def exchanged(
+    name: str, make: MakeExchange, replays: int, group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
+    """An exchange of all ranks, captured: what arrives is what this replay sends."""
+    exchange = make(group or world(), models()["grouped queries"])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    send = torch.zeros(ranks, 4096, dtype=torch.uint8, device=DEVICE)
+    received = torch.zeros_like(send)
+    peers = torch.arange(ranks, device=DEVICE)[:, None]
+
+    def message(step: int, source: int | Tensor, target: int | Tensor) -> Tensor:
+        # No byte is the same one replay earlier or later, nor from or for another rank.
+        at = torch.arange(send.shape[1], device=DEVICE)
+        return ((37 * at + 11 * step + 101 * source + 53 * target) % 251).to(torch.uint8)
+
+    def work() -> None:
+        received.copy_(exchange(send))
+
+    replay = again(work) if DRY else cuda_graph(work)
+    for step in range(replays):
+        send.copy_(message(step, rank, peers))
+        replay()
+        wrong += (received != message(step, peers, rank)).sum()
+    dist.all_reduce(wrong)
+    us = device_time(replay)
+    return {"exchange": name, "replays": replays, "wrong bytes": int(wrong), "us": us}
