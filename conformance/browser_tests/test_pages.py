@@ -56,9 +56,9 @@ def failing(tmp_path_factory):
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
         words = "run --engine last_rank:LastRank --layout pr9757 --layout vllm_dcp --json run.jsonl"
-        assert 1 == CliRunner().invoke(main, words.split()).exit_code
+        assert CliRunner().invoke(main, words.split()).exit_code == 1
         made = CliRunner().invoke(main, ["report", "run.jsonl", "--html", "run.html"])
-        assert 0 == made.exit_code, made.output
+        assert made.exit_code == 0, made.output
     return folder / "run.html"
 
 
@@ -69,7 +69,7 @@ def opened(browser: WebDriver, path: Path, *, dark: bool = False, width: int = 1
     size = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(path.as_uri())
-    assert [] == browser.get_log("browser")
+    assert browser.get_log("browser") == []
 
 
 def shown(browser: WebDriver, selector: str) -> list[WebElement]:
@@ -88,8 +88,8 @@ def test_a_failing_report_is_clicked_through(browser, failing):
     opened(browser, failing)
     assert "fail: a difference was found" in browser.find_element(CSS, "#verdict").text
     assert "Only 2 of 7 layouts" in browser.find_element(CSS, "#partial").text
-    assert "fails here" in shown(browser, ".film .now")[0].text
-    wrong = "#failure-1 .film .scroll .wrong"
+    assert "fails here" in shown(browser, ".diagram .now")[0].text
+    wrong = "#failure-1 .diagram .scroll .wrong"
     marks = shown(browser, wrong)
     assert len(marks) >= 2
     labels = {mark.find_element(CSS, "title").get_attribute("textContent") for mark in marks}
@@ -97,16 +97,16 @@ def test_a_failing_report_is_clicked_through(browser, failing):
 
     shown(browser, "#failure-1 [data-step='-1']")[0].click()
     assert "admit" in shown(browser, "#failure-1 .now")[0].text
-    assert [] == shown(browser, wrong)
+    assert shown(browser, wrong) == []
     shown(browser, "#failure-1 .controls [data-to]")[0].click()
-    assert len(marks) == len(shown(browser, wrong))
+    assert len(shown(browser, wrong)) == len(marks)
 
-    assert [] == shown(browser, "#failure-2 .film")
+    assert shown(browser, "#failure-2 .diagram") == []
     browser.find_element(CSS, "#failure-2 > summary").click()
-    assert 1 == len(shown(browser, "#failure-2 .film"))
+    assert len(shown(browser, "#failure-2 .diagram")) == 1
     shown(browser, "#failure-2 .events button")[0].click()
-    assert "before the first event" == shown(browser, "#failure-2 .now")[0].text
-    assert [] == shown(browser, "#failure-2 .scroll .token")
+    assert shown(browser, "#failure-2 .now")[0].text == "before the first event"
+    assert shown(browser, "#failure-2 .scroll .token") == []
 
 
 def test_the_slider_moves_by_keyboard(browser, tmp_path):
@@ -115,19 +115,19 @@ def test_the_slider_moves_by_keyboard(browser, tmp_path):
 
     opened(browser, page_of(tmp_path, seed_example()[2][1]))
     slider = browser.find_element(CSS, "input[type=range]")
-    tokens = ".film .scroll .token"
+    tokens = ".diagram .scroll .token"
     assert {"0\u201399", "400\u2013499"} <= {e.text for e in shown(browser, f"{tokens} text")}
     slider.send_keys(Keys.HOME)
-    assert [] == shown(browser, tokens)
+    assert shown(browser, tokens) == []
     slider.send_keys(Keys.ARROW_RIGHT)
-    assert 4 == len(shown(browser, tokens))
-    assert "event 0 admit id=0 prompt_len=400" == slider.get_attribute("aria-valuetext")
+    assert len(shown(browser, tokens)) == 4
+    assert slider.get_attribute("aria-valuetext") == "event 0 admit id=0 prompt_len=400"
     slider.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert 5 == len(shown(browser, tokens))
+    assert len(shown(browser, tokens)) == 5
     current = browser.find_elements(CSS, ".events [aria-current=step]")
-    assert ["2 decode ids=[0] query_lens=[1]"] == [" ".join(e.text.split()) for e in current]
+    assert [" ".join(e.text.split()) for e in current] == ["2 decode ids=[0] query_lens=[1]"]
     slider.send_keys(Keys.END)
-    assert 8 == len(shown(browser, tokens))
+    assert len(shown(browser, tokens)) == 8
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -145,4 +145,4 @@ def test_pages_fit_and_can_be_read(browser, failing, tmp_path, dark, width):
         opened(browser, path, dark=dark, width=width)
         wide = browser.execute_script("return document.documentElement.scrollWidth")
         assert wide <= width
-        assert [] == browser.execute_script((HERE / "contrast.js").read_text())
+        assert browser.execute_script((HERE / "contrast.js").read_text()) == []

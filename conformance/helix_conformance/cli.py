@@ -22,22 +22,19 @@ from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
-from helix_conformance.judge.coverage import Coverage, at_hand
+from helix_conformance.judge.coverage import Coverage, Tally, at_hand
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.report.command import report, write_file
-from helix_conformance.report.show import trace_text
-from helix_conformance.report.stream import Row
+from helix_conformance.report.html import show_page
+from helix_conformance.report.stream import Row, Stream, make_row, restrictions, save_failure
 from helix_conformance.report.text import (
-    Stream,
-    make_row,
     print_coverage,
     print_failure,
+    print_lines,
     print_table,
-    restrictions,
-    save_failure,
+    trace_text,
 )
-from helix_conformance.session import Tally
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
 from helix_spec.layouts import LayoutError, layout_name, named_layout
@@ -79,7 +76,7 @@ class Commands(click.Group):
     cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 def main() -> None:
-    r"""Check an engine's sharded decode KV cache against the specification.
+    """Check an engine's sharded decode KV cache against the specification.
 
     An engine is told events (admit, decode, release, ...) on all its ranks. After each event
     everything observable is compared with a reference: which rank and slot holds which
@@ -99,11 +96,11 @@ def main() -> None:
       helix-conformance show helix-failures/pr9757-local.json
           where the tokens of a trace belong, rank by rank and page by page
 
-    Exit status: 0 all answers were right; 1 a difference was found; 2 bad usage, configuration
-    or input file; 3 an engine died, hung or answered garbage. Under a torchrun of your own only
-    0 or not 0 survives, and the last line of --json holds the verdict. An mpiexec of your own
-    needs --continuous, or it ends the report together with a rank that dies.
-    """
+    Exit status: 0 all answers were correct; 1 a difference was found; 2 bad usage, configuration
+    or input file; 3 an engine died, timed out or gave a malformed answer. Under a torchrun of your
+    own only 0 or not 0 survives, and the last line of --json holds the verdict. An mpiexec of your
+    own needs --continuous, or it ends the report together with a rank that dies.
+    """  # noqa: D301  # click keeps the lines of a paragraph that begins with a real backspace
 
 
 _engine = click.option(
@@ -149,7 +146,7 @@ _deadline = click.option(
     default=30.0,
     show_default=True,
     type=click.FloatRange(0.1),
-    help="Seconds after which a silent rank counts as hung.",
+    help="Seconds without an answer after which a rank has timed out.",
 )
 _json = click.option(
     "--json",
@@ -230,8 +227,8 @@ _append = click.option(
     "--known",
     "known_path",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The engine's ledger of known differences (TOML): they are named and do not fail the "
-    "run; one that no longer shows does.",
+    help="The engine's expected failures (TOML): they are named and do not fail the run; one that "
+    "no longer fails does.",
 )
 def run(**options: Any) -> None:
     """Play random traces, or a workload, and judge every answer.
@@ -254,16 +251,14 @@ def run(**options: Any) -> None:
     console = Console()
     print_table(console, stream.rows)
     names = [" ".join(tier) for tier in tiers]
-    print_coverage(console, names, stream.coverage, red=bool(failures))
+    print_coverage(console, names, stream.coverage, failed=bool(failures))
     if left_out:
-        words = f"This is a part of a run, not a whole one. {' '.join(left_out)}"
-        console.print(words, markup=False, highlight=False, soft_wrap=True)
+        print_lines(console, [f"This is a part of a run, not a whole one. {' '.join(left_out)}"])
     for row, failure, path in failures:
         name = shlex.quote(row.engine)
         replay = f"helix-conformance replay {path} --engine {name} --driver {row.driver}"
         print_failure(console, failure, path, replay)
-    for line in known.sentences():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_lines(console, known.sentences())
     _leave(stream.summary(options["engine"], known, options["seed"]))
 
 
@@ -330,8 +325,6 @@ def show(trace_path: Path, html_path: Path | None) -> None:
     """Print where the tokens of a trace belong: each request, rank by rank, page by page."""
     trace = _trace(trace_path)
     if html_path is not None:
-        from helix_conformance.report.html import show_page
-
         write_file(html_path, show_page(trace).encode())
         return
     for line in trace_text(trace):
@@ -501,7 +494,7 @@ def _driver_of(
 
 
 def _ledger(options: dict[str, Any]) -> Known:
-    """The known differences of the engine; none without --known."""
+    """Return the expected failures of the engine; none without --known."""
     if options["known_path"] is None:
         return Known()
     if options["workload"] is not None:

@@ -24,8 +24,14 @@ from rich.table import Table
 
 import helix_spec
 from helix_conformance import __version__
+from helix_conformance.report.stream import (
+    CONFIRMED,
+    ProofReport,
+    Proofs,
+    TheoremResult,
+    append_line,
+)
 
-CONFIRMED: Final = "confirmed"
 MAX_SECONDS: Final = 200
 """For one theorem. The proofs end by their own resource budgets; this is for a hang."""
 
@@ -34,41 +40,12 @@ class ProveError(Exception):
     """Nothing could be proved or refuted: what the proofs need is not there."""
 
 
-class Kill(msgspec.Struct, frozen=True):
-    """A wrong formula, and the smallest values that refute it (None: nothing did)."""
-
-    wrong: str
-    refuted_by: dict[str, int | str] | None
-
-
-class TheoremResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one theorem. `proves` are numbers of SPEC.md."""
-
-    id: str
-    proves: list[str] = []
-    statement: str = ""
-    method: Literal["z3", "crosshair"] = "z3"
-    verdict: str
-    seconds: float = 0.0
-    witness: dict[str, int] = {}
-    kills: list[Kill] = []
-
-
 class Catalog(msgspec.Struct, frozen=True):
     """What there is to prove, as the specification lists it itself."""
 
     manifest: list[str]
     theorems: list[str]
     contracts_without_theorem: list[str]
-
-
-class Report(msgspec.Struct, frozen=True):
-    """The JSON form of a run. A run of some theorems alone is `partial`, never `pass`."""
-
-    theorems: list[TheoremResult]
-    verdict: Literal["pass", "fail", "partial"]
-    problems: list[str]
-    seconds: float
 
 
 def prove(
@@ -99,13 +76,10 @@ def prove(
     verdict: Literal["pass", "fail", "partial"] = (
         "fail" if problems else "partial" if only else "pass"
     )
-    report = Report(results, verdict, problems, round(time.monotonic() - started, 1))
+    report = ProofReport(results, verdict, problems, round(time.monotonic() - started, 1))
     if json_path is not None:
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
     if stream_path is not None:
-        # What is appended knows this report's type, so it cannot be imported before.
-        from helix_conformance.report.stream import Proofs, append_line
-
         append_line(stream_path, Proofs(suite_version=__version__, report=report))
     _print(report, console)
     return 1 if problems else 0
@@ -214,7 +188,7 @@ def _ask(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _print(report: Report, console: Console) -> None:
+def _print(report: ProofReport, console: Console) -> None:
     table = Table(title="Theorems")
     table.add_column("number", style="bold")
     table.add_column("statement")

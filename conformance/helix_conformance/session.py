@@ -20,7 +20,7 @@ from helix_conformance.generate.drawing import EVENLY, Evenly
 from helix_conformance.generate.strategies import configs, merge_traces, traces
 from helix_conformance.generate.workload import Request, schedule
 from helix_conformance.judge.causes import tried
-from helix_conformance.judge.coverage import Coverage
+from helix_conformance.judge.coverage import Coverage, Needed, Tally
 from helix_conformance.judge.failure import Failure, MalformedAnswer, engine_failure, shown
 from helix_conformance.judge.judge import Judge, wrong_reasons
 from helix_conformance.judge.shrink import gone_on, reduced, with_room
@@ -36,27 +36,6 @@ REDUCTION_LIMIT_S: Final = 120.0
 """How long an engine that fails is started again for a smaller trace; a difference has no limit."""
 EVERYTHING = Watch()
 """All state is looked at after every event."""
-
-
-class Needed(msgspec.Struct, frozen=True):
-    """Traces played until one failed, that one included, and the seconds until then."""
-
-    traces: int
-    seconds: float
-
-
-class Tally(msgspec.Struct):
-    """How much was played."""
-
-    traces: int = 0
-    events: int = 0
-    seconds: float = 0.0
-    layouts: set[str] = set()
-    """Identifiers of the layouts that were played."""
-    cut: int = 0
-    """Traces that ended early, at a known difference or before what must not be run."""
-    needed: Needed | None = None
-    """What it took to find the first failure; all after that was spent on a smaller one."""
 
 
 def check_trace(

@@ -12,9 +12,11 @@ from rich.console import Console
 from helix_conformance.drive.driver import Driver
 from helix_conformance.expect.making import SHIPPED
 from helix_conformance.expect.vectors import Vector, VectorError, load_vectors
+from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
-from helix_conformance.report.text import Stream, failure_text, make_row, print_table
-from helix_conformance.session import Tally, check_vector, profiles_of_vector
+from helix_conformance.report.stream import Stream, make_row
+from helix_conformance.report.text import failure_text, print_lines, print_table
+from helix_conformance.session import check_vector, profiles_of_vector
 from helix_spec.invariants import NUMBERS
 
 ALONE: Final = ["Stored vectors were played; a whole run plays random traces of every layout."]
@@ -69,8 +71,7 @@ def check(
             texts.append("The engine is gone; the layouts after this one were not checked.")
             break
     print_table(console, stream.rows)
-    for line in left_out + texts:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print_lines(console, left_out + texts)
 
 
 def _why_not(driver: Driver, vector: Vector, profiles: frozenset[str]) -> str | None:

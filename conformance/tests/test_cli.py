@@ -43,45 +43,45 @@ def stored(tmp_path):
     return write
 
 
-def test_green_run_says_what_was_checked_and_what_was_not(tmp_path):
-    """A green run ends with status 0 and a summary of layouts, profiles and counts."""
+def test_passing_run_says_what_was_checked_and_what_was_not(tmp_path):
+    """A passing run ends with status 0 and a summary of layouts, profiles and counts."""
     result = call(
         *("run", "--engine", "gpu-ledger", "--layout", "pr9757", "--layout", "balanced"),
         *("--cp", 3, "--cp", 4, "--examples", 5, "--json", tmp_path / "run.jsonl"),
     )
-    assert 0 == result.exit_code, result.output
+    assert result.exit_code == 0, result.output
     found = summary(tmp_path / "run.jsonl")
-    assert ("summary", "pass") == (found["kind"], found["verdict"])
-    assert ["pr9757", "balanced"] == found["layouts"]
-    assert ["placement", "lengths", "pages", *FEATURES] == found["profiles_checked"]
-    assert ["cache", "attention"] == found["profiles_not_checked"][:2]
-    assert 10 == found["traces"]
+    assert (found["kind"], found["verdict"]) == ("summary", "pass")
+    assert found["layouts"] == ["pr9757", "balanced"]
+    assert found["profiles_checked"] == ["placement", "lengths", "pages", *FEATURES]
+    assert found["profiles_not_checked"][:2] == ["cache", "attention"]
+    assert found["traces"] == 10
     assert found["events"] > 0 < found["events_per_s"]
 
 
-def test_red_run_leaves_the_smallest_trace(tmp_path):
-    """A difference on rank 1 alone ends with status 1 and a two-event trace that replays red.
+def test_failing_run_leaves_the_smallest_trace(tmp_path):
+    """A difference on rank 1 alone ends with status 1 and two events, which fail again in a replay.
 
     It takes two ranks, of cp or of tp.
     """
     result = call("run", "--engine", "broken_engines:Liar", "--layout", "pr9757")
-    assert 1 == result.exit_code, result.output
+    assert result.exit_code == 1, result.output
     assert "LEN-2 violated at event 1" in result.output
     path = tmp_path / "helix-failures" / "pr9757-local.json"
     trace = load_trace(path)
-    assert [Admit(0, 1), Decode([0], [1])] == trace.events
-    assert 2 == trace.config.world_size
+    assert trace.events == [Admit(0, 1), Decode([0], [1])]
+    assert trace.config.world_size == 2
     assert str(trace.config.layout) in ("pr9757/1:C=1,T=1", "pr9757/1:C=2,T=1")
     again = call("replay", path, "--engine", "broken_engines:Liar")
-    assert 1 == again.exit_code
-    assert 0 == call("replay", path, "--engine", "reference").exit_code
+    assert again.exit_code == 1
+    assert call("replay", path, "--engine", "reference").exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["Raiser", "Garbage"])
-def test_engine_that_raises_or_babbles(name):
-    """An engine that raises, or answers garbage, ends with status 3, rank and event named."""
+def test_engine_that_raises_or_gives_a_malformed_answer(name):
+    """Raising, or a malformed answer, ends with status 3, rank and event named."""
     result = call("run", "--engine", f"broken_engines:{name}", "--layout", "pr9757")
-    assert 3 == result.exit_code, result.output
+    assert result.exit_code == 3, result.output
     assert "Rank 1" in result.output
     assert "at event 1" in result.output
 
@@ -101,9 +101,9 @@ def test_worker_in_trouble_is_named(stored, tmp_path, pad, what):
         *("replay", stored(pad), "--engine", "broken_engines:Trouble", "--driver", "pool"),
         *("--ranks", 2, "--deadline", 3, "--json", tmp_path / "run.jsonl"),
     )
-    assert 3 == result.exit_code, result.output
+    assert result.exit_code == 3, result.output
     assert f"Rank 1 {what} (at event 1)." in result.output
-    assert "error" == summary(tmp_path / "run.jsonl")["verdict"]
+    assert summary(tmp_path / "run.jsonl")["verdict"] == "error"
 
 
 def test_torchrun_launched_by_the_command(tmp_path):
@@ -117,10 +117,38 @@ def test_torchrun_launched_by_the_command(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "helix_conformance", *words], capture_output=True, text=True
     )
-    assert 1 == done.returncode, done.stdout + done.stderr
-    assert "fail" == summary(tmp_path / "run.jsonl")["verdict"]
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert summary(tmp_path / "run.jsonl")["verdict"] == "fail"
     trace = load_trace(tmp_path / "helix-failures" / "pr9757-torchrun.json")
-    assert [Admit(0, 1), Decode([0], [1])] == trace.events
+    assert trace.events == [Admit(0, 1), Decode([0], [1])]
+
+
+def _commands(command, name):
+    """A command and all below it, each with the words that call it."""
+    yield name, command
+    for word, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, [*name, word])
+
+
+@pytest.mark.parametrize("name", [" ".join(name) for name, _ in _commands(main, [])])
+def test_help_is_text_for_people(name):
+    """The help of every command has no escapes in it."""
+    result = call(*name.split(), "--help")
+    assert result.exit_code == 0, result.output
+    assert "\\" not in result.output and "\b" not in result.output
+    assert result.output.startswith("Usage: ")
+
+
+def test_help_shows_each_example_on_a_line_of_its_own():
+    """Examples can be copied; what each does stands below it."""
+    lines = [line.strip() for line in call("--help").output.splitlines()]
+    examples = lines[lines.index("Examples:") + 1 :]
+    examples = examples[: examples.index("")]
+    assert len(examples) == 12
+    for example, what in zip(examples[::2], examples[1::2], strict=True):
+        assert example.startswith("helix-conformance ")
+        assert not what.startswith("helix-conformance ")
+    assert examples[0] == "helix-conformance run"
 
 
 def test_show_prints_the_seeds_example(tmp_path):
@@ -129,7 +157,7 @@ def test_show_prints_the_seeds_example(tmp_path):
     events = [Admit(0, 400), *[Decode([0], [1])] * 400]
     (tmp_path / "t.json").write_bytes(dump_trace(Trace(config=config, events=events)))
     result = call("show", tmp_path / "t.json")
-    assert 0 == result.exit_code
+    assert result.exit_code == 0
     assert "rank 1, 200 tokens: 100-199 (page 8) | 500-599 (page 7)" in result.output
 
 
@@ -139,9 +167,9 @@ def test_show_tells_what_is_set_apart_and_why_nobody_may_start(tmp_path):
     config = Config(layout="pr9757/1:C=2,T=1", pages=[9] * 2, max_len=9, overlap=True, model=model)
     (tmp_path / "t.json").write_bytes(dump_trace(Trace(config=config, events=[])))
     result = call("show", tmp_path / "t.json")
-    assert 0 == result.exit_code
+    assert result.exit_code == 0
     told, refused = result.output.splitlines()
-    assert "pr9757/1:C=2,T=1, pools of [9, 9] pages, overlap=True, q_heads=17" == told
+    assert told == "pr9757/1:C=2,T=1, pools of [9, 9] pages, overlap=True, q_heads=17"
     assert refused.startswith("must be refused: 17 query heads do not divide into 2 KV heads")
 
 
@@ -162,7 +190,7 @@ def test_bad_usage(words, sentence, gpu_pool, monkeypatch):
 
     monkeypatch.setattr(pool, "PoolDriver", lambda *_, **__: _Kept(gpu_pool))
     result = call(*words)
-    assert 2 == result.exit_code, result.output
+    assert result.exit_code == 2, result.output
     assert sentence in result.output.replace("\n", " ")
 
 
@@ -217,7 +245,7 @@ def test_configuration_that_no_engine_may_start_with(tmp_path, options, sentence
     """An illegal configuration is refused with a sentence and status 2."""
     (tmp_path / "w.jsonl").write_text('{"input_length": 5, "output_length": 2}\n')
     result = call("run", "--workload", "w.jsonl", "--driver", "local", *options)
-    assert 2 == result.exit_code, result.output
+    assert result.exit_code == 2, result.output
     assert sentence in result.output.replace("\n", " ")
 
 
@@ -227,11 +255,11 @@ def test_broken_files_are_named_with_line_and_field(tmp_path, stored):
     path.write_text(path.read_text().replace('"prompt_len": 3', '"prompt_len": "x"'))
     line = 1 + path.read_text().partition('"prompt_len"')[0].count("\n")
     result = call("replay", path)
-    assert 2 == result.exit_code
+    assert result.exit_code == 2
     assert f"trace-0.json, line {line}, field $.events[0].prompt_len" in result.output
     (tmp_path / "w.jsonl").write_text('{"input_length": 5, "output_length": 0}\n')
     result = call("run", "--workload", "w.jsonl")
-    assert 2 == result.exit_code
+    assert result.exit_code == 2
     assert "w.jsonl, line 1, field" in result.output
 
 
@@ -243,7 +271,7 @@ def test_workload_on_the_ledger(tmp_path):
         *("run", "--workload", "w.jsonl", "--driver", "local", "--cp", 2, "--batch", 3),
         *("--tokens-per-block", 4, "--pages", 20, "--json", tmp_path / "run.jsonl"),
     )
-    assert 0 == result.exit_code, result.output
+    assert result.exit_code == 0, result.output
     found = summary(tmp_path / "run.jsonl")
-    assert ["pr9757/1:C=2,T=4"] == found["layouts"]
+    assert found["layouts"] == ["pr9757/1:C=2,T=4"]
     assert 12 < found["events"]

@@ -36,7 +36,7 @@ def test_make_targets_exist():
         for name in re.findall(r"(?:`|^)make ([a-z-]+)", path.read_text(), re.M)
     }
     assert {"conform", "test", "lint", "workloads"} <= named | {"lint"}
-    assert set() == named - targets
+    assert named - targets == set()
 
 
 def test_links_lead_somewhere():
@@ -47,7 +47,7 @@ def test_links_lead_somewhere():
         for link in re.findall(r"\]\(([^)#:]+)\)", path.read_text())
         if not (path.parent / link).exists()
     ]
-    assert [] == missing
+    assert missing == []
 
 
 def test_options_in_documents_exist():
@@ -70,7 +70,7 @@ def test_engine_of_the_conformance_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["run", "--engine", "last_rank:LastRank", "--layout", "pr9757"]
     result = CliRunner().invoke(main, words)
-    assert 1 == result.exit_code, result.output
+    assert result.exit_code == 1, result.output
     assert "OWN-3" in result.output
 
 
@@ -80,7 +80,7 @@ def test_example_of_the_reference_readme():
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, {})
-    assert code.rpartition("# ")[2] == printed.getvalue()
+    assert printed.getvalue() == code.rpartition("# ")[2]
 
 
 @pytest.mark.timeout(120)
@@ -96,7 +96,7 @@ def test_torchrun_example_of_the_gpu_readme(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert 0 == done.returncode, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     held = re.findall(r"\((\d), (\d)\) holds (\d+) of 21 tokens; \(2, 1, 2, 16\)", done.stdout)
     expected = [("0", "0", "12"), ("0", "1", "9"), ("1", "0", "12"), ("1", "1", "9")]
-    assert expected == sorted(held), done.stdout
+    assert sorted(held) == expected, done.stdout

@@ -13,7 +13,8 @@ from rich.console import Console
 
 import helix_spec
 from helix_conformance import prove as proving
-from helix_conformance.prove import Catalog, Kill, ProveError, TheoremResult, gate, prove
+from helix_conformance.prove import Catalog, ProveError, gate, prove
+from helix_conformance.report.stream import Kill, TheoremResult
 
 pytest.importorskip("z3")
 pytest.importorskip("crosshair")
@@ -43,7 +44,7 @@ def spoil(copy: Path) -> Callable[[str, str, str], None]:
     def replace(file: str, right: str, wrong: str) -> None:
         path = copy / "helix_spec" / file
         text = path.read_text()
-        assert 1 == text.count(right), right
+        assert text.count(right) == 1, right
         path.write_text(text.replace(right, wrong))
 
     return replace
@@ -54,14 +55,14 @@ def test_every_theorem_is_confirmed(tmp_path: Path) -> None:
     """The whole manifest; the JSON file, the table and the exit status say the same."""
     status, shown = run(tmp_path / "proof.json")
     report = json.loads((tmp_path / "proof.json").read_text())
-    assert [] == report["problems"]
-    assert (0, "pass") == (status, report["verdict"])
+    assert report["problems"] == []
+    assert (status, report["verdict"]) == (0, "pass")
     manifest = (SPEC / "theorems" / "manifest.txt").read_text().splitlines()
     listed = [line for line in manifest if line and not line.startswith("#")]
-    assert listed == [theorem["id"] for theorem in report["theorems"]]
-    assert {"z3", "crosshair"} == {theorem["method"] for theorem in report["theorems"]}
+    assert [theorem["id"] for theorem in report["theorems"]] == listed
+    assert {theorem["method"] for theorem in report["theorems"]} == {"z3", "crosshair"}
     for theorem in report["theorems"]:
-        assert "confirmed" == theorem["verdict"]
+        assert theorem["verdict"] == "confirmed"
         assert theorem["witness"]
         assert theorem["kills"]
         assert theorem["id"] in shown
@@ -96,16 +97,16 @@ def test_a_closed_form_that_is_off_by_one_is_named(
     """Exit status 1, and the theorem is named with what stands against it."""
     spoil("placement.py", right, wrong)
     status, shown = run(copy / "proof.json", spec_root=copy, only=[theorem])
-    assert 1 == status
+    assert status == 1
     assert f"not proved {theorem}: " in shown
-    assert "fail" == json.loads((copy / "proof.json").read_text())["verdict"]
+    assert json.loads((copy / "proof.json").read_text())["verdict"] == "fail"
 
 
 def test_a_theorem_that_vanished_fails(copy: Path, spoil: Callable[[str, str, str], None]) -> None:
     """Also when only others are asked for: the manifest counts."""
     spoil("theorems/ownership.py", '    "owner-starts-at-zero",\n', '    "owner-starts",\n')
     status, shown = run(copy / "proof.json", spec_root=copy, only=["owner-in-range"])
-    assert 1 == status
+    assert status == 1
     assert "owner-starts-at-zero: is in the manifest, but there is no such theorem" in shown
     assert "owner-starts: is not in the manifest" in shown
 
@@ -120,7 +121,7 @@ def test_a_contract_that_nobody_confirms_fails(
         '    """Return the pages of a rank.\n\n    post: _ >= 0\n',
     )
     status, shown = run(copy / "proof.json", spec_root=copy, only=["owner-in-range"])
-    assert 1 == status
+    assert status == 1
     assert "placement.pages_needed: has a contract that no theorem is about" in shown
 
 
@@ -128,7 +129,7 @@ def test_a_contract_that_is_false_fails(copy: Path, spoil: Callable[[str, str, s
     """CrossHair's counterexample is shown."""
     spoil("placement.py", "    post: _ % base == low\n", "    post: _ % base == low + 1\n")
     status, shown = run(copy / "proof.json", spec_root=copy, only=["contract-joined"])
-    assert 1 == status
+    assert status == 1
     assert "not proved contract-joined: " in shown
 
 
@@ -138,7 +139,7 @@ def test_a_precondition_that_nothing_meets_fails(
     """CrossHair alone would exit with 0; the witness tells."""
     spoil("placement.py", "    pre: b > 0\n", "    pre: b > 0 and b < 0\n")
     status, shown = run(copy / "proof.json", spec_root=copy, only=["contract-ceil-div"])
-    assert 1 == status
+    assert status == 1
     assert "contract-ceil-div: its assumptions are not met by its witness" in shown
 
 
@@ -148,7 +149,7 @@ def test_a_wrong_formula_that_survives_fails(
     """Here the wrong formula is the right one."""
     spoil("theorems/mutations.py", "return (position // i + 1) % c", "return position // i % c")
     status, shown = run(copy / "proof.json", spec_root=copy, only=["owner-starts-at-zero"])
-    assert 1 == status
+    assert status == 1
     assert "owner-starts-at-zero: survived by a wrong formula: Owner one rank on" in shown
 
 
@@ -162,17 +163,17 @@ def test_callers_hold_for_any_rule_only_as_far_as_its_contract_goes(
         "    return (any_owner(position, c) == one) + (any_owner(position, c) == other)\n",
     )
     status, shown = run(copy / "proof.json", spec_root=copy, only=["contract-one-active-rank"])
-    assert 1 == status
+    assert status == 1
     assert "contract-one-active-rank: not confirmed: CrossHair: false when calling" in shown
 
 
 def test_a_run_of_some_theorems_is_never_a_whole_one(tmp_path: Path) -> None:
     """Nothing is missing among those asked for, yet the verdict is not `pass`."""
     status, _ = run(tmp_path / "proof.json", only=["ceil-div", "owner-in-range"])
-    assert 0 == status
+    assert status == 0
     report = json.loads((tmp_path / "proof.json").read_text())
-    assert "partial" == report["verdict"]
-    assert ["ceil-div", "owner-in-range"] == [theorem["id"] for theorem in report["theorems"]]
+    assert report["verdict"] == "partial"
+    assert [theorem["id"] for theorem in report["theorems"]] == ["ceil-div", "owner-in-range"]
 
 
 def test_an_unknown_theorem_is_refused(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ CATALOG = Catalog(["a"], ["a"], [])
 
 def test_the_gate_passes_what_is_whole() -> None:
     """One theorem, confirmed, with a wrong formula refuted."""
-    assert [] == gate(CATALOG, ["a"], [GOOD])
+    assert gate(CATALOG, ["a"], [GOOD]) == []
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_the_gate_fails_what_is_not(
 ) -> None:
     """Each way to be less than whole has its sentence."""
     problems = gate(catalog, catalog.manifest, results)
-    assert 1 == len(problems)
+    assert len(problems) == 1
     assert said in problems[0]
 
 
@@ -234,7 +235,7 @@ def test_a_process_that_dies_is_no_confirmation(
     """It is named, with its last words."""
     monkeypatch.setattr(proving.sys, "executable", str(_dying(tmp_path)))
     result = proving._confirm(tmp_path, "a")
-    assert ("a", "not confirmed: its process failed: out of luck") == (result.id, result.verdict)
+    assert (result.id, result.verdict) == ("a", "not confirmed: its process failed: out of luck")
 
 
 def _dying(folder: Path) -> Path:

@@ -23,28 +23,33 @@ from helix_conformance.cli import main
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Violation
 from helix_conformance.judge.xfail import LAYOUTS
-from helix_conformance.prove import CONFIRMED, Kill, TheoremResult
-from helix_conformance.report import views
+from helix_conformance.report.certificate import CertificateRefused, badge, certificate
 from helix_conformance.report.html import run_page
+from helix_conformance.report.junit import junit
 from helix_conformance.report.stream import (
+    CONFIRMED,
     CoverageLine,
     FailureLine,
+    Kill,
     KnownDifference,
     Line,
     MutantKill,
     MutationRun,
+    ProofReport,
     Proofs,
     Record,
     Row,
+    Run,
     Settings,
     StreamError,
     Summary,
+    TheoremResult,
     encode_line,
     published_schema,
     read_stream,
+    restrictions,
     stream_schema,
 )
-from helix_conformance.report.text import restrictions
 from helix_mutants import run as mutants
 from helix_spec import trace as traces
 from helix_spec.config import Config
@@ -115,7 +120,7 @@ LEMMA = TheoremResult(
 )
 PROOFS = Proofs(
     suite_version="0.1.0",
-    report=prove.Report(
+    report=ProofReport(
         [
             TheoremResult(
                 id="lemma", proves=["OWN-1"], verdict=CONFIRMED, kills=[Kill("w", {"n": 1})]
@@ -141,8 +146,8 @@ def changed(line, **values):
     return msgspec.structs.replace(line, **values)
 
 
-def red(verdict="fail", **failure):
-    """A whole run of which the first layout is red."""
+def failing(verdict="fail", **failure):
+    """A whole run of which the first layout fails."""
     row = changed(ROWS[0], verdict=verdict)
     line = FailureLine(
         **{
@@ -170,27 +175,27 @@ def cases(record: Record) -> dict[str, str]:
     """Of each case of the JUnit file what became of it."""
     return {
         f"{suite.name}: {case.name}": type(case.result[0]).__name__ if case.result else "pass"
-        for suite in JUnitXml.fromstring(views.junit(record))
+        for suite in JUnitXml.fromstring(junit(record))
         for case in suite
     }
 
 
-def test_whole_green_run_is_green_in_every_view():
+def test_whole_passing_run_passes_in_every_view():
     """A whole run passes, its certificate says what was checked and what was not."""
     record = Record([*WHOLE, PROOFS, MUTATION_RUN])
-    assert ("pass", [], []) == (views.verdict(record), record.problems, record.shortcomings)
-    certificate = views.certificate(record)
-    assert list(LAYOUTS) == [layout.layout for layout in certificate.layouts]
-    assert ["pr9757/1:C=2,T=2"] == certificate.layouts[1].identifiers
-    assert ["placement", "lengths"] == certificate.profiles_checked
-    assert ["pages"] == certificate.profiles_not_checked
-    assert ("0.1.0", "mine:Engine") == (certificate.suite_version, certificate.engine)
-    assert (["lemma"], "1/1") == (certificate.proofs.theorems, certificate.zoo.score)
-    assert "PAGE-1" == certificate.known_differences[0].invariant
-    assert ["empty rank"] == certificate.situations_missed
-    assert {"kernel": "v<2>"} == certificate.settings
-    assert {"pass"} == set(cases(record).values())
-    assert "pass, 7 layouts, known differences" == views.badge(record)["message"]
+    assert (record.verdict, record.problems, record.shortcomings) == ("pass", [], [])
+    found = certificate(record)
+    assert [layout.layout for layout in found.layouts] == list(LAYOUTS)
+    assert found.layouts[1].identifiers == ["pr9757/1:C=2,T=2"]
+    assert found.profiles_checked == ["placement", "lengths"]
+    assert found.profiles_not_checked == ["pages"]
+    assert (found.suite_version, found.engine) == ("0.1.0", "mine:Engine")
+    assert (found.proofs.theorems, found.zoo.score) == (["lemma"], "1/1")
+    assert found.known_differences[0].invariant == "PAGE-1"
+    assert found.situations_missed == ["empty rank"]
+    assert found.settings == {"kernel": "v<2>"}
+    assert set(cases(record).values()) == {"pass"}
+    assert badge(record)["message"] == "pass, 7 layouts, expected failures"
     page = run_page(record)
     assert "kernel: v&lt;2&gt;" in page
     assert "in a whole run" in page and "not a whole one" not in page
@@ -200,8 +205,8 @@ def test_whole_green_run_is_green_in_every_view():
 def test_what_was_not_run_is_said_to_be_so():
     """Without proofs and mutants the certificate holds null, and the page says that they lack."""
     record = Record(WHOLE)
-    assert (None, None) == (views.certificate(record).proofs, views.certificate(record).zoo)
-    assert 2 == run_page(record).count("for this report")
+    assert (certificate(record).proofs, certificate(record).zoo) == (None, None)
+    assert run_page(record).count("for this report") == 2
 
 
 PARTS: dict[str, tuple[list[Line], str, str]] = {
@@ -223,9 +228,9 @@ PARTS: dict[str, tuple[list[Line], str, str]] = {
         "partial",
         "declared profiles were not checked: pages",
     ),
-    "red": (red(), "fail", "is red on before_9757 (local): fail"),
+    "failing": (failing(), "fail", "is failing on before_9757 (local): fail"),
     "an engine that died": (
-        red("error", violations=[], engine_failure="Rank 1 died."),
+        failing("error", violations=[], engine_failure="Rank 1 died."),
         "error",
         "before_9757 (local): error",
     ),
@@ -243,7 +248,7 @@ PARTS: dict[str, tuple[list[Line], str, str]] = {
             ),
         ],
         "fail",
-        "The zoo's score is 0/1",
+        "The mutation score is 0/1",
     ),
 }  # fmt: skip
 
@@ -253,48 +258,49 @@ def test_a_part_is_never_shown_as_the_whole(name):
     """Whatever is missing or wrong is said in every view, and there is no certificate."""
     lines, verdict, sentence = PARTS[name]
     record = Record(lines)
-    assert verdict == views.verdict(record)
-    with pytest.raises(views.CertificateRefused, match="There is no certificate") as refused:
-        views.certificate(record)
+    assert record.verdict == verdict
+    with pytest.raises(CertificateRefused, match="There is no certificate") as refused:
+        certificate(record)
     assert sentence in str(refused.value)
     page = run_page(record)
     assert sentence in page.replace("&#39;", "'")
     assert "in a whole run" not in page
-    assert {"pass"} != set(cases(record).values())
-    badge = views.badge(record)
-    assert "brightgreen" != badge["color"] and not badge["message"].startswith("pass")
-    assert badge["isError"] == (verdict in ("fail", "error"))
+    assert set(cases(record).values()) != {"pass"}
+    shown = badge(record)
+    assert shown["color"] != "brightgreen" and not shown["message"].startswith("pass")
+    assert shown["isError"] == (verdict in ("fail", "error"))
 
 
 def test_runs_of_two_engines_have_no_certificate_together():
     """A certificate is of one engine."""
     other = [changed(line, engine="other") for line in (SETTINGS, SUMMARY)]
-    with pytest.raises(views.CertificateRefused, match="several engines: mine:Engine, other"):
-        views.certificate(Record([*WHOLE, other[0], *ROWS, other[1]]))
+    with pytest.raises(CertificateRefused, match="several engines: mine:Engine, other"):
+        certificate(Record([*WHOLE, other[0], *ROWS, other[1]]))
 
 
 def test_a_whole_run_may_have_parts_beside_it():
-    """A replay behind a whole run takes nothing from it; a red one does."""
+    """A replay behind a whole run takes nothing from it; a failing one does."""
     replay = changed(SETTINGS, command="replay", restrictions=["One stored trace."])
     beside = [*WHOLE, replay, ROWS[0], SUMMARY]
-    assert "pass" == views.verdict(Record(beside))
-    assert 7 == len(views.certificate(Record(beside)).layouts)
-    assert "fail" == views.verdict(Record([*beside[:-1], changed(SUMMARY, verdict="fail")]))
+    assert Record(beside).verdict == "pass"
+    assert len(certificate(Record(beside)).layouts) == 7
+    assert Record([*beside[:-1], changed(SUMMARY, verdict="fail")]).verdict == "fail"
 
 
 def test_a_failure_settles_the_profiles_it_is_about():
-    """Of the profiles of a red layout those of its invariants fail, the others are unsettled."""
-    record = Record(red())
-    states = {
-        c.profile: c.state for c in views.cells(record.runs[0].rows[0], record.runs[0].failures[0])
-    }
-    assert ("unsettled", "fail", "not declared") == tuple(
-        states[profile] for profile in ("placement", "lengths", "pages")
+    """Of a failing layout the profiles of its invariants fail, the others are unsettled."""
+    record = Record(failing())
+    run = record.runs[0]
+    states = {one.profile: one.state for one in run.profile_states(run.rows[0])}
+    assert tuple(states[profile] for profile in ("placement", "lengths", "pages")) == (
+        "unsettled",
+        "fail",
+        "not declared",
     )
-    assert set(PROFILES) == set(states)
+    assert set(states) == set(PROFILES)
     found = cases(record)
     prefix = "helix-conformance run mine:Engine: before_9757"
-    assert ("Skipped", "Failure") == (found[f"{prefix} placement"], found[f"{prefix} lengths"])
+    assert (found[f"{prefix} placement"], found[f"{prefix} lengths"]) == ("Skipped", "Failure")
 
 
 def test_a_decode_says_nothing_of_merges_alone():
@@ -302,15 +308,15 @@ def test_a_decode_says_nothing_of_merges_alone():
     row = changed(ROWS[0], verdict="fail", profiles=["attention", "merge"])
     merge = Trace(config=TRACE.config, events=[Admit(0, 1), Merge([[0], [None]], [0, 1])])
     for trace, profile in ((TRACE, "attention"), (merge, "merge")):
-        failure = changed(red()[2], violations=[Violation("ATT-1", "output")], trace=trace)
-        cells = views.cells(row, failure)
-        assert [profile] == [cell.profile for cell in cells if cell.state == "fail"]
+        failure = changed(failing()[2], violations=[Violation("ATT-1", "output")], trace=trace)
+        states = Run(SETTINGS, [row], [failure]).profile_states(row)
+        assert [one.profile for one in states if one.state == "fail"] == [profile]
 
 
 def test_long_values_are_cut_behind_what_matters():
     """Of an output that is wrong its bound and error are shown, whatever its length."""
     output = {"output": [1 / 3] * 500, "E": 2 / 3}
-    page = run_page(Record(red(violations=[Violation("ATT-4", "output", output, output, 1)])))
+    page = run_page(Record(failing(violations=[Violation("ATT-4", "output", output, output, 1)])))
     assert "{&#34;E&#34;: 0.666667, &#34;output&#34;: [0.333333," in page
     assert page.count("0.333333") < 100
 
@@ -330,20 +336,20 @@ class _Loads(HTMLParser):
 def test_a_page_is_self_contained_and_escapes_what_it_shows():
     """No resource is named, and text of an engine stays text."""
     evil = '</script><script src="https://x.example/a.js">'
-    lines = [changed(SETTINGS, engine=evil), *red()[1:]]
+    lines = [changed(SETTINGS, engine=evil), *failing()[1:]]
     lines[2] = changed(lines[2], violations=[Violation("OWN-1", evil, evil, evil)], trace_file=evil)
     page = run_page(Record(lines))
     seen = _Loads()
     seen.feed(page)
-    assert [] == seen.loaded
-    assert 1 == seen.tags.count("script")
+    assert seen.loaded == []
+    assert seen.tags.count("script") == 1
     assert "url(" not in page and "@import" not in page
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
 
 
 def test_junit_takes_text_that_xml_cannot_hold():
     """Control characters of a dying engine do not spoil the file."""
-    lines = red("error", violations=[], engine_failure="Rank 1 printed \x00\x1b[31m.")
+    lines = failing("error", violations=[], engine_failure="Rank 1 printed \x00\x1b[31m.")
     assert "Error" in cases(Record(lines)).values()
 
 
@@ -352,15 +358,15 @@ def test_junit_takes_text_that_xml_cannot_hold():
 
 def test_the_published_schema_is_the_generated_one():
     """`python -m helix_conformance.report.stream` was run after the last change of a type."""
-    assert stream_schema() == published_schema()
+    assert published_schema() == stream_schema()
 
 
 def test_every_line_is_as_the_schema_says(tmp_path, monkeypatch):
-    """A stranger's validator takes what a red run, proofs and a mutation run write."""
+    """A stranger's validator takes what a failing run, proofs and the zoo write."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     words = "run --engine broken_engines:Liar --layout pr9757 --json run.jsonl"
-    assert 1 == CliRunner().invoke(main, words.split()).exit_code
+    assert CliRunner().invoke(main, words.split()).exit_code == 1
     with Path("run.jsonl").open("ab") as file:
         file.write(b"".join(encode_line(line) for line in (PROOFS, MUTATION_RUN)))
     schema = published_schema()
@@ -370,29 +376,29 @@ def test_every_line_is_as_the_schema_says(tmp_path, monkeypatch):
         jsonschema.validate(line, schema)
     jsonschema.validate(lines[2]["trace"], traces.published_schema())
     kinds = ["settings", "row", "failure", "coverage", "summary", "proofs", "zoo"]
-    assert kinds == [line["kind"] for line in lines]
+    assert [line["kind"] for line in lines] == kinds
 
 
 def test_the_report_command_writes_every_view(tmp_path, monkeypatch):
-    """Files are written, the table is printed, and the certificate of a red run is refused."""
+    """Files are written, the table is printed, and the certificate of a failing run is refused."""
     monkeypatch.chdir(tmp_path)
-    green, failing = written(tmp_path / "a.jsonl", WHOLE), written(tmp_path / "b.jsonl", red())
+    passing, wrong = written(tmp_path / "a.jsonl", WHOLE), written(tmp_path / "b.jsonl", failing())
     proofs = written(tmp_path / "p.jsonl", [PROOFS, MUTATION_RUN])
     words = ["--html", "r.html", "--junit", "r.xml", "--badge", "b.json", "--certificate", "c.json"]
-    result = CliRunner().invoke(main, ["report", str(green), str(proofs), *words])
-    assert 0 == result.exit_code, result.output
-    assert "vllm_dcp" in result.output and "zoo (all): 1/1" in result.output
-    assert "pass" == json.loads(Path("c.json").read_text())["verdict"]
-    assert 1 == json.loads(Path("b.json").read_text())["schemaVersion"]
+    result = CliRunner().invoke(main, ["report", str(passing), str(proofs), *words])
+    assert result.exit_code == 0, result.output
+    assert "vllm_dcp" in result.output and "mutants (all): 1/1 killed by name" in result.output
+    assert json.loads(Path("c.json").read_text())["verdict"] == "pass"
+    assert json.loads(Path("b.json").read_text())["schemaVersion"] == 1
     assert Path("r.html").read_text().startswith("<!doctype html>")
     Path("c.json").unlink()
-    unwritable = CliRunner().invoke(main, ["report", str(green), "--html", "nowhere/r.html"])
-    assert 2 == unwritable.exit_code and "nowhere/r.html: cannot be written" in unwritable.output
-    result = CliRunner().invoke(main, ["report", str(failing), *words])
-    assert 1 == result.exit_code
+    unwritable = CliRunner().invoke(main, ["report", str(passing), "--html", "nowhere/r.html"])
+    assert unwritable.exit_code == 2 and "nowhere/r.html: cannot be written" in unwritable.output
+    result = CliRunner().invoke(main, ["report", str(wrong), *words])
+    assert result.exit_code == 1
     assert "LEN-2 violated at event 1" in result.output
     assert "There is no certificate of this stream." in result.output
-    assert not Path("c.json").exists() and "red" == json.loads(Path("b.json").read_text())["color"]
+    assert not Path("c.json").exists() and json.loads(Path("b.json").read_text())["color"] == "red"
 
 
 def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
@@ -400,8 +406,8 @@ def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
     path = written(tmp_path / "a.jsonl", WHOLE)
     path.write_bytes(path.read_bytes()[:-20])
     record = read_stream([path])
-    assert (7, None) == (len(record.runs[0].rows), record.runs[0].summary)
-    assert "error" == views.verdict(record)
+    assert (len(record.runs[0].rows), record.runs[0].summary) == (7, None)
+    assert record.verdict == "error"
 
 
 @pytest.mark.parametrize(
@@ -412,15 +418,15 @@ def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
         ("nonsense\n", "line 1"),
         ("[" * 100_000, "line 1"),
         (
-            encode_line(changed(red()[2], event=2)).decode(),
+            encode_line(changed(failing()[2], event=2)).decode(),
             "event is 2, and its trace has 2",
         ),
         (
-            encode_line(changed(red()[2], violations=[Violation("OWN-9", "made up")])).decode(),
+            encode_line(changed(failing()[2], violations=[Violation("OWN-9", "made up")])).decode(),
             "'OWN-9' is no number of an invariant",
         ),
         (
-            encode_line(red()[2]).decode().replace("pr9757/1", "pr1/1"),
+            encode_line(failing()[2]).decode().replace("pr9757/1", "pr1/1"),
             "There is no layout named 'pr1'",
         ),
         (encode_line(ROWS[0]).decode(), "a Row stands outside a run"),
@@ -434,7 +440,7 @@ def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
     with pytest.raises(StreamError, match=r"x\.jsonl"):
         read_stream([path])
     result = CliRunner().invoke(main, ["report", str(path)])
-    assert 2 == result.exit_code
+    assert result.exit_code == 2
     assert sentence in result.output.replace("\n", " ")
 
 
@@ -442,24 +448,24 @@ def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
 @given(st.lists(st.tuples(st.floats(0, 0.999), st.sampled_from(['"', "1", "-", "{", "null,", ""]))))
 def test_a_spoiled_stream_is_refused_or_shown(spoils):
     """A stream with bytes changed is refused in a sentence, or every view of it can be made."""
-    text = b"".join(encode_line(line) for line in [*red(), PROOFS, MUTATION_RUN]).decode()
+    text = b"".join(encode_line(line) for line in [*failing(), PROOFS, MUTATION_RUN]).decode()
     for where, what in spoils:
         at = int(where * len(text))
         text = text[:at] + what + text[at + 1 :]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.jsonl"
         path.write_text(text)
-        with contextlib.suppress(StreamError, views.CertificateRefused):
+        with contextlib.suppress(StreamError, CertificateRefused):
             record = read_stream([path])
-            assert run_page(record) and views.junit(record) and views.badge(record)
-            views.certificate(record)
+            assert run_page(record) and junit(record) and badge(record)
+            certificate(record)
 
 
 def test_options_that_make_a_run_a_part():
     """Each option that leaves something out is a sentence; none for a run without options."""
     nothing = {"layouts": (), "cp_sizes": (), "asked": (), "examples": None, "workload": None}
     whole = {"examples": 40, "layouts": 7}
-    assert [] == restrictions(nothing, **whole)
+    assert restrictions(nothing, **whole) == []
     for option, value in (
         ("layouts", ("pr9757",)),
         ("cp_sizes", (4,)),
@@ -467,8 +473,8 @@ def test_options_that_make_a_run_a_part():
         ("examples", 39),
         ("workload", "w.jsonl"),
     ):
-        assert 1 == len(restrictions(nothing | {option: value}, **whole)), option
-    assert [] == restrictions(nothing | {"examples": 40, "layouts": LAYOUTS}, **whole)
+        assert len(restrictions(nothing | {option: value}, **whole)) == 1, option
+    assert restrictions(nothing | {"examples": 40, "layouts": LAYOUTS}, **whole) == []
 
 
 def test_proofs_and_a_mutation_run_go_behind_a_run(tmp_path, monkeypatch):
@@ -479,16 +485,16 @@ def test_proofs_and_a_mutation_run_go_behind_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(prove, "_confirm", lambda *_: LEMMA)
     for command in ("prove", "zoo"):
         result = CliRunner().invoke(main, [command, "--stream", str(path)])
-        assert 0 == result.exit_code, result.output
+        assert result.exit_code == 0, result.output
     record = read_stream([path])
-    assert "pass" == views.verdict(record)
-    assert ("pass", "1/1") == (record.proofs.report.verdict, record.zoo.score)
+    assert record.verdict == "pass"
+    assert (record.proofs.report.verdict, record.zoo.score) == ("pass", "1/1")
 
 
 def test_the_version_is_that_of_the_project():
     """What reports name is what is built."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert project["project"]["version"] == helix_conformance.__version__
+    assert helix_conformance.__version__ == project["project"]["version"]
 
 
 def test_an_engine_of_one_layout_says_so_in_its_ledger(tmp_path, monkeypatch):
@@ -502,8 +508,8 @@ def test_an_engine_of_one_layout_says_so_in_its_ledger(tmp_path, monkeypatch):
     monkeypatch.setattr("helix_conformance.cli._default_examples", lambda _: 3)
     words = "run --engine gpu-ledger --known known.toml --json run.jsonl"
     result = CliRunner().invoke(main, words.split())
-    assert 0 == result.exit_code, result.output
-    certificate = views.certificate(read_stream([Path("run.jsonl")]))
-    assert ["vllm_dcp"] == [layout.layout for layout in certificate.layouts]
-    assert others == certificate.layouts_not_checked
-    assert 6 == len(certificate.known_differences)
+    assert result.exit_code == 0, result.output
+    found = certificate(read_stream([Path("run.jsonl")]))
+    assert [layout.layout for layout in found.layouts] == ["vllm_dcp"]
+    assert found.layouts_not_checked == others
+    assert len(found.known_differences) == 6

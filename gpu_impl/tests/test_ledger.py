@@ -274,6 +274,11 @@ def test_a_refusal_names_the_first_that_it_is_about() -> None:
     decode(book, 5)
     with pytest.raises(Refused, match="Request 7 has no decode that is outstanding"):
         book.sampled([5, 7, 8])
+    decode(book, 5)
+    with pytest.raises(Refused, match="Request 5 has two decodes to be sampled already"):
+        book.plan_step([7, 5, 8], [1, 1, 1])
+    with pytest.raises(Refused, match="Request 8 is listed 2 times; once is allowed"):
+        book.plan_step([7, 8, 8], [1, 1, 1])
 
 
 def test_rows_are_recycled() -> None:

@@ -13,6 +13,8 @@ from itertools import pairwise
 from math import gcd
 from typing import Final
 
+import msgspec
+
 from helix_conformance.expect.expectation import Expectation, Page, Request, State
 from helix_spec.config import Config
 from helix_spec.events import (
@@ -309,3 +311,24 @@ class _Trace:
 
     def _tables(self, id: int) -> Sequence[list[Page]]:
         return [list(table) for table in self.state.tables(id)]
+
+
+class Needed(msgspec.Struct, frozen=True):
+    """Traces played until one failed, that one included, and the seconds until then."""
+
+    traces: int
+    seconds: float
+
+
+class Tally(msgspec.Struct):
+    """How much was played."""
+
+    traces: int = 0
+    events: int = 0
+    seconds: float = 0.0
+    layouts: set[str] = set()
+    """Identifiers of the layouts that were played."""
+    cut: int = 0
+    """Traces that ended early, at a known difference or before what must not be run."""
+    needed: Needed | None = None
+    """What it took to find the first failure; all after that was spent on a smaller one."""

@@ -1,7 +1,11 @@
-"""What is made of a run's JSON stream: HTML page, JUnit file, certificate, badge; and pictures.
+"""What a run found, shown: all of it is in the JSON stream first, and everything else reads that.
 
-- `placement`: where a trace puts its tokens, event by event, as boxes on a plane;
-- `pages`: those boxes, and whole runs, as SVG and HTML through the templates beside it;
-- `stream`: the lines of the stream as types, their schema, and reading them back;
-- `views`: JUnit, certificate and badge.
+- `stream`: the lines of the stream as types, their schema, the writer, and reading them back;
+- `text`: tables, failures and traces on the terminal;
+- `diagram`: where a trace puts its tokens, event by event, and which answers were wrong there;
+- `html`: diagrams and whole runs as pages, and the README's picture, through `templates/`;
+- `junit`, `certificate`: files for other programs, a badge among them;
+- `command`: `helix-conformance report`.
+
+Modules import from those above them in this list.
 """

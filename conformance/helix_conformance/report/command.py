@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import msgspec
 from rich.console import Console
 
+from helix_conformance.report.certificate import CertificateRefused, badge, certificate
+from helix_conformance.report.html import run_page
+from helix_conformance.report.junit import junit
 from helix_conformance.report.stream import Record, StreamError, read_stream
-from helix_conformance.report.text import failure_text, print_table
+from helix_conformance.report.text import failure_text, print_lines, print_table
 
 
-class _Refused(click.ClickException):
-    """A certificate that is not given; the other views have been written."""
-
-    exit_code = 1
-
-
-class _BadFile(click.ClickException):
+class BadFile(click.ClickException):
     """A file that is no stream, or cannot be written."""
 
     exit_code = 2
 
 
 def _file(name: str, what: str) -> click.Option:
-    return click.Option(
-        [f"--{name}", f"{name}_path"],
-        type=click.Path(dir_okay=False, path_type=Path),
-        help=what,
-    )
+    path = click.Path(dir_okay=False, path_type=Path)
+    return click.Option([f"--{name}", f"{name}_path"], type=path, help=what)
 
 
 @click.command(
@@ -41,7 +36,7 @@ def _file(name: str, what: str) -> click.Option:
             required=True,
             type=click.Path(path_type=Path),
         ),
-        _file("html", "A self-contained page: verdicts, failing traces drawn, proofs, zoo."),
+        _file("html", "A self-contained page: verdicts, failing traces drawn, proofs, mutants."),
         _file("junit", "A JUnit file."),
         _file("certificate", "A certificate (JSON). Refused of a partial or failed run."),
         _file("badge", "What a shields.io endpoint badge reads (JSON)."),
@@ -56,39 +51,47 @@ def report(
 ) -> None:
     """Show what a run's JSON stream holds: as a table here, and in the files asked for.
 
-    Several files are read one after another: runs, proofs (`prove --stream`) and a mutation run
+    Several files are read one after another: runs, proofs (`prove --stream`) and mutation runs
     (`zoo --stream`) make one report. The exit status is 0 when all was written, 1 when a
     certificate was refused, 2 when a file is no stream or cannot be written.
     """
-    from helix_conformance.report import views
-
     try:
         record = read_stream(streams)
     except StreamError as error:
-        raise _BadFile(str(error)) from error
+        raise BadFile(str(error)) from error
     _print(record)
     if html_path is not None:
-        from helix_conformance.report.html import run_page
-
         write_file(html_path, run_page(record).encode())
     if junit_path is not None:
-        write_file(junit_path, views.junit(record))
+        write_file(junit_path, junit(record))
     if badge_path is not None:
-        write_file(badge_path, _json(views.badge(record)))
+        write_file(badge_path, _json(badge(record)))
     if certificate_path is not None:
         try:
-            certificate = views.certificate(record)
-        except views.CertificateRefused as refused:
-            raise _Refused(str(refused)) from refused
-        write_file(certificate_path, _json(certificate))
+            write_file(certificate_path, _json(certificate(record)))
+        except CertificateRefused as refused:
+            raise click.ClickException(str(refused)) from refused
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file that the user asked for; what stands in the way is a sentence."""
+    """Write a file that the user asked for.
+
+    Parameters
+    ----------
+    path : Path
+        Where to.
+    data : bytes
+        The content.
+
+    Raises
+    ------
+    BadFile
+        When it cannot be written: a sentence, and exit status 2.
+    """
     try:
         path.write_bytes(data)
     except OSError as error:
-        raise _BadFile(f"{path}: cannot be written: {error.strerror}.") from error
+        raise BadFile(f"{path}: cannot be written: {error.strerror}.") from error
 
 
 def _json(value: object) -> bytes:
@@ -97,26 +100,25 @@ def _json(value: object) -> bytes:
 
 def _print(record: Record) -> None:
     console = Console()
-
-    def line(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     for run in record.runs:
         what, of = run.settings, f"suite {run.settings.suite_version}"
-        line(f"{what.command} of {what.engine}, {of}: {run.verdict}")
+        print_lines(console, [f"{what.command} of {what.engine}, {of}: {run.verdict}"])
         if run.rows:
             print_table(console, run.rows)
         for failure in run.failures:
-            for text in failure_text(failure):
-                line(text)
+            print_lines(console, failure_text(failure))
         if run.summary is not None and run.summary.missed and run.verdict == "pass":
-            line(f"Missed: {'; '.join(run.summary.missed)}.")
+            print_lines(console, [f"Missed: {'; '.join(run.summary.missed)}."])
+    print_lines(console, _beside(record))
+
+
+def _beside(record: Record) -> Iterator[str]:
+    """Yield what there is to say beside the runs."""
     if record.proofs is not None:
         found = record.proofs.report
-        line(f"proofs: {found.verdict}, {len(found.theorems)} theorems")
+        yield f"proofs: {found.verdict}, {len(found.theorems)} theorems"
     if record.zoo is not None:
-        line(f"zoo ({record.zoo.tier}): {record.zoo.score}")
-    for problem in record.problems:
-        line(problem)
+        yield f"mutants ({record.zoo.tier}): {record.zoo.score} killed by name"
+    yield from record.problems
     if record.shortcomings:
-        line(f"This is a part of a run, not a whole one. {' '.join(record.shortcomings)}")
+        yield f"This is a part of a run, not a whole one. {' '.join(record.shortcomings)}"

@@ -1,23 +1,27 @@
-"""Where a trace puts its tokens, event by event, as boxes on a plane.
+"""Where a trace puts its tokens, event by event, as boxes on a plane; wrong answers marked.
 
-A `Film` has a stop after each event (thinned out in long traces) and a panel for each request:
+A `Diagram` has a stop after each event (thinned out in long traces) and a panel for each request:
 a row for each cp_rank, its pages in local order, in each page the tokens. Every box says at
-which stops it is there, so that one drawing serves the whole film: whoever shows a stop hides
-the boxes that are not of it. Positions are what the reference model holds; `Wrong` marks on top
-of them are what an engine answered instead.
+which stops it is there, so that one drawing serves all stops: whoever shows a stop hides the
+boxes that are not of it. Positions are what the reference model holds; `Wrong` marks on top of
+them are what an engine answered instead. A `Scene` is a failure with its diagram, and what each
+rank answered beside what is expected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
-from helix_conformance.expect.expectation import Expectation, Request
+from helix_conformance.drive.driver import Answer
+from helix_conformance.expect.expectation import Expectation, Request, outcome_of
 from helix_conformance.expect.recorder import ModelState, Recorder
-from helix_conformance.report.show import event_text
-from helix_spec.engine import PROFILES
-from helix_spec.events import Decode, Event, ids_of
+from helix_conformance.report.stream import FailureLine
+from helix_conformance.report.text import event_text
+from helix_spec.config import config_problem
+from helix_spec.engine import PROFILES, Outcome
+from helix_spec.events import Decode, Event, Reason, ids_of
 from helix_spec.layouts import Layout
 from helix_spec.trace import Trace
 
@@ -25,20 +29,19 @@ MAX_STOPS: Final = 500
 """Of a longer trace every so many events are drawn, and all around the one that fails."""
 MAX_REQUESTS: Final = 24
 """Of more requests those that the failing event names are drawn, then the first."""
-WIDEST_CELLS: Final = 16
+MAX_CELLS: Final = 16
 """Pages of at most so many tokens are drawn token by token, larger ones as runs."""
 COLOURS: Final = 8
 """Ranks beyond these take their colours again; every row says its rank in words."""
 
-_CELL, _LEAST_PAGE, _RUN_PAGE, _ROW_HEIGHT, _CAPTION = 30, 60, 136, 26, 14
+_CELL, _MIN_PAGE, _RUN_PAGE, _ROW_HEIGHT, _CAPTION = 30, 60, 136, 26, 14
 """Pixels: a token's width, the narrowest page, a page of runs, a token's height, the line above
 a page."""
 _LABEL, _GAP, _LINE = 104, 8, 860
 """The column of rank names, between pages, the width after which a rank's pages go on below."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wrong:
+class Wrong(NamedTuple):
     """One answer that is not the reference's, at the failing event."""
 
     request: int
@@ -53,7 +56,7 @@ class Wrong:
 
 
 class Spot(NamedTuple):
-    """A rectangle with a word in it; `kind` are CSS classes, the first says what it is."""
+    """A rectangle with a word in it, in pixels; `kind` are CSS classes, the first is its type."""
 
     x: float
     y: float
@@ -64,8 +67,7 @@ class Spot(NamedTuple):
     kind: str
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """A spot that is there from stop `since` up to, not with, stop `until`."""
 
     spot: Spot
@@ -73,9 +75,8 @@ class Box:
     until: int
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One request."""
+class Panel(NamedTuple):
+    """One request; width and height in pixels."""
 
     id: int
     width: float
@@ -85,8 +86,7 @@ class Panel:
     """The state at the last stop in words, for those who do not see the picture."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """The state after one event; before all events `event` is None."""
 
     event: int | None
@@ -94,12 +94,12 @@ class Stop:
     refused: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Film:
+class Diagram(NamedTuple):
     """A trace from its start to its end."""
 
     layout: str
     pools: list[int]
+    """Pages of each rank."""
     stops: list[Stop]
     panels: list[Panel]
     pools_panel: Panel | None
@@ -111,16 +111,31 @@ class Film:
     """How many the trace has; fewer may be drawn."""
 
 
-def film(
+def diagram(
     trace: Trace,
     *,
     wrong: Sequence[Wrong] = (),
     at: int | None = None,
     declared: Collection[str] = PROFILES,
-) -> Film:
-    """The film of a trace; `wrong` is marked at the stop after event `at`.
+) -> Diagram:
+    """Return the diagram of a trace.
 
-    `declared` are the profiles of the engine that it was played on: what needs another is refused.
+    Parameters
+    ----------
+    trace : Trace
+        One with a configuration with which ranks may start.
+    wrong : sequence of Wrong
+        What is marked at the stop after event `at`.
+    at : int or None
+        Index of the event that fails; None when none does.
+    declared : collection of str
+        Profiles of the engine that it was played on: what needs another is refused.
+
+    Returns
+    -------
+    Diagram
+        At most `MAX_STOPS` stops and `MAX_REQUESTS` panels, the failing event and its requests
+        among them.
     """
     chosen = _chosen(len(trace.events), at)
     recorder, layout = Recorder(trace.config, declared), trace.config.layout
@@ -132,21 +147,16 @@ def film(
         seen |= dict.fromkeys(state.requests)
         if index in chosen:
             stops.append(Stop(index, event_text(event), expected.refused))
-            frames.append(_frame(state, first_new(expected), layout))
+            frames.append(_frame(state, _first_new(expected), layout))
     drawn = _drawn(list(seen), wrong, None if at is None else trace.events[at])
     shown = len(stops) - 1
     if at is not None:
         shown = next(number for number, stop in enumerate(stops) if stop.event == at)
-    t = layout.tokens_per_block
-    panels = [
-        _panel(id, frames, layout.cp_size, t, [w for w in wrong if w.request == id], shown)
-        for id in drawn
-    ]
-    return Film(
-        str(trace.config.layout),
+    return Diagram(
+        str(layout),
         list(trace.config.pages),
         stops,
-        panels,
+        [_panel(id, frames, layout, [w for w in wrong if w.request == id], shown) for id in drawn],
         _pools(frames, trace.config.pages) if "pages" in declared else None,
         shown,
         len(trace.events),
@@ -155,7 +165,7 @@ def film(
 
 
 def _chosen(events: int, at: int | None) -> set[int]:
-    """Indices of the events after which there is a stop."""
+    """Return the indices of the events after which there is a stop."""
     if events <= MAX_STOPS:
         return set(range(events))
     every = -(-events // (MAX_STOPS - 20))
@@ -165,7 +175,7 @@ def _chosen(events: int, at: int | None) -> set[int]:
 
 
 def _drawn(ids: list[int], wrong: Sequence[Wrong], event: Event | None) -> list[int]:
-    """The requests that have a panel, in the order of their ids."""
+    """Return the requests that have a panel, in the order of their ids."""
     named = [w.request for w in wrong] + ([] if event is None else ids_of(event))
     first = [id for id in dict.fromkeys([*named, *ids]) if id in ids]
     return sorted(first[:MAX_REQUESTS])
@@ -174,12 +184,11 @@ def _drawn(ids: list[int], wrong: Sequence[Wrong], event: Event | None) -> list[
 # What there is after one event
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(NamedTuple):
     """Tokens side by side in one page: positions first, first + stride, ... up to last."""
 
     offset: int
-    count: int
+    tokens: int
     first: int
     last: int
     decoded: bool
@@ -189,30 +198,28 @@ class _Run:
     @property
     def label(self) -> str:
         """`7`, `400-499`, or `0-252 by 4`."""
-        if self.count == 1:
+        if self.tokens == 1:
             return str(self.first)
-        stride = (self.last - self.first) // (self.count - 1)
+        stride = (self.last - self.first) // (self.tokens - 1)
         return f"{self.first}\u2013{self.last}" + (f" by {stride}" if stride > 1 else "")
 
 
-@dataclass(frozen=True, slots=True)
-class _Page:
+class _Page(NamedTuple):
     number: int
-    shared_with: tuple[int, ...]
-    runs: tuple[_Run, ...]
+    shared_with: str
+    """Ids of the other requests that hold it."""
+    runs: list[_Run]
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    """One request: pages of each rank, and its tokens in words."""
+class _State(NamedTuple):
+    """One request: pages and number of tokens of each rank, and its tokens in words."""
 
-    ranks: tuple[tuple[_Page, ...], ...]
-    held: tuple[int, ...]
+    ranks: list[list[_Page]]
+    held: list[int]
     words: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
+class _Frame(NamedTuple):
     requests: Mapping[int, _State]
     free: Sequence[int]
     """Free pages of each rank's pool."""
@@ -222,7 +229,7 @@ _identity = id
 """By it pages are told apart; `id` is a request's everywhere else."""
 
 
-def first_new(expected: Expectation) -> dict[int, int]:
+def _first_new(expected: Expectation) -> dict[int, int]:
     """Return the position of each request's first new token, after an accepted decode."""
     found, token = dict[int, int](), 0
     if isinstance(expected.event, Decode) and expected.decoded is not None:
@@ -252,24 +259,26 @@ def _state(
     for positions, table in zip(request.ranks, request.tables, strict=True):
         pages = []
         for place, page in enumerate(table):
-            others = tuple(other for other in holders[_identity(page)] if other != id)
+            others = [str(other) for other in holders[_identity(page)] if other != id]
             runs = _runs(positions[place * t : (place + 1) * t], request.prompt_len, new, t)
-            pages.append(_Page(page.number, others, tuple(runs)))
-        ranks.append(tuple(pages))
-    total = len(request.tokens)
-    words = f"{total} token" if total == 1 else f"{total} tokens"
-    words += f": prompt {request.prompt_len}, decoded {request.steps}"
+            pages.append(_Page(page.number, ", ".join(others), list(runs)))
+        ranks.append(pages)
+    words = f"{_tokens(len(request.tokens))}: prompt {request.prompt_len}, decoded {request.steps}"
     if request.preempted:
         words += "; preempted"
-    return _State(tuple(ranks), tuple(len(p) for p in request.ranks), words)
+    return _State(ranks, [len(positions) for positions in request.ranks], words)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" + ("" if count == 1 else "s")
 
 
 def _runs(positions: Sequence[int], prompt_len: int, new: int | None, t: int) -> Iterator[_Run]:
-    """The tokens of one page, those side by side together where they are not drawn singly."""
+    """Yield the tokens of one page, those side by side together where not drawn singly."""
     at = 0
     while at < len(positions):
         end = at + 1
-        if t > WIDEST_CELLS and end < len(positions):
+        if t > MAX_CELLS and end < len(positions):
             stride = positions[end] - positions[at]
             while (
                 end < len(positions)
@@ -290,163 +299,125 @@ def _runs(positions: Sequence[int], prompt_len: int, new: int | None, t: int) ->
 
 _Place = tuple[str, *tuple[int, ...]]
 """What is drawn, and where: no two spots of one stop have the same."""
+_Content = Iterator[tuple[_Place, Spot]]
 _LAYERS: Final = ("page", "run", "wrong")
-"""Later ones cover earlier ones."""
+"""Drawn in this order, behind all else: later ones cover earlier ones."""
 
 
-@dataclass(slots=True)
-class _Track:
-    """Boxes over time: what is at a place stays until something else, or nothing, is there."""
-
-    stops: int
-    boxes: list[tuple[_Place, Box]] = field(default_factory=list)
-    open: dict[_Place, tuple[int, Spot]] = field(default_factory=dict)
-
-    def frame(self, stop: int, content: dict[_Place, Spot]) -> None:
-        """What there is at a stop."""
-        for place in [p for p, (_, was) in self.open.items() if content.get(p) != was]:
-            self._close(place, stop)
+def _boxes(stops: Iterable[Mapping[_Place, Spot]]) -> list[Box]:
+    """Return boxes: what is at a place stays until something else, or nothing, is there."""
+    found, shown = list[tuple[str, Box]](), dict[_Place, tuple[int, Spot]]()
+    for stop, content in enumerate([*stops, {}]):
+        for place, (since, spot) in list(shown.items()):
+            if content.get(place) != spot:
+                found.append((place[0], Box(spot, since, stop)))
+                del shown[place]
         for place, spot in content.items():
-            if place not in self.open:
-                self.open[place] = (stop, spot)
-
-    def end(self) -> list[Box]:
-        """All boxes, after the last stop, in the order in which they are drawn."""
-        for place in list(self.open):
-            self._close(place, self.stops)
-        order = {what: layer for layer, what in enumerate(_LAYERS, 1)}
-        return [box for _, box in sorted(self.boxes, key=lambda b: order.get(b[0][0], 0))]
-
-    def _close(self, place: _Place, until: int) -> None:
-        since, spot = self.open.pop(place)
-        self.boxes.append((place, Box(spot, since, until)))
+            shown.setdefault(place, (stop, spot))
+    order = {what: layer for layer, what in enumerate(_LAYERS, 1)}
+    return [box for _, box in sorted(found, key=lambda one: order.get(one[0], 0))]
 
 
-@dataclass(frozen=True, slots=True)
 class _Grid:
-    """Where pages and tokens of one request are on the plane."""
+    """Where pages and tokens of one request are on the plane, in pixels."""
 
-    t: int
-    most: list[int]
-    """Pages for which each rank needs room."""
-
-    @property
-    def slot(self) -> float:
-        if self.t > WIDEST_CELLS:
-            return _RUN_PAGE / self.t
-        return max(_CELL, _LEAST_PAGE / self.t)
-
-    @property
-    def page(self) -> float:
-        return self.slot * self.t
-
-    @property
-    def per_line(self) -> int:
-        return max(1, int(_LINE // (self.page + _GAP)))
+    def __init__(self, t: int, pages: Sequence[int]) -> None:
+        self.t, self.pages = t, pages
+        """Tokens of a page; pages for which each rank needs room."""
+        self.slot = _RUN_PAGE / t if t > MAX_CELLS else max(_CELL, _MIN_PAGE / t)
+        self.page = self.slot * t
+        self.per_line = max(1, int(_LINE // (self.page + _GAP)))
 
     def row(self, rank: int) -> float:
         """Top of a rank's first line."""
-        before = sum(-(-pages // self.per_line) for pages in self.most[:rank])
+        before = sum(-(-pages // self.per_line) for pages in self.pages[:rank])
         return 26 + before * (_CAPTION + _ROW_HEIGHT + 6) + rank * 8
 
     def place(self, rank: int, page: int) -> tuple[float, float]:
         """Left and top of a page."""
         line, column = divmod(page, self.per_line)
-        return (
-            _LABEL + column * (self.page + _GAP),
-            self.row(rank) + line * (_CAPTION + _ROW_HEIGHT + 6),
-        )
+        top = self.row(rank) + line * (_CAPTION + _ROW_HEIGHT + 6)
+        return _LABEL + column * (self.page + _GAP), top
 
 
 def _panel(
-    id: int, frames: Sequence[_Frame], cp: int, t: int, wrong: Sequence[Wrong], shown: int
+    id: int, frames: Sequence[_Frame], layout: Layout, wrong: Sequence[Wrong], shown: int
 ) -> Panel:
     states = [frame.requests.get(id) for frame in frames]
-    most = [1] * cp
-    for state in states:
-        if state is not None:
-            most = [max(room, len(pages)) for room, pages in zip(most, state.ranks, strict=True)]
+    there = [state for state in states if state is not None]
+    room = [
+        max([1, *(len(state.ranks[rank]) for state in there)]) for rank in range(layout.cp_size)
+    ]
     for mark in wrong:
-        most[mark.rank] = max(most[mark.rank], 1 + (mark.local_index or 0) // t)
-    grid = _Grid(t, most)
-    track = _Track(len(frames))
-    for stop, state in enumerate(states):
-        content = dict(_content(id, state, grid, cp))
-        if stop == shown:
-            content |= dict(_marks(wrong, state, grid))
-        track.frame(stop, content)
-    width = _LABEL + min(max(most), grid.per_line) * (grid.page + _GAP)
-    height = grid.row(cp) + 4
-    last = next((state for state in reversed(states) if state is not None), None)
-    summary = "" if last is None else _words(id, last)
-    return Panel(id, max(width, 420), height, track.end(), summary)
+        last = (mark.local_index or 0) // layout.tokens_per_block
+        room[mark.rank] = max(room[mark.rank], 1 + last)
+    grid = _Grid(layout.tokens_per_block, room)
+    boxes = _boxes(
+        dict(_content(id, state, grid))
+        | (dict(_marked(wrong, state, grid)) if stop == shown else {})
+        for stop, state in enumerate(states)
+    )
+    width = _LABEL + min(max(room), grid.per_line) * (grid.page + _GAP)
+    summary = _summary(id, there[-1]) if there else ""
+    return Panel(id, max(width, 420), grid.row(layout.cp_size) + 4, boxes, summary)
 
 
 def _pools(frames: Sequence[_Frame], sizes: Sequence[int]) -> Panel:
-    """The free pages of each rank, in words, six ranks a line."""
-    track = _Track(len(frames))
-    for stop, frame in enumerate(frames):
-        content: dict[_Place, Spot] = {}
+    """Return the free pages of each rank, in words, six ranks a line."""
+
+    def content(frame: _Frame) -> _Content:
         for rank, (free, size) in enumerate(zip(frame.free, sizes, strict=False)):
             line, column = divmod(rank, 6)
             words, kind = f"rank {rank}: {free} of {size}", "held" if free else "words empty"
-            content["free", rank] = Spot(_LABEL + 128 * column, 18 * line, 120, 18, words, "", kind)
-        content["head",] = Spot(0, 0, _LABEL, 18, "free pages", "", "head")
-        track.frame(stop, content)
+            spot = Spot(_LABEL + 128 * column, 18 * line, 120, 18, words, "", kind)
+            yield ("free", rank), spot
+        yield ("head",), Spot(0, 0, _LABEL, 18, "free pages", "", "head")
+
+    boxes = _boxes(dict(content(frame)) for frame in frames)
     summary = ", ".join(f"rank {rank} {free}" for rank, free in enumerate(frames[-1].free))
     width, height = _LABEL + 128 * min(6, len(sizes)), 18 * -(-len(sizes) // 6) + 4
-    return Panel(-1, width, height, track.end(), f"Free pages: {summary}.")
+    return Panel(-1, width, height, boxes, f"Free pages: {summary}.")
 
 
-_Content = Iterator[tuple[_Place, Spot]]
-
-
-def _content(id: int, state: _State | None, grid: _Grid, cp: int) -> _Content:
+def _content(id: int, state: _State | None, grid: _Grid) -> _Content:
+    """Yield what is there of a request at one stop."""
     words = "not there" if state is None else state.words
     yield ("head",), Spot(0, 0, 420, 18, f"request {id}", words, "head")
     yield ("words",), Spot(_LABEL, 0, 420, 18, words, "", "words" if state else "words absent")
-    for rank in range(cp):
+    for rank in range(len(grid.pages)):
         y = grid.row(rank) + _CAPTION
         held = 0 if state is None else state.held[rank]
-        text = f"{held} token{'' if held == 1 else 's'}"
         colour = f"rank owner{rank % COLOURS}"
         yield ("rank", rank), Spot(0, y, 10, _ROW_HEIGHT, f"rank {rank}", "", colour)
-        kind = "held" if held else "held none"
-        yield ("held", rank), Spot(16, y + 12, 80, 14, text if held else "no tokens", "", kind)
-    if state is None:
-        return
-    for rank, pages in enumerate(state.ranks):
+        text, kind = (_tokens(held), "held") if held else ("no tokens", "held none")
+        yield ("held", rank), Spot(16, y + 12, 80, 14, text, "", kind)
+    for rank, pages in enumerate([] if state is None else state.ranks):
         for place, page in enumerate(pages):
             yield from _page(rank, place, page, grid)
 
 
 def _page(rank: int, place: int, page: _Page, grid: _Grid) -> _Content:
     x, y = grid.place(rank, place)
-    shared = ""
+    caption, title, kind = f"page {page.number}", f"rank {rank}, page {page.number}", "page"
     if page.shared_with:
-        shared = " \u2194 " + ", ".join(map(str, page.shared_with))
-    title = f"rank {rank}, page {page.number}" + (
-        f", shared with request {', '.join(map(str, page.shared_with))}" if shared else ""
-    )
-    kind = "page shared" if shared else "page"
-    caption = f"page {page.number}{shared}"
+        caption += f" \u2194 {page.shared_with}"
+        title += f", shared with request {page.shared_with}"
+        kind += " shared"
     yield ("page", rank, place), Spot(x, y, grid.page, _CAPTION + _ROW_HEIGHT, caption, title, kind)
     for run in page.runs:
-        kind = "decoded" if run.decoded else "prompt"
-        origin = "decoded" if run.decoded else "of the prompt"
+        kind, origin = ("decoded", "decoded") if run.decoded else ("prompt", "of the prompt")
         index = place * grid.t + run.offset
-        what = f"position {run.first}" if run.count == 1 else f"positions {run.label}"
+        what = f"position{'' if run.tokens == 1 else 's'} {run.label}"
         title = f"{what}, {origin}, on rank {rank}, local index {index}, page {page.number}"
-        width = run.count * grid.slot
+        left, width = x + run.offset * grid.slot, run.tokens * grid.slot
         text = run.label if width >= 7 * len(run.label) + 2 else ""
-        classes = f"token {kind} owner{rank % COLOURS}" + (" fresh" if run.fresh else "")
-        spot = Spot(
-            x + run.offset * grid.slot, y + _CAPTION, width, _ROW_HEIGHT, text, title, classes
-        )
+        kind = f"token {kind} owner{rank % COLOURS}" + (" fresh" if run.fresh else "")
+        spot = Spot(left, y + _CAPTION, width, _ROW_HEIGHT, text, title, kind)
         yield ("run", rank, place, run.offset), spot
 
 
-def _marks(wrong: Sequence[Wrong], state: _State | None, grid: _Grid) -> _Content:
+def _marked(wrong: Sequence[Wrong], state: _State | None, grid: _Grid) -> _Content:
+    """Yield the marks of one request."""
     for number, mark in enumerate(wrong):
         if mark.local_index is None:
             y = grid.row(mark.rank) + _CAPTION
@@ -455,17 +426,179 @@ def _marks(wrong: Sequence[Wrong], state: _State | None, grid: _Grid) -> _Conten
         place, offset = divmod(mark.local_index, grid.t)
         x, y = grid.place(mark.rank, place)
         held = state is not None and mark.local_index < state.held[mark.rank]
-        kind = "wrong missing" if held else "wrong extra"
+        text, kind = ("", "wrong missing") if held else (mark.label, "wrong extra")
         width = max(grid.slot, _CELL)
         x = min(x + offset * grid.slot, x + grid.page - width)
-        text = "" if held else mark.label
         yield ("wrong", number), Spot(x, y + _CAPTION, width, _ROW_HEIGHT, text, mark.what, kind)
 
 
-def _words(id: int, state: _State) -> str:
+def _summary(id: int, state: _State) -> str:
     ranks = []
     for rank, pages in enumerate(state.ranks):
         tokens = [run.label for page in pages for run in page.runs]
         shown = " ".join(tokens[:8]) + (" and more" if len(tokens) > 8 else "")
         ranks.append(f"rank {rank} holds {shown or 'nothing'}")
     return f"Request {id}, {state.words}. " + "; ".join(ranks) + "."
+
+
+# A failure: answers beside what is expected
+
+
+class Compared(NamedTuple):
+    """One value of one rank's answer."""
+
+    expected: Any
+    observed: Any
+    wrong: bool
+
+
+class Scene(NamedTuple):
+    """A failure, ready to be drawn; `diagram` is None where no rank may start."""
+
+    failure: FailureLine
+    diagram: Diagram | None = None
+    columns: Sequence[str] = ()
+    ranks: Sequence[Mapping[str, Compared]] = ()
+    """Of each global rank, its answer by column."""
+    marks: Sequence[Wrong] = ()
+
+
+def scene(failure: FailureLine) -> Scene:
+    """Return a failure with its diagram, and all answers compared.
+
+    Parameters
+    ----------
+    failure : FailureLine
+        A line of the stream.
+
+    Returns
+    -------
+    Scene
+        Wrong answers are in `ranks`, and as `marks` in the diagram at the failing event.
+    """
+    trace, event = failure.trace, failure.event
+    if config_problem(trace.config) is not None:
+        return Scene(failure)
+    declared, layout = failure.declared or PROFILES, trace.config.layout
+    recorder, last = Recorder(trace.config, declared), None
+    for one in trace.events if event is None else trace.events[: event + 1]:
+        last = recorder.next(one)
+    expected = [outcome_of(last, rank, layout) for rank in range(layout.cp_size)]
+    ranks = [
+        _compared(failure, answer, expected[rank % layout.cp_size], recorder.state, rank)
+        for rank, answer in enumerate(failure.answers)
+    ]
+    columns = list(dict.fromkeys(name for row in ranks for name in row))
+    marks = []
+    if event is not None and last is not None:
+        marks = _merged(_marks(failure, last, recorder.state, expected))
+    drawn = diagram(trace, wrong=marks, at=event, declared=declared)
+    return Scene(failure, drawn, columns, ranks, marks)
+
+
+def _compared(
+    failure: FailureLine, answer: Answer, expected: Outcome, state: ModelState, rank: int
+) -> dict[str, Compared]:
+    """Return one rank's answer by column; only with profile `lengths` it has to know them."""
+    layout, lengths = failure.trace.config.layout, "lengths" in failure.declared
+    outcome, pairs = answer.outcome, dict[str, tuple[Any, Any]]()
+    if failure.event is not None:
+        pairs["answer"] = _verdict(expected.reason), _verdict(outcome.reason)
+        if expected.reason is None and outcome.reason is None:
+            for name in ("past_len", "position_ids", "active"):
+                if lengths or name != "past_len":
+                    pairs[name] = getattr(expected, name), getattr(outcome, name)
+            pairs["slots"] = _offsets(expected, layout), _offsets(outcome, layout)
+    if answer.view is not None and lengths:
+        reported, cp_rank = answer.view.local_len, rank % layout.cp_size
+        held = {id: state.lengths(id)[cp_rank] for id in reported if id in state.live}
+        pairs["local_len"] = held, reported
+    found = {name: Compared(*pair, pair[0] != pair[1]) for name, pair in pairs.items()}
+    if "slots" in found:
+        found["slots"] = found["slots"]._replace(observed=outcome.slots)
+    return found
+
+
+def _offsets(outcome: Outcome, layout: Layout) -> list[int]:
+    """Return the offsets in pages; which physical page it is, is the engine's own affair."""
+    return [slot % layout.tokens_per_block if slot >= 0 else -1 for slot in outcome.slots]
+
+
+def _verdict(reason: Reason | None) -> str:
+    return "accepted" if reason is None else f"refused: {reason}"
+
+
+def _marks(
+    failure: FailureLine, last: Expectation, state: ModelState, expected: Sequence[Outcome]
+) -> Iterator[Wrong]:
+    """Yield tokens and ranks on which an answer is wrong, in the requests of the failing event."""
+    cp = len(expected)
+    for rank, answer in enumerate(failure.answers):
+        wanted, cp_rank = expected[rank % cp], rank % cp
+        if wanted.reason is None and answer.outcome.reason is None:
+            layout = failure.trace.config.layout
+            yield from _token_marks(layout, last, rank, wanted, answer.outcome)
+        if answer.view is not None and "lengths" in failure.declared:
+            for id, count in answer.view.local_len.items():
+                held = state.lengths(id)[cp_rank] if id in state.requests else 0
+                if count != held:
+                    what = f"rank {rank} reports local_len {count} of request {id}; it is {held}"
+                    yield Wrong(id, cp_rank, None, "", what)
+    named = ids_of(last.event)
+    if failure.rank is not None and failure.engine_failure is not None:
+        for id in named:
+            yield Wrong(id, failure.rank % cp, None, "", failure.engine_failure)
+    numbers: dict[tuple[int, int | None, str], list[str]] = {}
+    for one in failure.violations:
+        if one.rank is not None:
+            numbers.setdefault((one.rank, one.request, one.message), []).append(one.invariant)
+    for (rank, request, message), broken in numbers.items():
+        for id in named if request is None else [request]:
+            what = f"{', '.join(dict.fromkeys(broken))} on rank {rank}: {message}"
+            yield Wrong(id, rank % cp, None, "", what)
+
+
+def _token_marks(
+    layout: Layout, last: Expectation, rank: int, wanted: Outcome, outcome: Outcome
+) -> Iterator[Wrong]:
+    """Yield new tokens that a rank claims or writes and should not, or should and does not."""
+    cp_rank = rank % layout.cp_size
+    assert isinstance(last.event, Decode) and last.decoded is not None
+    ids = [
+        id for id, n in zip(last.event.ids, last.event.query_lens, strict=True) for _ in range(n)
+    ]
+    offsets = _offsets(wanted, layout), _offsets(outcome, layout)
+    pairs = zip(wanted.active, outcome.active, *offsets, strict=False)
+    extra = Counter[int]()
+    for token, (right, claimed, offset, written) in enumerate(pairs):
+        id, position = ids[token], last.decoded.position_ids[token]
+        problem = _token_problem(right, claimed, offset, written)
+        if problem:
+            held = last.decoded.visible[token][cp_rank]
+            index = held - 1 if right else held + extra[id]
+            extra[id] += not right
+            what = f"rank {rank} {problem} position {position} of request {id}"
+            what += f"; its owner is rank {last.decoded.owners[token]}"
+            yield Wrong(id, cp_rank, index, str(position), what)
+
+
+def _token_problem(right: bool, claimed: bool, offset: int, written: int) -> str:
+    """Return what a rank does with a new token that it should not do; empty when all is well."""
+    if claimed != right:
+        return "claims" if claimed else "does not claim"
+    if written == offset:
+        return ""
+    if offset < 0 or written < 0:
+        return "names no slot for" if written < 0 else "names a slot for"
+    return f"names a slot with offset {written}, not {offset}, for"
+
+
+def _merged(marks: Iterable[Wrong]) -> list[Wrong]:
+    """Return one mark for each place, with all that is wrong there."""
+    places: dict[tuple[int, int, int | None], list[Wrong]] = {}
+    for mark in marks:
+        places.setdefault((mark.request, mark.rank, mark.local_index), []).append(mark)
+    return [
+        Wrong(*place, same[0].label, "; ".join(dict.fromkeys(mark.what for mark in same)))
+        for place, same in places.items()
+    ]

@@ -1,34 +1,47 @@
-"""The JSON stream of a run: its lines as types, their published schema, and reading them back.
+"""The JSON stream of a run: line types, the writer, reading back, the published schema.
 
 A run writes settings, then rows, failures and coverage as they are known, and a summary at last;
 proofs and a mutation run are one line each. A file may hold several runs, one after another.
-The form is published as `stream.schema.json` beside this file, generated from the types by
+The format is published as `stream.schema.json` beside this file, generated from the types by
 `python -m helix_conformance.report.stream`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import platform
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
+from helix_conformance import __version__
 from helix_conformance.drive.driver import Answer
-from helix_conformance.judge.failure import Violation
-from helix_conformance.judge.xfail import LAYOUTS
-from helix_conformance.prove import Report as ProofReport
+from helix_conformance.judge.coverage import SITUATIONS, Coverage, Tally
+from helix_conformance.judge.failure import Failure, Violation
+from helix_conformance.judge.xfail import LAYOUTS, Difference, Known
 from helix_spec.config import decode_layout, encode_layout, layout_schema
-from helix_spec.invariants import NUMBERS
-from helix_spec.trace import Trace, unindented
+from helix_spec.engine import PROFILES
+from helix_spec.events import MERGE, Merge
+from helix_spec.invariants import NUMBERS, profiles_of
+from helix_spec.trace import Trace, dump_trace, unindented
+
+SCHEMA_FILE: Final = "stream.schema.json"
+CONFIRMED: Final = "confirmed"
+"""The verdict of a theorem that holds."""
 
 Verdict: TypeAlias = Literal["pass", "fail", "error"]
 
 
 class StreamError(ValueError):
     """A file that is no stream of a run; the message names file, line and field."""
+
+
+# The lines
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind"):
@@ -72,11 +85,11 @@ class Row(_Line, frozen=True, kw_only=True, tag="row"):
     seconds: float
     verdict: Verdict
     known: list[str] = []
-    """Known differences of the engine that showed here, or were not run."""
+    """Expected failures of the engine that were met here, or were not run."""
 
 
 class FailureLine(_Line, frozen=True, kw_only=True, tag="failure"):
-    """A red row: the smallest failing trace and what is wrong there."""
+    """A failing row: the smallest failing trace and what is wrong there."""
 
     layout: str
     engine: str
@@ -85,7 +98,7 @@ class FailureLine(_Line, frozen=True, kw_only=True, tag="failure"):
     """Index of the event that was answered wrongly; null at start or at the end."""
     violations: list[Violation] = []
     engine_failure: str | None = None
-    """How an engine died, hung or answered garbage (LIVE-1)."""
+    """How an engine died, timed out or gave a malformed answer (LIVE-1)."""
     rank: int | None = None
     """The rank that did."""
     trace: Trace
@@ -96,7 +109,7 @@ class FailureLine(_Line, frozen=True, kw_only=True, tag="failure"):
 
 
 class KnownDifference(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of the engine's ledger, and what became of it in the run."""
+    """One expected failure of the engine, and what became of it in the run."""
 
     kind: str
     does: str
@@ -132,11 +145,41 @@ class Summary(_Line, frozen=True, kw_only=True, tag="summary"):
     events: int
     events_per_s: float | None
     known_differences: list[KnownDifference] = []
+    """Expected failures (xfail) of the engine."""
     coverage: dict[str, int] = {}
     """How often each situation was visited, by the traces of all drivers."""
     missed: list[str] = []
     """Situations that no driver's traces visited, and some could have."""
     seed: int | None = None
+
+
+class Kill(msgspec.Struct, frozen=True):
+    """A wrong formula, and the smallest values that refute it (null: nothing did)."""
+
+    wrong: str
+    refuted_by: dict[str, int | str] | None
+
+
+class TheoremResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one theorem. `proves` are numbers of SPEC.md."""
+
+    id: str
+    proves: list[str] = []
+    statement: str = ""
+    method: Literal["z3", "crosshair"] = "z3"
+    verdict: str
+    seconds: float = 0.0
+    witness: dict[str, int] = {}
+    kills: list[Kill] = []
+
+
+class ProofReport(msgspec.Struct, frozen=True):
+    """The JSON form of `prove`. A run of some theorems alone is `partial`, never `pass`."""
+
+    theorems: list[TheoremResult]
+    verdict: Literal["pass", "fail", "partial"]
+    problems: list[str]
+    seconds: float
 
 
 class Proofs(_Line, frozen=True, kw_only=True, tag="proofs"):
@@ -152,7 +195,7 @@ class MutantKill(msgspec.Struct, frozen=True):
     name: str
     source: str
     killed: bool
-    """Whether the run failed and named an invariant that is expected of this mutant."""
+    """Whether the run failed and named one of the mutant's expected invariants."""
     by: list[str]
     """The invariants that the run named."""
     events: int
@@ -177,27 +220,360 @@ class MutationRun(_Line, frozen=True, kw_only=True, tag="zoo"):
 
     @property
     def clean(self) -> bool:
-        """Whether every wrong engine was caught by name, and no right one."""
+        """Whether every wrong engine was caught by name, and no correct one."""
         return all(kill.killed for kill in self.mutants) and not any(self.controls.values())
 
 
 Line: TypeAlias = Settings | Row | FailureLine | CoverageLine | Summary | Proofs | MutationRun
 
 
-class Run:
+# Writing
+
+
+class Stream:
+    """The writer of a run's JSON lines.
+
+    Parameters
+    ----------
+    path : Path or None
+        The file, which is emptied; without one the lines go nowhere.
+
+    Attributes
+    ----------
+    rows : list of Row
+        The rows so far.
+    coverage : list of Coverage
+        That of each driver whose traces were all played.
+    dead : bool
+        Whether an engine did not start, so that nothing of it was played.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self.dead = False
+        self.coverage: list[Coverage] = []
+        if path is not None:
+            path.write_bytes(b"")
+
+    def write(self, line: Line) -> None:
+        """Write one line, to disk at once: a run that is cut off leaves what it knew.
+
+        Parameters
+        ----------
+        line : Line
+            Any line of the stream.
+        """
+        if self.path is not None:
+            append_line(self.path, line)
+
+    def settings(
+        self, command: str, engine: str, restrictions: Sequence[str] = (), **options: Any
+    ) -> None:
+        """Write the first line: everything that was set, and the machine.
+
+        Parameters
+        ----------
+        command : str
+            The command's name, such as `run`.
+        engine : str
+            The engine as it was named to the command.
+        restrictions : sequence of str
+            Why the run is not a whole one, a sentence each; see `restrictions`.
+        **options
+            All other options of the command, by name.
+        """
+        self.write(
+            Settings(
+                command=command,
+                engine=engine,
+                suite_version=__version__,
+                started=datetime.now(UTC).isoformat(timespec="seconds"),
+                python=platform.python_version(),
+                machine=platform.machine(),
+                options={k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
+                restrictions=list(restrictions),
+            )
+        )
+
+    def row(self, row: Row) -> None:
+        """Write the row of a layout that is finished.
+
+        Parameters
+        ----------
+        row : Row
+            See `make_row`.
+        """
+        self.rows.append(row)
+        self.write(row)
+
+    def failure(self, row: Row, failure: Failure, path: Path) -> None:
+        """Write the failure of a row.
+
+        Parameters
+        ----------
+        row : Row
+            The row that fails.
+        failure : Failure
+            What is wrong.
+        path : Path
+            Where its trace is stored.
+        """
+        self.write(
+            FailureLine(
+                layout=row.layout,
+                engine=row.engine,
+                driver=row.driver,
+                declared=row.declared,
+                trace_file=str(path),
+                **msgspec.structs.asdict(failure),
+            )
+        )
+
+    def covered(self, engine: str, driver: str, coverage: Coverage) -> None:
+        """Write the coverage of one driver, when all its traces were played.
+
+        Parameters
+        ----------
+        engine, driver : str
+            Their names.
+        coverage : Coverage
+            What its traces visited.
+        """
+        self.coverage.append(coverage)
+        counts, missed, impossible = coverage.counts, coverage.missed, coverage.impossible
+        self.write(
+            CoverageLine(
+                engine=engine, driver=driver, counts=counts, missed=missed, impossible=impossible
+            )
+        )
+
+    def summary(self, engine: str, known: Known | None = None, seed: int | None = None) -> Verdict:
+        """Write the last line.
+
+        Parameters
+        ----------
+        engine : str
+            The engine as it was named to the command.
+        known : Known or None
+            Its expected failures; one that no longer fails, fails the run.
+        seed : int or None
+            Seed of the random traces.
+
+        Returns
+        -------
+        Verdict
+            `error` when an engine did not start or did not finish, `fail` for a difference.
+        """
+        known = known or Known()
+        verdict = "error" if self.dead else _worst([row.verdict for row in self.rows])
+        if verdict == "pass" and not known.holds:
+            verdict = "fail"
+        checked = {profile for row in self.rows for profile in row.profiles}
+        events, seconds = sum(r.events for r in self.rows), sum(r.seconds for r in self.rows)
+        counts = {name: sum(one.counts[name] for one in self.coverage) for name in SITUATIONS}
+        missed = dict.fromkeys(name for one in self.coverage for name in one.missed)
+        self.write(
+            Summary(
+                engine=engine,
+                verdict=verdict,
+                layouts=list(dict.fromkeys(row.layout for row in self.rows)),
+                profiles_checked=[p for p in PROFILES if p in checked],
+                profiles_not_checked=[p for p in PROFILES if p not in checked],
+                traces=sum(row.traces for row in self.rows),
+                events=events,
+                events_per_s=round(events / seconds, 1) if seconds else None,
+                known_differences=msgspec.convert(known.summary(), list[KnownDifference]),
+                coverage=counts,
+                missed=[name for name in missed if not counts[name]],
+                seed=seed,
+            )
+        )
+        return verdict
+
+
+def _worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return `error` before `fail` before `pass`; a run of nothing is an error."""
+    ranked: tuple[Verdict, ...] = ("error", "fail", "pass")
+    return min(verdicts, key=ranked.index, default="error")
+
+
+def make_row(
+    layout: str,
+    engine: str,
+    driver: str,
+    cp_sizes: Iterable[int],
+    profiles: Collection[str],
+    declared: Collection[str],
+    tally: Tally,
+    failure: Failure | None,
+    known: Iterable[Difference] = (),
+    settings: Mapping[str, str] | None = None,
+) -> Row:
+    """Return the row of a finished layout.
+
+    Parameters
+    ----------
+    layout, engine, driver : str
+        Their names.
+    cp_sizes : iterable of int
+        Numbers of ranks that share a cache; repeated ones count once.
+    profiles, declared : collection of str
+        Profiles that were checked, and those that the engine declares.
+    tally : Tally
+        How much was played.
+    failure : Failure or None
+        What is wrong; None when all answers were right.
+    known : iterable of Difference
+        Expected failures of the engine on this layout.
+    settings : mapping or None
+        What the engine says about how it is set up.
+
+    Returns
+    -------
+    Row
+        Profiles in the order of `PROFILES`, cp_sizes and identifiers rising.
+    """
+    return Row(
+        layout=layout,
+        engine=engine,
+        driver=driver,
+        cp_sizes=sorted(set(cp_sizes)),
+        profiles=[profile for profile in PROFILES if profile in profiles],
+        declared=[profile for profile in PROFILES if profile in declared],
+        identifiers=sorted(tally.layouts),
+        traces=tally.traces,
+        events=tally.events,
+        seconds=round(tally.seconds, 3),
+        verdict="pass" if failure is None else failure.verdict,
+        known=[difference.subject for difference in known],
+        settings=dict(settings or {}),
+    )
+
+
+def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> list[str]:
+    """Return why a run with these options is not a whole one.
+
+    Parameters
+    ----------
+    options : mapping
+        Those of `run`: layouts, cp_sizes, asked (profiles), examples, workload.
+    examples : int
+        Random traces that a whole run plays of each layout.
+    layouts : int
+        Layouts that a whole run plays.
+
+    Returns
+    -------
+    list of str
+        A sentence each; none for a whole run.
+    """
+    played, cp_sizes = list(dict.fromkeys(options["layouts"])), map(str, options["cp_sizes"])
+    workload, fewer = options["workload"], options["examples"]
+    reasons = [
+        (workload, "A workload was replayed; no random traces were played."),
+        (
+            not workload and 0 < len(played) < layouts,
+            f"Only {len(played)} of {layouts} layouts were played: {', '.join(played)}.",
+        ),
+        (options["cp_sizes"], f"Not every cp_size was played, but {', '.join(cp_sizes)}."),
+        (options["asked"], f"Not every profile was asked for, but {', '.join(options['asked'])}."),
+        (
+            fewer and fewer < examples,
+            f"Only {fewer} random traces were played of each layout; a whole run plays {examples}.",
+        ),
+    ]
+    return [sentence for applies, sentence in reasons if applies]
+
+
+def save_failure(folder: Path, row: Row, failure: Failure) -> Path:
+    """Write the failing trace of a row.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it goes; the folder is made.
+    row : Row
+        The row that fails: its layout and driver name the file.
+    failure : Failure
+        What is wrong.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{re.sub('[/:]', '-', row.layout)}-{row.driver}.json"
+    path.write_bytes(dump_trace(failure.trace))
+    return path
+
+
+def encode_line(line: Line) -> bytes:
+    """Return the JSON of a line.
+
+    Parameters
+    ----------
+    line : Line
+        Any line of the stream.
+
+    Returns
+    -------
+    bytes
+        UTF-8, its line feed included.
+    """
+    return msgspec.json.encode(line, enc_hook=encode_layout) + b"\n"
+
+
+def append_line(path: Path, line: Line) -> None:
+    """Write one line at the end of a stream.
+
+    Parameters
+    ----------
+    path : Path
+        The stream's file, which is made when it is not there.
+    line : Line
+        Any line of the stream.
+    """
+    with path.open("ab") as file:
+        file.write(encode_line(line))
+
+
+# Reading back
+
+
+State: TypeAlias = Literal["pass", "fail", "error", "unsettled", "not checked", "not declared"]
+
+
+class ProfileState(NamedTuple):
+    """What a row says of one profile, and why."""
+
+    profile: str
+    state: State
+    why: str
+
+
+class Run(msgspec.Struct):
     """The lines of one run."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.rows: list[Row] = []
-        self.failures: list[FailureLine] = []
-        self.coverage: list[CoverageLine] = []
-        self.summary: Summary | None = None
+    settings: Settings
+    rows: list[Row] = []
+    failures: list[FailureLine] = []
+    coverage: list[CoverageLine] = []
+    summary: Summary | None = None
 
     @property
     def verdict(self) -> Verdict:
         """The summary's; `error` of a run that was cut off."""
         return "error" if self.summary is None else self.summary.verdict
+
+    @property
+    def by_layout(self) -> dict[str, list[Row]]:
+        """The rows of each layout, in the order in which layouts were first played."""
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.layout, []).append(row)
+        return found
 
     @property
     def shortcomings(self) -> list[str]:
@@ -206,13 +582,11 @@ class Run:
         if self.summary is None:
             found.append("The run was cut off: it has no summary line.")
         elif self.summary.verdict == "error":
-            found.append("The run ended in an error: an engine died, hung or answered garbage.")
-        if not found:
-            found += self._layouts_left_out()
-        by_layout: dict[str, list[Row]] = {}
-        for row in self.rows:
-            by_layout.setdefault(row.layout, []).append(row)
-        for layout, rows in by_layout.items():
+            found.append(
+                "The run ended in an error: an engine died, timed out or gave a malformed answer."
+            )
+        found = found or self._layouts_left_out()
+        for layout, rows in self.by_layout.items():
             checked = {profile for row in rows for profile in row.profiles}
             left_out = [p for row in rows for p in row.declared if p not in checked]
             if left_out and not any(row.known for row in rows):
@@ -221,18 +595,91 @@ class Run:
         return found
 
     def _layouts_left_out(self) -> list[str]:
-        """Layouts that were not played, though nothing that was set or is known says why."""
+        """Layouts that were not played, though no option and no expected failure says why."""
         known = [] if self.summary is None else self.summary.known_differences
         excused = {entry.layout for entry in known if entry.kind == "must_not_run"}
-        played = {row.layout for row in self.rows}
-        missing = [name for name in LAYOUTS if name not in played | excused]
+        missing = [name for name in LAYOUTS if name not in excused | set(self.by_layout)]
         if not self.rows:
             return ["No layout was played."]
         return [f"Layouts that were not played: {', '.join(missing)}."] if missing else []
 
+    def failure_of(self, row: Row) -> FailureLine | None:
+        """Return the first failure of a row.
+
+        Parameters
+        ----------
+        row : Row
+            One of this run's.
+
+        Returns
+        -------
+        FailureLine or None
+            None of a row that passes.
+        """
+        key = (row.layout, row.engine, row.driver)
+        return next((f for f in self.failures if (f.layout, f.engine, f.driver) == key), None)
+
+    def profile_states(self, row: Row) -> list[ProfileState]:
+        """Return what a row says of each profile.
+
+        A failure settles the profiles that its invariants belong to; of the others a row that
+        ended there says nothing.
+
+        Parameters
+        ----------
+        row : Row
+            One of this run's.
+
+        Returns
+        -------
+        list of ProfileState
+            One for each of `PROFILES`, in that order.
+        """
+        failure = self.failure_of(row)
+        named = set() if failure is None else {v.invariant for v in failure.violations}
+        to_blame = {p for number in named for p in profiles_of(number)} & set(row.profiles)
+        if failure is not None and failure.event is not None:
+            merging = isinstance(failure.trace.events[failure.event], Merge)
+            to_blame = {p for p in to_blame if (p == MERGE) == merging} or to_blame
+
+        def state(profile: str) -> tuple[State, str]:
+            if profile not in row.profiles:
+                if profile in row.declared:
+                    return "not checked", "the engine declares it; this run did not check it"
+                return "not declared", "the engine does not declare it"
+            if row.verdict == "pass":
+                return "pass", f"{row.traces} traces, {row.events} events"
+            if row.verdict == "error":
+                return "error", "the engine died, timed out or gave a malformed answer"
+            if profile in to_blame or not to_blame:
+                return "fail", ", ".join(sorted(named))
+            return "unsettled", "the run of this layout ended at a failure of another profile"
+
+        return [ProfileState(profile, *state(profile)) for profile in PROFILES]
+
 
 class Record:
-    """Everything that a file, or several, told: the runs, and the last proofs and mutation run."""
+    """Everything that a file, or several, holds.
+
+    Parameters
+    ----------
+    lines : iterable of Line
+        The lines in their order.
+
+    Attributes
+    ----------
+    runs : list of Run
+        All runs.
+    proofs : Proofs or None
+        The last proofs.
+    zoo : MutationRun or None
+        The last mutation run.
+
+    Raises
+    ------
+    StreamError
+        When a line stands outside a run.
+    """
 
     def __init__(self, lines: Iterable[Line]) -> None:
         self.runs: list[Run] = []
@@ -249,9 +696,8 @@ class Record:
         elif isinstance(line, MutationRun):
             self.zoo = line
         elif not self.runs or self.runs[-1].summary is not None:
-            raise StreamError(
-                f"a {type(line).__name__} stands outside a run, which is settings first"
-            )
+            kind = type(line).__name__
+            raise StreamError(f"a {kind} stands outside a run, which is settings first")
         elif isinstance(line, Row):
             self.runs[-1].rows.append(line)
         elif isinstance(line, FailureLine):
@@ -266,21 +712,19 @@ class Record:
         """What is wrong, a sentence each: failures, errors, missing ends; none when all is well."""
         found = []
         for run in self.runs:
-            red = [
-                f"{row.layout} ({row.driver}): {row.verdict}"
-                for row in run.rows
-                if row.verdict != "pass"
-            ]
-            if red:
-                found.append(f"Engine {run.settings.engine} is red on {'; '.join(red)}.")
+            engine, rows = run.settings.engine, [row for row in run.rows if row.verdict != "pass"]
+            if rows:
+                failing = "; ".join(f"{row.layout} ({row.driver}): {row.verdict}" for row in rows)
+                found.append(f"Engine {engine} is failing on {failing}.")
             elif run.verdict == "fail":
-                found.append(f"The ledger of {run.settings.engine} is no longer true.")
+                found.append(f"The expected failures (xfail) of {engine} are no longer true.")
             if run.summary is None:
-                found.append(f"A run of {run.settings.engine} was cut off: it has no summary line.")
+                found.append(f"A run of {engine} was cut off: it has no summary line.")
         if self.proofs is not None and self.proofs.report.verdict == "fail":
             found.append(f"Proofs are missing: {'; '.join(self.proofs.report.problems)}.")
         if self.zoo is not None and not self.zoo.clean:
-            found.append(f"The zoo's score is {self.zoo.score}, or an unmutated engine was named.")
+            score = self.zoo.score
+            found.append(f"The mutation score is {score}, or an unmutated engine was named.")
         return found
 
     @property
@@ -288,62 +732,70 @@ class Record:
         """Why this is not the whole picture, a sentence each; none when a run is whole."""
         if not self.runs:
             return ["There is no run of an engine in this stream."]
-        found = (
-            []
-            if any(not run.shortcomings for run in self.runs)
-            else [sentence for run in self.runs for sentence in run.shortcomings]
-        )
+        of_runs = [run.shortcomings for run in self.runs]
+        found = [sentence for one in of_runs for sentence in one] if all(of_runs) else []
         if self.proofs is not None and self.proofs.report.verdict == "partial":
             found.append("The proofs are those of some theorems alone.")
         return list(dict.fromkeys(found))
 
-
-def encode_line(line: Line) -> bytes:
-    """The JSON of a line, its end included."""
-    return msgspec.json.encode(line, enc_hook=encode_layout) + b"\n"
-
-
-def append_line(path: Path, line: Line) -> None:
-    """One line at the end of a stream."""
-    with path.open("ab") as file:
-        file.write(encode_line(line))
+    @property
+    def verdict(self) -> Verdict | Literal["partial"]:
+        """That of everything here: `pass` only of a whole run without a problem."""
+        if any(run.verdict == "error" for run in self.runs):
+            return "error"
+        if self.problems:
+            return "fail"
+        return "partial" if self.shortcomings else "pass"
 
 
 _DECODER = msgspec.json.Decoder(Line, dec_hook=decode_layout)
 
 
-def read_stream(paths: Iterable[Path]) -> Record:
-    """What these files hold, one after another.
+def read_stream(paths: Sequence[Path]) -> Record:
+    """Return what files hold, one after another.
 
-    A last line that breaks off is left out: its run has no summary then. Raises StreamError,
-    naming file, line and field.
+    A last line that breaks off is left out: its run has no summary then.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Files of JSON lines.
+
+    Returns
+    -------
+    Record
+        All runs, the last proofs and the last mutation run.
+
+    Raises
+    ------
+    StreamError
+        When a file is no stream; the message names file, line and field.
     """
-    lines: list[Line] = []
-    for path in paths:
-        try:
-            raw = path.read_bytes().splitlines(keepends=True)
-        except OSError as error:
-            raise StreamError(f"{path}: cannot be read: {error.strerror}.") from error
-        for number, text in enumerate(raw, 1):
-            if not text.strip():
-                continue
-            try:
-                lines.append(_sound(_DECODER.decode(text)))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, StreamError) as error:
-                whole = isinstance(error, (msgspec.ValidationError, StreamError)) or text.endswith(
-                    b"\n"
-                )
-                if not whole and number == len(raw):
-                    break
-                raise StreamError(f"{path}, line {number}: {error}.") from error
+    lines = [line for path in paths for line in _read(path)]
     try:
         return Record(lines)
     except StreamError as error:
         raise StreamError(f"{', '.join(map(str, paths))}: {error}.") from error
 
 
-def _sound(line: Line) -> Line:
-    """The line, when what it refers to is there. Raises StreamError."""
+def _read(path: Path) -> Iterator[Line]:
+    try:
+        raw = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise StreamError(f"{path}: cannot be read: {error.strerror}.") from error
+    for number, text in enumerate(raw, 1):
+        try:
+            if text.strip():
+                yield _checked(_DECODER.decode(text))
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, StreamError) as error:
+            cut_off = number == len(raw) and not text.endswith(b"\n")
+            if cut_off and not isinstance(error, (msgspec.ValidationError, StreamError)):
+                return
+            raise StreamError(f"{path}, line {number}: {error}.") from error
+
+
+def _checked(line: Line) -> Line:
+    """Return the line, when what it refers to is there. Raises StreamError."""
     if isinstance(line, FailureLine):
         events = len(line.trace.events)
         if line.event is not None and not 0 <= line.event < events:
@@ -354,41 +806,42 @@ def _sound(line: Line) -> Line:
     return line
 
 
-def stream_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of one line, generated from the types.
+# The schema
 
-    Of a trace it says no more than that `trace.schema.json` of helix_spec does.
+
+def stream_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of one line, generated from the types.
+
+    Returns
+    -------
+    dict
+        Of a trace it says no more than that `trace.schema.json` of helix_spec does.
     """
     schema: dict[str, Any] = unindented(msgspec.json.schema(Line, schema_hook=layout_schema))
     types = schema["$defs"]
     types["Trace"] = {"type": "object", "description": "See trace.schema.json of helix_spec."}
-    named = _named({"anyOf": schema["anyOf"]}, types, set())
+    # The types that only a trace refers to are left out.
+    named, unread = set[str](), [schema["anyOf"]]
+    while unread:
+        new = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(unread.pop()))) - named
+        named |= new
+        unread += [types[name] for name in new]
     schema["$defs"] = {name: types[name] for name in types if name in named}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _named(node: Any, types: dict[str, Any], found: set[str]) -> set[str]:
-    """The types that a part of a schema refers to, and those that they refer to."""
-    if isinstance(node, dict):
-        name = str(node.get("$ref", "")).rpartition("/")[2]
-        if name and name not in found:
-            found.add(name)
-            _named(types[name], types, found)
-    for child in (
-        node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    ):
-        _named(child, types, found)
-    return found
-
-
 def published_schema() -> dict[str, Any]:
-    """The JSON Schema as it is shipped with this package."""
+    """Return the JSON Schema as it is shipped with this package.
+
+    Returns
+    -------
+    dict
+        The content of `stream.schema.json`.
+    """
     text = files("helix_conformance.report").joinpath(SCHEMA_FILE).read_text("utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema
 
-
-SCHEMA_FILE = "stream.schema.json"
 
 if __name__ == "__main__":
     target = Path(__file__).with_name(SCHEMA_FILE)

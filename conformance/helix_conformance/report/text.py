@@ -1,248 +1,101 @@
-"""What a user sees: a table, failures that explain themselves, and one JSON stream.
+"""What a user reads on the terminal: tables, failures that explain themselves, traces.
 
-Everything that is shown is in the stream first; the table and the texts are views of it.
+Everything that is shown is in the stream first; the tables and texts are views of it.
 """
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import NODEFAULT
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance import __version__
+from helix_conformance.expect.expectation import Request
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.coverage import SITUATIONS, Coverage
-from helix_conformance.judge.failure import Failure, Violation
-from helix_conformance.judge.xfail import Difference, Known
-from helix_conformance.report.show import event_text, trace_text
-from helix_conformance.report.stream import (
-    CoverageLine,
-    FailureLine,
-    KnownDifference,
-    Line,
-    Row,
-    Settings,
-    Summary,
-    Verdict,
-    append_line,
-)
-from helix_conformance.session import Tally
-from helix_spec.engine import LADDER, PROFILES
+from helix_conformance.judge.failure import Failure
+from helix_conformance.report.stream import FailureLine, Row
+from helix_spec.config import Config, config_problem
+from helix_spec.engine import LADDER
+from helix_spec.events import Event, Merge
 from helix_spec.invariants import sentence
-from helix_spec.trace import dump_trace
+from helix_spec.trace import Trace
+
+# A run
 
 
-class Stream:
-    """Writes the JSON lines of a run; without a path they go nowhere."""
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print lines as they are, without markup and without breaking them.
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.rows: list[Row] = []
-        self.dead = False
-        """Whether an engine did not start, so that nothing of it was played."""
-        self.coverage: list[Coverage] = []
-        if path is not None:
-            path.write_bytes(b"")
-
-    def write(self, line: Line) -> None:
-        """One line, on disk at once: a run that is cut off leaves what it knew."""
-        if self.path is not None:
-            append_line(self.path, line)
-
-    def settings(
-        self, command: str, engine: str, restrictions: Sequence[str] = (), **options: Any
-    ) -> None:
-        """The first line: everything that was set, and the machine."""
-        self.write(
-            Settings(
-                command=command,
-                engine=engine,
-                suite_version=__version__,
-                started=datetime.now(UTC).isoformat(timespec="seconds"),
-                python=platform.python_version(),
-                machine=platform.machine(),
-                options={k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
-                restrictions=list(restrictions),
-            )
-        )
-
-    def row(self, row: Row) -> None:
-        """A layout is done."""
-        self.rows.append(row)
-        self.write(row)
-
-    def failure(self, row: Row, failure: Failure, path: Path) -> None:
-        """A layout is red."""
-        self.write(
-            FailureLine(
-                layout=row.layout,
-                engine=row.engine,
-                driver=row.driver,
-                event=failure.event,
-                violations=failure.violations,
-                engine_failure=failure.engine_failure,
-                rank=failure.rank,
-                trace=failure.trace,
-                trace_file=str(path),
-                declared=row.declared,
-                answers=failure.answers,
-            )
-        )
-
-    def covered(self, engine: str, driver: str, coverage: Coverage) -> None:
-        """All traces of one driver were played."""
-        self.coverage.append(coverage)
-        counts, missed, impossible = coverage.counts, coverage.missed, coverage.impossible
-        self.write(
-            CoverageLine(
-                engine=engine, driver=driver, counts=counts, missed=missed, impossible=impossible
-            )
-        )
-
-    def summary(self, engine: str, known: Known | None = None, seed: int | None = None) -> Verdict:
-        """The last line; returns the verdict: a ledger that is no longer true fails a run."""
-        known = known or Known()
-        verdict = worst_verdict([row.verdict for row in self.rows])
-        if self.dead:
-            verdict = "error"
-        if verdict == "pass" and not known.holds:
-            verdict = "fail"
-        checked = {profile for row in self.rows for profile in row.profiles}
-        events, seconds = sum(r.events for r in self.rows), sum(r.seconds for r in self.rows)
-        self.write(
-            Summary(
-                engine=engine,
-                verdict=verdict,
-                layouts=list(dict.fromkeys(row.layout for row in self.rows)),
-                profiles_checked=[p for p in PROFILES if p in checked],
-                profiles_not_checked=[p for p in PROFILES if p not in checked],
-                traces=sum(row.traces for row in self.rows),
-                events=events,
-                events_per_s=round(events / seconds, 1) if seconds else None,
-                known_differences=msgspec.convert(known.summary(), list[KnownDifference]),
-                coverage=total_counts(self.coverage),
-                missed=missed_by_all(self.coverage),
-                seed=seed,
-            )
-        )
-        return verdict
-
-
-def make_row(
-    layout: str,
-    engine: str,
-    driver: str,
-    cp_sizes: Sequence[int],
-    profiles: frozenset[str],
-    declared: frozenset[str],
-    tally: Tally,
-    failure: Failure | None,
-    known: Sequence[Difference] = (),
-    settings: Mapping[str, str] | None = None,
-) -> Row:
-    """The row of a finished layout."""
-    return Row(
-        layout=layout,
-        engine=engine,
-        driver=driver,
-        cp_sizes=sorted(set(cp_sizes)),
-        profiles=[profile for profile in PROFILES if profile in profiles],
-        declared=[profile for profile in PROFILES if profile in declared],
-        identifiers=sorted(tally.layouts),
-        traces=tally.traces,
-        events=tally.events,
-        seconds=round(tally.seconds, 3),
-        verdict="pass" if failure is None else failure.verdict,
-        known=[difference.subject for difference in known],
-        settings=dict(settings or {}),
-    )
-
-
-def total_counts(coverage: Sequence[Coverage]) -> dict[str, int]:
-    """How often each situation was visited, by the traces of all drivers."""
-    return {name: sum(one.counts[name] for one in coverage) for name in SITUATIONS}
-
-
-def missed_by_all(coverage: Sequence[Coverage]) -> list[str]:
-    """Situations that no driver's traces visited, though some could have."""
-    visited = {name for one in coverage for name, count in one.counts.items() if count}
-    return list(dict.fromkeys(m for one in coverage for m in one.missed if m not in visited))
-
-
-def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> list[str]:
-    """Why a run with these options is not a whole one, a sentence each.
-
-    A whole one plays so many layouts, and of each so many random traces.
+    Parameters
+    ----------
+    console : Console
+        Where to.
+    lines : iterable of str
+        The lines.
     """
-    found = []
-    named, cp_sizes, asked = options["layouts"], options["cp_sizes"], options["asked"]
-    if options["workload"]:
-        found.append("A workload was replayed; no random traces were played.")
-    elif named and len(set(named)) < layouts:
-        played = list(dict.fromkeys(named))
-        found.append(f"Only {len(played)} of {layouts} layouts were played: {', '.join(played)}.")
-    if cp_sizes:
-        found.append(f"Not every cp_size was played, but {', '.join(map(str, cp_sizes))}.")
-    if asked:
-        found.append(f"Not every profile was asked for, but {', '.join(asked)}.")
-    if options["examples"] and options["examples"] < examples:
-        found.append(
-            f"Only {options['examples']} random traces were played of each layout; "
-            f"a whole run plays {examples}."
-        )
-    return found
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def worst_verdict(verdicts: Sequence[Verdict]) -> Verdict:
-    """`error` before `fail` before `pass`; a run of nothing is an error."""
-    ranked: tuple[Verdict, ...] = ("error", "fail", "pass")
-    return min(verdicts, key=ranked.index, default="error")
+def print_table(console: Console, rows: Iterable[Row]) -> None:
+    """Print the table of a run.
 
+    Of the ladder's profiles the deepest one is shown, which includes those before it.
 
-def print_table(console: Console, rows: Sequence[Row]) -> None:
-    """The table of a run."""
+    Parameters
+    ----------
+    console : Console
+        Where to.
+    rows : iterable of Row
+        One for each line.
+    """
     table = Table("layout", "driver", "cp_size", "profiles", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     for column in ("traces", "events", "events/s"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
-    colour = {"pass": "green", "fail": "red", "error": "red"}
     for row in rows:
-        speed = f"{row.events / row.seconds:,.0f}" if row.seconds else "-"
+        ladder = [profile for profile in LADDER if profile in row.profiles]
+        colour = "green" if row.verdict == "pass" else "red"
+        xfail = f", [yellow]{len(row.known)} xfail[/]" if row.known else ""
         table.add_row(
             row.layout,
             row.driver,
             " ".join(map(str, row.cp_sizes)),
-            " ".join(deepest(row.profiles)),
+            " ".join(ladder[-1:] + [p for p in row.profiles if p not in LADDER]),
             f"{row.traces:,}",
             f"{row.events:,}",
-            speed,
-            f"[{colour[row.verdict]}]{row.verdict}[/]" + _but(row.known),
+            f"{row.events / row.seconds:,.0f}" if row.seconds else "-",
+            f"[{colour}]{row.verdict}[/]{xfail}",
         )
     console.print(table)
 
 
-def _but(known: Sequence[str]) -> str:
-    return f", [yellow]{len(known)} known[/]" if known else ""
-
-
-def deepest(profiles: Sequence[str]) -> list[str]:
-    """The deepest profile of the ladder, which includes those before it, and the features."""
-    ladder = [profile for profile in LADDER if profile in profiles]
-    return ladder[-1:] + [profile for profile in profiles if profile not in LADDER]
-
-
 def print_coverage(
-    console: Console, drivers: Sequence[str], coverage: Sequence[Coverage], *, red: bool
+    console: Console, drivers: Sequence[str], coverage: Sequence[Coverage], *, failed: bool
 ) -> None:
-    """How often each situation was visited, a column for each driver; then what was missed."""
+    """Print how often each situation was visited, and what was missed.
+
+    Parameters
+    ----------
+    console : Console
+        Where to.
+    drivers : sequence of str
+        A column's name each.
+    coverage : sequence of Coverage
+        What each driver's traces visited.
+    failed : bool
+        Whether a layout failed: coverage ends there, and no table is printed.
+    """
     console.print()
-    if red:
+    if failed:
         console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
         return
     table = Table("situation", *drivers, box=None, pad_edge=False)
@@ -252,8 +105,7 @@ def print_coverage(
         table.add_row(name, *(_count(one, name) for one in coverage))
     console.print(table)
     for driver, one in zip(drivers, coverage, strict=True):
-        for line in coverage_text(driver, one):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_lines(console, _coverage_text(driver, one))
 
 
 def _count(coverage: Coverage, name: str) -> str:
@@ -263,13 +115,11 @@ def _count(coverage: Coverage, name: str) -> str:
     return f"{count:,}" if count else "[yellow]missed[/]"
 
 
-def coverage_text(driver: str, coverage: Coverage) -> Iterator[str]:
-    """What the traces of a driver missed, and what they could not have met, a line each."""
+def _coverage_text(driver: str, coverage: Coverage) -> Iterator[str]:
+    """Yield what the traces of a driver missed, and what they could not have met."""
     if coverage.missed:
-        names = [
-            f"{name} ({', '.join(SITUATIONS[name])})" if SITUATIONS[name] else name
-            for name in coverage.missed
-        ]
+        needs = {name: ", ".join(SITUATIONS[name]) for name in coverage.missed}
+        names = [f"{name} ({need})" if need else name for name, need in needs.items()]
         yield f"Missed by the traces of {driver}: {'; '.join(names)}."
     lacking: dict[str, list[str]] = {}
     for name, need in coverage.impossible.items():
@@ -278,16 +128,40 @@ def coverage_text(driver: str, coverage: Coverage) -> Iterator[str]:
         yield f"Impossible there without {need}: {'; '.join(names)}."
 
 
+# A failure
+
+
 def print_failure(console: Console, failure: Failure, path: Path, replay: str) -> None:
-    """A red layout: the minimal trace, each invariant with its sentence, expected, observed."""
-    for line in failure_text(failure):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"The trace is in {path}; replay it with:", markup=False, soft_wrap=True)
-    console.print(f"  {replay}", markup=False, highlight=False, soft_wrap=True)
+    """Print a failure, where its trace is stored, and the command that plays it again.
+
+    Parameters
+    ----------
+    console : Console
+        Where to.
+    failure : Failure
+        What is wrong.
+    path : Path
+        Where its trace is stored.
+    replay : str
+        The command.
+    """
+    where = [f"The trace is in {path}; replay it with:", f"  {replay}"]
+    print_lines(console, [*failure_text(failure), *where])
 
 
 def failure_text(failure: Failure | FailureLine) -> Iterator[str]:
-    """A failure in lines."""
+    """Yield a failure in lines: the trace, each violated invariant, expected and observed.
+
+    Parameters
+    ----------
+    failure : Failure or FailureLine
+        What is wrong, with the smallest trace that shows it.
+
+    Yields
+    ------
+    str
+        A line; the first is empty.
+    """
     events = failure.trace.events
     if failure.event is None:
         where = "at the start" if not events else "at the end of the trace"
@@ -305,24 +179,131 @@ def failure_text(failure: Failure | FailureLine) -> Iterator[str]:
         if violation.invariant not in shown:
             yield sentence(violation.invariant)
             shown.add(violation.invariant)
-        yield from _violation_text(violation)
+        ranks = "all ranks" if violation.rank is None else f"rank {violation.rank}"
+        yield f"  {ranks}: {violation.message}"
+        yield f"    expected {value_text(violation.expected)}"
+        yield f"    observed {value_text(violation.observed)}"
 
 
-def _violation_text(violation: Violation) -> Iterator[str]:
-    where = "all ranks" if violation.rank is None else f"rank {violation.rank}"
-    yield f"  {where}: {violation.message}"
-    yield f"    expected {_short(violation.expected)}"
-    yield f"    observed {_short(violation.observed)}"
+def value_text(value: Any) -> str:
+    """Return a value of an answer as JSON, cut where it is long.
+
+    Fractions are in six digits: what an error bound is about is said beside them.
+
+    Parameters
+    ----------
+    value : object
+        Anything that JSON can hold.
+
+    Returns
+    -------
+    str
+        One line; of an object the entries that are no lists come first.
+
+    Examples
+    --------
+    >>> value_text({"output": [1 / 3, 2.0], "E": 1e-9})
+    '{"E": 1e-09, "output": [0.333333, 2.0]}'
+    """
+    text = msgspec.json.encode(value)
+    value = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    if isinstance(value, dict):
+        value = dict(sorted(value.items(), key=lambda item: isinstance(item[1], list)))
+    line = json.dumps(value, ensure_ascii=False)
+    return line if len(line) <= 300 else line[:300] + " ..."
 
 
-def _short(value: Any) -> str:
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 300 else text[:300] + " ..."
+# A trace
 
 
-def save_failure(folder: Path, row: Row, failure: Failure) -> Path:
-    """Write the failing trace; returns where."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{row.layout.replace('/', '-').replace(':', '-')}-{row.driver}.json"
-    path.write_bytes(dump_trace(failure.trace))
-    return path
+def trace_text(trace: Trace) -> Iterator[str]:
+    """Yield a trace in lines: configuration, events with refusals, the placement at the end.
+
+    Parameters
+    ----------
+    trace : Trace
+        Any trace; of one with a configuration that must be refused the reason is given.
+
+    Yields
+    ------
+    str
+        A line.
+    """
+    settings = "".join(f", {setting}" for setting in _set_apart(trace.config))
+    yield f"{trace.config.layout}, pools of {trace.config.pages} pages{settings}"
+    problem = config_problem(trace.config)
+    if problem is not None:
+        yield f"must be refused: {problem}"
+        return
+    recorder = Recorder(trace.config)
+    for index, event in enumerate(trace.events):
+        reason = recorder.next(event).refused
+        yield f"event {index}: {event_text(event)}" + (f" -> refused: {reason}" if reason else "")
+    for id, request in recorder.state.requests.items():
+        yield ""
+        yield from _placement_text(id, request, trace.config.layout.tokens_per_block)
+
+
+def _set_apart(config: Config) -> Iterator[str]:
+    """Yield whatever is not the default, beside what every configuration says."""
+    for part in (config, config.model):
+        for field in msgspec.structs.fields(part):
+            value = getattr(part, field.name)
+            if field.name not in ("model", "seed") and field.default not in (NODEFAULT, value):
+                yield f"{field.name}={value}"
+
+
+def event_text(event: Event) -> str:
+    """Return one event in a few words.
+
+    Parameters
+    ----------
+    event : Event
+        Any event; its fields that say nothing are left out.
+
+    Returns
+    -------
+    str
+        The event's name in lower case, and its fields.
+
+    Examples
+    --------
+    >>> from helix_spec.events import Decode
+    >>> event_text(Decode([0, 1], [1, 1]))
+    'decode ids=[0, 1] query_lens=[1, 1]'
+    """
+    fields = msgspec.structs.asdict(event)
+    if fields.get("pad") == 0:
+        del fields["pad"]
+    if isinstance(event, Merge) and event.order == sorted(event.order):
+        del fields["order"]
+    given = " ".join(f"{name}={value}" for name, value in fields.items())
+    return f"{type(event).__name__.lower()} {given}"
+
+
+def _placement_text(id: int, request: Request, tokens_per_block: int) -> Iterator[str]:
+    """Yield where one request's tokens are: one line for each rank, pages between bars."""
+    state = ", preempted" if request.preempted else ""
+    yield (
+        f"request {id}: {len(request.tokens)} tokens, prompt of {request.prompt_len}, "
+        f"{request.steps} decoded{state}"
+    )
+    t = tokens_per_block
+    for rank, (positions, table) in enumerate(zip(request.ranks, request.tables, strict=True)):
+        pages = [
+            f"{_ranges(positions[i * t : (i + 1) * t])} (page {page.number})"
+            for i, page in enumerate(table)
+        ]
+        yield f"  rank {rank}, {len(positions)} tokens: " + (" | ".join(pages) or "-")
+
+
+def _ranges(positions: Sequence[int]) -> str:
+    """Return rising positions in few words: `0-3 8 12-13`; `-` for none."""
+    if not positions:
+        return "-"
+    breaks = [i for i, (a, b) in enumerate(pairwise(positions), 1) if b != a + 1]
+    runs = [
+        (positions[first], positions[last - 1])
+        for first, last in pairwise([0, *breaks, len(positions)])
+    ]
+    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

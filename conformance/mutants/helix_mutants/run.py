@@ -24,9 +24,10 @@ from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
 from helix_conformance.generate.strategies import configs, traces
+from helix_conformance.judge.coverage import Needed, Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.report.stream import MutantKill, MutationRun, append_line
-from helix_conformance.session import Needed, Tally, profiles_to_check, random_traces
+from helix_conformance.session import profiles_to_check, random_traces
 from helix_mutants.parts import MUTANTS, Mutant, Stored
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE

@@ -7,6 +7,7 @@ context length. A plan decides every refusal and changes nothing; applying it ca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -606,10 +607,12 @@ class Ledger:
                 "needs an id, a query length from 1 for each, and no negative count.",
             )
         if self.overlap:
-            known = [self._row_of[id] for id in ids if id in self._row_of]
-            if (self._rows["outstanding"][known] >= 2).any():
+            known = [id for id in ids if id in self._row_of]
+            full = self._rows["outstanding"][[self._row_of[id] for id in known]] >= 2
+            if full.any():
                 raise Refused(
-                    Reason.BAD_COUNT, "A request of the batch has two decodes to be sampled."
+                    Reason.BAD_COUNT,
+                    f"Request {known[full.argmax()]} has two decodes to be sampled already.",
                 )
         _check_distinct(ids)
         return self.rows(ids)
@@ -704,4 +707,7 @@ class Ledger:
 
 def _check_distinct(ids: Sequence[int]) -> None:
     if len(set(ids)) != len(ids):
-        raise Refused(Reason.DUPLICATE_REQUEST, "A request is listed twice; once is right.")
+        id, times = Counter(ids).most_common(1)[0]
+        raise Refused(
+            Reason.DUPLICATE_REQUEST, f"Request {id} is listed {times} times; once is allowed."
+        )

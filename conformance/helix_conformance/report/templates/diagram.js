@@ -1,10 +1,10 @@
 "use strict";
 // Every box says from which stop on, and up to which, it is there: a slider picks the stop.
-for (const film of document.querySelectorAll(".film")) {
-  const slider = film.querySelector("input[type=range]");
-  const now = film.querySelector(".now");
-  const lines = [...film.querySelectorAll(".events button")];
-  const boxes = [...film.querySelectorAll("[data-since]")].map((element) => ({
+for (const diagram of document.querySelectorAll(".diagram")) {
+  const slider = diagram.querySelector("input[type=range]");
+  const now = diagram.querySelector(".now");
+  const lines = [...diagram.querySelectorAll(".events button")];
+  const boxes = [...diagram.querySelectorAll("[data-since]")].map((element) => ({
     element,
     since: Number(element.dataset.since),
     until: Number(element.dataset.until),
@@ -29,13 +29,13 @@ for (const film of document.querySelectorAll(".film")) {
     }
   };
   slider.addEventListener("input", () => show(Number(slider.value)));
-  for (const button of film.querySelectorAll("[data-to]")) {
+  for (const button of diagram.querySelectorAll("[data-to]")) {
     button.addEventListener("click", () => show(Number(button.dataset.to)));
   }
-  for (const button of film.querySelectorAll("[data-step]")) {
+  for (const button of diagram.querySelectorAll("[data-step]")) {
     button.addEventListener("click", () => show(Number(slider.value) + Number(button.dataset.step)));
   }
-  // A film inside a closed failure has no layout yet: it is shown anew when that is opened.
-  film.closest("details")?.addEventListener("toggle", () => show(Number(slider.value)));
-  show(Number(film.dataset.first));
+  // A diagram inside a closed failure has no layout yet: it is shown anew when that is opened.
+  diagram.closest("details")?.addEventListener("toggle", () => show(Number(slider.value)));
+  show(Number(diagram.dataset.first));
 }

@@ -1,0 +1,109 @@
+"""A stream as a JUnit file, for CI systems that show one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
+from junitparser.junitparser import FinalResult
+
+from helix_conformance.report.stream import CONFIRMED, MutationRun, ProofReport, Record, Run
+from helix_conformance.report.text import failure_text
+
+
+def junit(record: Record) -> bytes:
+    """Return a JUnit file: a case for each layout and profile, each theorem and wrong engine.
+
+    A partial run has a case of its own that is skipped, one that was cut off or ended in an
+    error a case with an error: no view of them passes in all cases.
+
+    Parameters
+    ----------
+    record : Record
+        What `read_stream` returns.
+
+    Returns
+    -------
+    bytes
+        XML.
+    """
+    document = JUnitXml("helix-conformance")
+
+    def add(name: str, cases: Iterable[TestCase], **properties: str) -> None:
+        suite = TestSuite(" ".join(["helix-conformance", name]).strip())
+        for key, value in properties.items():
+            suite.add_property(key, value)
+        suite.add_testcases(list(cases))
+        document.add_testsuite(suite)
+
+    for run in record.runs:
+        keys = ("engine", "suite_version", "started", "python", "machine")
+        properties = {key: getattr(run.settings, key) for key in keys}
+        add(f"{run.settings.command} {run.settings.engine}", _of_run(run), **properties)
+    if not record.runs:
+        add("", [_case("the run is whole", "none", Error(" ".join(record.shortcomings)))])
+    if record.proofs is not None:
+        add("prove", _of_proofs(record.proofs.report))
+    if record.zoo is not None:
+        add(f"zoo {record.zoo.tier}", _of_mutants(record.zoo))
+    document.update_statistics()  # type: ignore[no-untyped-call]
+    text: bytes = document.tostring()  # type: ignore[no-untyped-call]
+    return text
+
+
+def _case(
+    name: str, group: str, result: FinalResult | None = None, seconds: float = 0.0
+) -> TestCase:
+    case = TestCase(name, f"helix.{group}", seconds)
+    if result is not None:
+        case.result = [result]
+    return case
+
+
+def _of_run(run: Run) -> Iterator[TestCase]:
+    for row in run.rows:
+        failure = run.failure_of(row)
+        text = "" if failure is None else _plain("\n".join(failure_text(failure)))
+        found = [one for one in run.profile_states(row) if one.state != "not declared"]
+        for profile, state, why in found:
+            result = None
+            if state != "pass":
+                result = {"fail": Failure, "error": Error}.get(state, Skipped)(f"{state}: {why}")
+                if state in ("fail", "error"):
+                    result.text = text
+            group = f"{row.engine}.{row.driver}"
+            yield _case(f"{row.layout} {profile}", group, result, row.seconds / len(found))
+    whole: FinalResult | None = None
+    if run.shortcomings:
+        kind = Error if run.verdict == "error" else Skipped
+        whole = kind(_plain(" ".join(run.shortcomings)))
+    elif run.verdict == "fail" and all(row.verdict == "pass" for row in run.rows):
+        whole = Failure("The expected failures (xfail) of the engine are no longer true.")
+    yield _case("the run is whole", run.settings.engine, whole)
+
+
+def _of_proofs(report: ProofReport) -> Iterator[TestCase]:
+    for theorem in report.theorems:
+        wrong = None if theorem.verdict == CONFIRMED else Failure(_plain(theorem.verdict))
+        yield _case(theorem.id, "proofs", wrong, theorem.seconds)
+    whole: FinalResult | None = None
+    if report.verdict == "partial":
+        whole = Skipped("Only some theorems were tried.")
+    elif report.problems:
+        whole = Failure(_plain("; ".join(report.problems)))
+    yield _case("the manifest is whole", "proofs", whole)
+
+
+def _of_mutants(zoo: MutationRun) -> Iterator[TestCase]:
+    for kill in zoo.mutants:
+        by = ", ".join(kill.by) or "nothing"
+        survived = None if kill.killed else Failure(f"Not killed by name; named: {by}.")
+        yield _case(kill.name, "zoo", survived, kill.seconds)
+    for name, wrongly in zoo.controls.items():
+        accused = Failure(f"Wrongly named: {', '.join(wrongly)}.") if wrongly else None
+        yield _case(name, "zoo.unmutated", accused)
+
+
+def _plain(text: str) -> str:
+    """Return text without the control characters that XML cannot hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
