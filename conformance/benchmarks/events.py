@@ -25,7 +25,7 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Release
 from helix_spec.trace import Trace

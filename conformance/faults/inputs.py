@@ -17,8 +17,8 @@ from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.expect.vectors import VectorError, load_vector
 from helix_conformance.generate.workload import WorkloadError, read_workload
+from helix_conformance.judge.play import check_trace
 from helix_conformance.judge.xfail import Known, LedgerError
-from helix_conformance.session import check_trace
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import PROFILES, Outcome, RankView

@@ -16,7 +16,7 @@ from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.judge.judge import Judge
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_gpu.cache import HelixCache
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Fork, Preempt, Reason, Release, Resume

@@ -14,7 +14,7 @@ from sabotage import DEADLINE_S, kill, long_trace, once_it_is_at, slow, stop, wh
 from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.drive.wire import Done, pack
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_spec.trace import Trace, dump_trace, load_trace
 
 AT = 30

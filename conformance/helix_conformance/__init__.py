@@ -1,21 +1,33 @@
 """The conformance suite: any engine's placement, pages, cache and attention against the spec.
 
-- `protocol`: what an engine is, its profiles, how one is named on the command line;
-- `strategies`: Hypothesis strategies for layouts, configurations and traces; `drawing`: how a run
-  draws from them; `machine`: the same as a state machine;
-- `numbers`: Q, K and V as arrays, the exact attention and its error bound;
-- `judge`: every answer of every rank against the reference, invariant by invariant;
-- `drivers`: where the ranks live (this process, a pool of workers, torchrun);
-- `runs`: random traces, stored traces and workloads through a driver; `coverage`: where they
-  have been; `reduction`: a failing trace made small; `trials`: what is really to blame;
-- `known`: the ledger of what an engine is known to answer wrongly;
-- `workloads`: production request traces as events;
-- `vectors`: cases as JSON for any language, and their check;
-- `plugin`, `suite`: the same as tests of pytest, in an engine's own repository;
-- `report`, `show`, `cli`: what a user sees; `reports`: pages and files made of a run's stream.
+An event goes one way through the folders:
+
+- `expect`: what must be answered: the recorder plays the reference, vectors hold what it said;
+- `generate`: what is asked: random traces, workloads, Hypothesis strategies;
+- `drive`: who answers: ranks in this process, in child processes, under torchrun or mpiexec;
+- `judge`: what is wrong: every answer against its expectation, causes, smaller traces, coverage;
+- `report`: what is shown: the stream of a run, text, diagrams, pages, JUnit, certificates;
+- `session`: one run, from options to a verdict.
+
+Beside them: `api` (`check`, `Report`), `cli`, `pytest_plugin` and `suite` (the same as tests of
+pytest), `testing` (what an engine's own tests draw from), `engines` (how an engine is named; the
+adapter of `helix_gpu`), `prove` (the theorems).
 """
 
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+if TYPE_CHECKING:
+    from helix_conformance.api import Report, check
+
+__all__ = ["Report", "__version__", "check"]
 __version__: Final = "0.1.0"
 """The suite's version, as in pyproject.toml: code that runs from a path has no metadata."""
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: pytest imports the plugin of every installed package at its start.
+    if name in ("check", "Report"):
+        from helix_conformance import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

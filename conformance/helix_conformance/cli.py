@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -15,32 +14,47 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from helix_conformance import session
-from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.launching import LAUNCHED, leave_verdict, take_part
-from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.drive.opening import DRIVERS
+from helix_conformance.drive.serve import main as serve_engine
 from helix_conformance.engines import EngineSpecError
+from helix_conformance.expect.making import SHIPPED, export
+from helix_conformance.expect.vectors import FORMAT_PAGE, Vector, VectorError, load_vectors
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
-from helix_conformance.judge.coverage import Coverage, Tally, at_hand
-from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.xfail import Known, LedgerError
+from helix_conformance.prove import ProveError
+from helix_conformance.prove import prove as prove_theorems
 from helix_conformance.report.command import report, write_file
 from helix_conformance.report.html import show_page
-from helix_conformance.report.stream import Row, Stream, make_row, restrictions, save_failure
+from helix_conformance.report.stream import Stream, restrictions
 from helix_conformance.report.text import (
+    failure_text,
     print_coverage,
     print_failure,
     print_lines,
     print_table,
     trace_text,
 )
+from helix_conformance.session import Advance, Found, Session, SessionError, default_examples
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
+from helix_spec.invariants import NUMBERS
 from helix_spec.layouts import LayoutError, layout_name, named_layout
 from helix_spec.trace import TraceError, load_trace
 
+TRACE_ALONE: Final = [
+    "One stored trace was played; a whole run plays random traces of every layout."
+]
+VECTORS_ALONE: Final = [
+    "Stored vectors were played; a whole run plays random traces of every layout."
+]
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
+REFUSED: Final = (
+    *(EngineSpecError, LayoutError, LedgerError, ProveError, SessionError, TraceError),
+    *(VectorError, WorkloadError),
+)
+"""What the user gave cannot be used; the message is a sentence."""
 COMMANDS: Final = "helix_conformance.commands"
 """Group of entry points by which a package adds click commands to this command line."""
 
@@ -53,6 +67,13 @@ class BadInput(click.ClickException):
 
 class Commands(click.Group):
     """The commands of this module, and those that installed packages add by entry points."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run a command; what it refuses ends it in a sentence and status 2."""
+        try:
+            return super().invoke(context)
+        except REFUSED as error:
+            raise BadInput(str(error)) from error
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Return the names of all commands, in the order of the alphabet."""
@@ -237,29 +258,27 @@ def run(**options: Any) -> None:
     has a line for each layout and driver. After a failure come the smallest failing trace, each
     violated invariant with its sentence from SPEC.md, what was expected and what was observed.
     """
-    known = _ledger(options)
-    _take_part(options)
-    tiers = _tiers(options["engine"], options["driver_name"], options["asked"])
-    most = max(_default_examples(driver_name) for _, driver_name in tiers)
-    left_out = restrictions(options, examples=most, layouts=len(LAYOUT_NAMES))
-    stream = Stream(options["json_path"])
-    stream.settings("run", restrictions=left_out, **options)
-    play = _play_workload if options["workload"] else _play_random
-    failures = []
-    for engine, driver_name in tiers:
-        failures += play(stream, engine, driver_name, options, known)
-    console = Console()
-    print_table(console, stream.rows)
-    names = [" ".join(tier) for tier in tiers]
-    print_coverage(console, names, stream.coverage, failed=bool(failures))
+    known = Known() if options["known_path"] is None else Known.read(options["known_path"])
+    if options["known_path"] is not None and options["workload"] is not None:
+        raise BadInput("--known is for random traces; a workload is judged without it.")
+    with _session(options, known) as session:
+        most = max(default_examples(driver) for _, driver in session.tiers)
+        left_out = restrictions(options, examples=most, layouts=len(LAYOUT_NAMES))
+        session.stream.settings("run", restrictions=left_out, **options)
+        if options["workload"]:
+            _play_workload(session, options)
+        else:
+            names = ("layouts", "cp_sizes", "examples", "seed")
+            session.random(**{name: options[name] for name in names})
+    console = _show(session, coverage=True)
     if left_out:
         print_lines(console, [f"This is a part of a run, not a whole one. {' '.join(left_out)}"])
-    for row, failure, path in failures:
+    for row, failure, path in session.failures:
         name = shlex.quote(row.engine)
         replay = f"helix-conformance replay {path} --engine {name} --driver {row.driver}"
         print_failure(console, failure, path, replay)
     print_lines(console, known.sentences())
-    _leave(stream.summary(options["engine"], known, options["seed"]))
+    _leave(session, options["seed"])
 
 
 @main.command()
@@ -273,41 +292,15 @@ def run(**options: Any) -> None:
 @_json
 def replay(**options: Any) -> None:
     """Play one stored trace and judge every answer."""
-    trace = _trace(options["trace_path"])
-    _take_part(options)
-    tiers = _tiers(options["engine"], options["driver_name"], options["asked"])
-    stream, console = Stream(options["json_path"]), Console()
-    alone = ["One stored trace was played; a whole run plays random traces of every layout."]
-    stream.settings("replay", restrictions=alone, **options)
-    failed: list[Failure] = []
-    for engine, driver_name in tiers:
-        tally = Tally()
-        with _driver_of(stream, engine, driver_name, options) as driver:
-            _check_world(driver, trace.config.world_size)
-            profiles = session.profiles_to_check(driver.profiles, options["asked"])
-            declared = driver.profiles
-            failure = session.check_trace(driver, trace, profiles, tally=tally)
-        row = make_row(
-            str(trace.config.layout),
-            engine,
-            driver_name,
-            [trace.config.layout.cp_size],
-            profiles,
-            declared,
-            tally,
-            failure,
-            settings=driver.settings,
-        )
-        stream.row(row)
-        if failure is not None:
-            failed.append(failure)
-            stream.failure(row, failure, options["trace_path"])
-    print_table(console, stream.rows)
-    for failure in failed:
-        name = shlex.quote(options["engine"])
-        again = f"helix-conformance replay {options['trace_path']} --engine {name}"
-        print_failure(console, failure, options["trace_path"], again)
-    _leave(stream.summary(options["engine"]))
+    trace, path = load_trace(options["trace_path"]), options["trace_path"]
+    with _session(options) as session:
+        session.stream.settings("replay", restrictions=TRACE_ALONE, **options)
+        session.replay(trace, path)
+    console = _show(session)
+    for _, failure, _ in session.failures:
+        again = f"helix-conformance replay {path} --engine {shlex.quote(options['engine'])}"
+        print_failure(console, failure, path, again)
+    _leave(session)
 
 
 main.add_command(report)
@@ -323,7 +316,7 @@ main.add_command(report)
 )
 def show(trace_path: Path, html_path: Path | None) -> None:
     """Print where the tokens of a trace belong: each request, rank by rank, page by page."""
-    trace = _trace(trace_path)
+    trace = load_trace(trace_path)
     if html_path is not None:
         write_file(html_path, show_page(trace).encode())
         return
@@ -340,12 +333,9 @@ def vectors() -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 def vectors_export(folder: Path) -> None:
     """Write the vectors, their format page (FORMAT.md) and their JSON Schema into DIR."""
-    from helix_conformance.expect.making import export
-    from helix_conformance.expect.vectors import FORMAT_PAGE, VectorError
-
     try:
         count = len(export(folder))
-    except (VectorError, OSError) as error:
+    except OSError as error:
         raise BadInput(str(error)) from error
     click.echo(f"wrote {count} files to {folder}; begin with {folder / FORMAT_PAGE}")
 
@@ -372,21 +362,12 @@ def vectors_check(**options: Any) -> None:
     Only what the files say counts. Cases that need a profile which the engine does not declare,
     or which was not asked for, are named as not checked. Exit status as of `run`.
     """
-    from helix_conformance import vectors_command as command
-    from helix_conformance.expect.vectors import VectorError
-
-    try:
-        cases = command.read(options["folder"], options["layouts"])
-    except VectorError as error:
-        raise BadInput(str(error)) from error
-    _take_part(options)
-    stream = Stream(options["json_path"])
-    stream.settings("vectors check", options["engine"], restrictions=command.ALONE)
-    for engine, driver_name in _tiers(options["engine"], options["driver_name"], ()):
-        with _driver_of(stream, engine, driver_name, options) as driver:
-            profiles = session.profiles_to_check(driver.profiles, options["asked"])
-            command.check(stream, driver, engine, cases, profiles)
-    _leave(stream.summary(options["engine"]))
+    cases = _cases(options["folder"] or SHIPPED, options["layouts"])
+    with _session(options) as session:
+        session.stream.settings("vectors check", options["engine"], restrictions=VECTORS_ALONE)
+        left_out = session.vectors(cases)
+    print_lines(_show(session), [*left_out, *_vector_texts(session.failures, dict(cases))])
+    _leave(session)
 
 
 @main.command()
@@ -415,12 +396,7 @@ def prove(
     and every theorem refutes at least one wrong formula; whatever is missing is named, and the
     exit status is 1.
     """
-    from helix_conformance import prove as proofs
-
-    try:
-        sys.exit(proofs.prove(json_path, stream_path=stream_path, only=only, jobs=jobs))
-    except proofs.ProveError as error:
-        raise BadInput(f"The proofs cannot run: {error}.") from error
+    sys.exit(prove_theorems(json_path, stream_path=stream_path, only=only, jobs=jobs))
 
 
 @main.command()
@@ -431,210 +407,95 @@ def serve(engine: str) -> None:
     For an engine that lives in another environment, container or machine than the suite:
     --engine "stdio:ssh host helix-conformance serve --engine my_package.adapter:Engine".
     """
-    from helix_conformance.drive.serve import main as be_a_rank
-
-    be_a_rank(engine)
-
-
-def _trace(path: Path) -> Any:
-    try:
-        return load_trace(path)
-    except TraceError as error:
-        raise BadInput(str(error)) from error
-
-
-def _tiers(engine: str, driver_name: str | None, asked: Sequence[str]) -> list[tuple[str, str]]:
-    """Which engine runs on which driver: the whole of one, or for `gpu` each where it can."""
-    if engine != "gpu":
-        try:
-            return [(engine, driver_name or default_driver(engine))]
-        except EngineSpecError as error:
-            raise BadInput(str(error)) from error
-    bookkeeping, whole = ("gpu-ledger", "local"), ("gpu", driver_name or "pool")
-    if driver_name == "local":
-        return [bookkeeping]
-    if driver_name is not None:
-        return [whole]
-    deep = {"cache", "attention"}
-    if asked and not deep.intersection(asked):
-        return [bookkeeping]
-    return [whole] if asked else [bookkeeping, whole]
+    serve_engine(engine)
 
 
 @contextmanager
-def _driver_of(
-    stream: Stream, engine: str, driver_name: str, options: dict[str, Any]
-) -> Iterator[Driver]:
-    """The driver that holds the engine; profiles that it does not declare cannot be asked for."""
-    try:
-        driver = open_driver(
-            engine,
-            driver_name,
-            ranks=options["ranks"],
-            backend=options["backend"],
-            deadline_s=options["deadline"],
-        )
-    except EngineSpecError as error:
-        raise BadInput(str(error)) from error
-    except EngineFailure as failure:
-        click.echo(f"The engine did not start. {failure}", err=True)
-        stream.dead = True
-        _leave(stream.summary(options["engine"]))
-    try:
-        missing = [profile for profile in options["asked"] if profile not in driver.profiles]
-        if missing:
-            raise BadInput(
-                f"Engine {engine} does not declare {', '.join(missing)}; it declares "
-                f"{', '.join(profile for profile in PROFILES if profile in driver.profiles)}."
-            )
-        gc.freeze()  # what was imported stays: no collection need look through it again
-        yield driver
-    finally:
-        driver.close()
+def _session(options: dict[str, Any], known: Known | None = None) -> Iterator[Session]:
+    """A session with these options, a bar on the terminal's error stream beside it."""
+    if options["driver_name"] in LAUNCHED:  # goes on as rank 0 of the processes that are launched
+        names = {"ranks": "ranks", "backend": "backend", "deadline": "deadline_s"}
+        setup = {name: options[option] for option, name in names.items()}
+        take_part(options["engine"], options["driver_name"], **setup)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+    def bar(description: str, total: int) -> Advance:
+        for task in bars.task_ids:
+            bars.remove_task(task)
+        task = bars.add_task(description, total=total)
+        return lambda: bars.advance(task)
+
+    session = Session(
+        options["engine"],
+        options["driver_name"],
+        options["asked"],
+        ranks=options["ranks"],
+        backend=options["backend"],
+        deadline_s=options["deadline"],
+        known=known,
+        stream=Stream(options["json_path"]),
+        folder=options.get("folder"),
+        progress=bar,
+    )
+    with bars:
+        yield session
 
 
-def _ledger(options: dict[str, Any]) -> Known:
-    """Return the expected failures of the engine; none without --known."""
-    if options["known_path"] is None:
-        return Known()
-    if options["workload"] is not None:
-        raise BadInput("--known is for random traces; a workload is judged without a ledger.")
-    try:
-        return Known.read(options["known_path"])
-    except LedgerError as error:
-        raise BadInput(str(error)) from error
+def _show(session: Session, *, coverage: bool = False) -> Console:
+    """Print the table of a run, and what its traces visited."""
+    console = Console()
+    if session.not_started is not None:
+        click.echo(f"The engine did not start. {session.not_started}", err=True)
+    if session.stream.rows or session.not_started is None:
+        print_table(console, session.stream.rows)
+    if coverage and session.not_started is None:
+        names, failed = [" ".join(tier) for tier in session.tiers], bool(session.failures)
+        print_coverage(console, names, session.stream.coverage, failed=failed)
+    return console
 
 
-_Red = tuple[Row, Failure, Path]
-"""A failing row, what is wrong there, and where its trace is stored."""
-
-
-def _red(stream: Stream, row: Row, failure: Failure, folder: Path) -> _Red:
-    """Store and write down a failure as soon as it is known."""
-    path = save_failure(folder, row, failure)
-    stream.failure(row, failure, path)
-    return row, failure, path
-
-
-def _default_examples(driver_name: str) -> int:
-    return 400 if driver_name == "local" else 40
-
-
-def _play_random(
-    stream: Stream, engine: str, driver_name: str, options: dict[str, Any], known: Known
-) -> list[_Red]:
-    """Random traces of each layout asked for; the failures with their rows and files."""
-    failures = []
-    names = options["layouts"] or LAYOUT_NAMES
-    examples = options["examples"] or _default_examples(driver_name)
-    with _driver_of(stream, engine, driver_name, options) as driver, _progress() as progress:
-        cp_sizes = _cp_sizes(driver, options["cp_sizes"])
-        coverage = Coverage(at_hand(driver.profiles, layouts=names, cp_sizes=cp_sizes))
-        bar = progress.add_task("", total=examples * len(names))
-        for done, name in enumerate(names):
-            progress.update(bar, description=f"{name} ({driver_name})", completed=done * examples)
-            tally = Tally()
-            checked, failure = session.layout_run(
-                driver,
-                name,
-                options["asked"],
-                cp_sizes=cp_sizes,
-                tp_sizes=(1,) if options["cp_sizes"] else (1, 2),
-                examples=examples,
-                seed=options["seed"],
-                tally=tally,
-                known=known,
-                progress=lambda: progress.advance(bar),
-                coverage=coverage,
-            )
-            if not checked:
-                continue
-            here = known.of_layout(name)
-            row = make_row(
-                name,
-                engine,
-                driver_name,
-                cp_sizes,
-                checked,
-                driver.profiles,
-                tally,
-                failure,
-                here,
-                driver.settings,
-            )
-            stream.row(row)
-            if failure is not None:
-                failures.append(_red(stream, row, failure, options["folder"]))
-                if failure.verdict == "error" and not driver.survives_failure:
-                    break
-        progress.update(bar, completed=examples * len(names))
-    stream.covered(engine, driver_name, coverage)
-    return failures
-
-
-def _play_workload(
-    stream: Stream, engine: str, driver_name: str, options: dict[str, Any], known: Known
-) -> list[_Red]:
-    """A workload on each layout and cp_size asked for; the failures with their rows and files."""
-    try:
-        requests = read_workload(options["workload"])[: options["limit"]]
-    except WorkloadError as error:
-        raise BadInput(str(error)) from error
-    requests = scaled(requests, options["scale"])
-    configs = [
+def _play_workload(session: Session, options: dict[str, Any]) -> None:
+    """A workload on each layout and cp_size asked for."""
+    requests = scaled(read_workload(options["workload"])[: options["limit"]], options["scale"])
+    workload_configs = [
         _workload_config(name, cp_size, options)
         for name in options["layouts"] or ["pr9757"]
         for cp_size in options["cp_sizes"] or [4]
     ]
-    failures = []
-    # Playing makes no cycles; a collector that walks millions of tokens costs a quarter more.
-    gc.set_threshold(1_000_000)
-    with _driver_of(stream, engine, driver_name, options) as driver, _progress() as progress:
-        profiles = session.profiles_to_check(driver.profiles, options["asked"])
-        coverage = Coverage(
-            at_hand(
-                driver.profiles,
-                layouts=[layout_name(config.layout) for config in configs],
-                cp_sizes=[config.layout.cp_size for config in configs],
-                random=False,
-            )
-        )
-        for config in configs:
-            _check_world(driver, config.world_size)
-            bar = progress.add_task(str(config.layout), total=len(requests))
-            tally = Tally()
-            try:
-                failure = session.workload(
-                    driver,
-                    config,
-                    requests,
-                    profiles,
-                    batch_limit=options["batch"],
-                    max_steps=options["max_steps"],
-                    tally=tally,
-                    released=lambda bar=bar: progress.advance(bar),  # type: ignore[misc]
-                    coverage=coverage,
-                )
-            except WorkloadError as error:
-                raise BadInput(str(error)) from error
-            row = make_row(
-                str(config.layout),
-                engine,
-                driver_name,
-                [config.layout.cp_size],
-                profiles,
-                driver.profiles,
-                tally,
-                failure,
-                settings=driver.settings,
-            )
-            stream.row(row)
-            if failure is not None:
-                failures.append(_red(stream, row, failure, options["folder"]))
-                if not driver.survives_failure:
-                    break
-    stream.covered(engine, driver_name, coverage)
-    return failures
+    batch, steps = options["batch"], options["max_steps"]
+    session.workload(requests, workload_configs, batch_limit=batch, max_steps=steps)
+
+
+def _cases(folder: Path, layouts: tuple[str, ...]) -> list[tuple[Path, Vector]]:
+    """The vectors of a folder, each with its file: only those of these layouts, if any is named."""
+    cases = [
+        (folder / f"{vector.name}.json", vector)
+        for vector in load_vectors(folder)
+        if not layouts or layout_name(vector.config.layout) in layouts
+    ]
+    if not cases:
+        raise BadInput(f"{folder} holds no vector of layout {' or '.join(layouts)}.")
+    return cases
+
+
+def _vector_texts(failures: Iterable[Found], cases: dict[Path, Vector]) -> Iterator[str]:
+    """Each failing vector; all but the first of a layout in one line."""
+    shown = set[str]()
+    for row, failure, path in failures:
+        if row.layout not in shown:
+            shown.add(row.layout)
+            yield from ["", f"{path}: {' '.join(cases[path].notes)}", *failure_text(failure)]
+            continue
+        numbers = sorted(failure.invariants, key=NUMBERS.index)
+        at = "the start" if failure.event is None else f"event {failure.event}"
+        yield f"{path}: {', '.join(numbers)} at {at}"
 
 
 def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config:
@@ -643,15 +504,12 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
         raise BadInput("A workload needs a named layout; custom is for random traces.")
     world = cp_size * options["tp_size"]
     step = world * options["kv_heads"]
-    try:
-        layout = named_layout(
-            name,
-            cp_size=cp_size,
-            tokens_per_block=options["tokens_per_block"],
-            interleave=options["interleave"],
-        )
-    except LayoutError as error:
-        raise BadInput(str(error)) from error
+    layout = named_layout(
+        name,
+        cp_size=cp_size,
+        tokens_per_block=options["tokens_per_block"],
+        interleave=options["interleave"],
+    )
     config = Config(
         layout=layout,
         pages=[options["pages"]] * cp_size,
@@ -670,53 +528,8 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
     return config
 
 
-def _cp_sizes(driver: Driver, asked: Sequence[int]) -> list[int]:
-    """The cp_sizes to draw from, smallest first; a pool's own size counts for most examples."""
-    world = driver.largest_world
-    for cp_size in asked:
-        _check_world(driver, cp_size)
-    if asked:
-        return sorted(set(asked))
-    return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
-
-
-def _check_world(driver: Driver, world: int) -> None:
-    if driver.largest_world is not None and world > driver.largest_world:
-        raise BadInput(
-            f"{world} ranks are needed, and the {driver.name} has {driver.largest_world}; "
-            f"give --ranks {world}."
-        )
-
-
-def _progress() -> Progress:
-    """A bar on the terminal's error stream; where there is no terminal, nothing."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
-def _take_part(options: dict[str, Any]) -> None:
-    """Go on as rank 0 where processes are launched; see `launching.take_part`."""
-    if options["driver_name"] in LAUNCHED:
-        try:
-            take_part(
-                options["engine"],
-                options["driver_name"],
-                ranks=options["ranks"],
-                backend=options["backend"],
-                deadline_s=options["deadline"],
-            )
-        except EngineSpecError as error:
-            raise BadInput(str(error)) from error
-
-
-def _leave(verdict: str) -> None:
+def _leave(session: Session, seed: int | None = None) -> None:
     """End with the verdict's exit status, and leave it where a launching process looks."""
-    status = EXIT_STATUS[verdict]
+    status = EXIT_STATUS[session.summary(seed)]
     leave_verdict(status)
     sys.exit(status)

@@ -1,192 +1,47 @@
-"""Random traces, stored traces and workloads through a driver."""
+"""One run: random traces, vectors, a stored trace or a workload, from options to a verdict."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Final
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import msgspec
 from hypothesis import strategies as st
 
-from helix_conformance.drive.asking import ill_typed
-from helix_conformance.drive.driver import Answer, Driver, EngineFailure, Watch
-from helix_conformance.expect.expectation import Expectation
-from helix_conformance.expect.recorder import Recorder
-from helix_conformance.expect.vectors import Vector, expectations
+from helix_conformance.drive.driver import Driver, EngineFailure
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.opening import default_driver, open_driver
+from helix_conformance.expect.vectors import Vector
 from helix_conformance.generate.drawing import EVENLY, Evenly
-from helix_conformance.generate.strategies import configs, merge_traces, traces
-from helix_conformance.generate.workload import Request, schedule
-from helix_conformance.judge.causes import tried
-from helix_conformance.judge.coverage import Coverage, Needed, Tally
-from helix_conformance.judge.failure import Failure, MalformedAnswer, engine_failure, shown
-from helix_conformance.judge.judge import Judge, wrong_reasons
-from helix_conformance.judge.shrink import gone_on, reduced, with_room
-from helix_conformance.judge.xfail import Known, parted
-from helix_spec.config import Config, config_problem
-from helix_spec.engine import LADDER, PROFILES
-from helix_spec.events import FEATURES, MERGE, Event, Reason, Release
-from helix_spec.invariants import NUMBERS
+from helix_conformance.generate.strategies import LAYOUT_NAMES, configs, merge_traces, traces
+from helix_conformance.generate.workload import Request
+from helix_conformance.judge.coverage import Coverage, Needed, Tally, at_hand
+from helix_conformance.judge.failure import Failure
+from helix_conformance.judge.play import (
+    check_trace,
+    check_vector,
+    check_workload,
+    judged,
+    made_small,
+    made_sure,
+    profiles_of_vector,
+    profiles_to_check,
+)
+from helix_conformance.judge.xfail import Known
+from helix_conformance.report.stream import Row, Stream, Verdict, make_row, save_failure
+from helix_spec.config import Config
+from helix_spec.engine import PROFILES, Engine
+from helix_spec.events import FEATURES, MERGE
 from helix_spec.layouts import layout_name
 from helix_spec.trace import Trace
 
-REDUCTION_LIMIT_S: Final = 120.0
-"""How long an engine that fails is started again for a smaller trace; a difference has no limit."""
-EVERYTHING = Watch()
-"""All state is looked at after every event."""
-
-
-def check_trace(
-    driver: Driver,
-    trace: Trace,
-    profiles: frozenset[str],
-    *,
-    watch: Watch = EVERYTHING,
-    tally: Tally | None = None,
-    coverage: Coverage | None = None,
-    known: Known | None = None,
-) -> Failure | None:
-    """Play one trace and judge every answer; the first event that is wrong ends it.
-
-    A configuration with which no engine may start must be refused; its events are not played.
-    What the engine's ledger of known differences covers is not wrong.
-    """
-    tally, known = tally or Tally(), known or Known()
-    failure = _judged(driver, trace, profiles, tally, known, watch, coverage)
-    return failure and _made_sure(driver, failure, profiles, tally, known)
-
-
-def _judged(
-    driver: Driver,
-    trace: Trace,
-    profiles: frozenset[str],
-    tally: Tally,
-    known: Known,
-    watch: Watch = EVERYTHING,
-    coverage: Coverage | None = None,
-) -> Failure | None:
-    allowed = known.runnable(trace, driver.profiles)
-    tally.cut += allowed != trace
-    if allowed is None:
-        return None
-    if config_problem(trace.config) is not None:
-        return _check_bad_config(driver, trace.config, profiles, tally, known)
-    recorder = Recorder(trace.config, driver.profiles)
-    judge = Judge(trace.config, profiles)
-    return _played(driver, judge, allowed.events, recorder.next, watch, tally, known, coverage)
-
-
-def _made_sure(
-    driver: Driver, failure: Failure, profiles: frozenset[str], tally: Tally, known: Known
-) -> Failure:
-    """The failure, its suspicions tried."""
-    if failure.engine_failure is not None:
-        return failure
-
-    def named_by(trace: Trace) -> set[str]:
-        again = _judged(driver, trace, profiles, tally, known)
-        return set() if again is None else again.invariants
-
-    violations = tried(failure.trace, failure.violations, named_by)
-    return msgspec.structs.replace(failure, violations=violations)
-
-
-def _check_bad_config(
-    driver: Driver, config: Config, profiles: frozenset[str], tally: Tally, known: Known
-) -> Failure | None:
-    tally.traces += 1
-    trace = Trace(config=config, events=[])
-    try:
-        _, answers = next(iter(driver.play(config, profiles, [], EVERYTHING)))
-    except EngineFailure as error:
-        return engine_failure(trace, error)
-    outcomes = [answer.outcome for answer in answers]
-    found = wrong_reasons(Reason.BAD_CONFIG, outcomes)
-    found = known.unknown(layout_name(config.layout), found)
-    told = list(map(shown, answers))
-    return Failure(trace=trace, event=None, violations=found, answers=told) if found else None
-
-
-def _played(
-    driver: Driver,
-    judge: Judge,
-    events: Iterable[Event],
-    expect: Callable[[Event], Expectation],
-    watch: Watch,
-    tally: Tally,
-    known: Known,
-    coverage: Coverage | None = None,
-) -> Failure | None:
-    """Judge events as they are played; None when all answers were right, or wrong as is known."""
-    config, seen, began = judge.config, list[Event](), time.perf_counter()
-    drawn = list[Event]()
-    """Events that the driver has asked for: the one that an engine does not survive is not seen."""
-
-    def drawing() -> Iterator[Event]:
-        for event in events:
-            drawn.append(event)
-            yield event
-
-    try:
-        for event, answers in driver.play(config, judge.profiles, drawing(), watch):
-            with typed(answers):
-                if event is not None:
-                    seen.append(event)
-                    expected = expect(event)
-                    violations = judge.event(expected, answers)
-                    if coverage is not None:
-                        coverage.saw(config, expected)
-                else:
-                    violations = judge.finished(answers) if seen else judge.started(answers)
-                if violations:
-                    check_types(answers)
-            if not violations:
-                continue
-            unknown = known.unknown(layout_name(config.layout), violations)
-            if unknown:
-                return Failure(
-                    trace=Trace(config=config, events=seen),
-                    event=None if event is None else len(seen) - 1,
-                    violations=unknown,
-                    answers=list(map(shown, answers)),
-                )
-            if parted(violations):
-                tally.cut += 1
-                return None
-        return None
-    except EngineFailure as error:
-        lived = drawn if error.event is None else drawn[: error.event + 1]
-        return engine_failure(Trace(config=config, events=lived), error)
-    except MalformedAnswer as error:
-        at = len(seen) - 1 if seen else None
-        died = EngineFailure(error.rank, at, f"gave a malformed answer: {error}")
-        return engine_failure(Trace(config=config, events=seen), died)
-    finally:
-        tally.traces += 1
-        tally.events += len(seen)
-        tally.layouts.add(str(config.layout))
-        tally.seconds += time.perf_counter() - began
-
-
-@contextmanager
-def typed(answers: Sequence[Answer]) -> Iterator[None]:
-    """While answers are judged: what fails because of their types is the engine's fault."""
-    try:
-        yield
-    except MalformedAnswer:
-        raise
-    except Exception:
-        check_types(answers)
-        raise
-
-
-def check_types(answers: Sequence[Answer]) -> None:
-    """Raises MalformedAnswer when an answer holds values of types that it must not hold."""
-    found = ill_typed(answers)
-    if found is not None:
-        raise MalformedAnswer(*found)
+Advance = Callable[[], None]
+"""Called when one more trace was played, or one more request of a workload has ended."""
 
 
 class _Failed(Exception):
@@ -229,7 +84,7 @@ def random_traces(
     )
     @hypothesis.given(strategy)
     def every_answer_is_right(trace: Trace) -> None:
-        failure = _judged(driver, trace, profiles, tally, known, coverage=coverage)
+        failure = judged(driver, trace, profiles, tally, known, coverage=coverage)
         progress()
         if failure is not None:
             if tally.needed is None:
@@ -242,8 +97,9 @@ def random_traces(
     except _Stop:
         return found[0][1]
     except _Failed:
-        small = _made_small(driver, *found[0], profiles, tally, known)
-        return _made_sure(driver, small, profiles, tally, known)
+        small = made_small(driver, *found[0], profiles, tally, known)
+        sure = made_sure(driver, small, profiles, tally, known)
+        return msgspec.structs.replace(sure, drawn=found[0][0])
     except hypothesis.errors.Flaky:
         if not found:
             raise
@@ -252,39 +108,6 @@ def random_traces(
         trace = msgspec.structs.replace(failure.trace, note=note)
         return msgspec.structs.replace(failure, trace=trace)
     return None
-
-
-def _made_small(
-    driver: Driver,
-    whole: Trace,
-    failure: Failure,
-    profiles: frozenset[str],
-    tally: Tally,
-    known: Known,
-) -> Failure:
-    """The failure with the smallest trace that shows some of the same violations."""
-    smallest, alive = failure, True
-    until = time.perf_counter() + REDUCTION_LIMIT_S
-
-    def fails(trace: Trace, named: Collection[str]) -> Trace | None:
-        nonlocal smallest, alive
-        again = _judged(driver, trace, profiles, tally, known) if alive else None
-        if again is not None and again.verdict == "error":
-            alive = driver.survives_failure and time.perf_counter() < until
-        if again is None or not again.invariants.intersection(named):
-            return None
-        smallest = again
-        return again.trace
-
-    # What also fails where no pool runs dry is told without refusals, whatever else it breaks:
-    # ranks that disagree about room alone may disagree about more, a few tokens on.
-    roomy = with_room(whole)
-    untold = fails(roomy, NUMBERS) is None and config_problem(roomy.config) is None
-    if untold and failure.invariants <= {"REF-1", "REF-2"}:
-        fails(gone_on(roomy), NUMBERS)
-    named = smallest.invariants
-    reduced(smallest.trace, lambda trace: fails(trace, named))
-    return smallest
 
 
 def layout_traces(
@@ -376,83 +199,333 @@ def layout_run(
     return profiles, None
 
 
-def workload(
-    driver: Driver,
-    config: Config,
-    requests: Sequence[Request],
-    profiles: frozenset[str],
-    *,
-    batch_limit: int,
-    max_steps: int,
-    tally: Tally,
-    released: Callable[[], None] = lambda: None,
-    coverage: Coverage | None = None,
-) -> Failure | None:
-    """Play a workload through the scheduler; state is looked at every 100 events."""
-    recorder, judge = Recorder(config, driver.profiles), Judge(config, profiles)
-    # A driver that draws ahead of the answers needs a recorder of its own to draw with.
-    ahead = recorder if driver.streams else Recorder(config, driver.profiles)
-    reason: Reason | None = None
+class SessionError(ValueError):
+    """What was asked for cannot be done; the message says why, and nothing was played."""
 
-    def expect(event: Event) -> Expectation:
-        nonlocal reason
-        expected = recorder.next(event)
-        reason = expected.refused
-        return expected
 
-    def events() -> Iterator[Event]:
-        schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)
-        event = next(schedule_of)
-        while True:
-            if isinstance(event, Release):
-                released()
-            refused = None if ahead is recorder else ahead.next(event).refused
-            yield event
+class Found(NamedTuple):
+    """A failing row, what is wrong there, and where its trace is stored."""
+
+    row: Row
+    failure: Failure
+    path: Path
+
+
+def no_progress(description: str, total: int) -> Advance:
+    """Show nothing."""
+    return lambda: None
+
+
+class Session:
+    """One run of an engine: what is played on it, what was found, and the verdict.
+
+    Parameters
+    ----------
+    engine
+        A class, or what `--engine` takes: a name, `module:Class`, `stdio:COMMAND`.
+    driver
+        Where the ranks live, as `--driver` says; None for what the engine needs.
+    profiles
+        Those to check, with those they build on; empty for all that the engine declares.
+    ranks
+        Processes of a pool.
+    backend
+        Of a process group that is launched: `gloo` or `nccl`.
+    deadline_s
+        Seconds after which a silent rank has timed out.
+    known
+        The engine's expected failures.
+    stream
+        Takes every line of the run.
+    folder
+        Where failing traces are written; None for nowhere.
+    progress
+        Called with a description and a total; returns what is called at each step.
+
+    Raises
+    ------
+    EngineSpecError
+        When the engine's name stands for none.
+    """
+
+    def __init__(
+        self,
+        engine: str | type[Engine],
+        driver: str | None = None,
+        profiles: Sequence[str] = (),
+        *,
+        ranks: int = 4,
+        backend: str = "gloo",
+        deadline_s: float = 30.0,
+        known: Known | None = None,
+        stream: Stream | None = None,
+        folder: Path | None = None,
+        progress: Callable[[str, int], Advance] = no_progress,
+    ) -> None:
+        self.engine_class = None if isinstance(engine, str) else engine
+        if not isinstance(engine, str):
+            engine = f"{engine.__module__}:{engine.__qualname__}"
+        self.engine = engine
+        self.profiles = profiles
+        self.ranks, self.backend, self.deadline_s = ranks, backend, deadline_s
+        self.known = known or Known()
+        self.stream = stream or Stream(None)
+        self.folder = folder
+        self.progress = progress
+        self.tiers = self._tiers(driver)
+        self.failures: list[Found] = []
+        self.not_started: EngineFailure | None = None
+
+    def random(
+        self,
+        layouts: Sequence[str] = (),
+        cp_sizes: Sequence[int] = (),
+        examples: int | None = None,
+        seed: int | str = 0,
+    ) -> None:
+        """Play random traces of each layout, on each driver; all layouts and sizes when empty."""
+        names = layouts or LAYOUT_NAMES
+        for engine, driver in self._drivers():
+            sizes = self._cp_sizes(driver, cp_sizes)
+            coverage = Coverage(at_hand(driver.profiles, layouts=names, cp_sizes=sizes))
+            count = examples or default_examples(driver.name)
+            for name in names:
+                tally = Tally()
+                checked, failure = layout_run(
+                    driver,
+                    name,
+                    self.profiles,
+                    cp_sizes=sizes,
+                    tp_sizes=(1,) if cp_sizes else (1, 2),
+                    examples=count,
+                    seed=seed,
+                    tally=tally,
+                    known=self.known,
+                    progress=self.progress(f"{name} ({driver.name})", count),
+                    coverage=coverage,
+                )
+                if checked:
+                    self._finish(driver, engine, name, sizes, checked, tally, failure)
+                if _is_lost(driver, failure):
+                    break
+            self.stream.covered(engine, driver.name, coverage)
+
+    def workload(
+        self,
+        requests: Sequence[Request],
+        workload_configs: Sequence[Config],
+        *,
+        batch_limit: int,
+        max_steps: int,
+    ) -> None:
+        """Play a workload with each of these configurations. Raises WorkloadError."""
+        # Playing makes no cycles; a collector that walks millions of tokens costs a quarter more.
+        gc.set_threshold(1_000_000)
+        for engine, driver in self._drivers():
+            profiles = profiles_to_check(driver.profiles, self.profiles)
+            layouts = [layout_name(config.layout) for config in workload_configs]
+            sizes = [config.layout.cp_size for config in workload_configs]
+            needs = at_hand(driver.profiles, layouts=layouts, cp_sizes=sizes, random=False)
+            coverage = Coverage(needs)
+            for config in workload_configs:
+                check_world(driver, config.world_size)
+                name, tally = str(config.layout), Tally()
+                failure = check_workload(
+                    driver,
+                    config,
+                    requests,
+                    profiles,
+                    batch_limit=batch_limit,
+                    max_steps=max_steps,
+                    tally=tally,
+                    released=self.progress(name, len(requests)),
+                    coverage=coverage,
+                )
+                size = [config.layout.cp_size]
+                self._finish(driver, engine, name, size, profiles, tally, failure)
+                if _is_lost(driver, failure):
+                    break
+            self.stream.covered(engine, driver.name, coverage)
+
+    def replay(self, trace: Trace, path: Path) -> None:
+        """Play one stored trace, which lies at this path."""
+        for engine, driver in self._drivers():
+            check_world(driver, trace.config.world_size)
+            profiles, tally = profiles_to_check(driver.profiles, self.profiles), Tally()
+            failure = check_trace(driver, trace, profiles, tally=tally)
+            layout = trace.config.layout
+            sizes = [layout.cp_size]
+            self._finish(driver, engine, str(layout), sizes, profiles, tally, failure, path)
+
+    def vectors(self, cases: Sequence[tuple[Path, Vector]]) -> list[str]:
+        """Play vectors, a row for each layout's name; return why some were not, a line each."""
+        left_out, by_layout = list[str](), defaultdict[str, list[tuple[Path, Vector]]](list)
+        for path, vector in cases:
+            by_layout[layout_name(vector.config.layout)].append((path, vector))
+        for engine, driver in self._drivers():
+            profiles = profiles_to_check(driver.profiles, self.profiles)
+            for name, group in by_layout.items():
+                reasons = [_why_not(driver, vector, profiles) for _, vector in group]
+                pairs = list(zip(group, reasons, strict=True))
+                left_out += [f"not checked: {v.name}: {why}" for (_, v), why in pairs if why]
+                meant = [case for case, why in pairs if why is None]
+                if meant and not self._vectors_of(driver, engine, name, meant, profiles):
+                    left_out.append(
+                        "The engine is gone; the layouts after this one were not checked."
+                    )
+                    break
+        return left_out
+
+    def _vectors_of(
+        self,
+        driver: Driver,
+        engine: str,
+        layout: str,
+        cases: Sequence[tuple[Path, Vector]],
+        profiles: frozenset[str],
+    ) -> bool:
+        """Play the vectors of one layout; whether the engine can be asked for more."""
+        tally, failed, lost = Tally(), list[tuple[Path, Failure]](), False
+        for path, vector in cases:
+            failure = check_vector(driver, vector, tally, profiles)
+            if failure is not None:
+                failed.append((path, failure))
+                lost = _is_lost(driver, failure)
+            if lost:
+                break
+        checked = frozenset(p for _, v in cases for p in profiles_of_vector(v, profiles))
+        sizes = [vector.config.layout.cp_size for _, vector in cases]
+        failed.sort(key=lambda one: one[1].verdict)
+        worst = failed[0][1] if failed else None
+        path_of_worst = failed[0][0] if failed else None
+        row = self._finish(driver, engine, layout, sizes, checked, tally, worst, path_of_worst)
+        for path, failure in failed[1:]:
+            self._found(row, failure, path)
+        return not lost
+
+    def summary(self, seed: int | None = None) -> Verdict:
+        """End the run, and return its verdict."""
+        return self.stream.summary(self.engine, self.known, seed)
+
+    def _finish(
+        self,
+        driver: Driver,
+        engine: str,
+        layout: str,
+        cp_sizes: Sequence[int],
+        checked: frozenset[str],
+        tally: Tally,
+        failure: Failure | None,
+        path: Path | None = None,
+    ) -> Row:
+        """Write the row of what was played, and its failure, as soon as they are known."""
+        row = make_row(
+            layout,
+            engine,
+            driver.name,
+            cp_sizes,
+            checked,
+            driver.profiles,
+            tally,
+            failure,
+            self.known.of_layout(layout),
+            driver.settings,
+        )
+        self.stream.row(row)
+        if failure is not None:
+            self._found(row, failure, path)
+        return row
+
+    def _found(self, row: Row, failure: Failure, path: Path | None) -> None:
+        if path is None:
+            path = save_failure(self.folder, row, failure) if self.folder else Path("-")
+        self.failures.append(Found(row, failure, path))
+        self.stream.failure(row, failure, path)
+
+    def _tiers(self, driver: str | None) -> list[tuple[str, str]]:
+        """Which engine runs on which driver: `gpu` has its bookkeeping in this process, too."""
+        if self.engine != "gpu":
+            if self.engine_class is not None and not self.engine_class.needs_processes:
+                return [(self.engine, driver or "local")]
+            return [(self.engine, driver or default_driver(self.engine))]
+        bookkeeping, whole = ("gpu-ledger", "local"), ("gpu", driver or "pool")
+        if driver is not None:
+            return [bookkeeping] if driver == "local" else [whole]
+        if self.profiles and not {"cache", "attention"}.intersection(self.profiles):
+            return [bookkeeping]
+        return [whole] if self.profiles else [bookkeeping, whole]
+
+    def _drivers(self) -> Iterator[tuple[str, Driver]]:
+        """Yield each engine with a driver that holds it, until one does not start."""
+        for engine, name in self.tiers:
             try:
-                event = schedule_of.send(reason if ahead is recorder else refused)
-            except StopIteration:
+                driver = self._open(engine, name)
+            except EngineFailure as failure:
+                self.not_started, self.stream.dead = failure, True
                 return
+            try:
+                missing = [profile for profile in self.profiles if profile not in driver.profiles]
+                if missing:
+                    declared = ", ".join(p for p in PROFILES if p in driver.profiles)
+                    raise SessionError(
+                        f"Engine {engine} does not declare {', '.join(missing)}; it declares "
+                        f"{declared}."
+                    )
+                gc.freeze()  # what was imported stays: no collection need look through it again
+                yield engine, driver
+            finally:
+                driver.close()
 
-    watch = Watch(every=100, touched=False)
-    return _played(driver, judge, events(), expect, watch, tally, Known(), coverage)
+    def _open(self, engine: str, name: str) -> Driver:
+        if self.engine_class is not None and name == "local":
+            return LocalDriver(self.engine_class, deadline_s=self.deadline_s)
+        return open_driver(
+            engine,
+            name,
+            ranks=self.ranks,
+            backend=self.backend,
+            deadline_s=self.deadline_s,
+        )
+
+    @staticmethod
+    def _cp_sizes(driver: Driver, asked: Sequence[int]) -> list[int]:
+        """The cp_sizes to draw from, smallest first; a pool's own size counts for most examples."""
+        for cp_size in asked:
+            check_world(driver, cp_size)
+        if asked:
+            return sorted(set(asked))
+        world = driver.largest_world
+        return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
 
 
-def check_vector(
-    driver: Driver, vector: Vector, tally: Tally, profiles: frozenset[str] | None = None
-) -> Failure | None:
-    """Play a vector and judge every answer by what it expects.
-
-    `profiles` are those that are to be checked, all that the engine declares when None.
-    """
-    profiles = profiles_of_vector(vector, driver.profiles if profiles is None else profiles)
-    if vector.refused is not None:
-        return _check_bad_config(driver, vector.config, profiles, tally, Known())
-    stored, events = expectations(vector), vector.trace.events
-    judge = Judge(vector.config, profiles)
-    expect = lambda _: next(stored)  # noqa: E731
-    failure = _played(driver, judge, events, expect, EVERYTHING, tally, Known())
-    return failure and _made_sure(driver, failure, profiles, tally, Known())
+def default_examples(driver: str) -> int:
+    """Return how many random traces of each layout a whole run plays on a driver."""
+    return 400 if driver == "local" else 40
 
 
-def profiles_of_vector(vector: Vector, profiles: frozenset[str]) -> frozenset[str]:
-    """Those of the profiles by which a vector checks: what it asks for, and as deep as it goes."""
-    if vector.profiles == [MERGE]:
-        return frozenset(vector.profiles)
-    depth = ["placement", "lengths", "pages"]
-    if vector.rows:
-        depth.append("cache")
-    if any(step.decoded and step.decoded.output for step in vector.steps):
-        depth = list(LADDER)
-    return profiles & {*depth, *vector.profiles}
+def check_world(driver: Driver, world: int) -> None:
+    """Raise SessionError when a driver holds fewer ranks than are needed."""
+    if driver.largest_world is not None and world > driver.largest_world:
+        raise SessionError(
+            f"{world} ranks are needed, and the {driver.name} has {driver.largest_world}; "
+            f"give --ranks {world}."
+        )
 
 
-def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> frozenset[str]:
-    """What is checked: the declared profiles, or those of them that were asked for.
+def _is_lost(driver: Driver, failure: Failure | None) -> bool:
+    """Whether the engine has failed and cannot be asked again."""
+    return failure is not None and failure.verdict == "error" and not driver.survives_failure
 
-    A profile of the ladder brings those before it.
-    """
-    wanted = set(asked or declared)
-    for profile in LADDER:
-        if profile in wanted:
-            wanted |= set(LADDER[: LADDER.index(profile)])
-    return frozenset(profile for profile in PROFILES if profile in wanted and profile in declared)
+
+def _why_not(driver: Driver, vector: Vector, profiles: frozenset[str]) -> str | None:
+    """Why a vector is not meant for an engine, or does not fit its driver."""
+    missing = [profile for profile in vector.profiles if profile not in profiles]
+    undeclared = [profile for profile in missing if profile not in driver.profiles]
+    if undeclared:
+        return f"the engine does not declare {', '.join(undeclared)}"
+    if missing:
+        return f"{', '.join(missing)} was not asked for"
+    world = vector.config.world_size
+    if driver.largest_world is not None and world > driver.largest_world:
+        return f"it needs {world} ranks, and the {driver.name} has {driver.largest_world}"
+    return None

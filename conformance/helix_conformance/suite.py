@@ -16,9 +16,10 @@ from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
+from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.judge.xfail import PARTING, Difference, Known, LedgerError, void_sentence
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import layout_run, profiles_to_check
+from helix_conformance.session import layout_run
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of

@@ -20,8 +20,8 @@ from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.strategies import EVENTS, Intent, configs, realise
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.judge import Judge
+from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import profiles_to_check
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import FEATURES, Event

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_spec.config import Config, LatentShape, ModelShape
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Resume
 from helix_spec.trace import Trace

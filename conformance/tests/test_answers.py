@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
 from helix_spec.events import Admit, Decode, Release

@@ -10,7 +10,7 @@ import torch
 
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rotate
 from helix_gpu.cache import HelixCache

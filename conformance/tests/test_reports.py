@@ -505,7 +505,8 @@ def test_an_engine_of_one_layout_says_so_in_its_ledger(tmp_path, monkeypatch):
     )
     others = [name for name in LAYOUTS if name != "vllm_dcp"]
     Path("known.toml").write_text("".join(entry.format(n, "https://x.example/1") for n in others))
-    monkeypatch.setattr("helix_conformance.cli._default_examples", lambda _: 3)
+    monkeypatch.setattr("helix_conformance.cli.default_examples", lambda _: 3)
+    monkeypatch.setattr("helix_conformance.session.default_examples", lambda _: 3)
     words = "run --engine gpu-ledger --known known.toml --json run.jsonl"
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 0, result.output

@@ -7,7 +7,7 @@ import pytest
 from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode
 from helix_spec.trace import Trace

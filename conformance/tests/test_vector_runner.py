@@ -13,7 +13,8 @@ import pytest
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.expect.making import SHIPPED
 from helix_conformance.expect.vectors import load_vector
-from helix_conformance.session import Tally, check_vector
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.judge.play import check_vector
 from helix_reference.engine import ReferenceEngine
 from helix_spec.engine import Outcome
 from helix_spec.events import Decode

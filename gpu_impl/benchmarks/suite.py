@@ -25,6 +25,8 @@ from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import gpu
 from helix_conformance.expect.arrays import Tokens, queries
 from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.text import failure_text
 from helix_gpu.attention.kernels import merge, step
 from helix_gpu.cache import DecodeStep
@@ -108,7 +110,7 @@ def main() -> None:
     merge.merge_received = in_turn(merge.merge_received)
     gpu._device = lambda: DEVICE
     driver = ThreadDriver(ENGINES[arguments.engine])
-    profiles = session.profiles_to_check(driver.profiles, ())
+    profiles = profiles_to_check(driver.profiles, ())
     print(f"{DEVICE}; profiles {', '.join(sorted(profiles))}", flush=True)
     begun, rows = time.monotonic(), list[dict[str, Any]]()
     for cp_size in arguments.cp:
@@ -118,7 +120,7 @@ def main() -> None:
             if time.monotonic() - begun > arguments.seconds:
                 row["verdict"] = "not run"
             else:
-                tally = session.Tally()
+                tally = Tally()
                 failure = session.random_traces(
                     driver,
                     session.layout_traces(driver, name, profiles, cp_sizes=[cp_size]),

@@ -44,6 +44,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """How an engine died, timed out or gave a malformed answer (LIVE-1); then no more is known."""
     rank: int | None = None
     """The rank that did."""
+    drawn: Trace | None = None
+    """The random trace that failed first, of which `trace` is what was left."""
 
     @property
     def verdict(self) -> Literal["fail", "error"]:

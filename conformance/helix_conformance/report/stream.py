@@ -240,6 +240,8 @@ class Stream:
 
     Attributes
     ----------
+    lines : list of Line
+        All lines so far.
     rows : list of Row
         The rows so far.
     coverage : list of Coverage
@@ -252,6 +254,7 @@ class Stream:
         self.path = path
         self.rows: list[Row] = []
         self.dead = False
+        self.lines: list[Line] = []
         self.coverage: list[Coverage] = []
         if path is not None:
             path.write_bytes(b"")
@@ -264,6 +267,7 @@ class Stream:
         line : Line
             Any line of the stream.
         """
+        self.lines.append(line)
         if self.path is not None:
             append_line(self.path, line)
 
@@ -326,7 +330,7 @@ class Stream:
                 driver=row.driver,
                 declared=row.declared,
                 trace_file=str(path),
-                **msgspec.structs.asdict(failure),
+                **{k: v for k, v in msgspec.structs.asdict(failure).items() if k != "drawn"},
             )
         )
 

@@ -26,8 +26,9 @@ from helix_conformance.engines import load_engine
 from helix_conformance.generate.strategies import configs, traces
 from helix_conformance.judge.coverage import Needed, Tally
 from helix_conformance.judge.failure import Failure
+from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.stream import MutantKill, MutationRun, append_line
-from helix_conformance.session import profiles_to_check, random_traces
+from helix_conformance.session import random_traces
 from helix_mutants.parts import MUTANTS, Mutant, Stored
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE

@@ -20,7 +20,7 @@ from helix_conformance.drive.driver import Driver
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.engines import load_engine
-from helix_conformance.session import check_trace
+from helix_conformance.judge.play import check_trace
 from helix_spec.trace import load_trace
 
 

@@ -1,0 +1,173 @@
+"""The public Python API: `check` an engine, and the `Report` of what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helix_conformance.drive.launching import LAUNCHED
+from helix_conformance.drive.opening import DRIVERS
+from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.judge.failure import Violation
+from helix_conformance.judge.xfail import Known
+from helix_conformance.report.stream import Stream, Summary, Verdict, encode_line, restrictions
+from helix_conformance.report.text import failure_text
+from helix_conformance.session import Found, Session, SessionError, default_examples
+from helix_spec.engine import PROFILES, Engine
+from helix_spec.trace import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedFailure:
+    """One failing layout of a report."""
+
+    layout: str
+    driver: str
+    trace: Trace
+    """The random trace that failed first."""
+    minimal: Trace
+    """What is left of it: the smallest trace found that still fails."""
+    event: int | None
+    """Index in `minimal` of the event that is answered wrongly; None at the start or the end."""
+    violations: list[Violation]
+    engine_failure: str | None
+    """How the engine died, timed out or gave a malformed answer; then there are no violations."""
+    text: str
+    """The failure as the command line prints it."""
+
+
+class Report:
+    """What a run found.
+
+    Attributes
+    ----------
+    verdict : {"pass", "fail", "error"}
+        `fail` for a difference, `error` when the engine died, timed out or did not start.
+    failures : list of ReportedFailure
+        One for each layout that failed.
+    coverage : dict of str to int
+        How often each situation was visited in which engines go wrong.
+    restrictions : list of str
+        Why this was a part of a run and not a whole one, a sentence each.
+    not_started : str or None
+        Why the engine did not start, when it did not.
+    """
+
+    def __init__(self, session: Session, verdict: Verdict, restricted: Sequence[str]) -> None:
+        self.verdict = verdict
+        self.failures = [_reported(found) for found in session.failures]
+        [summary] = [line for line in session.stream.lines if isinstance(line, Summary)]
+        self.coverage = summary.coverage
+        self.restrictions = list(restricted)
+        self.not_started = session.not_started and str(session.not_started)
+        self._lines = session.stream.lines
+
+    def to_json(self) -> str:
+        """Return the run as JSON lines, the format `helix-run/1` of `run --json`."""
+        return b"".join(map(encode_line, self._lines)).decode()
+
+    def __repr__(self) -> str:
+        failed = ", ".join(f"{one.layout} ({one.driver})" for one in self.failures)
+        return f"<Report: {self.verdict}{': ' if failed else ''}{failed}>"
+
+
+def check(
+    engine: str | type[Engine],
+    *,
+    layouts: Sequence[str] = (),
+    cp: Sequence[int] = (),
+    profiles: Sequence[str] = (),
+    examples: int | None = None,
+    seed: int = 0,
+    driver: str | None = None,
+    known: Path | str | None = None,
+    ranks: int = 4,
+    deadline_s: float = 30.0,
+) -> Report:
+    """Play random traces on an engine, and judge every answer of every rank.
+
+    Parameters
+    ----------
+    engine
+        A class, or what `helix-conformance run --engine` takes: a name, `module:Class`,
+        `stdio:COMMAND`.
+    layouts
+        Names of layouts; all, and `custom` ones, when empty.
+    cp
+        cp_sizes to draw from; those that the driver can hold when empty.
+    profiles
+        Those to check, with those they build on; all that the engine declares when empty.
+    examples
+        Random traces of each layout: 400 in this process and 40 elsewhere when None.
+    seed
+        Of the random traces: the same seed plays the same ones anywhere.
+    driver
+        `local`, `stdio` or `pool`; what the engine needs when None.
+    known
+        A TOML file of the engine's expected failures.
+    ranks
+        Processes of a pool.
+    deadline_s
+        Seconds after which a silent rank has timed out.
+
+    Returns
+    -------
+    Report
+        The verdict, the failures with their smallest traces, and coverage.
+
+    Raises
+    ------
+    ValueError
+        When a name stands for nothing, or the engine does not declare a profile; nothing has run.
+
+    Examples
+    --------
+    >>> from helix_conformance import check
+    >>> check("reference", layouts=["pr9757"], cp=[2], profiles=["pages"], examples=5).verdict
+    'pass'
+    """
+    inside = [name for name in DRIVERS if name not in LAUNCHED]
+    for what, given, allowed in (
+        ("layouts", layouts, LAYOUT_NAMES),
+        ("profiles", profiles, PROFILES),
+        ("driver", [driver] if driver else [], inside),
+    ):
+        for name in given:
+            if name not in allowed:
+                raise SessionError(f"{what}: {name!r} is none of {', '.join(allowed)}.")
+    session = Session(
+        engine,
+        driver,
+        profiles,
+        ranks=ranks,
+        deadline_s=deadline_s,
+        known=Known.read(Path(known)) if known else None,
+        stream=Stream(None),
+    )
+    options: dict[str, Any] = {
+        "layouts": list(layouts),
+        "cp_sizes": list(cp),
+        "asked": list(profiles),
+        "examples": examples,
+        "workload": None,
+    }
+    most = max(default_examples(name) for _, name in session.tiers)
+    restricted = restrictions(options, examples=most, layouts=len(LAYOUT_NAMES))
+    session.stream.settings("check", session.engine, restricted, **options, seed=seed)
+    session.random(layouts, cp, examples, seed)
+    return Report(session, session.summary(seed), restricted)
+
+
+def _reported(found: Found) -> ReportedFailure:
+    return ReportedFailure(
+        layout=found.row.layout,
+        driver=found.row.driver,
+        trace=found.failure.drawn or found.failure.trace,
+        minimal=found.failure.trace,
+        event=found.failure.event,
+        violations=found.failure.violations,
+        engine_failure=found.failure.engine_failure,
+        text="\n".join(failure_text(found.failure)),
+    )
