@@ -22,7 +22,7 @@ from pathlib import Path
 
 from helix_conformance.drive.driver import Driver, Watch
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_conformance.session import check_trace

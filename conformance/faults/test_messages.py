@@ -9,14 +9,14 @@ from multiprocessing.connection import Connection, Pipe
 from types import SimpleNamespace
 
 import pytest
-
-from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.lines import Line
-from helix_conformance.drive.messages import Hello, Observe, line_of
-from helix_conformance.drive.process import EngineProcess
 from helix_conformance.drive.supervised import RemoteRank, _hand_to_and_fro
 from helix_conformance.drive.wire import Failed, Play, Ready, Stop, pack, unpack_from_engine
 from helix_conformance.drive.worker import Setup
+
+from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.messages import Hello, Observe, line_of
+from helix_conformance.drive.process import EngineProcess
 from helix_spec.config import Config
 
 GARBAGE = b"\xc1rubbish"

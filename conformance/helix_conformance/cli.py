@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from helix_conformance import session
 from helix_conformance.drive.driver import Driver, EngineFailure
-from helix_conformance.drive.launching import LAUNCHED, leave_verdict, take_part
+from helix_conformance.drive.launched import LAUNCHED, leave_verdict, take_part
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
