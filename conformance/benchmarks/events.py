@@ -5,7 +5,7 @@
 - bookkeeping: one process, cp_size 4, 64 live requests, 8 of them in each decode; the requests
   that an event names are compared after it, everything every 100 events and at the end;
 - attention, 4 threads of one process, and 4 gloo ranks: every output and all state compared after
-  every event. To gloo ranks the trace goes out whole, and one gather brings the answers back.
+  every event. Gloo ranks are told events ahead of their answers.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helix_conformance.cli import main
 from helix_conformance.drive import messages, process
 from helix_conformance.drive.asking import MalformedAnswer
-from helix_conformance.drive.driver import EngineFailure
+from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.process import StdioDriver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
@@ -171,6 +171,32 @@ def test_ranks_after_a_failure_are_new(astray):
     driver = astray("crash")
     first = check_trace(driver, TRACE, BOOKKEEPING)
     assert first == check_trace(driver, TRACE, BOOKKEEPING)
+
+
+def test_a_trace_that_is_left_early(opened, c_engine):
+    """What was sent ahead of it is answered and not looked at; the processes stay."""
+    driver = opened(c_engine)
+    events = [Admit(4, 3), *[Decode([4], [1])] * 40, Release(4)]
+    for _ in range(3):
+        played = driver.play(TRACE.config, BOOKKEEPING, events, Watch())
+        assert [None, events[0]] == [event for event, _ in (next(played), next(played))]
+        played.close()
+        children = list(driver.ranks)
+        assert None is check_trace(driver, TRACE, BOOKKEEPING)
+        assert children == driver.ranks
+
+
+@pytest.mark.parametrize("how", ["hang", "crash", "failed"])
+def test_a_failure_that_nobody_waits_for(astray, monkeypatch, how):
+    """A rank that fails after the trace was left is replaced when it must be, and not blamed."""
+    monkeypatch.setattr(process, "DRAIN_S", 0.2)
+    driver = astray(how)
+    for _ in range(2):
+        played = driver.play(TRACE.config, BOOKKEEPING, TRACE.events, Watch())
+        assert [None, TRACE.events[0]] == [event for event, _ in (next(played), next(played))]
+        played.close()
+        rest = msgspec.structs.replace(TRACE, events=[Admit(4, 3), Release(4)])
+        assert None is check_trace(driver, rest, BOOKKEEPING)
 
 
 @pytest.mark.parametrize(

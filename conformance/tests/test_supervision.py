@@ -14,6 +14,7 @@ from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.launched import Relayed, Remote, Supervisor
 from helix_conformance.drive.meeting import Address, Switchboard, call
 from helix_conformance.drive.messages import (
+    Apply,
     Ended,
     Failed,
     Hello,
@@ -31,7 +32,15 @@ from helix_conformance.drive.messages import (
     line_of,
     request_of,
 )
-from helix_conformance.drive.process import Child, Due, Lines, Loop, ProcessDriver, collect
+from helix_conformance.drive.process import (
+    WINDOW,
+    Child,
+    Due,
+    Lines,
+    Loop,
+    ProcessDriver,
+    collect,
+)
 from helix_spec.config import Config
 from helix_spec.events import Admit, Reason
 
@@ -281,6 +290,40 @@ def test_whole_answers_and_a_refused_start():
     assert [None, Admit(0, 1), None] == [event for event, _ in played(*WHOLE)]
     ((event, (refused,)),) = played([Outcome(1, Reason.BAD_CONFIG)])
     assert (None, Reason.BAD_CONFIG) == (event, refused.outcome.reason)
+
+
+def test_requests_go_out_ahead_of_answers():
+    """A window of events is sent before the first of them is answered, and no more."""
+    count = 3 * WINDOW
+    driver = Answering([])
+    loop, (rank, far) = driver.loop, line(driver.loop)
+    driver.ranks[0].kill()
+    driver.ranks, asked = [rank], []
+
+    def answers():
+        far.tell(Outcome(far.hear().seq))
+        asked.extend(far.hear() for _ in range(2 * WINDOW))
+        far.end.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            far.end.recv(1)
+        for request in asked:
+            far.tell(Outcome(request.seq) if isinstance(request, Apply) else View(request.seq, {}))
+
+    thread = threading.Thread(target=answers)
+    thread.start()
+    drawn = []
+    events = (drawn.append(id) or Admit(id, 1) for id in range(count))
+    played = driver.play(CONFIG, frozenset({"lengths"}), events, Watch())
+    next(played)
+    assert [] == drawn
+    assert Admit(0, 1) == next(played)[0]
+    assert list(range(WINDOW)) == drawn
+    assert WINDOW == sum(isinstance(request, Apply) for request in asked)
+    thread.join()
+    driver.kill()
+    loop.close()
+    for end in (far, driver.far):
+        end.close()
 
 
 def test_only_those_with_the_key_are_let_in():

@@ -483,7 +483,7 @@ class Supervisor:
         except (EOFError, MalformedAnswer):
             self.over = True
         except RequestError as error:
-            self._tell(Ended(f"has a supervisor that was sent garbage: {error}", "raised"))
+            self._tell(Ended(f"has a supervisor that was sent a malformed line: {error}", "raised"))
             self.over = True
         return not self.over
 
