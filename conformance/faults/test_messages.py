@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from helix_conformance.drive.driver import EngineFailure
-from helix_conformance.drive.launched import Relayed, Remote, Supervisor
+from helix_conformance.drive.launched import Remote, Supervised
 from helix_conformance.drive.meeting import Group
 from helix_conformance.drive.messages import (
     Ended,
@@ -94,9 +94,7 @@ def test_a_supervisor_is_sent_no_request(line: tuple[Lines, socket.socket], rubb
     """It says so to rank 0, and leaves."""
     near, far = line
     far.sendall(rubbish)
-    loop = Loop()
-    child = Relayed(1, [sys.executable, "-c", "input()"], loop, ours=True)
-    assert Supervisor(child, near, loop).run() is None
+    assert Supervised(1, [sys.executable, "-c", "input()"], near).run() is None
     told = relayed_of(far.makefile("rb").readline())
     assert isinstance(told, Ended)
     assert told.what.startswith(

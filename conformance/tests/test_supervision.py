@@ -11,7 +11,7 @@ import pytest
 
 from helix_conformance.drive import launched
 from helix_conformance.drive.driver import EngineFailure, Watch
-from helix_conformance.drive.launched import Relayed, Remote, Supervisor
+from helix_conformance.drive.launched import Remote, Supervised
 from helix_conformance.drive.meeting import Address, Switchboard, call
 from helix_conformance.drive.messages import (
     Apply,
@@ -233,14 +233,15 @@ def test_told_to_stop_ends_the_wait(ranks):
     assert 30 > time.monotonic() - began
 
 
-class Answering(ProcessDriver):
-    """A driver whose only rank gives answers that are written down, each when it is asked."""
+class Lone(ProcessDriver):
+    """A driver of one rank, whose supervisor does as it is told: `answers` is run in a thread."""
 
-    def __init__(self, answers):
-        super().__init__("nobody", 0.2)
+    def __init__(self, answers, deadline_s):
+        super().__init__("nobody", deadline_s)
         rank, self.far = line(self.loop)
         self.ranks = [rank]
-        threading.Thread(target=answering, args=[self.far, answers], daemon=True).start()
+        self.thread = threading.Thread(target=answers, args=[self.far], daemon=True)
+        self.thread.start()
 
     def start_ranks(self, world):
         """There is one."""
@@ -258,9 +259,9 @@ def answering(far, answers):
                 far.tell(*next(left, ()))
 
 
-def played(*answers):
+def played(*answers, deadline_s=20.0):
     """What a driver yields for a trace of one event whose requests are answered so."""
-    driver = Answering(answers)
+    driver = Lone(lambda far: answering(far, answers), deadline_s)
     try:
         return list(driver.play(CONFIG, frozenset({"lengths"}), [Admit(0, 1)], Watch()))
     finally:
@@ -276,7 +277,7 @@ WHOLE = ([Outcome(1)], [Outcome(2)], [View(3, {})], [View(4, {})])
 def test_missing_answers_do_not_pass(count):
     """A rank that answers less than it was asked has failed."""
     with pytest.raises(EngineFailure, match="no answer within 0"):
-        played(*WHOLE[:count])
+        played(*WHOLE[:count], deadline_s=0.2)
 
 
 def test_answers_too_many_do_not_pass():
@@ -294,13 +295,9 @@ def test_whole_answers_and_a_refused_start():
 
 def test_requests_go_out_ahead_of_answers():
     """A window of events is sent before the first of them is answered, and no more."""
-    count = 3 * WINDOW
-    driver = Answering([])
-    loop, (rank, far) = driver.loop, line(driver.loop)
-    driver.ranks[0].kill()
-    driver.ranks, asked = [rank], []
+    asked, drawn = [], []
 
-    def answers():
+    def answers(far):
         far.tell(Outcome(far.hear().seq))
         asked.extend(far.hear() for _ in range(2 * WINDOW))
         far.end.settimeout(0.1)
@@ -309,21 +306,17 @@ def test_requests_go_out_ahead_of_answers():
         for request in asked:
             far.tell(Outcome(request.seq) if isinstance(request, Apply) else View(request.seq, {}))
 
-    thread = threading.Thread(target=answers)
-    thread.start()
-    drawn = []
-    events = (drawn.append(id) or Admit(id, 1) for id in range(count))
+    driver = Lone(answers, 20.0)
+    events = (drawn.append(id) or Admit(id, 1) for id in range(3 * WINDOW))
     played = driver.play(CONFIG, frozenset({"lengths"}), events, Watch())
     next(played)
     assert [] == drawn
     assert Admit(0, 1) == next(played)[0]
     assert list(range(WINDOW)) == drawn
     assert WINDOW == sum(isinstance(request, Apply) for request in asked)
-    thread.join()
+    driver.thread.join()
     driver.kill()
-    loop.close()
-    for end in (far, driver.far):
-        end.close()
+    driver.far.close()
 
 
 def test_only_those_with_the_key_are_let_in():
@@ -381,13 +374,11 @@ def supervised():
     ends = []
 
     def start(code):
-        loop = Loop()
         near, far = socket.socketpair()
         descriptor = near.detach()
-        child = Relayed(1, [sys.executable, "-c", code], loop, ours=True)
         ends.append(far)
         up = Lines(descriptor, os.dup(descriptor))
-        return Supervisor(child, up, loop), far
+        return Supervised(1, [sys.executable, "-c", code], up), far
 
     yield start
     for far in ends:

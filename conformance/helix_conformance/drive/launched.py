@@ -19,10 +19,11 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
+from helix_conformance.drive import messages
 from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.meeting import (
@@ -32,16 +33,6 @@ from helix_conformance.drive.meeting import (
     call,
     hosted_store,
     joined_store,
-)
-from helix_conformance.drive.messages import (
-    Ended,
-    RequestError,
-    Stop,
-    Stuck,
-    Where,
-    control_of,
-    line_of,
-    relayed_of,
 )
 from helix_conformance.drive.process import (
     SERVE,
@@ -76,40 +67,6 @@ class Meeting(msgspec.Struct, frozen=True):
     port: int = 0
 
 
-class Launcher(Protocol):
-    """What launches processes, and by which they first meet."""
-
-    def is_here(self) -> bool:
-        """Whether it has launched this process."""
-
-    def rank(self) -> int:
-        """The global rank of this process. Whoever asks and is rank 0 must open a driver."""
-
-    def world(self) -> int:
-        """Number of the processes."""
-
-    def command(self, ranks: int) -> tuple[list[str], dict[str, str]]:
-        """Return the command that starts so many Python processes here, and its environment."""
-
-    def host(self) -> str:
-        """Return the name of rank 0's machine to the others."""
-
-    def store(self, host: str) -> tuple[str, int]:
-        """Return where rank 0 has a store for the engines' group."""
-
-    def tell(self, meeting: Meeting) -> None:
-        """Tell all other ranks, as rank 0."""
-
-    def hear(self) -> Meeting:
-        """Return what rank 0 tells."""
-
-    def lines(self, descriptor: int, peer: int) -> Lines:
-        """Return the lines to and from a peer."""
-
-    def leave_at_once(self, status: int) -> None:
-        """Let this process end with a peer missing."""
-
-
 # Torchrun
 
 
@@ -117,44 +74,44 @@ class Torchrun:
     """Processes that torchrun launches, whose own key-value store they meet at."""
 
     def is_here(self) -> bool:
-        """See `Launcher.is_here`."""
+        """Whether it has launched this process."""
         return "TORCHELASTIC_RUN_ID" in os.environ
 
     def rank(self) -> int:
-        """See `Launcher.rank`."""
+        """The global rank of this process."""
         return int(os.environ["RANK"])
 
     def world(self) -> int:
-        """See `Launcher.world`."""
+        """Number of the processes."""
         return int(os.environ["WORLD_SIZE"])
 
     def command(self, ranks: int) -> tuple[list[str], dict[str, str]]:
-        """See `Launcher.command`."""
+        """Return the command that starts so many Python processes here, and its environment."""
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*words, f"--nproc-per-node={ranks}"], {}
 
     def host(self) -> str:
-        """See `Launcher.host`."""
+        """Return the name of rank 0's machine to the others."""
         return os.environ["MASTER_ADDR"]
 
     def store(self, host: str) -> tuple[str, int]:
-        """See `Launcher.store`: torchrun's own."""
+        """Return where rank 0 has a store for the engines' group: torchrun's own."""
         return host, int(os.environ["MASTER_PORT"])
 
     def tell(self, meeting: Meeting) -> None:
-        """See `Launcher.tell`."""
+        """Tell all other ranks, as rank 0."""
         self._control().set("meeting", msgspec.json.encode(meeting).decode())
 
     def hear(self) -> Meeting:
-        """See `Launcher.hear`."""
+        """Return what rank 0 tells."""
         return msgspec.json.decode(self._control().get("meeting"), type=Meeting)
 
     def lines(self, descriptor: int, peer: int) -> Lines:
-        """See `Launcher.lines`."""
+        """Return the lines to and from a peer."""
         return Lines(descriptor, os.dup(descriptor))
 
     def leave_at_once(self, status: int) -> None:
-        """See `Launcher.leave_at_once`: nothing waits for peers."""
+        """Let this process end with a peer missing: nothing waits for peers."""
 
     def _control(self) -> Any:
         return joined_store(*self.store(self.host()), "helix-control")
@@ -174,21 +131,21 @@ class Mpi:
     has_met = False
 
     def is_here(self) -> bool:
-        """See `Launcher.is_here`: of Open MPI or of the PMI family."""
+        """See `Torchrun.is_here`: of Open MPI or of the PMI family."""
         return "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ
 
     def rank(self) -> int:
-        """See `Launcher.rank`."""
+        """See `Torchrun.rank`. Whoever asks and is rank 0 must open a driver."""
         if _world().rank == 0:
             atexit.register(self._abandon)
         return int(_world().rank)
 
     def world(self) -> int:
-        """See `Launcher.world`."""
+        """See `Torchrun.world`."""
         return int(_world().size)
 
     def command(self, ranks: int) -> tuple[list[str], dict[str, str]]:
-        """See `Launcher.command`. Raises EngineSpecError without an mpiexec or mpi4py."""
+        """See `Torchrun.command`. Raises EngineSpecError without an mpiexec or mpi4py."""
         if find_spec("mpi4py") is None:
             raise EngineSpecError("There is no mpi4py; install helix-conformance[mpi].")
         beside = str(Path(sys.executable).parent)
@@ -204,7 +161,7 @@ class Mpi:
         return [mpiexec, "--continuous", "-n", str(ranks), sys.executable], more
 
     def host(self) -> str:
-        """See `Launcher.host`: the loopback, when all ranks are on one machine. All ranks call."""
+        """See `Torchrun.host`: the loopback, when all ranks are on one machine. All ranks call."""
         mpi, world = _mpi(), _world()
         longest = mpi.MAX_PROCESSOR_NAME
         mine = mpi.Get_processor_name().encode().ljust(longest, b"\0")
@@ -215,26 +172,26 @@ class Mpi:
         return names[:longest].rstrip(b"\0").decode()
 
     def store(self, host: str) -> tuple[str, int]:
-        """See `Launcher.store`: it listens as long as this object lives."""
+        """See `Torchrun.store`: it listens as long as this object lives."""
         self.hosted = hosted_store(host)
         return host, self.hosted.port
 
     def tell(self, meeting: Meeting) -> None:
-        """See `Launcher.tell`."""
+        """See `Torchrun.tell`."""
         self._broadcast(bytearray(msgspec.json.encode(meeting).ljust(_MEETING)))
         self.has_met = True
 
     def hear(self) -> Meeting:
-        """See `Launcher.hear`."""
+        """See `Torchrun.hear`."""
         self.host()
         return msgspec.json.decode(self._broadcast(bytearray(_MEETING)), type=Meeting)
 
     def lines(self, descriptor: int, peer: int) -> Lines:
-        """See `Launcher.lines`."""
+        """See `Torchrun.lines`."""
         return MpiLines(descriptor, peer)
 
     def leave_at_once(self, status: int) -> None:
-        """See `Launcher.leave_at_once`: MPI's own farewell would wait for all ranks."""
+        """See `Torchrun.leave_at_once`: MPI's own farewell would wait for all ranks."""
         atexit.register(_exit, status)
 
     def _broadcast(self, buffer: bytearray) -> bytearray:
@@ -318,6 +275,8 @@ def _exit(status: int) -> None:
     os._exit(status)
 
 
+Launcher = Torchrun | Mpi
+"""What launches processes, and by which they first meet."""
 _LAUNCHERS: Final[dict[str, Launcher]] = {"torchrun": Torchrun(), "mpi": Mpi()}
 
 
@@ -327,18 +286,18 @@ _LAUNCHERS: Final[dict[str, Launcher]] = {"torchrun": Torchrun(), "mpi": Mpi()}
 class Remote(Rank):
     """A rank behind a supervisor, as rank 0 sees it."""
 
-    stuck: Stuck | None = None
+    stuck: messages.Stuck | None = None
     """The latest answer to `where`."""
     asked = 0
 
     def take(self, line: bytes) -> None:
         """See `Rank.take`; some lines are the supervisor's own."""
-        match relayed_of(line):
-            case Stuck() as stuck if stuck.seq == self.asked:
+        match messages.relayed_of(line):
+            case messages.Stuck() as stuck if stuck.seq == self.asked:
                 self.stuck = stuck
-            case Stuck():
+            case messages.Stuck():
                 raise MalformedAnswer("it says where it is, and was not asked")
-            case Ended(what, how):
+            case messages.Ended(what, how):
                 self.failed = self.failure(what, how)
             case answer:
                 self.answered(answer)
@@ -355,7 +314,7 @@ class Remote(Rank):
     def look(self) -> None:
         """See `Rank.look`."""
         self.asked, self.stuck = self.asked + 1, None
-        self.lines.put(line_of(Where(self.asked)))
+        self.lines.put(messages.line_of(messages.Where(self.asked)))
 
     def waits_for_peers(self) -> bool:
         """See `Rank.waits_for_peers`. Raises EngineFailure when the supervisor is silent too."""
@@ -416,7 +375,7 @@ class LaunchedDriver(ProcessDriver):
         if self.ranks:
             whole = not any(remote.lost for remote in self.remotes)
             for remote in self.remotes:
-                remote.lines.put(line_of(Stop(whole)))
+                remote.lines.put(messages.line_of(messages.Stop(whole)))
             until = time.monotonic() + ASK_LIMIT_S
             while any(r.lines.unsent for r in self.remotes) and time.monotonic() < until:
                 self.loop.turn(0.1)
@@ -448,69 +407,66 @@ def _group(
 # The other ranks
 
 
-class Relayed(Child):
-    """A supervisor's engine, whose lines go on to rank 0."""
+class Supervised(Child):
+    """A supervisor's engine: relays lines between rank 0 and it, until rank 0 says stop or is gone.
 
-    up: Lines
+    `up` are the lines to and from rank 0.
+    """
+
+    def __init__(self, rank: int, command: Sequence[str], up: Lines) -> None:
+        super().__init__(rank, command, Loop(), ours=True)
+        self.up = up
+        self.asked: list[messages.Where] = []
+        self.over = False
+        self.stop: messages.Stop | None = None
+        self.loop.add(up, self.listen_up)
 
     def take(self, line: bytes) -> None:
         """See `Rank.take`: rank 0 reads it."""
         self.up.put(line + b"\n")
 
-
-class Supervisor:
-    """Relays lines between rank 0 and the engine, until rank 0 says stop or is gone."""
-
-    def __init__(self, child: Relayed, up: Lines, loop: Loop) -> None:
-        self.child, self.up, self.loop = child, up, loop
-        child.up = up
-        self.asked: list[Where] = []
-        self.over = False
-        self.stop: Stop | None = None
-        loop.add(up, self.listen)
-
-    def listen(self) -> bool:
+    def listen_up(self) -> bool:
         """Take what rank 0 says now; whether there may be more."""
         try:
             for line in self.up.read():
-                control = control_of(line)
-                if isinstance(control, Stop):
+                control = messages.control_of(line)
+                if isinstance(control, messages.Stop):
                     self.stop, self.over = control, True
                 elif control is not None:
                     self.asked.append(control)
                 else:
-                    self.child.lines.put(line + b"\n")
+                    self.lines.put(line + b"\n")
         except (EOFError, MalformedAnswer):
             self.over = True
-        except RequestError as error:
-            self._tell(Ended(f"has a supervisor that was sent a malformed line: {error}", "raised"))
+        except messages.RequestError as error:
+            what = f"has a supervisor that was sent a malformed line: {error}"
+            self._tell(messages.Ended(what, "raised"))
             self.over = True
         return not self.over
 
-    def run(self) -> Stop | None:
+    def run(self) -> messages.Stop | None:
         """Relay; return what rank 0 said last, None when it is gone."""
         signal.signal(signal.SIGTERM, _told_to_stop)
         reported = False
         try:
             while not self.over:
-                failed = self.child.failed
-                if failed is not None and not reported:
-                    self._tell(Ended(failed.what, failed.how))
+                if self.failed is not None and not reported:
+                    self._tell(messages.Ended(self.failed.what, self.failed.how))
                     reported = True
                 while self.asked and not reported:
                     where = self.asked.pop()
-                    self.child.look()
-                    self._tell(Stuck(where.seq, self.child.waits_for_peers()))
+                    self.look()
+                    self._tell(messages.Stuck(where.seq, self.waits_for_peers()))
                 self.loop.turn(None)
         except SystemExit:
-            self._tell(Ended("was told to stop", "stopped"))
+            self._tell(messages.Ended("was told to stop", "stopped"))
             raise
         finally:
-            self.child.kill()
+            self.kill()
         return self.stop
 
-    def _tell(self, message: Ended | Stuck) -> None:
-        self.up.put(line_of(message))
+    def _tell(self, message: messages.Ended | messages.Stuck) -> None:
+        self.up.put(messages.line_of(message))
 
 
 def _told_to_stop(*_: Any) -> None:
@@ -522,9 +478,7 @@ def _supervise(launcher: Launcher, engine: str, *, backend: str, deadline_s: flo
     rank, meeting = launcher.rank(), launcher.hear()
     group = _group(launcher, meeting, rank, backend, deadline_s)
     up = launcher.lines(call(meeting.address, rank, START_LIMIT_S), 0)
-    loop = Loop()
-    child = Relayed(rank, [*SERVE, engine, group.to_json()], loop, ours=True)
-    stop = Supervisor(child, up, loop).run()
+    stop = Supervised(rank, [*SERVE, engine, group.to_json()], up).run()
     status = LEFT_ALONE if stop is None else 0
     if stop is None or not stop.whole:
         launcher.leave_at_once(status)

@@ -23,33 +23,14 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from helix_conformance.drive import messages
 from helix_conformance.drive.asking import MalformedAnswer, words
 from helix_conformance.drive.blame import NOTHING_DUE, blame_silent, first_cause
 from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, Watch, signal_name
 from helix_conformance.drive.meeting import Group, hosted_store
-from helix_conformance.drive.messages import (
-    ANSWERED_BY,
-    PROTOCOL,
-    Apply,
-    Failed,
-    FromEngine,
-    Hello,
-    LayoutParts,
-    Observe,
-    Outcome,
-    Ready,
-    Start,
-    ToEngine,
-    View,
-    answer_of,
-    line_of,
-    spec_outcome,
-    spec_view,
-)
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine
 from helix_spec.config import Config
-from helix_spec.engine import Outcome as SpecOutcome
-from helix_spec.engine import declaration_problem
+from helix_spec.engine import Outcome, declaration_problem
 from helix_spec.events import Event, ids_of
 
 START_LIMIT_S: Final = float(os.environ.get("HELIX_START_LIMIT_S", "120"))
@@ -195,7 +176,7 @@ class Due(NamedTuple):
     """An answer that a rank owes."""
 
     seq: int
-    kind: type[FromEngine]
+    kind: type[messages.FromEngine]
     event: int | None
     """Index of the event that it is about."""
 
@@ -206,7 +187,7 @@ class Rank:
     def __init__(self, rank: int, lines: Lines, loop: Loop) -> None:
         self.rank, self.lines, self.loop = rank, lines, loop
         self.due: deque[Due] = deque()
-        self.answers: deque[FromEngine | EngineFailure] = deque()
+        self.answers: deque[messages.FromEngine | EngineFailure] = deque()
         """What it has answered; a failure in place of each answer that says so."""
         self.heard = time.monotonic()
         """When it last said anything."""
@@ -243,20 +224,22 @@ class Rank:
 
     def take(self, line: bytes) -> None:
         """Take one line. Raises MalformedAnswer."""
-        self.answered(answer_of(line))
+        self.answered(messages.answer_of(line))
 
-    def answered(self, answer: FromEngine) -> None:
+    def answered(self, answer: messages.FromEngine) -> None:
         """Take one answer. Raises MalformedAnswer when another one is due."""
-        told = type(answer).__name__.lower()
         if not self.due:
-            raise MalformedAnswer(f"it sent {told} {answer.seq}, and nothing was asked")
+            raise MalformedAnswer(f"it sent {_kind(answer)} {answer.seq}, and nothing was asked")
         seq, kind, _ = self.due[0]
-        if not isinstance(answer, Failed):
-            if answer.seq != seq:
-                raise MalformedAnswer(f"it answered request {answer.seq}, and was asked {seq}")
-            if not isinstance(answer, kind):
-                raise MalformedAnswer(f"it sent {told} where {kind.__name__.lower()} is due")
-        self.answers.append(self.failure(answer.what) if isinstance(answer, Failed) else answer)
+        if isinstance(answer, messages.Failed):
+            self.answers.append(self.failure(answer.what))
+        elif answer.seq != seq:
+            raise MalformedAnswer(f"it answered request {answer.seq}, and was asked {seq}")
+        elif not isinstance(answer, kind):
+            due = kind.__name__.lower()
+            raise MalformedAnswer(f"it sent {_kind(answer)} where {due} is due")
+        else:
+            self.answers.append(answer)
         self.due.popleft()
 
     def failure(self, what: str, how: Kind = "raised") -> EngineFailure:
@@ -285,6 +268,10 @@ class Rank:
     def kill(self) -> None:
         """End the rank at once."""
         raise NotImplementedError
+
+
+def _kind(answer: messages.FromEngine) -> str:
+    return type(answer).__name__.lower()
 
 
 class Child(Rank):
@@ -425,20 +412,20 @@ class Request(msgspec.Struct, frozen=True):
 
     index: int | None
     event: Event | None
-    messages: Sequence[ToEngine]
+    asked: Sequence[messages.ToEngine]
 
     def due(self) -> list[Due]:
         """Return the answers that each rank owes for it."""
-        return [Due(m.seq, ANSWERED_BY[type(m)], self.index) for m in self.messages]
+        return [Due(m.seq, messages.ANSWERED_BY[type(m)], self.index) for m in self.asked]
 
     def answer(self, told: Sequence[Any], profiles: frozenset[str]) -> Answer:
         """Return one rank's answers in the words of the specification. Raises MalformedAnswer."""
-        outcome, view = SpecOutcome(), None
-        for message, answer in zip(self.messages, told, strict=True):
-            if isinstance(answer, Outcome):
-                outcome = spec_outcome(answer, self.event, profiles)
-            elif isinstance(answer, View) and isinstance(message, Observe):
-                view = spec_view(answer, message.ids, profiles)
+        outcome, view = Outcome(), None
+        for message, answer in zip(self.asked, told, strict=True):
+            if isinstance(answer, messages.Outcome):
+                outcome = messages.spec_outcome(answer, self.event, profiles)
+            elif isinstance(answer, messages.View) and isinstance(message, messages.Observe):
+                view = messages.spec_view(answer, message.ids, profiles)
         return Answer(outcome, view)
 
 
@@ -519,11 +506,13 @@ class ProcessDriver:
 
     def _begun(self, config: Config, profiles: frozenset[str]) -> list[Answer]:
         world, seq = config.world_size, self._next()
-        layout, checked = LayoutParts(**config.layout.parts()), sorted(profiles)
-        starts = [Start(seq, rank, world, config, layout, checked) for rank in range(world)]
+        layout, checked = messages.LayoutParts(**config.layout.parts()), sorted(profiles)
+        starts = [
+            messages.Start(seq, rank, world, config, layout, checked) for rank in range(world)
+        ]
         request = Request(None, None, starts[:1])
         for rank, message in zip(self.ranks, starts, strict=False):
-            rank.ask(line_of(message), request.due())
+            rank.ask(messages.line_of(message), request.due())
             rank.lines.write()
         return self._answers(self.ranks[:world], request, profiles)
 
@@ -540,7 +529,7 @@ class ProcessDriver:
             request = self._request(next(events, None), watch)
             drawn = request.event is None
             pending.append(request)
-            lines, due = b"".join(map(line_of, request.messages)), request.due()
+            lines, due = b"".join(map(messages.line_of, request.asked)), request.due()
             for rank in ranks:
                 rank.ask(lines, due)
             if max(len(rank.lines.unsent) for rank in ranks) > UNSENT:
@@ -552,19 +541,19 @@ class ProcessDriver:
     def _request(self, drawn: tuple[int, Event] | None, watch: Watch) -> Request:
         """Return what is asked about an event; after the last one, about the whole state."""
         if drawn is None:
-            return Request(None, None, [Observe(self._next(), None)])
+            return Request(None, None, [messages.Observe(self._next(), None)])
         index, event = drawn
-        messages: list[ToEngine] = [Apply(self._next(), event)]
+        asked: list[messages.ToEngine] = [messages.Apply(self._next(), event)]
         if watch.looks(index):
             ids = None if watch.whole(index) else ids_of(event)
-            messages.append(Observe(self._next(), ids))
-        return Request(index, event, messages)
+            asked.append(messages.Observe(self._next(), ids))
+        return Request(index, event, asked)
 
     def _answers(
         self, ranks: Sequence[Rank], request: Request, profiles: frozenset[str]
     ) -> list[Answer]:
         """Return the answers of all ranks to one request. Raises EngineFailure."""
-        count = len(request.messages)
+        count = len(request.asked)
         collect(ranks, count, self.deadline_s, lambda: self.told_to_stop)
         answers = []
         for rank in ranks:
@@ -594,9 +583,9 @@ class ProcessDriver:
         try:
             if not (new := self.start_ranks(world)):
                 return
-            request = Request(None, None, [Hello(self._next())])
+            request = Request(None, None, [messages.Hello(self._next())])
             for rank in new:
-                rank.ask(line_of(request.messages[0]), request.due())
+                rank.ask(messages.line_of(request.asked[0]), request.due())
                 rank.lines.write()
             collect(new, 1, START_LIMIT_S, lambda: self.told_to_stop)
             for rank in new:
@@ -607,9 +596,9 @@ class ProcessDriver:
 
     def _welcome(self, rank: Rank) -> None:
         ready = rank.answers.popleft()
-        assert isinstance(ready, Ready)
-        if ready.protocol != PROTOCOL:
-            raise rank.failure(f"speaks {ready.protocol!r}, and the suite {PROTOCOL}")
+        assert isinstance(ready, messages.Ready)
+        if ready.protocol != messages.PROTOCOL:
+            raise rank.failure(f"speaks {ready.protocol!r}, and the suite {messages.PROTOCOL}")
         problem = declaration_problem(ready.profiles)
         if problem is not None:
             raise rank.failure(problem.rstrip("."))
@@ -619,7 +608,7 @@ class ProcessDriver:
             told, first = ", ".join(sorted(ready.profiles)), ", ".join(sorted(self.profiles))
             raise rank.failure(f"declares {told}, where rank 0 declares {first}")
 
-    def settings_of(self, ready: Ready) -> dict[str, str]:
+    def settings_of(self, ready: messages.Ready) -> dict[str, str]:
         """Return what a rank says about how it is set up, for reports."""
         return ready.settings
 
@@ -689,7 +678,7 @@ class StdioDriver(ProcessDriver):
         self.ranks += [Child(rank, self.command, self.loop, ours=False) for rank in new]
         return self.ranks[new.start :]
 
-    def settings_of(self, ready: Ready) -> dict[str, str]:
+    def settings_of(self, ready: messages.Ready) -> dict[str, str]:
         """See `ProcessDriver.settings_of`."""
         return {"engine": ready.engine, "version": ready.version, **ready.settings}
 
