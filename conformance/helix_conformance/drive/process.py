@@ -105,12 +105,14 @@ class Lines:
             chunk = b""
         if not chunk:
             raise EOFError
-        self.rest += chunk
-        if b"\n" not in chunk:
-            if len(self.rest) > LONGEST_LINE:
-                raise MalformedAnswer(f"its line is longer than {LONGEST_LINE} bytes")
+        first, end, behind = chunk.partition(b"\n")
+        self.rest += first
+        if len(self.rest) > LONGEST_LINE:
+            raise MalformedAnswer(f"its line is longer than {LONGEST_LINE} bytes")
+        if not end:
             return []
-        *lines, rest = bytes(self.rest).split(b"\n")
+        *others, rest = behind.split(b"\n")
+        lines = [bytes(self.rest), *others]
         self.rest = bytearray(rest)
         return lines
 
