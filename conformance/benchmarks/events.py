@@ -5,7 +5,7 @@
 - bookkeeping: one process, cp_size 4, 64 live requests, 8 of them in each decode; the requests
   that an event names are compared after it, everything every 100 events and at the end;
 - attention, 4 threads of one process, and 4 gloo ranks: every output and all state compared after
-  every event. To gloo ranks the trace goes out whole, and one gather brings the answers back.
+  every event. Gloo ranks are told events ahead of their answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from helix_conformance.drive.driver import Driver, Watch
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_conformance.judge.play import check_trace

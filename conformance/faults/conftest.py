@@ -27,7 +27,7 @@ def pool() -> Iterator[object]:
     """Four gloo workers that say where they are."""
     from sabotage import DEADLINE_S
 
-    from helix_conformance.drive.pool import PoolDriver
+    from helix_conformance.drive.process import PoolDriver
 
     driver = PoolDriver("faulty_engines:Beacon", 4, deadline_s=DEADLINE_S)
     yield driver

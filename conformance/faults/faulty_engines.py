@@ -5,9 +5,9 @@ Worker processes import this module by its name, so the folder is put on their P
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,24 +61,21 @@ class BitFlipped(GpuEngine):
 
 
 class Garbled(GpuEngine):
-    """On rank 1 the control channel carries bytes that are no message, as the pad says.
+    """On rank 1 the stream of answers carries bytes that are no message, as the pad says.
 
-    1: a frame of rubbish; 2: the length of a frame that never comes; 3: a length below zero.
+    1: a line of rubbish; 2: a line that does not end; 3: bytes that are no UTF-8.
     """
 
     def apply(self, event: Event) -> Outcome:
-        """Write to the channel over the worker's head."""
+        """Write to the stream over the server's head."""
         if self.rank == 1 and isinstance(event, Decode) and event.pad:
-            channel = json.loads(sys.argv[1])["channel"]
-            rubbish = {
-                1: (8).to_bytes(4, "big") + b"\xc1rubbish",
-                2: (2**31 - 1).to_bytes(4, "big"),
-                3: (-5).to_bytes(4, "big", signed=True),
-            }[event.pad]
-            os.write(channel, rubbish)
+            frame = sys._getframe()
+            while "answers" not in frame.f_locals:
+                assert frame.f_back is not None
+                frame = frame.f_back
+            rubbish = {1: b"rubbish\n", 2: b'{"type":"outcome",', 3: b'{"type":"\xff\xfe"}\n'}
+            os.write(frame.f_locals["answers"].fileno(), rubbish[event.pad])
             if event.pad == 2:
-                import time
-
                 time.sleep(3600)
         return super().apply(event)
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
-from helix_conformance.drive import group, messages, serve, wire
-from helix_conformance.drive.asking import AnswerError
-from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
-from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive import messages, serve
+from helix_conformance.drive.asking import MalformedAnswer, words
+from helix_conformance.drive.process import Due, Lines, ProcessDriver, Rank
 from helix_conformance.expect.vectors import VectorError, load_vector
 from helix_conformance.generate.workload import WorkloadError, read_workload
 from helix_conformance.judge.play import check_trace
 from helix_conformance.judge.xfail import Known, LedgerError
-from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import PROFILES, Outcome, RankView
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Release, Skip
@@ -65,13 +62,6 @@ _TRACE: Final = Trace(
         Release(0),
     ],
 )
-_DONE: Final = wire.Done(
-    [
-        Answer(Outcome(None, [1], [5], [True], [4], [2])),
-        Answer(Outcome(), RankView({0: 3}, {0: [1, 2]}, [], 7)),
-    ]
-)
-_PLAY: Final = wire.Play(_CONFIG, ["placement"], _TRACE.events, Watch(every=2), "gpu-ledger", 7)
 _PARTS: Final = messages.LayoutParts(**_CONFIG.layout.parts())
 _START: Final = messages.Start(3, 1, 2, _CONFIG, _PARTS, ["placement", "lengths"])
 
@@ -115,42 +105,71 @@ _ONE_RANK: Final = Trace(
 )
 
 
-class _Told(LocalDriver):
-    """One rank whose answers to a whole trace came in one frame, as from a pool of workers."""
+class _Scripted(Rank):
+    """A rank that gives each answer when it is asked, from a list of lines."""
 
-    def __init__(self, told: wire.Ready | wire.Done) -> None:
-        super().__init__(ReferenceEngine)
-        self.profiles, self.told, self.rank = frozenset(PROFILES), told, 0
+    def __init__(self, answers: Iterable[bytes], driver: ProcessDriver) -> None:
+        super().__init__(0, Lines(*os.pipe()), driver.loop)
+        self.script = iter(answers)
 
-    def play(
-        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
-    ) -> Iterator[Played]:
-        """Hand out what was told."""
-        play = wire.Play(config, [], list(events), watch)
-        rows = group._rows(self, self.told, play)
-        yield from zip([None, *play.events, None], ([row] for row in rows), strict=False)
+    def ask(self, lines: bytes, due: Iterable[Due]) -> None:
+        """Take as many lines as there are answers due."""
+        super().ask(b"", due)
+        try:
+            for line in [next(self.script, b"") for _ in self.due]:
+                self.take(line)
+        except MalformedAnswer as error:
+            self.failed = self.failure(words(error))
 
-    def failure(self, what: str) -> EngineFailure:
-        """As `Rank.failure` says it."""
-        return EngineFailure(0, None, what)
+    def kill(self) -> None:
+        """End it."""
+        self.lines.close()
 
 
-def _judged(frame: bytes) -> None:
-    """The answers of a frame, judged. Raises FrameError and JudgedError."""
-    told = wire.unpack_from_engine(frame)
-    if not isinstance(told, wire.Ready | wire.Done):
-        raise JudgedError(f"{told} is no answer to a trace")
-    failure = check_trace(_Told(told), _ONE_RANK, frozenset(PROFILES) - {"overlap"})
-    if failure is not None:
-        raise JudgedError(failure.engine_failure or str(failure.violations))
+class _Served(_Scripted):
+    """A rank that the reference answers for."""
+
+    def __init__(self, driver: ProcessDriver) -> None:
+        super().__init__((), driver)
+        self.server, self.told = serve.Server("reference"), list[bytes]()
+
+    def ask(self, lines: bytes, due: Iterable[Due]) -> None:
+        """Have it answered."""
+        new = [serve.reply(self.server, line) for line in lines.splitlines()]
+        self.told += new
+        self.script = iter(new)
+        super().ask(lines, due)
+
+
+class _One(ProcessDriver):
+    """A driver of one rank that is no process."""
+
+    def start_ranks(self, world: int) -> list[Rank]:
+        """It is there."""
+        return []
+
+
+def _failing(driver: ProcessDriver, rank: Rank) -> str | None:
+    """What is wrong with a rank's answers to a trace."""
+    driver.ranks, driver.profiles = [rank], frozenset(PROFILES)
+    failure = check_trace(driver, _ONE_RANK, frozenset(PROFILES) - {"overlap"})
+    driver.kill()
+    return failure and (failure.engine_failure or str(failure.violations))
+
+
+def _judged(answers: bytes) -> None:
+    """Lines of answers, judged. Raises JudgedError."""
+    driver = _One("nobody", 0.1)
+    wrong = _failing(driver, _Scripted(answers.split(b"\n"), driver))
+    if wrong is not None:
+        raise JudgedError(wrong)
 
 
 def _right_answers() -> bytes:
-    driver = LocalDriver(ReferenceEngine)
-    played = driver.play(
-        _ONE_RANK.config, driver.profiles, _ONE_RANK.events, Watch(every=1, touched=False)
-    )
-    return wire.pack(wire.Done([answers[0] for _, answers in played]))
+    driver = _One("reference", 0.1)
+    rank = _Served(driver)
+    assert _failing(driver, rank) is None
+    return b"".join(rank.told)
 
 
 _VECTOR: Final = min(SHIPPED.rglob("*.json"), key=lambda path: path.stat().st_size)
@@ -191,15 +210,18 @@ PARSERS: Final = [
         b"custom/1:prompt=interleave(2),owner=position,pages=lazy,start=rotated,C=4,T=32",
     ),
     Parser(
-        "frame-from-engine",
-        wire.unpack_from_engine,
-        (wire.FrameError,),
-        wire.pack(_DONE),
+        "line-to-supervisor",
+        messages.control_of,
+        (messages.RequestError,),
+        messages.line_of(messages.Where(4)),
     ),
     Parser(
-        "frame-to-engine", wire.unpack_to_engine, (wire.FrameError,), wire.pack(_PLAY)
+        "line-from-supervisor",
+        messages.relayed_of,
+        (MalformedAnswer,),
+        messages.line_of(messages.Ended("died with signal SIGKILL", "died")),
     ),
-    Parser("answers-judged", _judged, (wire.FrameError, JudgedError), _right_answers()),
+    Parser("answers-judged", _judged, (JudgedError,), _right_answers()),
     Parser(
         "line-to-engine",
         lambda line: serve.reply(_SERVER, line),
@@ -215,7 +237,7 @@ PARSERS: Final = [
     Parser(
         "line-from-engine",
         messages.answer_of,
-        (AnswerError,),
+        (MalformedAnswer,),
         json.dumps(
             {"type": "outcome", "seq": 1, "past_len": [1], "position_ids": [5], "active": [True],
              "slots": [4], "visible": [2]}
@@ -258,17 +280,12 @@ def bounded_but_large() -> list[tuple[str, bytes]]:
         ("vector", b'{"steps":' * 10**5),
         ("layout", b"pr9757/" + b"1" * 10**5 + b":C=2,T=2"),
         ("line-from-engine", b'{"type":"view","seq":1,"local_len":' + b'{"0":' * 10**5),
-        ("frame-from-engine", b"\xdd\x7f\xff\xff\xff" * 10**5),
-        ("frame-to-engine", b"\xdd\x7f\xff\xff\xff" * 10**5),
-        ("frame-to-engine", wire.pack(_PLAY) + b"\xc1" * 10**7),
-        (
-            "frame-to-engine",
-            wire.pack(msgspec.structs.replace(_PLAY, events=_TRACE.events * 10**5)),
-        ),
+        ("line-from-supervisor", b'{"type":"stuck","seq":' * 10**5),
+        ("line-to-supervisor", messages.line_of(messages.Where(4)) + b"\xc1" * 10**7),
         ("line-to-engine", messages.line_of(_START)[:-3] + b"[" * 10**6),
         ("line-to-engine", b'{"type":"observe","seq":1,"ids":[' + b"7," * 10**6 + b"7]}"),
         ("event-to-engine", b'{"type":"apply","seq":' + b"9" * 10**6 + b"}"),
-        ("answers-judged", wire.pack(wire.Done([Answer(Outcome())] * 10**5))),
+        ("answers-judged", messages.line_of(messages.Outcome(1)) * 10**5),
     ]
 
 

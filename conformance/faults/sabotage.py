@@ -53,9 +53,9 @@ def worker(rank: int) -> int:
         except OSError:  # it has just ended
             continue
         parents[int(entry.name)] = int(stat[1])
-        if b"helix_conformance.drive.worker" in words and stat[0] != "Z":
-            setup = json.loads(words[words.index(b"helix_conformance.drive.worker") + 1])
-            if setup["rank"] == rank:
+        if b"helix_conformance.drive.serve" in words and stat[0] != "Z":
+            group = json.loads(words[words.index(b"helix_conformance.drive.serve") + 2])
+            if group["rank"] == rank:
                 found.append(int(entry.name))
     mine = [pid for pid in found if os.getpid() in _line(pid, parents)]
     assert len(mine) == 1, f"{len(mine)} workers of rank {rank}"

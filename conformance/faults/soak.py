@@ -23,7 +23,7 @@ from sabotage import worker
 
 from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.process import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.strategies import EVENTS, Intent, realise

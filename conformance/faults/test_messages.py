@@ -1,69 +1,58 @@
-"""Control messages that are none: whoever gets one says so in a sentence, and ends or goes on."""
+"""Messages that are none: whoever gets one says so in a sentence, and ends or goes on."""
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from multiprocessing.connection import Connection, Pipe
-from types import SimpleNamespace
 
 import pytest
 
-from helix_conformance.drive.driver import EngineFailure, Watch
-from helix_conformance.drive.lines import Line
-from helix_conformance.drive.messages import Hello, Observe, line_of
-from helix_conformance.drive.process import EngineProcess
-from helix_conformance.drive.supervised import RemoteRank, _hand_to_and_fro
-from helix_conformance.drive.wire import Failed, Play, Ready, Stop, pack, unpack_from_engine
-from helix_conformance.drive.worker import Setup
-from helix_spec.config import Config
+from helix_conformance.drive.driver import EngineFailure
+from helix_conformance.drive.launched import Remote, Supervised
+from helix_conformance.drive.meeting import Group
+from helix_conformance.drive.messages import (
+    Ended,
+    Hello,
+    Observe,
+    Ready,
+    Stop,
+    line_of,
+    relayed_of,
+)
+from helix_conformance.drive.process import Child, Due, Lines, Loop, collect, served
 
-GARBAGE = b"\xc1rubbish"
+RUBBISH = b"\xc1rubbish\n"
+NONE = [b"\n", b"{}\n", b"[" * 5000 + b"\n", b'{"type":"apply","seq":1}\n', RUBBISH]
 
 
 @pytest.fixture
-def worker() -> Iterator[EngineProcess]:
-    """A worker without torch, once it is ready."""
-    process = EngineProcess(Setup(engine="gpu-ledger", rank=0, world=1, channel=-1))
-    assert isinstance(process.receive(), Ready)
+def worker() -> Iterator[Child]:
+    """A process of a pool without torch, once it is ready."""
+    process = served("gpu-ledger", Group(world=1, name="alone"), Loop())
+    process.ask(line_of(Hello(1)), [Due(1, Ready, None)])
+    process.lines.write()
+    collect([process], 1, 60)
+    assert isinstance(process.answers.popleft(), Ready)
     yield process
     process.kill()
 
 
-@pytest.mark.parametrize(
-    ("frame", "sentence"),
-    [
-        (GARBAGE, "Rank 0 was sent garbage: MessagePack data is malformed"),
-        (b"", "Rank 0 was sent garbage: Input data was truncated"),
-        (b"\x91" * 5000, "Rank 0 was sent garbage: "),
-        (pack(Stop(True)), "Rank 0 was sent Stop(whole=True), which is for supervisors"),
-    ],
-)
-def test_a_worker_is_sent_what_it_cannot_play(
-    worker: EngineProcess, frame: bytes, sentence: str
-) -> None:
-    """It ends with a sentence, which its supervisor passes on; no traceback."""
-    worker.channel.send_bytes(frame)
-    with pytest.raises(EngineFailure, match="died with exit status 1") as failure:
-        worker.receive()
-    assert sentence in str(failure.value)
+@pytest.mark.parametrize("line", [*NONE, line_of(Stop(True))])
+def test_a_worker_is_sent_no_request(worker: Child, line: bytes) -> None:
+    """It ends with a sentence, which its driver passes on; no traceback."""
+    worker.ask(line, [Due(2, Ready, None)])
+    worker.lines.write()
+    with pytest.raises(EngineFailure, match="exited with status 1") as failure:
+        collect([worker], 1, 60)
+    assert "The line that begins " in str(failure.value)
+    assert "is no request of helix-engine/1" in str(failure.value)
     assert "Traceback" not in str(failure.value)
 
 
-def test_a_worker_is_asked_for_an_engine_that_there_is_not(worker: EngineProcess) -> None:
-    """The name is in its answer, and it goes on."""
-    config = Config(layout="pr9757/1:C=1,T=2", pages=[9], max_len=90)
-    for engine, answer in (("no-such-engine", "names no engine"), ("gpu-ledger", None)):
-        worker.play(Play(config, ["placement"], [], Watch(), engine, 1))
-        if answer is None:
-            assert worker.receive() is not None
-        else:
-            with pytest.raises(EngineFailure, match=answer):
-                worker.receive()
-
-
-@pytest.mark.parametrize("line", [b"\n", b"{}\n", b"[" * 5000, b'{"type":"apply","seq":1}\n'])
+@pytest.mark.parametrize("line", NONE)
 def test_a_served_engine_is_sent_no_request(line: bytes) -> None:
     """It answers what came before, says what the line is not, and ends."""
     command = [sys.executable, "-m", "helix_conformance.drive.serve", "gpu-ledger"]
@@ -79,30 +68,35 @@ def test_a_served_engine_is_sent_no_request(line: bytes) -> None:
 
 
 @pytest.fixture
-def line() -> Iterator[tuple[Line, Connection]]:
+def line() -> Iterator[tuple[Lines, socket.socket]]:
     """A line, and its far end."""
-    here, there = Pipe()
-    with here, there:
-        yield Line(here), there
+    here, there = socket.socketpair()
+    descriptor = here.detach()
+    near = Lines(descriptor, os.dup(descriptor))
+    with there:
+        yield near, there
+    near.close()
 
 
-def test_a_supervisor_sends_garbage(line: tuple[Line, Connection]) -> None:
-    """Rank 0 names the rank, and counts it as lost."""
+def test_a_supervisor_sends_rubbish(line: tuple[Lines, socket.socket]) -> None:
+    """Rank 0 names the rank."""
     near, far = line
-    far.send_bytes(GARBAGE)
-    rank = RemoteRank(2, near)
-    with pytest.raises(EngineFailure, match="Rank 2 has a supervisor that sent garbage: "):
-        rank.receive()
-    assert rank.lost
+    far.sendall(RUBBISH)
+    rank = Remote(2, near, Loop())
+    rank.ask(b"", [Due(1, Ready, 5)])
+    with pytest.raises(EngineFailure, match="gave a malformed answer: ") as failure:
+        collect([rank], 1, 5)
+    assert (2, 5) == (failure.value.rank, failure.value.event)
 
 
-def test_a_supervisor_is_sent_garbage(line: tuple[Line, Connection]) -> None:
+@pytest.mark.parametrize("rubbish", NONE)
+def test_a_supervisor_is_sent_no_request(line: tuple[Lines, socket.socket], rubbish: bytes) -> None:
     """It says so to rank 0, and leaves."""
     near, far = line
-    quiet, _open = Pipe()
-    far.send_bytes(GARBAGE)
-    assert _hand_to_and_fro(SimpleNamespace(channel=quiet, at=5), near) is None
-    told = unpack_from_engine(far.recv_bytes())
-    assert isinstance(told, Failed)
-    assert 5 == told.event
-    assert told.what.startswith("has a supervisor that was sent garbage: ")
+    far.sendall(rubbish)
+    assert Supervised(1, [sys.executable, "-c", "input()"], near).run() is None
+    told = relayed_of(far.makefile("rb").readline())
+    assert isinstance(told, Ended)
+    assert told.what.startswith(
+        "has a supervisor that was sent a malformed line: The line that begins "
+    )

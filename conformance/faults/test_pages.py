@@ -12,7 +12,7 @@ from sabotage import DEADLINE_S, long_trace
 
 from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.judge.judge import Judge
@@ -139,7 +139,7 @@ def test_a_bit_that_turns_over_in_the_exchange() -> None:
 
 @pytest.mark.parametrize("pad", [1, 2, 3])
 def test_a_broken_message_on_the_control_channel(pad: int) -> None:
-    """Rubbish, a frame that never comes and a length below zero: rank 1 is named, in time."""
+    """Rubbish, a line that does not end and bytes that are no text: rank 1 is named, in time."""
     config = Config(layout="pr9757/1:C=2,T=2", pages=[9, 9], max_len=90, model=SHAPE)
     trace = Trace(config=config, events=[Admit(0, 5), Decode([0], [1], pad)])
     driver = PoolDriver("faulty_engines:Garbled", 2, deadline_s=DEADLINE_S)

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from sabotage import DEADLINE_S, kill, long_trace, once_it_is_at, slow, stop, where, worker
 
 from helix_conformance.drive.driver import Watch
-from helix_conformance.drive.pool import PoolDriver
-from helix_conformance.drive.wire import Done, pack
+from helix_conformance.drive.process import PoolDriver
+from helix_conformance.drive.serve import as_message
 from helix_conformance.judge.play import check_trace
 from helix_spec.trace import Trace, dump_trace, load_trace
 
@@ -25,10 +26,10 @@ def final_state(driver: PoolDriver, trace: Trace) -> bytes:
     """What all ranks hold at the end of a trace, cached rows included, as bytes."""
     played = driver.play(trace.config, driver.profiles, trace.events, Watch(every=10**6))
     *_, (_, answers) = played
-    return pack(Done(list(answers)))
+    return msgspec.json.encode(list(answers), enc_hook=as_message)
 
 
-@pytest.mark.parametrize(("act", "words"), [(kill, "SIGKILL"), (stop, "hung")])
+@pytest.mark.parametrize(("act", "words"), [(kill, "SIGKILL"), (stop, "timed out")])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_dies_or_stops_is_named(
     pool: PoolDriver, rank: int, act: Callable[[int], None], words: str
@@ -77,7 +78,7 @@ def test_a_resumed_run_reaches_the_same_state(pool: PoolDriver, tmp_path: Path) 
     assert check_trace(pool, again, pool.profiles) is None
 
 
-@pytest.mark.parametrize(("act", "words"), [(kill, "SIGKILL"), (stop, "hung")])
+@pytest.mark.parametrize(("act", "words"), [(kill, "SIGKILL"), (stop, "timed out")])
 def test_under_torchrun(
     pool: PoolDriver, act: Callable[[int], None], words: str, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helix_conformance.drive.launching import LAUNCHED
+from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.judge.failure import Violation

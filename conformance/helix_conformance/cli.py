@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from helix_conformance.drive.launching import LAUNCHED, leave_verdict, take_part
+from helix_conformance.drive.launched import LAUNCHED, leave_verdict, take_part
 from helix_conformance.drive.opening import DRIVERS
 from helix_conformance.drive.serve import main as serve_engine
 from helix_conformance.engines import EngineSpecError

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from helix_conformance.drive.driver import Driver, EngineFailure
-from helix_conformance.drive.launching import LAUNCHED
+from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES

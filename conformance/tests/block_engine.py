@@ -7,8 +7,8 @@ from helix_conformance.engines.gpu import GpuEngine
 from helix_spec.engine import Outcome, RankView
 
 
-class Attention(GpuEngine):
-    """Any event is the whole decode of a layer's attention; its output is the layer's."""
+class Block(GpuEngine):
+    """`Release(0)` is the whole decode of a layer's attention, `Release(1)` that of its FFN."""
 
     def start(self, config, profiles):
         """Every rank makes the same weights and hidden states."""
@@ -16,19 +16,14 @@ class Attention(GpuEngine):
         return Outcome()
 
     def apply(self, event):
-        """Projections, Helix attention and the sum over ranks, step by step."""
-        return Outcome(output=self._played().double().numpy())
+        """Step by step; the output is the layer's."""
+        output = self._feed_forward() if event.id else Setting(self.config).played()
+        return Outcome(output=output.double().numpy())
 
     def observe(self, ids=None):
         """Nothing is kept."""
         return RankView({}, {})
 
-    def _played(self):
-        return Setting(self.config).played()
-
-
-class FeedForward(Attention):
-    """Any event is the FFN on two groups of experts over the same ranks."""
-
-    def _played(self):
+    def _feed_forward(self):
+        """Two groups of experts over the same ranks."""
         return Experts(self.config.model.dtype).on_this_rank(self.config, ep=2)

@@ -3,20 +3,25 @@
 Worker processes import this module by its name, so its folder is put on their PYTHONPATH.
 """
 
-import json
 import os
 import signal
 import sys
 import time
-from multiprocessing.connection import Connection
 
 import msgspec
 
-from helix_conformance.drive.wire import Done, send
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_reference.engine import ReferenceEngine
 from helix_spec.engine import Outcome
 from helix_spec.events import Decode
+
+
+def write_over_the_servers_head(line):
+    """Write to the stream of answers, which is a local variable of the process's main function."""
+    frame = sys._getframe()
+    while "answers" not in frame.f_locals:
+        frame = frame.f_back
+    os.write(frame.f_locals["answers"].fileno(), line)
 
 
 class Liar(LedgerEngine):
@@ -127,7 +132,6 @@ class Mischief(LedgerEngine):
                     os.kill(os.getppid(), signal.SIGKILL)
                     time.sleep(3600)
                 case 11:
-                    channel = Connection(json.loads(sys.argv[1])["channel"])
-                    send(channel, Done([], 99))
+                    write_over_the_servers_head(b'{"type":"outcome","seq":99}\n')
                     time.sleep(3600)
         return super().apply(event)

@@ -22,7 +22,7 @@ def _workers_find_broken_engines():
 @pytest.fixture(scope="session")
 def gpu_pool():
     """Four gloo workers that hold this project's implementation."""
-    from helix_conformance.drive.pool import PoolDriver
+    from helix_conformance.drive.process import PoolDriver
 
     driver = PoolDriver("gpu", 4)
     yield driver

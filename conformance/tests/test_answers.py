@@ -137,5 +137,5 @@ def test_hanging_engine_in_one_process(tmp_path):
         cwd=tmp_path,
     )
     assert 3 == done.returncode, done.stderr
-    text = "Rank 1 hung: it has not answered for 0.5 seconds (at event 0)."
+    text = "Rank 1 timed out: no answer within 0.5 s (at event 0)."
     assert text in done.stdout

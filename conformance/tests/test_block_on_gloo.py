@@ -7,36 +7,39 @@ import torch
 
 from gpu_testing import block
 from helix_conformance.drive.driver import Watch
+from helix_conformance.drive.process import PoolDriver
 from helix_conformance.expect.arrays import as_array
 from helix_spec.events import Release
 
 
-def outputs(pool, monkeypatch, engine, config):
-    """What each of the pool's ranks answers with another engine."""
-    monkeypatch.setattr(pool, "engine", engine)
-    _, (_, answers), _ = pool.play(config, frozenset(), [Release(0)], Watch())
+@pytest.fixture(scope="module")
+def pool():
+    """Four gloo workers that play the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        driver = PoolDriver("block_engine:Block", 4)
+    yield driver
+    driver.close()
+
+
+def outputs(pool, event, config):
+    """What each of the pool's ranks answers to an event."""
+    _, (_, answers), _ = pool.play(config, frozenset(), [event], Watch())
     return [torch.from_numpy(as_array(answer.outcome.output)) for answer in answers]
-
-
-@pytest.fixture(autouse=True)
-def _ranks_find_the_engine(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
 
 
 @pytest.mark.parametrize(("tp", "cp"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_attention_with_its_projections(gpu_pool, monkeypatch, tp, cp, dtype):
+def test_attention_with_its_projections(pool, tp, cp, dtype):
     """Four processes, with real groups of a DeviceMesh, are the block on one rank."""
     config = block.config(tp, cp, dtype)
-    answers = outputs(gpu_pool, monkeypatch, "block_engine:Attention", config)
+    answers = outputs(pool, Release(0), config)
     assert block.Setting(config).right(answers)
 
 
-def test_ffn_on_the_same_ranks(gpu_pool, monkeypatch):
+def test_ffn_on_the_same_ranks(pool):
     """Two groups of experts over the ranks of tp 2 x cp 2 are the FFN on one rank."""
-    answers = outputs(
-        gpu_pool, monkeypatch, "block_engine:FeedForward", block.config(2, 2, "float32")
-    )
+    answers = outputs(pool, Release(1), block.config(2, 2, "float32"))
     expected, bound = block.Experts("float32").expected(2, 2)
     assert 4 == len(answers)
     for answer in answers:

@@ -89,10 +89,10 @@ def test_engine_that_raises_or_gives_a_malformed_answer(name):
 @pytest.mark.parametrize(
     ("pad", "what"),
     [
-        (1, "died with signal SIGKILL; it last printed: 'last words of rank 1'"),
-        (2, "hung: it has not answered for 3 seconds"),
+        (1, "died with signal SIGKILL; its stderr ends: 'last words of rank 1'"),
+        (2, "timed out: no answer within 3 s"),
         (3, "raised RuntimeError: the adapter lost its way"),
-        (4, "left out a collective in which ranks 0 wait for it"),
+        (4, "skipped a collective that rank 0 is blocked in"),
     ],
 )
 def test_worker_in_trouble_is_named(stored, tmp_path, pad, what):
@@ -186,9 +186,9 @@ def test_show_tells_what_is_set_apart_and_why_nobody_may_start(tmp_path):
 )
 def test_bad_usage(words, sentence, gpu_pool, monkeypatch):
     """Bad usage ends with status 2 and a sentence."""
-    from helix_conformance.drive import pool
+    from helix_conformance.drive import opening
 
-    monkeypatch.setattr(pool, "PoolDriver", lambda *_, **__: _Kept(gpu_pool))
+    monkeypatch.setattr(opening, "PoolDriver", lambda *_, **__: _Kept(gpu_pool))
     result = call(*words)
     assert result.exit_code == 2, result.output
     assert sentence in result.output.replace("\n", " ")

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.drive import messages, stdio
-from helix_conformance.drive.asking import AnswerError
-from helix_conformance.drive.driver import EngineFailure
-from helix_conformance.drive.stdio import StdioDriver
+from helix_conformance.drive import messages, process
+from helix_conformance.drive.asking import MalformedAnswer
+from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.process import StdioDriver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
@@ -116,28 +116,31 @@ def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("how", "what"),
     [
-        ("wrong seq", "answered garbage: it answered request 1, and was asked "),
-        ("wrong type", "answered garbage: Object contains unknown field `past_len`"),
-        ("no such type", "answered garbage: Invalid value 'oops'"),
-        ("no slots", "answered garbage: its answer lacks slots, which profile placement asks for"),
-        ("extra", "answered garbage: Object contains unknown field `slot`"),
-        ("text", "answered garbage: Expected `int`, got `str` - at `$.past_len[0]`"),
-        ("huge", "answered garbage: Expected `int` <= 9007199254740992 - at `$.slots[0]`"),
-        ("reason", "answered garbage: Invalid enum value 'no room' - at `$.reason`"),
+        ("wrong seq", "gave a malformed answer: it answered request 1, and was asked "),
+        ("wrong type", "gave a malformed answer: Object contains unknown field `past_len`"),
+        ("no such type", "gave a malformed answer: Invalid value 'oops'"),
+        (
+            "no slots",
+            "gave a malformed answer: its answer lacks slots, which profile placement asks for",
+        ),
+        ("extra", "gave a malformed answer: Object contains unknown field `slot`"),
+        ("text", "gave a malformed answer: Expected `int`, got `str` - at `$.past_len[0]`"),
+        ("huge", "gave a malformed answer: Expected `int` <= 9007199254740992 - at `$.slots[0]`"),
+        ("reason", "gave a malformed answer: Invalid enum value 'no room' - at `$.reason`"),
         ("failed", "lost its way; its stderr ends: 'going astray: failed'"),
         ("chatter", "in the line that begins 'loading weights...'"),
-        ("deep", "answered garbage: "),
-        ("not utf-8", "answered garbage: "),
-        ("twice", "answered garbage: it answered request "),
+        ("deep", "gave a malformed answer: "),
+        ("not utf-8", "gave a malformed answer: "),
+        ("twice", "gave a malformed answer: it answered request "),
         ("exit", "exited with status 0; its stderr ends: 'going astray: exit'"),
         ("crash", "died with signal SIGSEGV; its stderr ends: 'going astray: crash'"),
         ("odd signal", "died with signal 40; its stderr ends: 'going astray: odd signal'"),
-        ("flood stdout", "answered garbage: its line is longer than 1048576 bytes"),
+        ("flood stdout", "gave a malformed answer: its line is longer than 1048576 bytes"),
     ],
 )
 def test_stray_is_named(astray, monkeypatch, how, what):
     """Whatever a rank says or does instead of answering is told, with rank, event and trace."""
-    monkeypatch.setattr(stdio, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(process, "MAX_LINE_BYTES", 2**20)
     driver = astray(how)
     failure = check_trace(driver, TRACE, BOOKKEEPING)
     assert failure is not None
@@ -153,12 +156,10 @@ def test_stray_that_does_not_answer(astray, how):
     """A rank that hangs, in whichever way, is named when the deadline is over, and then ended."""
     driver = astray(how, deadline_s=1.0)
     failure = check_trace(driver, TRACE, BOOKKEEPING)
-    assert "Rank 1 hung: it has not answered for 1 seconds; its stderr ends: '" in (
-        failure.engine_failure
-    )
+    assert "Rank 1 timed out: no answer within 1 s; its stderr ends: '" in (failure.engine_failure)
     assert "(at event 1)." in failure.engine_failure
     assert not driver.survives_failure
-    assert [] == driver.children
+    assert [] == driver.ranks
 
 
 def test_stray_that_hangs_up(astray):
@@ -174,6 +175,32 @@ def test_ranks_after_a_failure_are_new(astray):
     assert first == check_trace(driver, TRACE, BOOKKEEPING)
 
 
+def test_a_trace_that_is_left_early(opened, c_engine):
+    """What was sent ahead of it is answered and not looked at; the processes stay."""
+    driver = opened(c_engine)
+    events = [Admit(4, 3), *[Decode([4], [1])] * 40, Release(4)]
+    for _ in range(3):
+        played = driver.play(TRACE.config, BOOKKEEPING, events, Watch())
+        assert [None, events[0]] == [event for event, _ in (next(played), next(played))]
+        played.close()
+        children = list(driver.ranks)
+        assert None is check_trace(driver, TRACE, BOOKKEEPING)
+        assert children == driver.ranks
+
+
+@pytest.mark.parametrize("how", ["hang", "crash", "failed"])
+def test_a_failure_that_nobody_waits_for(astray, monkeypatch, how):
+    """A rank that fails after the trace was left is replaced when it must be, and not blamed."""
+    monkeypatch.setattr(process, "DRAIN_S", 0.2)
+    driver = astray(how)
+    for _ in range(2):
+        played = driver.play(TRACE.config, BOOKKEEPING, TRACE.events, Watch())
+        assert [None, TRACE.events[0]] == [event for event, _ in (next(played), next(played))]
+        played.close()
+        rest = msgspec.structs.replace(TRACE, events=[Admit(4, 3), Release(4)])
+        assert None is check_trace(driver, rest, BOOKKEEPING)
+
+
 @pytest.mark.parametrize(
     ("ready", "what"),
     [
@@ -181,7 +208,7 @@ def test_ranks_after_a_failure_are_new(astray):
         ('{"profiles":["speed"]}', "declares unknown profiles speed"),
         ('{"profiles":["pages"]}', "declares pages without placement, lengths"),
         ('{"profiles":[]}', "declares no profile"),
-        ('{"seq":9}', "answered garbage: it answered request 9, and was asked 1"),
+        ('{"seq":9}', "gave a malformed answer: it answered request 9, and was asked 1"),
     ],
 )
 def test_handshake_that_does_not_fit(astray, ready, what):
@@ -218,11 +245,11 @@ def test_ranks_end_when_they_are_let_go(opened, c_engine):
     """At the end the children see the end of their stdin, and none is left."""
     driver = opened(c_engine)
     assert None is check_trace(driver, TRACE, BOOKKEEPING)
-    children = list(driver.children)
+    children = list(driver.ranks)
     began = time.monotonic()
     driver.close()
     assert [0, 0] == [child.process.returncode for child in children]
-    assert stdio.FAREWELL_S > time.monotonic() - began
+    assert process.FAREWELL_S > time.monotonic() - began
 
 
 DECODED = messages.Outcome(1, None, [2], [3], [True], [5], [3], [[[[0.5]]]])
@@ -258,14 +285,14 @@ def test_nothing_passes_by_omission(profile, field):
 
     read(whole, PROFILES)
     read(part, set(PROFILES) - {profile, "pages", "cache"})
-    with pytest.raises(AnswerError, match=f"lacks {field}, which profile {profile} asks for"):
+    with pytest.raises(MalformedAnswer, match=f"lacks {field}, which profile {profile} asks for"):
         read(part, {profile})
 
 
 def test_merge_without_an_output():
     """A merge that is accepted must have an output, when `merge` is checked."""
     merge = Merge([[0], [None]], [1, 0])
-    with pytest.raises(AnswerError, match="lacks output, which profile merge asks for"):
+    with pytest.raises(MalformedAnswer, match="lacks output, which profile merge asks for"):
         messages.spec_outcome(messages.Outcome(1), merge, {"merge"})
     refused = messages.Outcome(1, Reason.UNSUPPORTED)
     assert Reason.UNSUPPORTED == messages.spec_outcome(refused, merge, {"merge"}).reason
@@ -275,7 +302,9 @@ def test_merge_without_an_output():
 def test_requests_left_out_of_a_view(field):
     """What a view tells by request it tells of all the requests that it has."""
     part = msgspec.structs.replace(VIEW, **{field: {}})
-    with pytest.raises(AnswerError, match=rf"its {field} are of requests \[\], its local_len of"):
+    with pytest.raises(
+        MalformedAnswer, match=rf"its {field} are of requests \[\], its local_len of"
+    ):
         messages.spec_view(part, None, PROFILES)
 
 

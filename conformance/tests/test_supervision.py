@@ -1,215 +1,425 @@
 """Who is to blame when several ranks fail, and how supervisors hear of each other's end."""
 
+import os
+import socket
+import sys
 import threading
 import time
-from multiprocessing.connection import Pipe
+from contextlib import suppress
 
 import pytest
 
-from helix_conformance.drive import supervised
-from helix_conformance.drive.driver import Answer, EngineFailure, Watch
-from helix_conformance.drive.group import GroupDriver
-from helix_conformance.drive.lines import Line, Switchboard, call
-from helix_conformance.drive.process import LastWords, collect
-from helix_conformance.drive.supervised import RemoteRank
-from helix_conformance.drive.wire import Ask, At, Done, Failed, Play, Ready, Stop, Stuck, pack
-from helix_conformance.drive.wire import unpack_to_engine as unpack
+from helix_conformance.drive import launched
+from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.launched import Remote, Supervised
+from helix_conformance.drive.meeting import Address, Switchboard, call
+from helix_conformance.drive.messages import (
+    Apply,
+    Ended,
+    Failed,
+    Hello,
+    LayoutParts,
+    Observe,
+    Outcome,
+    Ready,
+    RequestError,
+    Start,
+    Stop,
+    Stuck,
+    View,
+    Where,
+    control_of,
+    line_of,
+    request_of,
+)
+from helix_conformance.drive.process import (
+    WINDOW,
+    Child,
+    Due,
+    Lines,
+    Loop,
+    ProcessDriver,
+    collect,
+)
 from helix_spec.config import Config
-from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Admit, Reason
+
+CONFIG = Config(layout="pr9757/1:C=1,T=2", pages=[5], max_len=50)
+
+
+class Line:
+    """One end of a line, as a supervisor holds it, in blocking calls."""
+
+    def __init__(self, end):
+        self.end, self.file = end, end.makefile("rb")
+
+    def tell(self, *messages):
+        """Send messages."""
+        self.end.sendall(b"".join(map(line_of, messages)))
+
+    def hear(self):
+        """The next message."""
+        line = self.file.readline()
+        try:
+            return request_of(line)
+        except RequestError:
+            return control_of(line)
+
+    def close(self):
+        """Hang up."""
+        self.file.close()
+        self.end.close()
+
+
+def line(loop, rank=0):
+    """A rank behind a supervisor, and the supervisor's end of the line."""
+    ours, theirs = socket.socketpair()
+    descriptor = ours.detach()
+    return Remote(rank, Lines(descriptor, os.dup(descriptor)), loop), Line(theirs)
+
+
+def owes(rank, *events, kind=Outcome):
+    """Let a rank owe answers about these events, numbered from 1."""
+    rank.ask(b"", [Due(seq, kind, event) for seq, event in enumerate(events, 1)])
 
 
 @pytest.fixture
 def ranks():
     """Three ranks behind supervisors, and the supervisors' ends of their lines."""
-    pairs = [Pipe() for _ in range(3)]
-    yield (
-        [RemoteRank(rank, Line(ours)) for rank, (ours, _) in enumerate(pairs)],
-        [Line(theirs) for _, theirs in pairs],
-    )
-    for pair in pairs:
-        for end in pair:
-            end.close()
+    loop = Loop()
+    pairs = [line(loop, rank) for rank in range(3)]
+    yield [rank for rank, _ in pairs], [far for _, far in pairs]
+    loop.close()
+    for rank, far in pairs:
+        rank.kill()
+        far.close()
 
 
-def tell(line, *messages):
-    """Send messages as a supervisor does."""
-    for message in messages:
-        line.send(pack(message))
-
-
-def says_when_asked(line, stuck):
+def says_when_asked(far, waits):
     """Be a supervisor whose engine is silent."""
 
     def serve():
-        assert Ask() == unpack(line.receive())
-        tell(line, stuck)
+        asked = far.hear()
+        assert isinstance(asked, Where)
+        far.tell(Stuck(asked.seq, waits))
 
     threading.Thread(target=serve, daemon=True).start()
 
 
-def failure_of(ranks, deadline_s=5.0):
+def failure_of(ranks, limit_s=5.0):
     """Whom `collect` blames, for which event, and with what words."""
     with pytest.raises(EngineFailure) as caught:
-        collect(ranks, deadline_s)
+        collect(ranks, 1, limit_s)
     return caught.value.rank, caught.value.event, caught.value.what
 
 
-def test_answers_come_back_in_order(ranks):
-    """Answers are put in the order of the ranks, whoever is first; progress is no answer."""
+def test_answers_come_back_by_rank(ranks):
+    """Whoever is first, each rank's answers are with that rank."""
     seen, supervisors = ranks
     for rank in (2, 0, 1):
-        tell(supervisors[rank], At(0), Ready([str(rank)]))
-    assert ["0", "1", "2"] == [ready.profiles[0] for ready in collect(seen, 5.0)]
+        owes(seen[rank], None, kind=Ready)
+        supervisors[rank].tell(Ready(1, "helix-engine/1", str(rank), ["placement"]))
+    collect(seen, 1, 5.0)
+    assert ["0", "1", "2"] == [rank.answers[0].engine for rank in seen]
 
 
 def test_rank_that_died_is_blamed_before_those_that_miss_it(ranks):
     """A rank that raises because its peer is gone is not blamed, though it was heard first."""
     seen, supervisors = ranks
-    tell(supervisors[0], Failed(3, "raised RuntimeError: connection closed by peer"))
-    tell(supervisors[2], Failed(3, "died with signal SIGKILL", "died"))
+    for rank in seen:
+        owes(rank, 3)
+    supervisors[0].tell(Failed(1, "raised RuntimeError: connection closed by peer"))
+    supervisors[2].tell(Ended("died with signal SIGKILL", "died"))
     assert (2, 3, "died with signal SIGKILL") == failure_of(seen)
 
 
 def test_supervisor_that_is_gone_is_blamed_first(ranks):
-    """The end of a line is the end of its supervisor; the event is the last that anyone began."""
+    """The end of a line is the end of its supervisor; the event is the one that it was at."""
     seen, supervisors = ranks
-    tell(supervisors[0], At(4), Failed(4, "died with signal SIGKILL", "died"))
+    for rank in seen:
+        owes(rank, 4)
+    supervisors[0].tell(Ended("died with signal SIGKILL", "died"))
     supervisors[1].close()
     assert (1, 4, "has a supervisor that was ended") == failure_of(seen)
-    assert seen[1].lost
+    assert [False, True] == [rank.lost for rank in seen[:2]]
 
 
 def test_told_to_stop_comes_last(ranks):
     """A launcher that ends everybody is not to blame when one process ended before."""
     seen, supervisors = ranks
-    tell(supervisors[0], Failed(1, "was told to stop", "stopped"))
-    tell(supervisors[1], Failed(1, "died with exit status 1", "died"))
-    assert (1, 1, "died with exit status 1") == failure_of(seen)
+    for rank in seen:
+        owes(rank, 1)
+    supervisors[0].tell(Ended("was told to stop", "stopped"))
+    supervisors[1].tell(Ended("exited with status 1", "died"))
+    assert (1, 1, "exited with status 1") == failure_of(seen)
+    assert seen[0].lost
+
+
+def test_a_failure_ahead_waits_for_its_turn(ranks):
+    """Answers to an event count, whatever a rank does at a later one."""
+    seen, supervisors = ranks
+    for rank, far in zip(seen, supervisors, strict=True):
+        owes(rank, 0, 1)
+        far.tell(Outcome(1))
+    supervisors[1].tell(Failed(2, "raised ValueError: lost"))
+    supervisors[2].tell(Ended("exited with status 1", "died"))
+    collect(seen, 1, 5.0)
+    for rank in seen:
+        rank.answers.popleft()
+    assert (2, 1, "exited with status 1") == failure_of(seen)
 
 
 @pytest.mark.parametrize(
     ("waits", "blamed"),
     [
-        ((True, False, True), (1, 2, "hung: it has not answered for 0.2 seconds")),
-        ((True, True, True), (0, 2, "waits in a collective that has not ended in 0.2 seconds")),
+        ((True, False, True), (1, 2, "timed out: no answer within 0.2 s")),
+        (
+            (False, True, False),
+            (0, 2, "timed out: no answer within 0.2 s, nor from rank 2"),
+        ),
+        (
+            (True, True, True),
+            (0, 2, "is blocked in a collective that has not ended within 0.2 s"),
+        ),
     ],
 )
 def test_silent_ranks_are_asked_where_they_are(ranks, waits, blamed):
     """Of silent ranks the one is blamed that does not wait for its peers."""
     seen, supervisors = ranks
-    for line, wait in zip(supervisors, waits, strict=True):
-        tell(line, At(1))
-        says_when_asked(line, Stuck(2, wait))
+    for rank, far, wait in zip(seen, supervisors, waits, strict=True):
+        owes(rank, 2)
+        says_when_asked(far, wait)
     assert blamed == failure_of(seen, 0.2)
 
 
-def test_rank_that_went_on_left_its_peers_alone(ranks):
-    """When the silent ones all wait, whoever is through without them left a collective out."""
+def test_rank_that_went_on_skipped_a_collective(ranks):
+    """When the silent ones all wait, whoever is through without them is named."""
     seen, supervisors = ranks
-    tell(supervisors[1], At(1), Done([]))
-    says_when_asked(supervisors[0], Stuck(1, True))
-    says_when_asked(supervisors[2], Stuck(1, True))
-    what = "left out a collective in which ranks 0, 2 wait for it"
+    for rank in seen:
+        owes(rank, 1)
+    supervisors[1].tell(Outcome(1))
+    says_when_asked(supervisors[0], True)
+    says_when_asked(supervisors[2], True)
+    what = "skipped a collective that ranks 0 and 2 are blocked in"
     assert (1, 1, what) == failure_of(seen, 0.2)
 
 
 def test_supervisor_that_does_not_say_where_it_is(ranks, monkeypatch):
     """A supervisor that does not answer either is named itself."""
-    monkeypatch.setattr(supervised, "ASK_LIMIT_S", 0.1)
+    monkeypatch.setattr(launched, "ASK_LIMIT_S", 0.1)
     seen, _ = ranks
+    for rank in seen:
+        owes(rank, None)
     assert (0, None, "has a supervisor that fell silent") == failure_of(seen, 0.1)
+
+
+def test_who_was_not_asked_where_it_is(ranks):
+    """An engine that speaks as its supervisor does is named."""
+    seen, supervisors = ranks
+    owes(seen[0], 0)
+    supervisors[0].tell(Stuck(7, True))
+    what = "gave a malformed answer: it says where it is, and was not asked"
+    assert (0, 0, what) == failure_of(seen[:1])
 
 
 def test_told_to_stop_ends_the_wait(ranks):
     """A driver that is told to stop gives up although no rank has failed."""
     seen, _ = ranks
+    for rank in seen:
+        owes(rank, 0)
     began = time.monotonic()
     with pytest.raises(EngineFailure, match="was told to stop"):
-        collect(seen, 60.0, lambda: True)
+        collect(seen, 1, 60.0, lambda: True)
     assert 30 > time.monotonic() - began
 
 
-class Answering(GroupDriver):
-    """A driver whose only rank gives these answers."""
+class Lone(ProcessDriver):
+    """A driver of one rank, whose supervisor does as it is told: `answers` is run in a thread."""
 
-    name = "answering"
+    def __init__(self, answers, deadline_s):
+        super().__init__("nobody", deadline_s)
+        rank, self.far = line(self.loop)
+        self.ranks = [rank]
+        self.thread = threading.Thread(target=answers, args=[self.far], daemon=True)
+        self.thread.start()
 
-    def __init__(self, answers):
-        super().__init__("nobody", 1, 5.0)
-        ours, self.theirs = Pipe()
-        self.ranks = [RemoteRank(0, Line(ours))]
-        tell(Line(self.theirs), Done(answers))
+    def start_ranks(self, world):
+        """There is one."""
+        return []
 
 
-def played(answers):
-    """What a driver yields for a trace of one event that is answered so."""
-    driver = Answering(answers)
-    config = Config(layout="pr9757/1:C=1,T=2", pages=[5], max_len=50)
+def answering(far, answers):
+    """Give some answers to each request, and say where the engine is."""
+    left = iter(answers)
+    with suppress(OSError, ValueError):
+        while (asked := far.hear()) is not None:
+            if isinstance(asked, Where):
+                far.tell(Stuck(asked.seq, False))
+            else:
+                far.tell(*next(left, ()))
+
+
+def played(*answers, deadline_s=20.0):
+    """What a driver yields for a trace of one event whose requests are answered so."""
+    driver = Lone(lambda far: answering(far, answers), deadline_s)
     try:
-        return list(driver.play(config, frozenset({"placement"}), [Admit(0, 1)], Watch()))
+        return list(driver.play(CONFIG, frozenset({"lengths"}), [Admit(0, 1)], Watch()))
     finally:
-        assert isinstance(unpack(driver.theirs.recv_bytes()), Play)
-        driver.close()
-        driver.theirs.close()
+        driver.kill()
+        driver.far.close()
 
 
-ACCEPTED = Answer(Outcome(), RankView({}))
+WHOLE = ([Outcome(1)], [Outcome(2)], [View(3, {})], [View(4, {})])
+"""The answers to a start, to an event and to two looks at the state."""
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 4])
+@pytest.mark.parametrize("count", range(len(WHOLE)))
 def test_missing_answers_do_not_pass(count):
-    """A rank that answers fewer or more events than it was told has failed."""
-    with pytest.raises(EngineFailure, match=f"{count} answers to 1 events, start and end"):
-        played([ACCEPTED] * count)
+    """A rank that answers less than it was asked has failed."""
+    with pytest.raises(EngineFailure, match="no answer within 0"):
+        played(*WHOLE[:count], deadline_s=0.2)
+
+
+def test_answers_too_many_do_not_pass():
+    """A rank that answers more than it was asked has failed."""
+    with pytest.raises(EngineFailure, match="gave a malformed answer: it sent outcome 2, and no"):
+        played([Outcome(1), Outcome(2)])
 
 
 def test_whole_answers_and_a_refused_start():
     """Every event has its answers; after a refused start there is one only."""
-    assert [None, Admit(0, 1), None] == [event for event, _ in played([ACCEPTED] * 3)]
-    refused = Answer(Outcome(Reason.BAD_CONFIG))
-    assert [(None, (refused,))] == played([refused])
+    assert [None, Admit(0, 1), None] == [event for event, _ in played(*WHOLE)]
+    ((event, (refused,)),) = played([Outcome(1, Reason.BAD_CONFIG)])
+    assert (None, Reason.BAD_CONFIG) == (event, refused.outcome.reason)
+
+
+def test_requests_go_out_ahead_of_answers():
+    """A window of events is sent before the first of them is answered, and no more."""
+    asked, drawn = [], []
+
+    def answers(far):
+        far.tell(Outcome(far.hear().seq))
+        asked.extend(far.hear() for _ in range(2 * WINDOW))
+        far.end.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            far.end.recv(1)
+        for request in asked:
+            far.tell(Outcome(request.seq) if isinstance(request, Apply) else View(request.seq, {}))
+
+    driver = Lone(answers, 20.0)
+    events = (drawn.append(id) or Admit(id, 1) for id in range(3 * WINDOW))
+    played = driver.play(CONFIG, frozenset({"lengths"}), events, Watch())
+    next(played)
+    assert [] == drawn
+    assert Admit(0, 1) == next(played)[0]
+    assert list(range(WINDOW)) == drawn
+    assert WINDOW == sum(isinstance(request, Apply) for request in asked)
+    driver.thread.join()
+    driver.kill()
+    driver.far.close()
 
 
 def test_only_those_with_the_key_are_let_in():
     """A stranger is hung up on, a rank that comes gets its line, one that does not is named."""
     board = Switchboard("127.0.0.1")
-    stranger = call(type(board.address)(board.address.host, board.address.port, b"x" * 16), 1, 5.0)
-    with call(board.address, 2, 5.0) as ours:
+    strange = Address(board.address.host, board.address.port, b"x" * 16)
+    stranger = socket.socket(fileno=call(strange, 1, 5.0))
+    ours = socket.socket(fileno=call(board.address, 2, 5.0))
+    with ours, stranger:
         with pytest.raises(EngineFailure, match="has no supervisor") as caught:
             board.lines(3, 0.5)
         assert 1 == caught.value.rank
-        assert stranger.poll(5)
-        with pytest.raises((EOFError, ConnectionError)):
-            stranger.recv_bytes()
-        assert not ours.closed
-    stranger.close()
+        stranger.settimeout(5)
+        with suppress(ConnectionError):
+            assert b"" == stranger.recv(1)
 
 
-def test_frames_of_any_size_cross_a_line():
-    """Frames of no bytes and of many arrive whole."""
+def test_lines_of_any_length_cross():
+    """Short lines and long ones arrive whole, and then the end."""
     board = Switchboard("127.0.0.1")
-    here = Line(call(board.address, 1, 5.0))
-    there = Line(board.lines(2, 5.0)[1])
-    for frame in (b"", pack(Stop(True)), b"x" * 100_000):
-        here.send(frame)
-        assert frame == there.receive()
+    here, there = (
+        Lines(end, os.dup(end)) for end in (call(board.address, 1, 5.0), board.lines(2, 5.0)[1])
+    )
+    sent, heard = [b"", b"{}", b"x" * 10_000_000, b"last"], []
+    here.unsent += b"".join(text + b"\n" for text in sent)
+    while len(heard) < len(sent):
+        here.write()
+        heard += there.read()
+    assert sent == heard
     here.close()
-    with pytest.raises((EOFError, OSError)):
-        there.receive()
+    with pytest.raises(EOFError):
+        there.read()
     there.close()
 
 
 def test_the_end_of_a_flood_is_kept():
     """However much a process prints, its last words are kept, and no more."""
-    words = LastWords()
-    with open(words.write_end, "wb") as flood:
-        for _ in range(100):
-            flood.write(b"x" * 10_000)
-        flood.write(b"the end")
-    until = time.monotonic() + 10
-    while words.total < 1_000_007 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert words.kept.endswith(b"xthe end")
-    assert 2**16 == len(words.kept)
-    assert b"the end" == words.since(1_000_000)
+    loop = Loop()
+    code = "import sys; sys.stderr.write('x' * 1_000_000 + 'the end')"
+    child = Child(0, [sys.executable, "-c", code], loop, ours=True)
+    owes(child, 5)
+    rank, event, what = failure_of([child])
+    assert (0, 5) == (rank, event)
+    assert what.startswith("exited with status 0; its stderr ends: 'xxx")
+    assert what.endswith("xthe end'")
+    assert 1_000_007 == child.printed
+    assert 2**16 == len(child.last_words)
+    loop.close()
+    child.kill()
+
+
+@pytest.fixture
+def supervised():
+    """A supervisor of a process that answers nothing, and rank 0's end of its line."""
+    ends = []
+
+    def start(code):
+        near, far = socket.socketpair()
+        descriptor = near.detach()
+        ends.append(far)
+        up = Lines(descriptor, os.dup(descriptor))
+        return Supervised(1, [sys.executable, "-c", code], up), far
+
+    yield start
+    for far in ends:
+        far.close()
+
+
+ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
+
+
+def test_a_supervisor_relays_lines(supervised):
+    """Requests go down and answers come up as they are, until rank 0 says stop."""
+    supervisor, far = supervised(ECHO)
+    parts = LayoutParts(**CONFIG.layout.parts())
+    requests = [Hello(1), Start(2, 0, 1, CONFIG, parts, ["placement"]), Observe(3, [7])]
+    told = b"".join(map(line_of, requests))
+    heard = bytearray()
+
+    def rank_0():
+        far.sendall(told)
+        while len(heard) < len(told):
+            heard.extend(far.recv(2**16))
+        far.sendall(line_of(Stop(True)))
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    assert Stop(True) == supervisor.run()
+    thread.join()
+    assert told == heard
+
+
+def test_a_supervisor_tells_of_its_engines_end(supervised):
+    """Rank 0 hears how the engine ended, at once; when rank 0 hangs up the supervisor leaves."""
+    supervisor, far = supervised("raise SystemExit(7)")
+    heard = []
+
+    def rank_0():
+        heard.append(far.makefile("rb").readline())
+        far.shutdown(socket.SHUT_RDWR)
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    assert supervisor.run() is None
+    thread.join()
+    assert [line_of(Ended("exited with status 7; its stderr is empty", "died"))] == heard

@@ -66,7 +66,7 @@ def test_the_implementation_is_right_as_threads(driver_of) -> None:
     ("engine", "says"),
     [
         (Raises, "Rank 1 raised RuntimeError: lost (at event 2)."),
-        (LeavesOut, "Rank 3 left out a collective in which ranks 2 wait for it (at event 2)."),
+        (LeavesOut, "Rank 3 skipped a collective that rank 2 is blocked in (at event 2)."),
     ],
 )
 def test_a_rank_that_fails_is_named_and_its_peers_end(driver_of, engine, says) -> None:

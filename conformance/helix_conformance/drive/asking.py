@@ -16,8 +16,8 @@ from helix_spec.engine import Engine, Outcome, RankView
 from helix_spec.events import Event, ids_of
 
 
-class AnswerError(Exception):
-    """An answer that is none, or none to what was asked."""
+class MalformedAnswer(Exception):
+    """An answer that cannot be read as one, or answers something else than was asked."""
 
 
 class ReportedError(Exception):
@@ -25,28 +25,46 @@ class ReportedError(Exception):
 
 
 def start(engine: Engine, config: Config, profiles: frozenset[str]) -> Answer:
-    """The answer to the start. Raises AnswerError, and whatever the engine raises."""
-    return Answer(_outcome(engine.start(config, profiles)))
+    """Return the answer to the start.
+
+    Raises
+    ------
+    MalformedAnswer
+        When the engine returns no Outcome; whatever the engine itself raises is not caught.
+    """
+    return Answer(checked_outcome(engine.start(config, profiles)))
 
 
 def apply(engine: Engine, index: int, event: Event, watch: Watch) -> Answer:
-    """The answer to an event, and the state that is looked at after it."""
-    outcome = _outcome(engine.apply(event))
+    """Return the answer to an event, with the state that `watch` looks at after it.
+
+    Raises
+    ------
+    MalformedAnswer
+        When the engine returns no Outcome or no RankView.
+    """
+    outcome = checked_outcome(engine.apply(event))
     if not watch.looks(index):
         return Answer(outcome)
     ids = None if watch.whole(index) else ids_of(event)
-    return Answer(outcome, _view(engine.observe(ids), ids))
+    return Answer(outcome, checked_view(engine.observe(ids), ids))
 
 
 def finish(engine: Engine) -> Answer:
-    """The whole state, at the end."""
-    return Answer(Outcome(), _view(engine.observe(), None))
+    """Return the whole state, at the end.
+
+    Raises
+    ------
+    MalformedAnswer
+        When the engine returns no RankView.
+    """
+    return Answer(Outcome(), checked_view(engine.observe(), None))
 
 
 def words(error: BaseException) -> str:
-    """What an engine did, for a sentence that begins with its rank."""
-    if isinstance(error, AnswerError):
-        return f"answered garbage: {error}"
+    """Return what an engine did, for a sentence that begins with its rank."""
+    if isinstance(error, MalformedAnswer):
+        return f"gave a malformed answer: {error}"
     if isinstance(error, ReportedError):
         return str(error)
     if isinstance(error, SystemExit):
@@ -59,7 +77,7 @@ def words(error: BaseException) -> str:
 
 
 def ill_typed(answers: Sequence[Answer]) -> tuple[int, str] | None:
-    """The first rank whose answer holds values of other types than it should, and which.
+    """Return the first rank whose answer holds values of wrong types, and which; None if none.
 
     Looked at only when something is wrong: values that compare equal are as good as right.
     """
@@ -78,24 +96,51 @@ def _check(answer: Outcome | RankView, kind: type[Any]) -> None:
     msgspec.json.decode(msgspec.json.encode(answer), type=kind)
 
 
-def _outcome(answer: Any) -> Outcome:
+def checked_outcome(answer: Any) -> Outcome:
+    """Return an engine's answer to `start` or `apply`.
+
+    Raises
+    ------
+    MalformedAnswer
+        When it is no Outcome.
+    """
     if not isinstance(answer, Outcome):
-        raise AnswerError(f"its answer is of type {type(answer).__name__}, not an Outcome")
+        raise MalformedAnswer(f"its answer is of type {type(answer).__name__}, not an Outcome")
     return answer
 
 
-def _view(answer: Any, asked: Sequence[int] | None) -> RankView:
+def checked_view(answer: Any, asked: Sequence[int] | None) -> RankView:
+    """Return an engine's answer to `observe`.
+
+    Parameters
+    ----------
+    answer
+        What the engine returned.
+    asked
+        Ids of the requests that were asked for; None for all live ones.
+
+    Raises
+    ------
+    MalformedAnswer
+        When it is no RankView, or tells of requests that were not asked for.
+    """
     if not isinstance(answer, RankView):
-        raise AnswerError(f"its state is of type {type(answer).__name__}, not a RankView")
+        raise MalformedAnswer(f"its state is of type {type(answer).__name__}, not a RankView")
     if not isinstance(answer.local_len, dict):
         name = type(answer.local_len).__name__
-        raise AnswerError(f"its local_len is of type {name}, not a dict by request")
+        raise MalformedAnswer(f"its local_len is of type {name}, not a dict by request")
     check_requests(answer.local_len, asked)
     return answer
 
 
 def check_requests(told: dict[int, int], asked: Sequence[int] | None) -> None:
-    """Raises AnswerError when a view tells of requests that it was not asked for."""
+    """Check that a view tells of no request that it was not asked for.
+
+    Raises
+    ------
+    MalformedAnswer
+        When it does.
+    """
     if asked is not None and list(told) != asked and not told.keys() <= set(asked):
         strangers = [id for id in told if id not in asked]
-        raise AnswerError(f"its view tells of requests {strangers}, not of {asked} alone")
+        raise MalformedAnswer(f"its view tells of requests {strangers}, not of {asked} alone")

@@ -12,14 +12,14 @@ from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Event
 
-Kind = Literal["gone", "died", "hung", "raised", "stopped"]
+Kind = Literal["gone", "died", "timed out", "raised", "stopped"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-"""How a rank fails: its supervisor is gone, its process died, it hung, it raised or answered
-garbage, it was told to stop. What comes first is to blame for what comes later."""
+"""How a rank fails: its supervisor is gone, its process died, it timed out, it raised or gave a
+malformed answer, it was told to stop. What comes first is to blame for what comes later."""
 
 
 class EngineFailure(Exception):
-    """An engine died, hung or answered garbage (LIVE-1).
+    """An engine died, timed out or gave a malformed answer (LIVE-1).
 
     `event` is the index of the event in the trace, None at start or at the end.
     """
@@ -37,7 +37,7 @@ class EngineFailure(Exception):
 
 
 def signal_name(number: int) -> str:
-    """`SIGSEGV`, or the number of a signal that has no name."""
+    """Return the name of a signal, as in `SIGSEGV`; its number when it has no name."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -105,8 +105,30 @@ class Driver(Protocol):
     ) -> Iterator[Played]:
         """Start all ranks afresh and play events on them.
 
-        Yields the answers of all ranks to the start, to each event, and at last their whole
-        state. Raises EngineFailure.
+        The consumer may stop early; the next call copes with what is still under way.
+
+        Parameters
+        ----------
+        config
+            What the ranks are started with.
+        profiles
+            The profiles that are checked; fields of others may be left out of answers.
+        events
+            The events, in order. A driver that `streams` draws each after it has yielded the
+            answers to the one before; others draw some ahead.
+        watch
+            How often the state is looked at.
+
+        Yields
+        ------
+        event, answers
+            The answers of all ranks to the start (event None), to each event, and at last their
+            whole state (event None). After a refused start nothing follows.
+
+        Raises
+        ------
+        EngineFailure
+            When a rank dies, times out, raises or gives a malformed answer.
         """
 
     def close(self) -> None:

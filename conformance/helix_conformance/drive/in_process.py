@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TypeVar
 
 from helix_conformance.drive.asking import apply, finish, start, words
+from helix_conformance.drive.blame import timed_out
 from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
 from helix_conformance.engines import engine_settings
 from helix_spec.config import Config
@@ -74,9 +75,9 @@ class LocalDriver:
             for engine in ranks:
                 self.asked_at = time.monotonic()
                 told.append(ask(engine))
-        except _HungError:
+        except _TimeoutError:
             self.survives_failure = False  # to try again and again would take for ever
-            what = f"hung: it has not answered for {self.deadline_s:g} seconds"
+            what = timed_out(self.deadline_s or 0)
             raise EngineFailure(len(told), index, what) from None
         except (Exception, SystemExit) as error:
             raise EngineFailure(len(told), index, words(error)) from error
@@ -114,8 +115,8 @@ class LocalDriver:
     def _look(self, *_: Any) -> None:
         since, limit = self.asked_at, self.deadline_s
         if since is not None and limit is not None and time.monotonic() - since > limit:
-            raise _HungError
+            raise _TimeoutError
 
 
-class _HungError(BaseException):
+class _TimeoutError(BaseException):
     """Raised inside an engine's call that takes too long; no engine catches it by accident."""

@@ -1,20 +1,22 @@
-"""The messages between the suite and an engine that is a command: PROTOCOL.md, in types.
+"""The messages between the suite and an engine in another process: PROTOCOL.md, in types.
 
-One JSON object a line each way. The published schemas, one for each message, are generated from
-these types by `python -m helix_conformance.drive.messages`.
+One JSON object a line each way. The published schemas, one for each message of an engine, are
+generated from these types by `python -m helix_conformance.drive.messages`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from helix_conformance.drive.asking import AnswerError, check_requests
+from helix_conformance.drive.asking import MalformedAnswer, check_requests
+from helix_conformance.drive.driver import Kind
 from helix_spec import layouts
 from helix_spec.config import Config, decode_layout, encode_layout, layout_schema
 from helix_spec.engine import Outcome as SpecOutcome
@@ -22,6 +24,9 @@ from helix_spec.engine import RankView
 from helix_spec.events import MERGE, Decode, Event, Merge, Number, Reason, RequestId
 from helix_spec.layouts import DecodeOwner, PagePolicy, PromptSplit
 from helix_spec.trace import unindented
+
+Message = TypeVar("Message")
+_Fields = tuple[tuple[str, tuple[str, ...]], ...]
 
 PROTOCOL: Final = "helix-engine/1"
 """The version that is spoken. Fields may be added to what the suite says, nothing else changes."""
@@ -152,50 +157,133 @@ class Failed(_Answer, frozen=True, tag="failed"):
     what: str
 
 
+class Where(_Asked, frozen=True, tag="where"):
+    """Asks a supervisor about its silent engine. It is answered with `stuck`."""
+
+
+class Stop(msgspec.Struct, frozen=True, tag_field="type", tag="stop"):
+    """Tells a supervisor that the run is over. It is not answered."""
+
+    whole: bool
+    """Whether no other supervisor is missing."""
+
+
+class Stuck(_Answer, frozen=True, tag="stuck"):
+    """Answers `where`: whether the engine is blocked in a collective."""
+
+    waits: bool
+
+
+class Ended(msgspec.Struct, frozen=True, tag_field="type", tag="ended"):
+    """Tells rank 0 that a supervisor's engine, or the supervisor itself, has failed."""
+
+    what: str
+    how: Kind
+
+
 ToEngine = Hello | Start | Apply | Observe
 FromEngine = Ready | Outcome | View | Failed
+ToSupervisor = Where | Stop
+FromSupervisor = FromEngine | Stuck | Ended
 
-_COLUMNS: Final = {
-    "placement": ("position_ids", "active", "slots"),
-    "lengths": ("past_len",),
-    "attention": ("visible", "output"),
+ANSWERED_BY: Final[dict[type[ToEngine], type[FromEngine]]] = {
+    Hello: Ready,
+    Start: Outcome,
+    Apply: Outcome,
+    Observe: View,
 }
-_OF_MERGE: Final[dict[str, tuple[str, ...]]] = {MERGE: ("output",)}
-_FIELDS: Final = {
-    "lengths": ("local_len",),
-    "pages": ("block_tables", "free_pages"),
-    "preempt": ("preempted",),
-    "cache": ("keys", "values"),
-}
-_BY_REQUEST: Final = (("pages", "block_tables"), ("cache", "keys"), ("cache", "values"))
+"""What type of answer is due to a request, when it is not `failed`."""
 
-_encode = msgspec.json.Encoder(enc_hook=encode_layout)
+_OF_DECODE: Final = (
+    ("placement", ("position_ids", "active", "slots")),
+    ("lengths", ("past_len",)),
+    ("attention", ("visible", "output")),
+)
+_OF_MERGE: Final = ((MERGE, ("output",)),)
+_OF_VIEW: Final = (
+    ("lengths", ("local_len",)),
+    ("pages", ("block_tables", "free_pages")),
+    ("preempt", ("preempted",)),
+    ("cache", ("keys", "values")),
+)
+_BY_REQUEST: Final = ("block_tables", "keys", "values")
+
+_encode = msgspec.json.Encoder(enc_hook=encode_layout).encode
 _from_engine: msgspec.json.Decoder[FromEngine] = msgspec.json.Decoder(FromEngine)
+_from_supervisor: msgspec.json.Decoder[FromSupervisor] = msgspec.json.Decoder(FromSupervisor)
 _to_engine: msgspec.json.Decoder[ToEngine] = msgspec.json.Decoder(ToEngine, dec_hook=decode_layout)
+_to_either: msgspec.json.Decoder[ToEngine | ToSupervisor] = msgspec.json.Decoder(
+    ToEngine | ToSupervisor, dec_hook=decode_layout
+)
+_UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class RequestError(ValueError):
     """A line that is no request, in a sentence."""
 
 
-def line_of(message: ToEngine) -> bytes:
-    """The line of a message."""
-    return _encode.encode(message) + b"\n"
+def line_of(message: ToEngine | ToSupervisor | FromSupervisor) -> bytes:
+    """Return the line of a message, its end included."""
+    return _encode(message) + b"\n"
 
 
 def answer_of(line: bytes) -> FromEngine:
-    """The engine's message in a line. Raises AnswerError when it is none."""
+    """Return the engine's message in a line.
+
+    Raises
+    ------
+    MalformedAnswer
+        When the line holds none.
+    """
+    return _answer(_from_engine, line)
+
+
+def relayed_of(line: bytes) -> FromSupervisor:
+    """Return the message of a supervisor, or of its engine, in a line.
+
+    Raises
+    ------
+    MalformedAnswer
+        When the line holds none.
+    """
+    return _answer(_from_supervisor, line)
+
+
+def _answer(decoder: msgspec.json.Decoder[Message], line: bytes) -> Message:
     try:
-        return _from_engine.decode(line)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise AnswerError(f"{error}, in the line that begins {_start(line)!r}") from error
+        return decoder.decode(line)
+    except _UNREADABLE as error:
+        sentence = f"{error}, in the line that begins {_start(line)!r}"
+        raise MalformedAnswer(sentence) from error
 
 
 def request_of(line: bytes) -> ToEngine:
-    """The suite's message in a line. Raises RequestError when it is none."""
+    """Return the suite's message in a line.
+
+    Raises
+    ------
+    RequestError
+        When the line holds none.
+    """
+    return _request(_to_engine, line)
+
+
+def control_of(line: bytes) -> ToSupervisor | None:
+    """Return what a line tells a supervisor; None when it is for the engine.
+
+    Raises
+    ------
+    RequestError
+        When the line is for neither.
+    """
+    request = _request(_to_either, line)
+    return request if isinstance(request, Where | Stop) else None
+
+
+def _request(decoder: msgspec.json.Decoder[Message], line: bytes) -> Message:
     try:
-        return _to_engine.decode(line)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        return decoder.decode(line)
+    except _UNREADABLE as error:
         sentence = f"The line that begins {_start(line)!r} is no request of {PROTOCOL}: {error}."
         raise RequestError(sentence) from error
 
@@ -205,57 +293,96 @@ def _start(line: bytes) -> str:
 
 
 def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]) -> SpecOutcome:
-    """The outcome in the words of the specification.
+    """Return an outcome in the words of the specification.
 
-    Raises AnswerError when it leaves out a column of a profile that is checked.
+    Parameters
+    ----------
+    answer
+        What a rank answered to `start` or `apply`.
+    event
+        The event that was applied; None for `start`.
+    profiles
+        The profiles that are checked.
+
+    Raises
+    ------
+    MalformedAnswer
+        When the answer leaves out a column of a profile that is checked.
     """
-    if isinstance(event, Decode | Merge) and answer.reason is None:
-        _check_present(answer, _COLUMNS if isinstance(event, Decode) else _OF_MERGE, profiles)
-    columns = {
-        name: value
-        for name in ("past_len", "position_ids", "active", "slots", "visible")
-        if (value := getattr(answer, name)) is not UNSET
-    }
-    output = None if answer.output is UNSET else _rows(answer.output)
-    return SpecOutcome(answer.reason, **columns, output=output)
+    if answer.reason is None and isinstance(event, Decode | Merge):
+        fields = _OF_DECODE if isinstance(event, Decode) else _OF_MERGE
+        _check_present(answer, fields, frozenset(profiles))
+    return SpecOutcome(
+        answer.reason,
+        _told(answer.past_len, []),
+        _told(answer.position_ids, []),
+        _told(answer.active, []),
+        _told(answer.slots, []),
+        _told(answer.visible, None),
+        None if answer.output is UNSET else _rows(answer.output),
+    )
 
 
 def spec_view(answer: View, asked: list[int] | None, profiles: Collection[str]) -> RankView:
-    """The view in the words of the specification.
+    """Return a view in the words of the specification.
 
-    Raises AnswerError when it leaves out a field of a profile that is checked, or in it a request.
+    Parameters
+    ----------
+    answer
+        What a rank answered to `observe`.
+    asked
+        Ids of the requests that were asked for; None for all live ones.
+    profiles
+        The profiles that are checked.
+
+    Raises
+    ------
+    MalformedAnswer
+        When the answer leaves out a field of a profile that is checked, leaves out a request of
+        such a field, or tells of a request that was not asked for.
     """
-    _check_present(answer, _FIELDS, profiles)
-    local_len = {} if answer.local_len is UNSET else answer.local_len
+    checked = frozenset(profiles)
+    _check_present(answer, _OF_VIEW, checked)
+    local_len: dict[int, int] = _told(answer.local_len, {})
     check_requests(local_len, asked)
-    for profile, name in _BY_REQUEST:
-        told = getattr(answer, name)
-        if profile in profiles and told.keys() != local_len.keys():
-            raise AnswerError(
+    for _, name in _needed(_OF_VIEW, checked):
+        if name in _BY_REQUEST and (told := getattr(answer, name)).keys() != local_len.keys():
+            raise MalformedAnswer(
                 f"its {name} are of requests {sorted(told)}, its local_len of {sorted(local_len)}"
             )
     return RankView(
         local_len,
-        {} if answer.block_tables is UNSET else answer.block_tables,
-        [] if answer.preempted is UNSET else answer.preempted,
-        0 if answer.free_pages is UNSET else answer.free_pages,
+        _told(answer.block_tables, {}),
+        _told(answer.preempted, []),
+        _told(answer.free_pages, 0),
         {} if answer.keys is UNSET else {id: _rows(rows) for id, rows in answer.keys.items()},
         {} if answer.values is UNSET else {id: _rows(rows) for id, rows in answer.values.items()},
     )
 
 
-def _check_present(
-    answer: Outcome | View, fields: dict[str, tuple[str, ...]], profiles: Collection[str]
-) -> None:
-    for profile, names in fields.items():
-        for name in names if profile in profiles else ():
-            if getattr(answer, name) is UNSET:
-                raise AnswerError(f"its answer lacks {name}, which profile {profile} asks for")
+def _told(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is UNSET else value
+
+
+@lru_cache
+def _needed(fields: _Fields, checked: frozenset[str]) -> tuple[tuple[str, str], ...]:
+    """The fields that must be there, each with the profile that asks for it."""
+    return tuple(
+        (profile, name) for profile, names in fields if profile in checked for name in names
+    )
+
+
+def _check_present(answer: Outcome | View, fields: _Fields, checked: frozenset[str]) -> None:
+    for profile, name in _needed(fields, checked):
+        if getattr(answer, name) is UNSET:
+            raise MalformedAnswer(f"its answer lacks {name}, which profile {profile} asks for")
 
 
 def _rows(rows: Any) -> Any:
     """What `helix_conformance.expect.arrays.as_array` reads."""
-    return msgspec.structs.asdict(rows) if isinstance(rows, Array) else rows
+    if isinstance(rows, Array):
+        return {"dtype": rows.dtype, "shape": rows.shape, "data": rows.data}
+    return rows
 
 
 SCHEMAS: Final = Path(__file__).parents[1] / "schemas"
@@ -263,7 +390,7 @@ SCHEMAS: Final = Path(__file__).parents[1] / "schemas"
 
 
 def message_schemas() -> dict[str, dict[str, Any]]:
-    """The JSON Schema (2020-12) of each message, by its file's name."""
+    """Return the JSON Schema (2020-12) of each message of an engine, by its file's name."""
     messages = (Hello, Start, Apply, Observe, Ready, Outcome, View, Failed)
     return {
         f"{kind.__name__.lower()}.schema.json": {

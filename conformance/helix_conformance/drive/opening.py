@@ -6,6 +6,8 @@ from typing import Final
 
 from helix_conformance.drive.driver import Driver
 from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.launched import LaunchedDriver
+from helix_conformance.drive.process import PoolDriver, StdioDriver
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine
 
 DRIVERS: Final = ("local", "stdio", "pool", "torchrun", "mpi")
@@ -13,7 +15,13 @@ DRIVERS: Final = ("local", "stdio", "pool", "torchrun", "mpi")
 
 
 def default_driver(engine: str) -> str:
-    """Where an engine runs when nothing is said. Raises EngineSpecError."""
+    """Return the name of the driver on which an engine runs when none is given.
+
+    Raises
+    ------
+    EngineSpecError
+        When the engine's name stands for none.
+    """
     if engine.startswith(COMMAND):
         return "stdio"
     return "pool" if load_engine(engine).needs_processes else "local"
@@ -27,15 +35,30 @@ def open_driver(
     backend: str = "gloo",
     deadline_s: float = 30.0,
 ) -> Driver:
-    """The ranks of an engine, up and waiting; whoever opens them closes them.
+    """Return the ranks of an engine, up and waiting; whoever opens them closes them.
 
-    `ranks` are the processes of a pool; `deadline_s` is how long a rank may be silent. Raises
-    EngineSpecError when the names do not fit, and EngineFailure when the engine does not start.
+    Parameters
+    ----------
+    engine
+        `stdio:COMMAND`, or the name of a Python engine as `load_engine` takes it.
+    driver
+        One of `DRIVERS`; None for the engine's `default_driver`.
+    ranks
+        Processes of a pool.
+    backend
+        Of the process group under torchrun and mpiexec: `gloo` or `nccl`.
+    deadline_s
+        Seconds that a rank may be silent for.
+
+    Raises
+    ------
+    EngineSpecError
+        When the names do not fit each other.
+    EngineFailure
+        When the engine does not start.
     """
     driver = driver or default_driver(engine)
     if driver == "stdio":
-        from helix_conformance.drive.stdio import StdioDriver
-
         return StdioDriver(engine, deadline_s=deadline_s)
     if engine.startswith(COMMAND):
         raise EngineSpecError(f"{engine!r} is a command; it runs under --driver stdio.")
@@ -47,13 +70,5 @@ def open_driver(
             )
         return LocalDriver(engine_class, deadline_s=deadline_s)
     if driver == "pool":
-        from helix_conformance.drive.pool import PoolDriver
-
         return PoolDriver(engine, ranks, deadline_s=deadline_s)
-    if driver == "mpi":
-        from helix_conformance.drive.mpi import MpiDriver
-
-        return MpiDriver(engine, backend=backend, deadline_s=deadline_s)
-    from helix_conformance.drive.torchrun import TorchrunDriver
-
-    return TorchrunDriver(engine, backend=backend, deadline_s=deadline_s)
+    return LaunchedDriver(engine, driver, backend=backend, deadline_s=deadline_s)

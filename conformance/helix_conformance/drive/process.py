@@ -1,276 +1,719 @@
-"""The ranks that a supervisor sees: started, spoken to, watched, blamed, ended."""
+"""Ranks in processes that speak PROTOCOL.md: commands of any language, and a pool of our own.
+
+Requests are sent ahead of the answers, a bounded number of events, and the answers to each event
+are yielded once all ranks have given theirs. A process's stdout carries its answers and nothing
+else; the end of its stderr is shown when it fails.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import selectors
+import shlex
 import signal
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe, wait
-from typing import Final, Protocol
+from itertools import islice
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from helix_conformance.drive.driver import KINDS, EngineFailure, Kind, signal_name
-from helix_conformance.drive.wire import (
-    At,
-    Done,
-    Failed,
-    FrameError,
-    Play,
-    Ready,
-    Stuck,
-    send,
-    unpack_from_engine,
-)
-from helix_conformance.drive.worker import Setup
+from helix_conformance.drive import messages
+from helix_conformance.drive.asking import MalformedAnswer, words
+from helix_conformance.drive.blame import NOTHING_DUE, blame_silent, first_cause
+from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, Watch, signal_name
+from helix_conformance.drive.meeting import Group, hosted_store
+from helix_conformance.engines import COMMAND, EngineSpecError, load_engine
+from helix_spec.config import Config
+from helix_spec.engine import Outcome, declaration_problem
+from helix_spec.events import Event, ids_of
 
 START_LIMIT_S: Final = float(os.environ.get("HELIX_START_LIMIT_S", "120"))
-"""A worker imports torch before it is ready; on two busy cores that takes long, and an engine that
-imports more may need more: HELIX_START_LIMIT_S gives it."""
+"""How long a process may take until it says `ready`: it may have much to load, torch at least."""
 GRACE_S: Final = 0.5
 """How long the others may take to fail too, once one has: the first is not always to blame."""
-FRAME_LIMIT_S: Final = 10
-"""Longest silence within one frame; a whole frame is written at once."""
+DRAIN_S: Final = 5.0
+"""How long ranks may be silent that have still to answer what nobody wants to know any more."""
+FAREWELL_S: Final = 2.0
+"""How long processes may take to end once their stdin has; then they are killed."""
 LOOK_S: Final = 0.5
 """How long a silent process may take to print where it is."""
+MAX_LINE_BYTES: Final = 2**28
+"""Bytes of one answer; a line that does not end before is malformed."""
+WINDOW: Final = 64
+"""Events that may be under way."""
+UNSENT: Final = 2**20
+"""Bytes that may wait to be written to one rank before no more events are drawn."""
 KEPT: Final = 2**16
-"""Bytes of a process's output that are kept, the last ones."""
+"""Bytes of stderr that are kept of each process, the last ones."""
+SHOWN: Final = 1000
+"""Bytes of them that a failure shows."""
+_CHUNK: Final = 2**16
+_PIPE: Final = 2**20
+"""Bytes that a pipe holds while nobody reads, where the system lets it."""
+_WAKE_S: Final = 0.5
+"""How often a wait looks up, to see whether this process was told to stop."""
 
 
-class Channel(Protocol):
-    """Something that `multiprocessing.connection.wait` can wait for."""
+class Lines:
+    """Lines to and from another process, over descriptors that never block."""
 
-    def fileno(self) -> int:
-        """Its file descriptor."""
+    def __init__(self, source: int, sink: int) -> None:
+        self.source, self.sink = source, sink
+        for descriptor in (source, sink):
+            os.set_blocking(descriptor, False)
+        self.unsent = bytearray()
+        self.rest = bytearray()
+        """The beginning of a line whose end has not come."""
+
+    def put(self, data: bytes) -> None:
+        """Put whole lines on their way."""
+        self.unsent += data
+        self.write()
+
+    def write(self) -> bool:
+        """Write what can be written now. That nobody reads it shows by the end of `read`."""
+        try:
+            while self.unsent:
+                del self.unsent[: self.send(self.unsent[:_CHUNK])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.unsent.clear()
+        return True
+
+    def read(self) -> list[bytes]:
+        """Return the lines that are complete now, without their ends.
+
+        Raises
+        ------
+        EOFError
+            When no more will come.
+        MalformedAnswer
+            When a line is too long.
+        """
+        try:
+            chunk = self.receive()
+        except BlockingIOError:
+            return []
+        except OSError:
+            chunk = b""
+        if not chunk:
+            raise EOFError
+        first, end, behind = chunk.partition(b"\n")
+        self.rest += first
+        if len(self.rest) > MAX_LINE_BYTES:
+            raise MalformedAnswer(f"its line is longer than {MAX_LINE_BYTES} bytes")
+        if not end:
+            return []
+        *others, rest = behind.split(b"\n")
+        lines = [bytes(self.rest), *others]
+        self.rest = bytearray(rest)
+        return lines
+
+    def send(self, data: bytearray) -> int:
+        """Write some bytes; return how many. Raises BlockingIOError when there is no room."""
+        return os.write(self.sink, data)
+
+    def receive(self) -> bytes:
+        """Return some bytes, none at the end. Raises BlockingIOError when there are none yet."""
+        return os.read(self.source, _CHUNK)
+
+    def close(self) -> None:
+        """Hang up."""
+        self.hang_up()
+        with suppress(OSError):
+            os.close(self.source)
+        self.source = -1
+
+    def hang_up(self) -> None:
+        """End what the other process reads."""
+        self.unsent.clear()
+        with suppress(OSError):
+            os.close(self.sink)
+        self.sink = -1
 
 
-class Rank(Protocol):
-    """One rank of an engine in a process, of this machine or behind a supervisor elsewhere."""
-
-    rank: int
-    at: int | None
-    """The event where it is."""
-    heard: float
-    """When it last said anything."""
-
-    @property
-    def channel(self) -> Channel:
-        """Where it is heard."""
-
-    def play(self, play: Play) -> None:
-        """Send a trace; `collect` brings the answer."""
-
-    def receive(self) -> Ready | Done | None:
-        """What it has to say now; None when that was only where it is. Raises EngineFailure."""
-
-    def look(self) -> None:
-        """Begin to find out where it is."""
-
-    def waits_for_peers(self) -> bool:
-        """After `look`: whether it sits in a collective; then a peer is to blame."""
-
-    def failure(self, what: str, how: Kind = "raised") -> EngineFailure:
-        """What went wrong with this rank, at the event where it is."""
-
-    def kill(self) -> None:
-        """End it at once."""
-
-
-class LastWords:
-    """A pipe that a process may flood: the end of what it wrote is kept."""
+class Loop:
+    """Waits for whatever processes have to say, and writes what they can take."""
 
     def __init__(self) -> None:
-        self.read_end, self.write_end = os.pipe()
-        self.kept = b""
-        self.total = 0
-        threading.Thread(target=self._drain, daemon=True).start()
+        self.selector = selectors.DefaultSelector()
+        self.writers: list[Lines] = []
 
-    def _drain(self) -> None:
-        while chunk := os.read(self.read_end, KEPT):
-            self.kept = (self.kept + chunk)[-KEPT:]
-            self.total += len(chunk)
-        os.close(self.read_end)
+    def add(self, lines: Lines, listen: Callable[[], bool]) -> None:
+        """Take in both directions; see `hear`."""
+        self.writers.append(lines)
+        self.hear(lines.source, listen)
 
-    def since(self, total: int) -> bytes:
-        """What came after the first `total` bytes, as far as it is kept."""
-        new = self.total - total
-        return self.kept[-new:] if new > 0 else b""
+    def hear(self, source: int, listen: Callable[[], bool]) -> None:
+        """Call `listen` when there is something to read, until it returns False."""
+        self.selector.register(source, selectors.EVENT_READ, listen)
 
-
-class EngineProcess:
-    """The process of one rank, a child of this one."""
-
-    def __init__(self, setup: Setup) -> None:
-        self.rank = setup.rank
-        self.at: int | None = None
-        self.heard = time.monotonic()
-        self.number = 0
-        self.printed_before_look = 0
-        self.output = LastWords()
-        self.channel, theirs = Pipe()
-        _do_not_wait_longer(self.channel, FRAME_LIMIT_S)
-        setup = msgspec.structs.replace(setup, channel=theirs.fileno())
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "helix_conformance.drive.worker"),
-                msgspec.json.encode(setup).decode(),
-            ],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=self.output.write_end,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-        )
-        os.close(self.output.write_end)
-        theirs.close()
-
-    def play(self, play: Play) -> None:
-        """See `Rank.play`. That the process is dead shows when it is heard."""
-        self.at, self.heard, self.number = None, time.monotonic(), play.number
-        with suppress(OSError):
-            send(self.channel, play)
-
-    def receive(self) -> Ready | Done | None:
-        """See `Rank.receive`."""
+    def turn(self, timeout_s: float | None) -> None:
+        """Wait until something can be read or written, or until the time is over."""
+        writing = [lines for lines in self.writers if lines.unsent]
+        for lines in writing:
+            self.selector.register(lines.sink, selectors.EVENT_WRITE, lines.write)
         try:
-            message = unpack_from_engine(self.channel.recv_bytes())
-        except BlockingIOError:
-            raise self.failure("answered garbage: a frame that did not end") from None
-        except (EOFError, OSError):
-            raise self.failure(self._death(), "died") from None
-        except FrameError as error:
-            raise self.failure(f"answered garbage: {error}") from None
+            for key, _ in self.selector.select(timeout_s):
+                if not key.data():
+                    self.selector.unregister(key.fd)
+        finally:
+            for lines in writing:
+                self.selector.unregister(lines.sink)
+
+    def close(self) -> None:
+        """Forget all."""
+        self.selector.close()
+        self.writers = []
+
+
+class Due(NamedTuple):
+    """An answer that a rank owes."""
+
+    seq: int
+    kind: type[messages.FromEngine]
+    event: int | None
+    """Index of the event that it is about."""
+
+
+class Rank:
+    """One rank of an engine: what it has still to answer, and what it has answered."""
+
+    def __init__(self, rank: int, lines: Lines, loop: Loop) -> None:
+        self.rank, self.lines, self.loop = rank, lines, loop
+        self.due: deque[Due] = deque()
+        self.answers: deque[messages.FromEngine | EngineFailure] = deque()
+        """What it has answered; a failure in place of each answer that says so."""
         self.heard = time.monotonic()
-        match message:
-            case At(event):
-                self.at = event
-                return None
-            case Failed(event, what, how):
-                self.at = event
-                raise self.failure(what, how)
-            case Done(_, number) if number != self.number:
-                what = f"it answered trace {number}, and was asked {self.number}"
-                raise self.failure(f"answered garbage: {what}")
-            case Ready() | Done():
-                return message
-            case Stuck():
-                raise self.failure("answered garbage: it says that it is stuck, unasked")
+        """When it last said anything."""
+        self.failed: EngineFailure | None = None
+        """Why no more will be heard."""
+        loop.add(lines, self.listen)
+
+    @property
+    def at(self) -> int | None:
+        """Index of the event that the rank is at; None outside any event."""
+        return self.due[0].event if self.due else None
+
+    @property
+    def progress(self) -> float:
+        """Number of the request that the rank is at; infinite when no answer is due."""
+        return self.due[0].seq if self.due else NOTHING_DUE
+
+    def ask(self, lines: bytes, due: Iterable[Due]) -> None:
+        """Queue requests, one line each; `lines.write` puts them on their way."""
+        self.due.extend(due)
+        self.lines.unsent += lines
+
+    def listen(self) -> bool:
+        """Take what the rank says now; whether there may be more."""
+        try:
+            for line in self.lines.read():
+                self.take(line)
+        except EOFError:
+            self.failed = self.failed or self.ended()
+        except MalformedAnswer as error:
+            self.failed = self.failed or self.failure(words(error))
+        self.heard = time.monotonic()
+        return self.failed is None
+
+    def take(self, line: bytes) -> None:
+        """Take one line. Raises MalformedAnswer."""
+        self.answered(messages.answer_of(line))
+
+    def answered(self, answer: messages.FromEngine) -> None:
+        """Take one answer. Raises MalformedAnswer when another one is due."""
+        if not self.due:
+            raise MalformedAnswer(f"it sent {_kind(answer)} {answer.seq}, and nothing was asked")
+        seq, kind, _ = self.due[0]
+        if isinstance(answer, messages.Failed):
+            self.answers.append(self.failure(answer.what))
+        elif answer.seq != seq:
+            raise MalformedAnswer(f"it answered request {answer.seq}, and was asked {seq}")
+        elif not isinstance(answer, kind):
+            due = kind.__name__.lower()
+            raise MalformedAnswer(f"it sent {_kind(answer)} where {due} is due")
+        else:
+            self.answers.append(answer)
+        self.due.popleft()
 
     def failure(self, what: str, how: Kind = "raised") -> EngineFailure:
-        """See `Rank.failure`."""
+        """Return what went wrong with this rank, at the event that it is at."""
         return EngineFailure(self.rank, self.at, what, how)
+
+    def failure_in(self, count: int) -> EngineFailure | None:
+        """Return why the first `count` answers are not all good, when they are not."""
+        for answer in islice(self.answers, count):
+            if isinstance(answer, EngineFailure):
+                return answer
+        return self.failed if len(self.answers) < count else None
+
+    def ended(self) -> EngineFailure:
+        """Return what to say of a rank that has hung up."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Begin to find out where the rank is."""
+        raise NotImplementedError
+
+    def waits_for_peers(self) -> bool:
+        """After `look`: whether the rank is blocked in a collective."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End the rank at once."""
+        raise NotImplementedError
+
+
+def _kind(answer: messages.FromEngine) -> str:
+    return type(answer).__name__.lower()
+
+
+class Child(Rank):
+    """A rank that is a process of this one.
+
+    `ours` says that the process is `drive.serve`, which prints where it is when it is asked.
+    """
+
+    def __init__(self, rank: int, command: Sequence[str], loop: Loop, *, ours: bool) -> None:
+        self.ours = ours
+        self.last_words, self.printed, self.printed_before_look = b"", 0, 0
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,  # so that whatever it starts can be ended with it
+                env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+            )
+        except OSError as error:
+            what = f"cannot be started: {command[0]}: {error.strerror}"
+            raise EngineFailure(rank, None, what) from error
+        sink, source, self.stderr = (
+            os.dup(pipe.fileno())  # type: ignore[union-attr]  # all three are pipes
+            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr)
+        )
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            pipe.close()  # type: ignore[union-attr]
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            with suppress(OSError):  # there is a limit for each user
+                fcntl.fcntl(source, fcntl.F_SETPIPE_SZ, _PIPE)
+        super().__init__(rank, Lines(source, sink), loop)
+        os.set_blocking(self.stderr, False)
+        loop.hear(self.stderr, self.listen_to_stderr)
+
+    def listen_to_stderr(self) -> bool:
+        """Keep the end of what is on stderr; whether it has not ended."""
+        try:
+            chunk = os.read(self.stderr, _CHUNK)
+        except BlockingIOError:
+            return True
+        self.last_words = (self.last_words + chunk)[-KEPT:]
+        self.printed += len(chunk)
+        return bool(chunk)
+
+    def failure(self, what: str, how: Kind = "raised") -> EngineFailure:
+        """See `Rank.failure`; of a command, and of a process that died, with its last words."""
+        if how != "died" and self.ours:
+            return super().failure(what, how)
+        for _ in range(_PIPE // _CHUNK):  # as much as there may be, and no more of a flood
+            self.listen_to_stderr()
+        text = self.last_words[-SHOWN:].decode(errors="replace").strip()
+        end = f"; its stderr ends: {text!r}" if text else "; its stderr is empty"
+        return super().failure(what + end, how)
+
+    def ended(self) -> EngineFailure:
+        """See `Rank.ended`."""
+        try:
+            code = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return self.failure("closed its stdout without an answer", "died")
+        if code < 0:
+            return self.failure(f"died with signal {signal_name(-code)}", "died")
+        return self.failure(f"exited with status {code}", "died")
 
     def look(self) -> None:
         """See `Rank.look`: its faulthandler prints where every thread is."""
-        self.printed_before_look = self.output.total
-        self.process.send_signal(signal.SIGUSR1)
+        self.printed_before_look = self.printed
+        if self.ours:
+            self.process.send_signal(signal.SIGUSR1)
 
     def waits_for_peers(self) -> bool:
         """See `Rank.waits_for_peers`."""
         until = time.monotonic() + LOOK_S
-        while b"torch/distributed" not in self.output.since(self.printed_before_look):
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.01)
-        return True
+        while self.ours and time.monotonic() < until:
+            new = self.printed - self.printed_before_look
+            if new and b"torch/distributed" in self.last_words[-new:]:
+                return True
+            self.loop.turn(0.01)
+        return False
 
     def kill(self) -> None:
-        """See `Rank.kill`."""
-        self.process.kill()
+        """See `Rank.kill`: with all that the process has started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.channel.close()
-
-    def _death(self) -> str:
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "closed its channel without an answer"
-        how = f"signal {signal_name(-code)}" if code < 0 else f"exit status {code}"
-        time.sleep(0.1)  # the thread that drains its output may be behind
-        words = self.output.kept[-500:].decode(errors="replace").strip()
-        return f"died with {how}; it last printed: {words!r}"
-
-
-def _do_not_wait_longer(channel: Connection, limit_s: int) -> None:
-    """Let a read of the channel's socket fail when nothing comes for so long."""
-    with socket.socket(fileno=os.dup(channel.fileno())) as line:
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", limit_s, 0))
+        self.lines.close()
+        os.close(self.stderr)
 
 
 def collect(
     ranks: Sequence[Rank],
-    deadline_s: float,
+    count: int,
+    limit_s: float,
     told_to_stop: Callable[[], bool] = lambda: False,
-) -> list[Ready | Done]:
-    """One answer of each rank, in order.
+) -> None:
+    """Wait until each rank has given so many answers.
 
-    Raises the EngineFailure of the rank to blame, when some fail; or when none has moved for
-    deadline_s seconds; or when this process is told to stop.
+    Parameters
+    ----------
+    ranks
+        The ranks of the trace, which share a loop.
+    count
+        Answers that are needed of each; they are left in `Rank.answers`.
+    limit_s
+        Seconds that the ranks whose answers are missing may all be silent for.
+    told_to_stop
+        Whether this process has to give up.
+
+    Raises
+    ------
+    EngineFailure
+        Of the rank to blame, when some fail or are silent for too long.
     """
-    answers: dict[int, Ready | Done] = {}
-    failures: dict[int, EngineFailure] = {}
-    until: float | None = None
-    while len(answers) < len(ranks):
-        silent = [r for r in ranks if r.rank not in answers and r.rank not in failures]
+    began, grace = time.monotonic(), 0.0
+    while True:
+        failures = [failed for rank in ranks if (failed := rank.failure_in(count))]
+        missing = [rank for rank in ranks if len(rank.answers) < count and not rank.failed]
+        if not failures and not missing:
+            return
         now = time.monotonic()
-        if until is None and told_to_stop():
-            failures[-1] = EngineFailure(ranks[0].rank, ranks[0].at, "was told to stop", "stopped")
-        if failures and until is None:
-            until = now + GRACE_S
-        if failures and (not silent or now >= (until or 0)):
-            raise _to_blame(list(failures.values()), ranks)
-        left = (until or max(r.heard for r in ranks) + deadline_s) - now
-        if left <= 0:
-            raise blame(silent, ranks, deadline_s)
-        by_channel = {r.channel.fileno(): r for r in silent}
-        for channel in wait(list(by_channel), min(left, 0.5)):
-            assert isinstance(channel, int)
-            rank = by_channel[channel]
+        if told_to_stop():
+            failures.append(ranks[0].failure("was told to stop", "stopped"))
+        if failures:
+            grace = grace or now + GRACE_S
+            if not missing or now >= grace:
+                raise first_cause([*failures, *(rank.failed for rank in ranks if rank.failed)])
+        until = grace or max(began, *(rank.heard for rank in missing)) + limit_s
+        if now >= until:
+            raise blame_silent(missing, ranks, limit_s)
+        ranks[0].loop.turn(min(until - now, _WAKE_S))
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What all ranks are asked about one event."""
+
+    index: int | None
+    event: Event | None
+    asked: Sequence[messages.ToEngine]
+
+    def due(self) -> list[Due]:
+        """Return the answers that each rank owes for it."""
+        return [Due(m.seq, messages.ANSWERED_BY[type(m)], self.index) for m in self.asked]
+
+    def answer(self, told: Sequence[Any], profiles: frozenset[str]) -> Answer:
+        """Return one rank's answers in the words of the specification. Raises MalformedAnswer."""
+        outcome, view = Outcome(), None
+        for message, answer in zip(self.asked, told, strict=True):
+            if isinstance(answer, messages.Outcome):
+                outcome = messages.spec_outcome(answer, self.event, profiles)
+            elif isinstance(answer, messages.View) and isinstance(message, messages.Observe):
+                view = messages.spec_view(answer, message.ids, profiles)
+        return Answer(outcome, view)
+
+
+class ProcessDriver:
+    """What all drivers whose ranks are processes have in common.
+
+    `deadline_s` is how long the ranks may take for one event.
+    """
+
+    name = "process"
+    largest_world: int | None = None
+    survives_failure = False
+    streams = False
+
+    def __init__(self, engine: str, deadline_s: float) -> None:
+        self.engine, self.deadline_s = engine, deadline_s
+        self.seq = 0
+        self.loop = Loop()
+        self.ranks: list[Rank] = []
+        self.profiles: frozenset[str] = frozenset()
+        self.settings: dict[str, str] = {}
+        self.told_to_stop = False
+
+    def start_ranks(self, world: int) -> list[Rank]:
+        """Start the ranks that are missing for so large a world, and return them."""
+        raise NotImplementedError
+
+    def play(
+        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+    ) -> Iterator[Played]:
+        """See `Driver.play`: requests go out ahead of the answers, a window of events."""
+        self._drain()
+        self._have(config.world_size)
+        try:
+            yield from self._played(config, profiles, enumerate(events), watch)
+        except EngineFailure as failure:
+            if failure.how == "timed out":
+                self.survives_failure = False  # to try again and again would take for ever
+            self.kill()
+            raise
+
+    def close(self) -> None:
+        """Let the processes go: their stdin ends, and soon they have."""
+        until = time.monotonic() + FAREWELL_S
+        children = [rank for rank in self.ranks if isinstance(rank, Child)]
+        for child in children:
+            child.lines.hang_up()
+        while time.monotonic() < until and any(c.process.poll() is None for c in children):
+            self.loop.turn(0.01)  # what they are still writing keeps them from ending
+        self.kill()
+
+    def kill(self) -> None:
+        """End all ranks at once."""
+        self.loop.close()
+        self.loop = Loop()
+        for rank in self.ranks:
+            rank.kill()
+        self.ranks = []
+
+    def _played(
+        self,
+        config: Config,
+        profiles: frozenset[str],
+        events: Iterator[tuple[int, Event]],
+        watch: Watch,
+    ) -> Iterator[Played]:
+        ranks, answers = self.ranks[: config.world_size], self._begun(config, profiles)
+        yield None, answers
+        if any(answer.outcome.reason is not None for answer in answers):
+            return  # it has not started: there is nothing more to ask
+        pending: deque[Request] = deque()
+        drawn = False
+        while pending or not drawn:
+            if not drawn and len(pending) <= WINDOW // 2:
+                drawn = self._send_ahead(ranks, pending, events, watch)
+            request = pending.popleft()
+            yield request.event, self._answers(ranks, request, profiles)
+
+    def _begun(self, config: Config, profiles: frozenset[str]) -> list[Answer]:
+        world, seq = config.world_size, self._next()
+        layout, checked = messages.LayoutParts(**config.layout.parts()), sorted(profiles)
+        starts = [
+            messages.Start(seq, rank, world, config, layout, checked) for rank in range(world)
+        ]
+        request = Request(None, None, starts[:1])
+        for rank, message in zip(self.ranks, starts, strict=False):
+            rank.ask(messages.line_of(message), request.due())
+            rank.lines.write()
+        return self._answers(self.ranks[:world], request, profiles)
+
+    def _send_ahead(
+        self,
+        ranks: Sequence[Rank],
+        pending: deque[Request],
+        events: Iterator[tuple[int, Event]],
+        watch: Watch,
+    ) -> bool:
+        """Fill the window; whether there are no more events."""
+        drawn = False
+        while not drawn and len(pending) < WINDOW:
+            request = self._request(next(events, None), watch)
+            drawn = request.event is None
+            pending.append(request)
+            lines, due = b"".join(map(messages.line_of, request.asked)), request.due()
+            for rank in ranks:
+                rank.ask(lines, due)
+            if max(len(rank.lines.unsent) for rank in ranks) > UNSENT:
+                break
+        for rank in ranks:
+            rank.lines.write()
+        return drawn
+
+    def _request(self, drawn: tuple[int, Event] | None, watch: Watch) -> Request:
+        """Return what is asked about an event; after the last one, about the whole state."""
+        if drawn is None:
+            return Request(None, None, [messages.Observe(self._next(), None)])
+        index, event = drawn
+        asked: list[messages.ToEngine] = [messages.Apply(self._next(), event)]
+        if watch.looks(index):
+            ids = None if watch.whole(index) else ids_of(event)
+            asked.append(messages.Observe(self._next(), ids))
+        return Request(index, event, asked)
+
+    def _answers(
+        self, ranks: Sequence[Rank], request: Request, profiles: frozenset[str]
+    ) -> list[Answer]:
+        """Return the answers of all ranks to one request. Raises EngineFailure."""
+        count = len(request.asked)
+        collect(ranks, count, self.deadline_s, lambda: self.told_to_stop)
+        answers = []
+        for rank in ranks:
+            told = [rank.answers.popleft() for _ in range(count)]
             try:
-                answer = rank.receive()
-            except EngineFailure as failure:
-                failures[rank.rank] = failure
-                continue
-            if answer is not None:
-                answers[rank.rank] = answer
-    return [answers[r.rank] for r in ranks]
+                answers.append(request.answer(told, profiles))
+            except MalformedAnswer as error:
+                failure = rank.failure(words(error))
+                failure.event = request.index  # by now it may be further on
+                raise failure from error
+        return answers
+
+    def _drain(self) -> None:
+        """Hear out answers that nobody waits for; end the ranks when they do not come."""
+        began = time.monotonic()
+        while late := [rank for rank in self.ranks if rank.due]:
+            silent = time.monotonic() > max(began, *(rank.heard for rank in late)) + DRAIN_S
+            if silent or any(rank.failed for rank in late):
+                self.kill()
+                return
+            self.loop.turn(0.1)
+        for rank in self.ranks:
+            rank.answers.clear()
+
+    def _have(self, world: int) -> None:
+        """Start the ranks that are missing. They must declare what the first one does."""
+        try:
+            if not (new := self.start_ranks(world)):
+                return
+            request = Request(None, None, [messages.Hello(self._next())])
+            for rank in new:
+                rank.ask(messages.line_of(request.asked[0]), request.due())
+                rank.lines.write()
+            collect(new, 1, START_LIMIT_S, lambda: self.told_to_stop)
+            for rank in new:
+                self._welcome(rank)
+        except EngineFailure:
+            self.kill()
+            raise
+
+    def _welcome(self, rank: Rank) -> None:
+        ready = rank.answers.popleft()
+        assert isinstance(ready, messages.Ready)
+        if ready.protocol != messages.PROTOCOL:
+            raise rank.failure(f"speaks {ready.protocol!r}, and the suite {messages.PROTOCOL}")
+        problem = declaration_problem(ready.profiles)
+        if problem is not None:
+            raise rank.failure(problem.rstrip("."))
+        if rank.rank == 0:
+            self.profiles, self.settings = frozenset(ready.profiles), self.settings_of(ready)
+        elif self.profiles != frozenset(ready.profiles):
+            told, first = ", ".join(sorted(ready.profiles)), ", ".join(sorted(self.profiles))
+            raise rank.failure(f"declares {told}, where rank 0 declares {first}")
+
+    def settings_of(self, ready: messages.Ready) -> dict[str, str]:
+        """Return what a rank says about how it is set up, for reports."""
+        return ready.settings
+
+    def _next(self) -> int:
+        self.seq += 1
+        return self.seq
 
 
-def _to_blame(failures: Sequence[EngineFailure], ranks: Sequence[Rank]) -> EngineFailure:
-    """Of several failures the one that brought about the others."""
-    failure = min(failures, key=lambda failure: KINDS.index(failure.how))
-    if failure.how == "gone":  # its last word came a while ago: the others know how far all were
-        failure.event = max(ranks, key=_progress).at
-    return failure
+def command_of(engine: str) -> list[str]:
+    """Return the words of the command that runs one rank of an engine.
 
+    Parameters
+    ----------
+    engine
+        `stdio:COMMAND`, which is split as a shell would, and no shell runs it; or the name of a
+        Python engine, which is served.
 
-def blame(silent: Sequence[Rank], ranks: Sequence[Rank], deadline_s: float) -> EngineFailure:
-    """Which of the ranks to name when some stay silent: one that does not wait for its peers."""
-    for rank in silent:
-        rank.look()
+    Raises
+    ------
+    EngineSpecError
+        When there is no command in it.
+    """
+    if not engine.startswith(COMMAND):
+        if load_engine(engine).needs_processes:
+            raise EngineSpecError(
+                f"Engine {engine} needs torch.distributed among its ranks; use --driver pool."
+            )
+        return [*SERVE, engine]
     try:
-        hung = [rank for rank in silent if not rank.waits_for_peers()]
-    except EngineFailure as failure:
-        return failure
-    if hung:
-        what = f"hung: it has not answered for {deadline_s:g} seconds"
-        return hung[0].failure(what, "hung")
-    behind = min(silent, key=_progress)
-    for rank in ranks:
-        if rank not in silent or _progress(rank) > _progress(behind):
-            names = ", ".join(str(r.rank) for r in silent if r is not rank)
-            what = f"left out a collective in which ranks {names} wait for it"
-            return EngineFailure(rank.rank, behind.at, what, "hung")
-    what = f"waits in a collective that has not ended in {deadline_s:g} seconds"
-    return behind.failure(what, "hung")
+        command = shlex.split(engine.removeprefix(COMMAND))
+    except ValueError as error:
+        raise EngineSpecError(f"{engine!r} cannot be split into words: {error}.") from error
+    if not command:
+        raise EngineSpecError(f"{engine!r} names no command; give stdio:COMMAND.")
+    return command
 
 
-def _progress(rank: Rank) -> int:
-    return -1 if rank.at is None else rank.at
+SERVE: Final = (sys.executable, "-m", "helix_conformance.drive.serve")
+"""The command that serves the Python engine that is named after it."""
+
+
+def served(engine: str, group: Group, loop: Loop) -> Child:
+    """Start one rank of a Python engine as a process of this one.
+
+    Raises
+    ------
+    EngineFailure
+        When it cannot be started.
+    """
+    return Child(group.rank, [*SERVE, engine, group.to_json()], loop, ours=True)
+
+
+class StdioDriver(ProcessDriver):
+    """One command for each rank, as many as a trace needs."""
+
+    name = "stdio"
+
+    def __init__(self, engine: str, *, deadline_s: float = 30.0) -> None:
+        super().__init__(engine, deadline_s)
+        self.command = command_of(engine)
+        self.survives_failure = True
+        self._have(1)
+
+    def start_ranks(self, world: int) -> list[Rank]:
+        """See `ProcessDriver.start_ranks`."""
+        new = range(len(self.ranks), world)
+        self.ranks += [Child(rank, self.command, self.loop, ours=False) for rank in new]
+        return self.ranks[new.start :]
+
+    def settings_of(self, ready: messages.Ready) -> dict[str, str]:
+        """See `ProcessDriver.settings_of`."""
+        return {"engine": ready.engine, "version": ready.version, **ready.settings}
+
+
+class PoolDriver(ProcessDriver):
+    """Processes 0 .. size-1 over gloo, kept for many traces; one of fewer ranks uses the first.
+
+    After an EngineFailure all processes are ended, and started anew for the next trace.
+    """
+
+    name = "pool"
+
+    def __init__(self, engine: str, size: int = 4, *, deadline_s: float = 30.0) -> None:
+        super().__init__(engine, deadline_s)
+        self.largest_world = size
+        self.starts = 0
+        self.store: Any = None
+        if load_engine(engine).needs_processes:
+            self.store = hosted_store()  # it listens as long as this object lives
+        self._have(size)
+
+    def start_ranks(self, world: int) -> list[Rank]:
+        """See `ProcessDriver.start_ranks`: all at once, each time meeting under a new name."""
+        if self.ranks:
+            return []
+        self.starts += 1
+        group = Group(
+            world=self.largest_world or world,
+            port=0 if self.store is None else self.store.port,
+            name=f"pool-{self.starts}",
+            timeout_s=10 * self.deadline_s,  # a hang is the driver's to call
+        )
+        for rank in range(group.world):
+            place = msgspec.structs.replace(group, rank=rank)
+            self.ranks.append(served(self.engine, place, self.loop))
+        return self.ranks

@@ -1,20 +1,26 @@
-"""A Python engine as a command: one rank of it, over stdin and stdout, as PROTOCOL.md says.
+"""A Python engine behind PROTOCOL.md: one rank of it, over stdin and stdout.
 
-    python -m helix_conformance.drive.serve my_package.adapter:Engine
+    python -m helix_conformance.drive.serve my_package.adapter:Engine [GROUP]
 
-For an engine that lives in another environment, container or machine than the suite; and the
-stdio driver starts any Python engine so.
+For an engine that lives in another environment, container or machine than the suite; the stdio
+driver starts any Python engine so. The pool, and the supervisors of launched ranks, give a `Group`
+as JSON: the rank's place in torch.distributed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
+import gc
 import os
+import signal
 import sys
 from typing import Any, Final
 
 import msgspec
 
-from helix_conformance.drive.asking import ReportedError, words
+from helix_conformance.drive.asking import ReportedError, checked_outcome, checked_view, words
+from helix_conformance.drive.meeting import Group
 from helix_conformance.drive.messages import (
     PROTOCOL,
     Apply,
@@ -35,22 +41,40 @@ from helix_spec.engine import Engine
 
 MAX_LINE_BYTES: Final = 2**28
 """Bytes of one request."""
+PR_SET_PDEATHSIG: Final = 1
+"""Of <sys/prctl.h>."""
 
 
 class Server:
-    """Answers one request at a time for one rank."""
+    """Answers one request at a time for one rank.
 
-    def __init__(self, spec: str) -> None:
+    Parameters
+    ----------
+    spec
+        Name of the engine, as `load_engine` takes it.
+    group
+        The rank's place in torch.distributed, for engines that need it.
+
+    Raises
+    ------
+    EngineSpecError
+        When there is no such engine, or it needs a group and there is none.
+    """
+
+    def __init__(self, spec: str, group: Group | None = None) -> None:
         self.spec = spec
         self.engine_class = load_engine(spec)
         if self.engine_class.needs_processes:
-            raise EngineSpecError(
-                f"Engine {spec} needs torch.distributed among its ranks; use --driver pool."
-            )
+            if group is None:
+                raise EngineSpecError(
+                    f"Engine {spec} needs torch.distributed among its ranks; use --driver pool."
+                )
+            group.join()
+            self.engine_class.join(group.world)
         self.engine: Engine | None = None
 
     def answer(self, request: ToEngine) -> FromEngine:
-        """What the engine says, whatever it does."""
+        """Return what the engine answers, whatever it does."""
         try:
             return self._answer(request)
         except Exception as error:
@@ -64,59 +88,101 @@ class Server:
             return Ready(seq, PROTOCOL, self.spec, profiles, settings=settings)
         if isinstance(request, Start):
             self.engine = self.engine_class(request.rank)
-            outcome: Any = self.engine.start(request.config, frozenset(request.profiles))
-            return Outcome(seq, **_fields(outcome))
+            outcome = self.engine.start(request.config, frozenset(request.profiles))
+            return Outcome(seq, **_fields(checked_outcome(outcome)))
         if self.engine is None:
             raise ReportedError("was asked before it was started")
         if isinstance(request, Apply):
-            return Outcome(seq, **_fields(self.engine.apply(request.event)))
-        return View(seq, **_fields(self.engine.observe(request.ids)))
+            return Outcome(seq, **_fields(checked_outcome(self.engine.apply(request.event))))
+        view = checked_view(self.engine.observe(request.ids), request.ids)
+        return View(seq, **_fields(view))
 
 
 def _fields(answer: Any) -> dict[str, Any]:
     """The fields of an Outcome or a RankView that say something."""
     return {
-        name: value for name, value in msgspec.structs.asdict(answer).items() if value is not None
+        name: value
+        for name in answer.__struct_fields__
+        if (value := getattr(answer, name)) is not None
     }
 
 
-def _as_message(x: Any) -> Any:
-    """A numpy array in the form in which it travels."""
-    if hasattr(x, "tobytes") and hasattr(x, "dtype"):
-        x = x if x.dtype.str in ("<f2", "<f4", "<f8") else x.astype("<f8")
-        return Array(x.dtype.str, list(x.shape), x.tobytes())
-    raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
+def as_message(x: Any) -> Array:
+    """Return a numpy array, or a torch tensor, in the form in which it travels.
+
+    Float16, float32 and float64 travel as they are. The types of at most 16 bits that numpy or
+    torch has beside them, bfloat16 say, travel as float32, which holds them exactly; all others as
+    float64.
+
+    Raises
+    ------
+    TypeError
+        When it is neither, or holds no numbers.
+    """
+    if hasattr(x, "detach"):  # a tensor, of a torch that is not imported for its sake
+        x = x.detach().cpu()
+        x = (x.float() if x.is_floating_point() and x.itemsize < 4 else x).numpy()
+    if not (hasattr(x, "tobytes") and hasattr(x, "dtype")) or x.dtype.kind not in "fiubV":
+        raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
+    if x.dtype.str not in ("<f2", "<f4", "<f8"):
+        x = x.astype("<f4" if x.dtype.itemsize <= 2 else "<f8")
+    return Array(x.dtype.str, list(x.shape), x.tobytes())
 
 
-_encode = msgspec.json.Encoder(enc_hook=_as_message).encode
+_encode = msgspec.json.Encoder(enc_hook=as_message).encode
 
 
-def main(spec: str) -> None:
+def main(spec: str, group: Group | None = None) -> None:
     """Serve until stdin ends. What the engine prints goes to stderr: stdout is for answers."""
+    faulthandler.register(signal.SIGUSR1)  # by which a driver asks a silent rank where it is
+    if group is not None:
+        _end_with_the_driver()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        server = Server(spec)
+        server = Server(spec, group)
     except EngineSpecError as error:
         sys.exit(str(error))
+    gc.freeze()  # what was imported stays: each full collection would look through all of it
     while line := sys.stdin.buffer.readline(MAX_LINE_BYTES):
         try:
             answers.write(reply(server, line))
         except RequestError as error:
-            sys.exit(str(error))
+            print(error, file=sys.stderr, flush=True)
+            _leave(1, group)
         answers.flush()
+    _leave(0, group)
+
+
+def _leave(status: int, group: Group | None) -> None:
+    """End; without the process group's farewell, since peers may be gone already."""
+    if group is not None:
+        os._exit(status)
+    sys.exit(status)
+
+
+def _end_with_the_driver() -> None:
+    """A hung engine does not see the end of its stdin; where the system can, it ends it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def reply(server: Server, line: bytes) -> bytes:
-    """The line that answers a line. Raises RequestError when that is none."""
+    """Return the line that answers a line.
+
+    Raises
+    ------
+    RequestError
+        When the line is no request.
+    """
     request = request_of(line)
     answer = server.answer(request)
     try:
         text = _encode(answer)
     except (TypeError, ValueError, OverflowError) as error:
-        text = _encode(Failed(request.seq, f"answered garbage: {error}"))
+        text = _encode(Failed(request.seq, f"gave a malformed answer: {error}"))
     return text + b"\n"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *(msgspec.json.decode(text, type=Group) for text in sys.argv[2:]))

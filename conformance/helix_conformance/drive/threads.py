@@ -12,6 +12,7 @@ from threading import Condition
 from typing import TYPE_CHECKING, Any
 
 from helix_conformance.drive.asking import apply, finish, start, words
+from helix_conformance.drive.blame import skipped
 from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
 from helix_conformance.engines import engine_settings
 from helix_spec.config import Config
@@ -51,7 +52,7 @@ class _Table:
 
     def exchange(self, rank: int, send: Tensor) -> Tensor:
         """Lay down what this rank sends, wait for its peers, pick up its own."""
-        import torch
+        import torch  # here, since torch is optional
 
         with self.changed:
             mine = next((r for r in self.rounds if rank not in r), None)
@@ -77,7 +78,7 @@ class ThreadDriver:
     streams = True
 
     def __init__(self, engine: type[Engine]) -> None:
-        import torch
+        import torch  # here, since torch is optional
 
         torch.set_num_threads(1)  # several ranks share few cores
         self.engine = engine
@@ -138,7 +139,5 @@ def _sound(index: int | None, answers: Sequence[Answer | BaseException]) -> list
             raise EngineFailure(rank, index, words(answer)) from answer
     for answer in answers:
         if isinstance(answer, _LeftAloneError):
-            names = ", ".join(map(str, sorted(waiting)))
-            what = f"left out a collective in which ranks {names} wait for it"
-            raise EngineFailure(min(answer.peers), index, what)
+            raise EngineFailure(min(answer.peers), index, skipped(sorted(waiting)))
     return [answer for answer in answers if isinstance(answer, Answer)]

@@ -20,7 +20,7 @@ from rich.table import Table
 from helix_conformance import __version__
 from helix_conformance.drive.driver import Driver
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.drive.pool import PoolDriver
+from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
 from helix_conformance.generate.strategies import configs, traces

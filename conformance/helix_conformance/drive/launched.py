@@ -1,0 +1,546 @@
+"""Ranks whose processes torchrun or mpiexec launches: each supervises one engine in a child.
+
+A supervisor holds only its line to rank 0 and runs the engine in a child. That of rank 0 holds the
+traces and the judge as well, and alone decides who has been silent for too long; the others relay
+the lines of PROTOCOL.md. Whichever process ends, the others learn of it at once: what rank 0 knows
+by then is written, and nobody is left behind.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from helix_conformance.drive import messages
+from helix_conformance.drive.asking import MalformedAnswer
+from helix_conformance.drive.driver import EngineFailure
+from helix_conformance.drive.meeting import (
+    Address,
+    Group,
+    Switchboard,
+    call,
+    hosted_store,
+    joined_store,
+)
+from helix_conformance.drive.process import (
+    SERVE,
+    START_LIMIT_S,
+    Child,
+    Lines,
+    Loop,
+    ProcessDriver,
+    Rank,
+    served,
+)
+from helix_conformance.engines import COMMAND, EngineSpecError, load_engine
+
+LAUNCHED: Final = ("torchrun", "mpi")
+"""Drivers whose processes are launched from outside."""
+VERDICT_FILE: Final = "HELIX_CONFORMANCE_VERDICT"
+"""Where such a run leaves its exit status: torchrun turns every failure into status 1."""
+NO_VERDICT: Final = 3
+ASK_LIMIT_S: Final = 5.0
+"""How long a supervisor may take to say where its engine is."""
+LEFT_ALONE: Final = 3
+"""Exit status of a supervisor that rank 0 has left: the run had no verdict."""
+BAD_INPUT: Final = 2
+"""Exit status of a run that ended before it met its ranks."""
+
+
+class Meeting(msgspec.Struct, frozen=True):
+    """What rank 0 tells all supervisors at the beginning: where the lines and the group meet."""
+
+    address: Address
+    host: str = ""
+    port: int = 0
+
+
+# Torchrun
+
+
+class Torchrun:
+    """Processes that torchrun launches, whose own key-value store they meet at."""
+
+    def is_here(self) -> bool:
+        """Whether it has launched this process."""
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
+    def rank(self) -> int:
+        """The global rank of this process."""
+        return int(os.environ["RANK"])
+
+    def world(self) -> int:
+        """Number of the processes."""
+        return int(os.environ["WORLD_SIZE"])
+
+    def command(self, ranks: int) -> tuple[list[str], dict[str, str]]:
+        """Return the command that starts so many Python processes here, and its environment."""
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*words, f"--nproc-per-node={ranks}"], {}
+
+    def host(self) -> str:
+        """Return the name of rank 0's machine to the others."""
+        return os.environ["MASTER_ADDR"]
+
+    def store(self, host: str) -> tuple[str, int]:
+        """Return where rank 0 has a store for the engines' group: torchrun's own."""
+        return host, int(os.environ["MASTER_PORT"])
+
+    def tell(self, meeting: Meeting) -> None:
+        """Tell all other ranks, as rank 0."""
+        self._control().set("meeting", msgspec.json.encode(meeting).decode())
+
+    def hear(self) -> Meeting:
+        """Return what rank 0 tells."""
+        return msgspec.json.decode(self._control().get("meeting"), type=Meeting)
+
+    def lines(self, descriptor: int, peer: int) -> Lines:
+        """Return the lines to and from a peer."""
+        return Lines(descriptor, os.dup(descriptor))
+
+    def leave_at_once(self, status: int) -> None:
+        """Let this process end with a peer missing: nothing waits for peers."""
+
+    def _control(self) -> Any:
+        return joined_store(*self.store(self.host()), "helix-control")
+
+
+# MPI
+
+
+class Mpi:
+    """Processes that an mpiexec launches. Lines travel over MPI, as bytes.
+
+    MPI does not say when a peer dies, so each message is announced on a TCP connection, and the end
+    of the connection is the end of the peer. Start it with `mpiexec --continuous`: without, Open
+    MPI ends all processes when one is killed, before anybody could report it.
+    """
+
+    has_met = False
+
+    def is_here(self) -> bool:
+        """See `Torchrun.is_here`: of Open MPI or of the PMI family."""
+        return "OMPI_COMM_WORLD_RANK" in os.environ or "PMI_RANK" in os.environ
+
+    def rank(self) -> int:
+        """See `Torchrun.rank`. Whoever asks and is rank 0 must open a driver."""
+        if _world().rank == 0:
+            atexit.register(self._abandon)
+        return int(_world().rank)
+
+    def world(self) -> int:
+        """See `Torchrun.world`."""
+        return int(_world().size)
+
+    def command(self, ranks: int) -> tuple[list[str], dict[str, str]]:
+        """See `Torchrun.command`. Raises EngineSpecError without an mpiexec or mpi4py."""
+        if find_spec("mpi4py") is None:
+            raise EngineSpecError("There is no mpi4py; install helix-conformance[mpi].")
+        beside = str(Path(sys.executable).parent)
+        path = os.pathsep.join([beside, os.environ.get("PATH", "")])
+        mpiexec = shutil.which("mpiexec", path=path)
+        if mpiexec is None:
+            raise EngineSpecError(
+                "There is no mpiexec on the PATH; install one, or helix-conformance[mpi]."
+            )
+        more = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+        if os.geteuid() == 0:
+            more |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        return [mpiexec, "--continuous", "-n", str(ranks), sys.executable], more
+
+    def host(self) -> str:
+        """See `Torchrun.host`: the loopback, when all ranks are on one machine. All ranks call."""
+        mpi, world = _mpi(), _world()
+        longest = mpi.MAX_PROCESSOR_NAME
+        mine = mpi.Get_processor_name().encode().ljust(longest, b"\0")
+        names = bytearray(longest * world.size)
+        world.Allgather([mine, mpi.BYTE], [names, mpi.BYTE])
+        if bytes(names) == mine * world.size:
+            return "127.0.0.1"
+        return names[:longest].rstrip(b"\0").decode()
+
+    def store(self, host: str) -> tuple[str, int]:
+        """See `Torchrun.store`: it listens as long as this object lives."""
+        self.hosted = hosted_store(host)
+        return host, self.hosted.port
+
+    def tell(self, meeting: Meeting) -> None:
+        """See `Torchrun.tell`."""
+        self._broadcast(bytearray(msgspec.json.encode(meeting).ljust(_MEETING)))
+        self.has_met = True
+
+    def hear(self) -> Meeting:
+        """See `Torchrun.hear`."""
+        self.host()
+        return msgspec.json.decode(self._broadcast(bytearray(_MEETING)), type=Meeting)
+
+    def lines(self, descriptor: int, peer: int) -> Lines:
+        """See `Torchrun.lines`."""
+        return MpiLines(descriptor, peer)
+
+    def leave_at_once(self, status: int) -> None:
+        """See `Torchrun.leave_at_once`: MPI's own farewell would wait for all ranks."""
+        atexit.register(_exit, status)
+
+    def _broadcast(self, buffer: bytearray) -> bytearray:
+        _world().Bcast([buffer, _mpi().BYTE], root=0)
+        return buffer
+
+    def _abandon(self) -> None:
+        """Rank 0 ends and has met nobody: the others wait for it."""
+        if not self.has_met:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            _world().Abort(BAD_INPUT)
+
+
+_MEETING: Final = 1024
+"""Bytes of a meeting, blanks behind it, as it is broadcast."""
+
+
+class MpiLines(Lines):
+    """Lines that travel over MPI; on the connection travels a byte for each message."""
+
+    TAG: Final = 7
+    LIMIT_S: Final = 60.0
+    """How long a message that has been announced may take."""
+
+    def __init__(self, descriptor: int, peer: int) -> None:
+        super().__init__(descriptor, os.dup(descriptor))
+        self.peer = peer
+        self.sending: tuple[Any, bytes] | None = None
+        """The message that is under way, and may not be let go of."""
+
+    def send(self, data: bytearray) -> int:
+        """See `Lines.send`. Bytes count as sent once MPI is done with them."""
+        if self.sending is None:
+            super().send(bytearray(b"."))
+            message = bytes(data)
+            request = _world().Isend([message, _mpi().BYTE], dest=self.peer, tag=self.TAG)
+            self.sending = request, message
+        request, message = self.sending
+        if not request.Test():
+            time.sleep(0.0005)  # the connection could take more, so nothing else would wait
+            raise BlockingIOError
+        self.sending = None
+        return len(message)
+
+    def receive(self) -> bytes:
+        """See `Lines.receive`: all messages that are announced now."""
+        mpi, world, status = _mpi(), _world(), _mpi().Status()
+        received = bytearray()
+        for _ in super().receive():
+            self._complete(lambda: world.Iprobe(source=self.peer, tag=self.TAG, status=status))
+            message = bytearray(status.Get_count(mpi.BYTE))
+            request = world.Irecv([message, mpi.BYTE], source=self.peer, tag=self.TAG)
+            self._complete(request.Test)
+            received += message
+        return bytes(received)
+
+    def _complete(self, done: Callable[[], bool]) -> None:
+        """Wait without burning a core. Raises OSError when the peer must be gone."""
+        until, pause = time.monotonic() + self.LIMIT_S, 0.0
+        while not done():
+            if time.monotonic() > until:
+                raise OSError(f"A message has not travelled in {self.LIMIT_S:g} seconds.")
+            time.sleep(pause)
+            pause = min(0.005, pause + 0.0001)
+
+
+def _mpi() -> Any:
+    from mpi4py import MPI  # here, since mpi4py is optional, and its import starts MPI
+
+    return MPI
+
+
+def _world() -> Any:
+    return _mpi().COMM_WORLD
+
+
+def _exit(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+Launcher = Torchrun | Mpi
+"""What launches processes, and by which they first meet."""
+_LAUNCHERS: Final[dict[str, Launcher]] = {"torchrun": Torchrun(), "mpi": Mpi()}
+
+
+# Rank 0
+
+
+class Remote(Rank):
+    """A rank behind a supervisor, as rank 0 sees it."""
+
+    stuck: messages.Stuck | None = None
+    """The latest answer to `where`."""
+    asked = 0
+
+    def take(self, line: bytes) -> None:
+        """See `Rank.take`; some lines are the supervisor's own."""
+        match messages.relayed_of(line):
+            case messages.Stuck() as stuck if stuck.seq == self.asked:
+                self.stuck = stuck
+            case messages.Stuck():
+                raise MalformedAnswer("it says where it is, and was not asked")
+            case messages.Ended(what, how):
+                self.failed = self.failure(what, how)
+            case answer:
+                self.answered(answer)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the supervisor is gone, or will soon be."""
+        return self.failed is not None and self.failed.how in ("gone", "stopped")
+
+    def ended(self) -> EngineFailure:
+        """See `Rank.ended`."""
+        return self.failure("has a supervisor that was ended", "gone")
+
+    def look(self) -> None:
+        """See `Rank.look`."""
+        self.asked, self.stuck = self.asked + 1, None
+        self.lines.put(messages.line_of(messages.Where(self.asked)))
+
+    def waits_for_peers(self) -> bool:
+        """See `Rank.waits_for_peers`. Raises EngineFailure when the supervisor is silent too."""
+        until = time.monotonic() + ASK_LIMIT_S
+        while self.stuck is None:
+            if self.failed is None and time.monotonic() > until:
+                self.failed = self.failure("has a supervisor that fell silent", "gone")
+            if self.failed is not None:
+                raise self.failed
+            self.loop.turn(0.1)
+        return self.stuck.waits
+
+    def kill(self) -> None:
+        """See `Rank.kill`: hang up."""
+        self.lines.close()
+
+
+class LaunchedDriver(ProcessDriver):
+    """Rank 0: supervises its own engine, and hears of the others by their supervisors."""
+
+    def __init__(self, engine: str, name: str, *, backend: str, deadline_s: float) -> None:
+        super().__init__(engine, deadline_s)
+        self.name, self.launcher = name, _LAUNCHERS[name]
+        self.largest_world = world = self.launcher.world()
+        host = self.launcher.host()
+        switchboard = Switchboard(host)
+        meeting = Meeting(switchboard.address)
+        if load_engine(engine).needs_processes:
+            meeting = Meeting(switchboard.address, *self.launcher.store(host))
+        self.launcher.tell(meeting)
+        try:
+            found = switchboard.lines(world, START_LIMIT_S)
+        except EngineFailure:
+            self.launcher.leave_at_once(LEFT_ALONE)
+            raise
+        self.child = served(
+            engine, _group(self.launcher, meeting, 0, backend, deadline_s), self.loop
+        )
+        self.remotes = [
+            Remote(rank, self.launcher.lines(line, rank), self.loop)
+            for rank, line in sorted(found.items())
+        ]
+        # A launcher that ends everybody because one process died must not end the report of it.
+        self.handler_before = signal.signal(signal.SIGTERM, self._told)
+        self._have(world)
+
+    def start_ranks(self, world: int) -> list[Rank]:
+        """See `ProcessDriver.start_ranks`: once, for what is ended is not launched again."""
+        if self.ranks:
+            return []
+        if self.child.lines.source < 0:
+            raise EngineFailure(0, None, "has been ended after a failure")
+        self.ranks = [self.child, *self.remotes]
+        return self.ranks
+
+    def kill(self) -> None:
+        """See `ProcessDriver.kill`: let the other supervisors go, and end the engine."""
+        if self.ranks:
+            whole = not any(remote.lost for remote in self.remotes)
+            for remote in self.remotes:
+                remote.lines.put(messages.line_of(messages.Stop(whole)))
+            until = time.monotonic() + ASK_LIMIT_S
+            while any(r.lines.unsent for r in self.remotes) and time.monotonic() < until:
+                self.loop.turn(0.1)
+            if whole:
+                signal.signal(signal.SIGTERM, self.handler_before)
+            else:
+                self.launcher.leave_at_once(LEFT_ALONE)  # it may still be told to stop
+        super().kill()
+
+    def _told(self, *_: Any) -> None:
+        self.told_to_stop = True
+
+
+def _group(
+    launcher: Launcher, meeting: Meeting, rank: int, backend: str, deadline_s: float
+) -> Group:
+    """The place of a rank's engine in its group."""
+    return Group(
+        rank=rank,
+        world=launcher.world(),
+        host=meeting.host,
+        port=meeting.port,
+        name="helix-engine",
+        backend=backend,
+        timeout_s=10 * deadline_s,  # a hang is rank 0's to call
+    )
+
+
+# The other ranks
+
+
+class Supervised(Child):
+    """A supervisor's engine: relays lines between rank 0 and it, until rank 0 says stop or is gone.
+
+    `up` are the lines to and from rank 0.
+    """
+
+    def __init__(self, rank: int, command: Sequence[str], up: Lines) -> None:
+        super().__init__(rank, command, Loop(), ours=True)
+        self.up = up
+        self.asked: list[messages.Where] = []
+        self.over = False
+        self.stop: messages.Stop | None = None
+        self.loop.add(up, self.listen_up)
+
+    def take(self, line: bytes) -> None:
+        """See `Rank.take`: rank 0 reads it."""
+        self.up.put(line + b"\n")
+
+    def listen_up(self) -> bool:
+        """Take what rank 0 says now; whether there may be more."""
+        try:
+            for line in self.up.read():
+                control = messages.control_of(line)
+                if isinstance(control, messages.Stop):
+                    self.stop, self.over = control, True
+                elif control is not None:
+                    self.asked.append(control)
+                else:
+                    self.lines.put(line + b"\n")
+        except (EOFError, MalformedAnswer):
+            self.over = True
+        except messages.RequestError as error:
+            what = f"has a supervisor that was sent a malformed line: {error}"
+            self._tell(messages.Ended(what, "raised"))
+            self.over = True
+        return not self.over
+
+    def run(self) -> messages.Stop | None:
+        """Relay; return what rank 0 said last, None when it is gone."""
+        signal.signal(signal.SIGTERM, _told_to_stop)
+        reported = False
+        try:
+            while not self.over:
+                if self.failed is not None and not reported:
+                    self._tell(messages.Ended(self.failed.what, self.failed.how))
+                    reported = True
+                while self.asked and not reported:
+                    where = self.asked.pop()
+                    self.look()
+                    self._tell(messages.Stuck(where.seq, self.waits_for_peers()))
+                self.loop.turn(None)
+        except SystemExit:
+            self._tell(messages.Ended("was told to stop", "stopped"))
+            raise
+        finally:
+            self.kill()
+        return self.stop
+
+    def _tell(self, message: messages.Ended | messages.Stuck) -> None:
+        self.up.put(messages.line_of(message))
+
+
+def _told_to_stop(*_: Any) -> None:
+    sys.exit(LEFT_ALONE)
+
+
+def _supervise(launcher: Launcher, engine: str, *, backend: str, deadline_s: float) -> int:
+    """Be the supervisor of a rank but 0; returns the exit status."""
+    rank, meeting = launcher.rank(), launcher.hear()
+    group = _group(launcher, meeting, rank, backend, deadline_s)
+    up = launcher.lines(call(meeting.address, rank, START_LIMIT_S), 0)
+    stop = Supervised(rank, [*SERVE, engine, group.to_json()], up).run()
+    status = LEFT_ALONE if stop is None else 0
+    if stop is None or not stop.whole:
+        launcher.leave_at_once(status)
+    return status
+
+
+# Launching, and taking part
+
+
+def take_part(engine: str, driver: str, *, ranks: int, backend: str, deadline_s: float) -> None:
+    """Be one of the launched processes: rank 0 goes on, the others serve it and leave.
+
+    Where nobody has launched this process, launch so many with the same command, and leave with
+    the verdict of their rank 0.
+
+    Parameters
+    ----------
+    engine
+        Name of a Python engine.
+    driver
+        One of `LAUNCHED`.
+    ranks
+        How many processes to launch, where that is to be done.
+    backend
+        Of the engines' process group: `gloo` or `nccl`.
+    deadline_s
+        Seconds that the ranks may be silent for.
+
+    Raises
+    ------
+    EngineSpecError
+        When the engine cannot be run so; in every process alike.
+    """
+    if engine.startswith(COMMAND):
+        raise EngineSpecError(f"{engine!r} is a command; it runs under --driver stdio.")
+    load_engine(engine)
+    launcher = _LAUNCHERS[driver]
+    if not launcher.is_here():
+        sys.exit(_launch(*launcher.command(ranks), driver))
+    if launcher.rank() != 0:
+        sys.exit(_supervise(launcher, engine, backend=backend, deadline_s=deadline_s))
+
+
+def _launch(command: Sequence[str], more: dict[str, str], driver: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        verdict = Path(folder) / "verdict"
+        subprocess.run(
+            [*command, "-m", "helix_conformance", *sys.argv[1:]],
+            env=more | os.environ | {VERDICT_FILE: str(verdict)},
+            check=False,
+        )
+        if verdict.exists():
+            return int(verdict.read_text())
+    print(
+        f"The processes under {driver} have ended without a verdict: rank 0 did not live to give "
+        "one. What was known by then is in the file of --json.",
+        file=sys.stderr,
+    )
+    return NO_VERDICT
+
+
+def leave_verdict(status: int) -> None:
+    """Put the exit status where a launching process looks for it."""
+    if VERDICT_FILE in os.environ:
+        Path(os.environ[VERDICT_FILE]).write_text(str(status))
