@@ -14,14 +14,14 @@ pytest), `testing` (what an engine's own tests draw from), `engines` (how an eng
 adapter of `helix_gpu`), `prove` (the theorems).
 """
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
+
+from helix_conformance.version import __version__
 
 if TYPE_CHECKING:
     from helix_conformance.api import Report, check
 
 __all__ = ["Report", "__version__", "check"]
-__version__: Final = "0.1.0"
-"""The suite's version, as in pyproject.toml: code that runs from a path has no metadata."""
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import helix_spec
-from helix_conformance import __version__
 from helix_conformance.report.stream import (
     CONFIRMED,
     ProofReport,
@@ -31,6 +30,7 @@ from helix_conformance.report.stream import (
     TheoremResult,
     append_line,
 )
+from helix_conformance.version import __version__
 
 MAX_SECONDS: Final = 200
 """For one theorem. The proofs end by their own resource budgets; this is for a hang."""

@@ -1,5 +1,6 @@
 """The documents tell the truth: their commands exist and their examples run."""
 
+import ast
 import contextlib
 import io
 import re
@@ -100,3 +101,23 @@ def test_torchrun_example_of_the_gpu_readme(tmp_path):
     held = re.findall(r"\((\d), (\d)\) holds (\d+) of 21 tokens; \(2, 1, 2, 16\)", done.stdout)
     expected = [("0", "0", "12"), ("0", "1", "9"), ("1", "0", "12"), ("1", "1", "9")]
     assert sorted(held) == expected, done.stdout
+
+
+def test_the_way_of_an_event_is_that_of_the_imports():
+    """No folder in CONTRIBUTING's list imports one that stands below it, and all are listed."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text[text.index("## The way of an event") : text.index("## Packages of their own")]
+    names = re.findall(r"^\d+\. `(\w+)`", section, re.M)
+    package = ROOT / "conformance/helix_conformance"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")} - {"engines"}
+    assert folders <= set(names)
+    upward = []
+    for place, name in enumerate(names):
+        files = [package / f"{name}.py"] if (package / f"{name}.py").exists() else []
+        for path in [*files, *(package / name).rglob("*.py")]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                module = getattr(node, "module", None) if isinstance(node, ast.ImportFrom) else None
+                target = (module or "").removeprefix("helix_conformance.").split(".")[0]
+                if target in names[place + 1 :]:
+                    upward.append((name, target))
+    assert upward == []

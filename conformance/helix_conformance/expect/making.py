@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 
-from helix_conformance import __version__
 from helix_conformance.expect.arrays import (
     cached_keys,
     cached_values,
@@ -35,6 +34,7 @@ from helix_conformance.expect.vectors import (
     dump_vector,
     vector_schema,
 )
+from helix_conformance.version import __version__
 from helix_spec.config import config_problem
 from helix_spec.events import MERGE, Event, Merge, Reason, features_of
 

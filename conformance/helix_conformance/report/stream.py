@@ -19,11 +19,11 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from helix_conformance import __version__
 from helix_conformance.drive.driver import Answer
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Tally
 from helix_conformance.judge.failure import Failure, Violation
 from helix_conformance.judge.xfail import LAYOUTS, Difference, Known
+from helix_conformance.version import __version__
 from helix_spec.config import decode_layout, encode_layout, layout_schema
 from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Merge

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from helix_conformance import __version__
 from helix_conformance.drive.driver import Driver
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
@@ -29,6 +28,7 @@ from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.stream import MutantKill, MutationRun, append_line
 from helix_conformance.session import random_traces
+from helix_conformance.version import __version__
 from helix_mutants.parts import MUTANTS, Mutant, Stored
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE

@@ -1,0 +1,6 @@
+"""The suite's version."""
+
+from typing import Final
+
+__version__: Final = "0.1.0"
+"""As in pyproject.toml: code that runs from a path has no metadata."""
