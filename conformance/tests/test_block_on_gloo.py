@@ -1,7 +1,5 @@
 """The transformer block of helix_gpu on four gloo ranks, held to the bounds of its own tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,24 +16,19 @@ def outputs(pool, monkeypatch, engine, config):
     return [torch.from_numpy(as_array(answer.outcome.output)) for answer in answers]
 
 
-@pytest.fixture(autouse=True)
-def _ranks_find_the_engine(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-
-
 @pytest.mark.parametrize(("tp", "cp"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_with_its_projections(gpu_pool, monkeypatch, tp, cp, dtype):
     """Four processes, with real groups of a DeviceMesh, are the block on one rank."""
     config = block.config(tp, cp, dtype)
-    answers = outputs(gpu_pool, monkeypatch, "block_engine:Attention", config)
+    answers = outputs(gpu_pool, monkeypatch, "suite_testing.block:Attention", config)
     assert block.Setting(config).right(answers)
 
 
 def test_ffn_on_the_same_ranks(gpu_pool, monkeypatch):
     """Two groups of experts over the ranks of tp 2 x cp 2 are the FFN on one rank."""
     answers = outputs(
-        gpu_pool, monkeypatch, "block_engine:FeedForward", block.config(2, 2, "float32")
+        gpu_pool, monkeypatch, "suite_testing.block:FeedForward", block.config(2, 2, "float32")
     )
     expected, bound = block.Experts("float32").expected(2, 2)
     assert 4 == len(answers)
