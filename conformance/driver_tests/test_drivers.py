@@ -20,7 +20,6 @@ from helix_spec.config import Config
 from helix_spec.events import Admit, Decode
 from helix_spec.trace import Trace, dump_trace, load_trace
 
-BROKEN = Path(__file__).parents[1] / "tests"
 BESIDE = Path(sys.executable).parent
 LIMIT_S = 150
 """Far beyond any deadline that is given below: a run that takes so long does not end."""
@@ -37,7 +36,7 @@ ALL = ["local", *PROCESSES]
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Of the runs: broken engines can be imported, and every process of a run can be told."""
+    """Of the runs: every process of a run can be told."""
     token = uuid.uuid4().hex
     as_root = ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"]
     more = dict.fromkeys(as_root, "1") if os.geteuid() == 0 else {}
@@ -45,7 +44,6 @@ def environment(monkeypatch):
         os.environ
         | more
         | {
-            "PYTHONPATH": str(BROKEN),
             "HELIX_TEST": token,
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         }
@@ -118,8 +116,8 @@ LAUNCHERS = {
 @pytest.mark.parametrize("driver", ALL)
 def test_one_seed_has_one_verdict(helix, tmp_path, driver):
     """A planted difference ends every driver with the same verdict and the same smallest trace."""
-    words = ["run", "--engine", "broken_engines:Liar", "--cp", 2, "--examples", 20, "--ranks", 2]
-    words += ["--layout", "pr9757", "--layout", "balanced", "--seed", 3]
+    words = ["run", "--engine", "suite_testing.broken:Liar", "--cp", 2, "--examples", 20]
+    words += ["--ranks", 2, "--layout", "pr9757", "--layout", "balanced", "--seed", 3]
     status, output, lines = helix(*words, "--driver", driver)
     assert 1 == status, output
     assert "fail" == lines[-1]["verdict"]
@@ -152,7 +150,7 @@ def test_rank_in_trouble_is_named(helix, stored, driver, mischief):
     if driver == "local" and mischief not in IN_PROCESS:
         pytest.skip("in one process it would take the suite with it, or is what a terminal is for")
     path = stored(mischief)
-    words = ["replay", path, "--engine", "broken_engines:Mischief", "--driver", driver]
+    words = ["replay", path, "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
     assert 3 == status, output
     assert "error" == lines[-1]["verdict"]
@@ -166,7 +164,7 @@ def test_rank_in_trouble_is_named(helix, stored, driver, mischief):
 @pytest.mark.parametrize("driver", PROCESSES)
 def test_flood_that_answers_is_no_failure(helix, stored, driver):
     """An engine that prints 20 MB and then answers passes."""
-    words = ["replay", stored(7), "--engine", "broken_engines:Mischief", "--driver", driver]
+    words = ["replay", stored(7), "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, _ = helix(*words, "--ranks", 2, "--deadline", 20)
     assert 0 == status, output
 
@@ -174,7 +172,7 @@ def test_flood_that_answers_is_no_failure(helix, stored, driver):
 @pytest.mark.parametrize("driver", TORN)
 def test_killed_supervisor(helix, stored, driver):
     """A killed supervisor ends the run, which names its rank and the event."""
-    words = ["replay", stored(9), "--engine", "broken_engines:Mischief", "--driver", driver]
+    words = ["replay", stored(9), "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
     assert 3 == status, output
     assert "Rank 1 has a supervisor that was ended (at event 1)." in output
@@ -185,7 +183,7 @@ def test_killed_supervisor(helix, stored, driver):
 @pytest.mark.parametrize("driver", TORN)
 def test_killed_supervisor_of_rank_0(helix, stored, driver):
     """When the judge itself is killed the others leave, and what it knew is on disk."""
-    words = ["replay", stored(10), "--engine", "broken_engines:Mischief", "--driver", driver]
+    words = ["replay", stored(10), "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
     assert 3 == status, output
     assert "have ended without a verdict" in output
@@ -198,7 +196,7 @@ def test_killed_supervisor_of_rank_0(helix, stored, driver):
 )
 def test_launched_from_outside(helix, stored, driver, mischief, verdict):
     """Under a launcher of the user's own the last line holds the verdict, and red is not 0."""
-    words = ["replay", stored(mischief), "--engine", "broken_engines:Mischief"]
+    words = ["replay", stored(mischief), "--engine", "suite_testing.broken:Mischief"]
     status, output, lines = helix(
         *words, "--driver", driver, "--deadline", 5, launched_by=LAUNCHERS[driver]
     )
@@ -211,11 +209,11 @@ def test_launched_from_outside(helix, stored, driver, mischief, verdict):
 @needs_mpi
 def test_bad_input_under_mpiexec(helix, environment):
     """What rank 0 alone finds wrong ends all processes, with status 2."""
-    words = ["run", "--engine", "broken_engines:Mischief", "--driver", "mpi", "--cp", 3]
+    words = ["run", "--engine", "suite_testing.broken:Mischief", "--driver", "mpi", "--cp", 3]
     status, output, _ = helix(*words, launched_by=LAUNCHERS["mpi"])
     assert 2 == status, output
     assert "3 ranks are needed, and the mpi has 2" in output
-    words = ["run", "--workload", __file__, "--engine", "broken_engines:Mischief"]
+    words = ["run", "--workload", __file__, "--engine", "suite_testing.broken:Mischief"]
     status, output, _ = helix(*words, "--driver", "mpi", launched_by=LAUNCHERS["mpi"])
     assert 2 == status, output
 
@@ -223,7 +221,7 @@ def test_bad_input_under_mpiexec(helix, environment):
 @needs_mpi
 def test_crash_among_engines_that_wait(helix, stored):
     """Of four things that fail at once, the rank that died is named, not those that miss it."""
-    words = ["replay", stored(1), "--engine", "broken_engines:Trouble", "--driver", "mpi"]
+    words = ["replay", stored(1), "--engine", "suite_testing.broken:Trouble", "--driver", "mpi"]
     status, output, _ = helix(*words, "--ranks", 2, "--deadline", 5)
     assert 3 == status, output
     assert "Rank 1 died with signal SIGKILL" in output

@@ -31,7 +31,7 @@ def one(name: str, seconds: int) -> None:
 
     # The parsers are loaded here, and not before, so that their branches are seen.
     with atheris.instrument_imports(include=["helix_spec", "helix_conformance"]):
-        from inputs import HOSTILE, PARSERS, complaint
+        from suite_testing.inputs import HOSTILE, PARSERS, complaint
     parser = next(parser for parser in PARSERS if parser.name == name)
 
     def check(data: bytes) -> None:

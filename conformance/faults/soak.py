@@ -19,7 +19,6 @@ from typing import Final
 
 import click
 import numpy as np
-from sabotage import worker
 
 from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.in_process import LocalDriver
@@ -34,6 +33,7 @@ from helix_conformance.report.text import failure_text
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Event
 from helix_spec.trace import Trace
+from suite_testing.sabotage import worker
 
 MIB: Final = 2**20
 GROWTH_MIB: Final = 16.0

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from inputs import HOSTILE, PARSERS, Parser, complaint
+
+from suite_testing.inputs import HOSTILE, PARSERS, Parser, complaint
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = [

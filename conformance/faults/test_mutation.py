@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("cosmic_ray", reason="mutation testing comes with the extra `mutation`")
 
-import mutation
+from faults import mutation
 
 RIGHT = (mutation.PACKAGE / "transfer.py").read_text()
 

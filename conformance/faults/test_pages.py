@@ -7,8 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from faulty_engines import BitFlipped, OutOfMemory
-from sabotage import DEADLINE_S, long_trace
 
 from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.in_process import LocalDriver
@@ -22,6 +20,8 @@ from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Fork, Preempt, Reason, Release, Resume
 from helix_spec.layouts import NAMED_LAYOUTS
 from helix_spec.trace import Trace
+from suite_testing.faulty import BitFlipped, OutOfMemory
+from suite_testing.sabotage import DEADLINE_S, long_trace
 
 SHAPE = ModelShape(q_heads=8, kv_heads=2)
 
@@ -142,7 +142,7 @@ def test_a_broken_message_on_the_control_channel(pad: int) -> None:
     """Rubbish, a line that does not end and bytes that are no text: rank 1 is named, in time."""
     config = Config(layout="pr9757/1:C=2,T=2", pages=[9, 9], max_len=90, model=SHAPE)
     trace = Trace(config=config, events=[Admit(0, 5), Decode([0], [1], pad)])
-    driver = PoolDriver("faulty_engines:Garbled", 2, deadline_s=DEADLINE_S)
+    driver = PoolDriver("suite_testing.faulty:Garbled", 2, deadline_s=DEADLINE_S)
     failure = check_trace(driver, trace, driver.profiles)
     driver.close()
     assert failure is not None

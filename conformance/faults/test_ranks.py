@@ -10,13 +10,22 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from sabotage import DEADLINE_S, kill, long_trace, once_it_is_at, slow, stop, where, worker
 
 from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.serve import as_message
 from helix_conformance.judge.play import check_trace
 from helix_spec.trace import Trace, dump_trace, load_trace
+from suite_testing.sabotage import (
+    DEADLINE_S,
+    kill,
+    long_trace,
+    once_it_is_at,
+    slow,
+    stop,
+    where,
+    worker,
+)
 
 AT = 30
 """The event in which it happens."""
@@ -88,7 +97,7 @@ def test_under_torchrun(
     saved.write_bytes(dump_trace(long_trace()))
     command = [
         *(sys.executable, "-m", "helix_conformance", "replay", str(saved)),
-        *("--engine", "faulty_engines:Beacon", "--driver", "torchrun"),
+        *("--engine", "suite_testing.faulty:Beacon", "--driver", "torchrun"),
         *("--ranks", "4", "--deadline", str(DEADLINE_S)),
     ]
     with once_it_is_at(1, AT, act) as acted:

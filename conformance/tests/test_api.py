@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from broken_engines import Liar
 
 from helix_conformance import Report, check
 from helix_reference.engine import ReferenceEngine
 from helix_spec.events import Admit, Decode
 from helix_spec.invariants import NUMBERS
+from suite_testing.broken import Liar
 
 SMALL = {"layouts": ["pr9757"], "cp": [2], "profiles": ["pages"], "examples": 10}
 

@@ -1,7 +1,5 @@
 """The transformer block of helix_gpu on four gloo ranks, held to the bounds of its own tests."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,9 +13,7 @@ from helix_spec.events import Release
 @pytest.fixture(scope="module")
 def pool():
     """Four gloo workers that play the block."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent))
-        driver = PoolDriver("block_engine:Block", 4)
+    driver = PoolDriver("suite_testing.block:Block", 4)
     yield driver
     driver.close()
 

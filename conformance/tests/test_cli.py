@@ -16,7 +16,6 @@ from helix_spec.trace import Trace, dump_trace, load_trace
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
 
 
 def call(*words):
@@ -64,7 +63,7 @@ def test_failing_run_leaves_the_smallest_trace(tmp_path):
 
     It takes two ranks, of cp or of tp.
     """
-    result = call("run", "--engine", "broken_engines:Liar", "--layout", "pr9757")
+    result = call("run", "--engine", "suite_testing.broken:Liar", "--layout", "pr9757")
     assert result.exit_code == 1, result.output
     assert "LEN-2 violated at event 1" in result.output
     path = tmp_path / "helix-failures" / "pr9757-local.json"
@@ -72,7 +71,7 @@ def test_failing_run_leaves_the_smallest_trace(tmp_path):
     assert trace.events == [Admit(0, 1), Decode([0], [1])]
     assert trace.config.world_size == 2
     assert str(trace.config.layout) in ("pr9757/1:C=1,T=1", "pr9757/1:C=2,T=1")
-    again = call("replay", path, "--engine", "broken_engines:Liar")
+    again = call("replay", path, "--engine", "suite_testing.broken:Liar")
     assert again.exit_code == 1
     assert call("replay", path, "--engine", "reference").exit_code == 0
 
@@ -80,7 +79,7 @@ def test_failing_run_leaves_the_smallest_trace(tmp_path):
 @pytest.mark.parametrize("name", ["Raiser", "Garbage"])
 def test_engine_that_raises_or_gives_a_malformed_answer(name):
     """Raising, or a malformed answer, ends with status 3, rank and event named."""
-    result = call("run", "--engine", f"broken_engines:{name}", "--layout", "pr9757")
+    result = call("run", "--engine", f"suite_testing.broken:{name}", "--layout", "pr9757")
     assert result.exit_code == 3, result.output
     assert "Rank 1" in result.output
     assert "at event 1" in result.output
@@ -98,7 +97,7 @@ def test_engine_that_raises_or_gives_a_malformed_answer(name):
 def test_worker_in_trouble_is_named(stored, tmp_path, pad, what):
     """A worker that dies, hangs, raises or skips the exchange is named, and the run ends."""
     result = call(
-        *("replay", stored(pad), "--engine", "broken_engines:Trouble", "--driver", "pool"),
+        *("replay", stored(pad), "--engine", "suite_testing.broken:Trouble", "--driver", "pool"),
         *("--ranks", 2, "--deadline", 3, "--json", tmp_path / "run.jsonl"),
     )
     assert result.exit_code == 3, result.output
@@ -109,7 +108,7 @@ def test_worker_in_trouble_is_named(stored, tmp_path, pad, what):
 def test_torchrun_launched_by_the_command(tmp_path):
     """Under torchrun a wrong output of rank 1 ends with status 1 and a trace of one decode."""
     words = [
-        *("run", "--engine", "broken_engines:DistributedLiar", "--layout", "pr9757"),
+        *("run", "--engine", "suite_testing.broken:DistributedLiar", "--layout", "pr9757"),
         *("--profile", "attention"),
         *("--driver", "torchrun", "--ranks", "2", "--cp", "2", "--examples", "5"),
         *("--json", str(tmp_path / "run.jsonl")),

@@ -1,4 +1,4 @@
-"""The suite on the Triton kernels: every test of kernel_suite_cases.py, in a process of its own.
+"""The suite on the Triton kernels: `suite_testing.kernel_cases`, in a process of its own.
 
 Triton decides on import, for the whole process, whether kernels are interpreted.
 """
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import suite_testing
+
 
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
@@ -18,7 +20,7 @@ import pytest
 )
 def test_the_kernels_pass_the_suite() -> None:
     """All of it, in the interpreter."""
-    cases = Path(__file__).with_name("kernel_suite_cases.py")
+    cases = Path(suite_testing.__file__).with_name("kernel_cases.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases],
         capture_output=True,

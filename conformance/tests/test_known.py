@@ -232,7 +232,6 @@ def test_a_malformed_ledger_is_named_by_file_entry_and_field(tmp_path, text, sen
 
 def test_the_command_names_known_differences_and_stale_ones(tmp_path, monkeypatch):
     """Known: status 0, named in table and summary. No longer failing: status 1 and a sentence."""
-    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
     monkeypatch.chdir(tmp_path)
     known(tmp_path, f'invariant = "LEN-2"\n{WRONG}')
 
@@ -241,7 +240,7 @@ def test_the_command_names_known_differences_and_stale_ones(tmp_path, monkeypatc
         result = CliRunner().invoke(main, [*words, "--known", "known.toml", "--json", "run.jsonl"])
         return result, json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
 
-    result, summary = run("broken_engines:Liar")
+    result, summary = run("suite_testing.broken:Liar")
     assert (0, "pass") == (result.exit_code, summary["verdict"]), result.output
     assert "pass, 1 xfail" in result.output
     assert "known (still fails): LEN-2: it is wrong (https://example.org/" in result.output

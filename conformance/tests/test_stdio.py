@@ -70,7 +70,7 @@ def astray(c_engine, opened):
     """A driver whose rank 1 goes astray at the first decode."""
 
     def open_one(how, deadline_s=20.0):
-        command = f"{sys.executable} {HERE / 'stray_engine.py'} {c_engine} '{how}'"
+        command = f"{sys.executable} -m suite_testing.stray {c_engine} '{how}'"
         return opened(command, deadline_s=deadline_s)
 
     return open_one

@@ -347,14 +347,13 @@ def test_export_and_check(tmp_path):
     assert "holds mine.txt, which is not of this set" in refused.output.replace("\n", " ")
 
 
-def test_a_wrong_engine_fails_the_check(monkeypatch, folder):
+def test_a_wrong_engine_fails_the_check(folder):
     """Status 1, the file and its notes, the violated rule, expected and observed."""
-    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
-    result = call("vectors", "check", folder, "--engine", "broken_engines:Liar")
+    result = call("vectors", "check", folder, "--engine", "suite_testing.broken:Liar")
     assert 1 == result.exit_code, result.output
     assert "spec-11-7-copy-on-write.json: SPEC.md, example 11.7" in result.output
     assert "LEN-2 violated at event 3" in result.output
-    result = call("vectors", "check", folder, "--engine", "broken_engines:Raiser")
+    result = call("vectors", "check", folder, "--engine", "suite_testing.broken:Raiser")
     assert 3 == result.exit_code, result.output
     assert "Rank 1 raised RuntimeError" in result.output
 

@@ -1,7 +1,4 @@
-"""Engines to which something happens in the middle, for the tests of this folder.
-
-Worker processes import this module by its name, so the folder is put on their PYTHONPATH.
-"""
+"""Engines to which something happens in the middle of an event."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Engines that fail on purpose, for tests of the drivers and the command line.
-
-Worker processes import this module by its name, so its folder is put on their PYTHONPATH.
-"""
+"""Engines that fail on purpose, for tests of the drivers and the command line."""
 
 import os
 import signal

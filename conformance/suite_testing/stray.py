@@ -1,6 +1,6 @@
 """A command that stands before the C engine and goes astray, for tests of the stdio driver.
 
-    python stray_engine.py ENGINE HOW
+    python -m suite_testing.stray ENGINE HOW
 
 It hands every line on. On rank 1, when the first decode comes, it does what HOW says.
 """
