@@ -119,9 +119,9 @@ class Model(State):
 
     def _append(self, request: Request, token: Identity, owner: int) -> None:
         """Place one more token on the rank that owns it, in a page that nobody else holds."""
-        for rank, opens in self.writers(request, owner, list(map(len, request.ranks))):
-            self._make_room(request, rank, opens)
         mine = request.ranks[owner]
+        for rank, opens in self.writers(owner, len(mine), len(request.tokens)):
+            self._make_room(request, rank, opens)
         mine.append(len(request.tokens))
         request.tokens.append(token)
         request.written[owner] = max(request.written[owner], len(mine))

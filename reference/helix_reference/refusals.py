@@ -142,20 +142,26 @@ def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> Reason
     copied: Counter[Page] = Counter()
     for id, query_len in zip(ids, query_lens, strict=True):
         request = state.requests[id]
-        shared = [table[-1] if table else None for table in request.tables]
-        """On each rank, the last page, until the request has one of its own behind it."""
+        own = set[int]()  # ranks on which the last page is nobody else's by now
         held = [len(positions) for positions in request.ranks]
-        for owner in state.owners(request, query_len):
-            for rank, opens in state.writers(request, owner, held):
-                page = shared[rank]
+        for token, owner in enumerate(state.owners(request, query_len)):
+            total = len(request.tokens) + token
+            for rank, opens in state.writers(owner, held[owner], total):
                 if opens:
                     wanted[rank] += 1
-                elif page is not None and page.holders - copied[page] > 1:
+                elif rank not in own and _is_shared(request.tables[rank][-1], copied):
                     wanted[rank] += 1
-                    copied[page] += 1
-                shared[rank] = None
+                own.add(rank)
             held[owner] += 1
     return _too_many(state, wanted)
+
+
+def _is_shared(page: Page, copied: Counter[Page]) -> bool:
+    """Whether others hold a page that is to be written; then it is copied, and one fewer does."""
+    if page.holders - copied[page] <= 1:
+        return False
+    copied[page] += 1
+    return True
 
 
 def _slots(state: State) -> int:

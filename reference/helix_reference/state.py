@@ -113,17 +113,16 @@ class State:
             return [_blocks(sum(map(len, ranks)), t * c)] * c
         return [_blocks(len(positions), t) for positions in ranks]
 
-    def writers(self, request: Request, owner: int, ahead: list[int]) -> list[tuple[int, bool]]:
-        """Return the ranks that need a page, fresh or their own, for a token of this owner.
+    def writers(self, owner: int, held: int, total: int) -> list[tuple[int, bool]]:
+        """Return the ranks that need a page of the request's own for a token of this owner.
 
-        `ahead[r]` is the number of the request's tokens on rank r before it. Each rank comes
+        The request has `total` tokens before it, `held` of them on the owner. Each rank comes
         with whether the token opens a page there.
         """
         t, c = self.layout.tokens_per_block, self.layout.cp_size
         if self.layout.pages == "lockstep":
-            opens = sum(ahead) % (t * c) == 0
-            return [(rank, opens) for rank in range(c)]
-        return [(owner, ahead[owner] % t == 0)]
+            return [(rank, total % (t * c) == 0) for rank in range(c)]
+        return [(owner, held % t == 0)]
 
 
 def _blocks(tokens: int, block: int) -> int:
