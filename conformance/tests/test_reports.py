@@ -285,7 +285,7 @@ def test_a_failure_settles_the_profiles_it_is_about():
     """Of a failing layout the profiles of its invariants fail, the others are unsettled."""
     record = Record(failing())
     run = record.runs[0]
-    states = {one.profile: one.state for one in run.profile_states(run.rows[0])}
+    states = {p: state for p, (state, _) in run.profile_states(run.rows[0]).items()}
     assert tuple(states[profile] for profile in ("placement", "lengths", "pages")) == (
         "unsettled",
         "fail",
@@ -304,7 +304,7 @@ def test_a_decode_says_nothing_of_merges_alone():
     for trace, profile in ((TRACE, "attention"), (merge, "merge")):
         failure = changed(failing()[2], violations=[Violation("ATT-1", "output")], trace=trace)
         states = Run(SETTINGS, [row], [failure]).profile_states(row)
-        assert [one.profile for one in states if one.state == "fail"] == [profile]
+        assert [p for p, (state, _) in states.items() if state == "fail"] == [profile]
 
 
 def test_long_values_are_cut_behind_what_matters():
