@@ -51,7 +51,8 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
 from helix_conformance.generate.strategies import LAYOUT_NAMES
-from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.session import check_trace, layout_traces, random_traces
 from helix_reference.engine import ReferenceEngine
 from helix_spec.trace import Trace
 

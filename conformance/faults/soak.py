@@ -27,9 +27,10 @@ from helix_conformance.drive.pool import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.strategies import EVENTS, Intent, realise
+from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.judge import Judge
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import Tally, check_trace
+from helix_conformance.session import check_trace
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Event
 from helix_spec.trace import Trace

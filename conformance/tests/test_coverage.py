@@ -10,14 +10,8 @@ from click.testing import CliRunner
 from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.generate.strategies import configs, traces
-from helix_conformance.judge.coverage import ALL_NEEDS, SITUATIONS, Coverage, at_hand
-from helix_conformance.session import (
-    Tally,
-    check_trace,
-    layout_traces,
-    profiles_to_check,
-    random_traces,
-)
+from helix_conformance.judge.coverage import ALL_NEEDS, SITUATIONS, Coverage, Tally, at_hand
+from helix_conformance.session import check_trace, layout_traces, profiles_to_check, random_traces
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
 from helix_spec.engine import Outcome

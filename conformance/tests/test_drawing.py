@@ -8,7 +8,8 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.generate.drawing import Evenly
 from helix_conformance.generate.strategies import configs, traces
-from helix_conformance.session import Tally, profiles_to_check, random_traces
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.session import profiles_to_check, random_traces
 from helix_spec.engine import Outcome
 from helix_spec.events import FEATURES, Event
 from helix_spec.trace import Trace

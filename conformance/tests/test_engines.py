@@ -7,13 +7,8 @@ import pytest
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.generate.strategies import LAYOUT_NAMES
-from helix_conformance.session import (
-    Tally,
-    check_trace,
-    layout_traces,
-    profiles_to_check,
-    random_traces,
-)
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.session import check_trace, layout_traces, profiles_to_check, random_traces
 from helix_conformance.testing import engine_machine
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config, ModelShape

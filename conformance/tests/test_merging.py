@@ -10,7 +10,8 @@ import torch
 
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.expect import arrays as numbers
-from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.session import check_trace, layout_traces, random_traces
 from helix_gpu.merge import merge
 from helix_reference import attention
 from helix_reference.engine import ReferenceEngine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import json
 import tempfile
 import tomllib
@@ -23,6 +24,7 @@ from helix_conformance.cli import main
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Violation
 from helix_conformance.judge.xfail import LAYOUTS
+from helix_conformance.report import text as text_view
 from helix_conformance.report.certificate import CertificateRefused, badge, certificate
 from helix_conformance.report.html import run_page
 from helix_conformance.report.junit import junit
@@ -345,6 +347,11 @@ def test_junit_takes_text_that_xml_cannot_hold():
     """Control characters of a dying engine do not spoil the file."""
     lines = failing("error", violations=[], engine_failure="Rank 1 printed \x00\x1b[31m.")
     assert "Error" in cases(Record(lines)).values()
+
+
+def test_examples_in_docstrings_run():
+    """What the documentation shows is what happens."""
+    assert doctest.testmod(text_view) == (0, 3)
 
 
 # The stream itself

@@ -14,14 +14,9 @@ from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.expect.recorder import record
 from helix_conformance.generate.strategies import LAYOUT_NAMES, configs, traces
+from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.shrink import reduced
-from helix_conformance.session import (
-    Failure,
-    Tally,
-    check_trace,
-    profiles_to_check,
-    random_traces,
-)
+from helix_conformance.session import Failure, check_trace, profiles_to_check, random_traces
 from helix_conformance.zoo.on_ledger import OwnerRulesMixed
 from helix_conformance.zoo.parts import Stored
 from helix_reference.engine import ReferenceEngine

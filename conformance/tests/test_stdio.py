@@ -19,7 +19,8 @@ from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.stdio import StdioDriver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
-from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.session import check_trace, layout_traces, random_traces
 from helix_spec.config import Config, decode_layout
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, Admit, Decode, Merge, Reason, Release

@@ -14,8 +14,9 @@ import pytest
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines import EngineSpecError, load_engine
 from helix_conformance.engines.trtllm import FOLDER, SourceError, engine_of
+from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.xfail import Known
-from helix_conformance.session import Tally, check_trace, layout_traces, random_traces
+from helix_conformance.session import check_trace, layout_traces, random_traces
 from helix_spec.config import Config
 from helix_spec.events import Admit, Decode
 from helix_spec.trace import Trace

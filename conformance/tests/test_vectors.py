@@ -24,7 +24,8 @@ from helix_conformance.expect.vectors import (
     load_vectors,
     vector_schema,
 )
-from helix_conformance.session import Tally, check_vector
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.session import check_vector
 from helix_conformance.zoo import run as _zoo  # registers the mutants
 from helix_conformance.zoo.parts import MUTANTS
 from helix_reference.engine import ReferenceEngine

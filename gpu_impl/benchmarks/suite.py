@@ -23,6 +23,7 @@ from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import gpu
 from helix_conformance.expect.arrays import Tokens, queries
 from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.judge.coverage import Tally
 from helix_conformance.report.text import failure_text
 from helix_gpu.cache import DecodeStep
 from helix_gpu.graphs import Replay, StepGraph, cuda_graph
@@ -122,7 +123,7 @@ def main() -> None:
             if time.monotonic() - begun > arguments.seconds:
                 row["verdict"] = "not run"
             else:
-                tally = session.Tally()
+                tally = Tally()
                 failure = session.random_traces(
                     driver,
                     session.layout_traces(driver, name, profiles, cp_sizes=[cp_size]),
