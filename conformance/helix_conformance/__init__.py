@@ -13,7 +13,7 @@
 - `vectors`: cases as JSON for any language, and their check;
 - `zoo`: engines that are wrong on purpose, to measure the suite;
 - `plugin`, `suite`: the same as tests of pytest, in an engine's own repository;
-- `report`, `show`, `cli`: what a user sees; `reports`: pages and files made of a run's stream.
+- `report`: a run's JSON stream, and all views of it: text, pages, JUnit, certificate; `cli`.
 """
 
 from typing import Final

@@ -14,11 +14,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from helix_conformance import session
+from helix_conformance import prove as proofs
+from helix_conformance import session, vectors_command
 from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.launching import LAUNCHED, leave_verdict, take_part
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.drive.serve import main as be_a_rank
 from helix_conformance.engines import EngineSpecError
+from helix_conformance.expect.making import export
+from helix_conformance.expect.vectors import FORMAT_PAGE, VectorError
 from helix_conformance.generate.strategies import LAYOUT_NAMES
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
 from helix_conformance.judge.coverage import Coverage, Tally, at_hand
@@ -316,9 +320,6 @@ def vectors() -> None:
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 def vectors_export(folder: Path) -> None:
     """Write the vectors, their format page (FORMAT.md) and their JSON Schema into DIR."""
-    from helix_conformance.expect.making import export
-    from helix_conformance.expect.vectors import FORMAT_PAGE, VectorError
-
     try:
         count = len(export(folder))
     except (VectorError, OSError) as error:
@@ -348,20 +349,17 @@ def vectors_check(**options: Any) -> None:
     Only what the files say counts. Cases that need a profile which the engine does not declare,
     or which was not asked for, are named as not checked. Exit status as of `run`.
     """
-    from helix_conformance import vectors_command as command
-    from helix_conformance.expect.vectors import VectorError
-
     try:
-        cases = command.read(options["folder"], options["layouts"])
+        cases = vectors_command.read(options["folder"], options["layouts"])
     except VectorError as error:
         raise BadInput(str(error)) from error
     _take_part(options)
     stream = Stream(options["json_path"])
-    stream.settings("vectors check", options["engine"], restrictions=command.ALONE)
+    stream.settings("vectors check", options["engine"], restrictions=vectors_command.ALONE)
     for engine, driver_name in _tiers(options["engine"], options["driver_name"], ()):
         with _driver_of(stream, engine, driver_name, options) as driver:
             profiles = session.profiles_to_check(driver.profiles, options["asked"])
-            command.check(stream, driver, engine, cases, profiles)
+            vectors_command.check(stream, driver, engine, cases, profiles)
     _leave(stream.summary(options["engine"]))
 
 
@@ -389,7 +387,7 @@ def zoo(
 
     Each mutant has one defect that an engine really had, or one of our own making. It counts as
     killed when the run fails and names an invariant of the mutant's row. Unmutated engines run
-    beside them and must stay green.
+    beside them and must pass.
     """
     from helix_conformance.zoo import run as zoo_run
 
@@ -422,8 +420,6 @@ def prove(
     and every theorem refutes at least one wrong formula; whatever is missing is named, and the
     exit status is 1.
     """
-    from helix_conformance import prove as proofs
-
     try:
         sys.exit(proofs.prove(json_path, stream_path=stream_path, only=only, jobs=jobs))
     except proofs.ProveError as error:
@@ -473,8 +469,6 @@ def serve(engine: str) -> None:
     For an engine that lives in another environment, container or machine than the suite:
     --engine "stdio:ssh host helix-conformance serve --engine my_package.adapter:Engine".
     """
-    from helix_conformance.drive.serve import main as be_a_rank
-
     be_a_rank(engine)
 
 
