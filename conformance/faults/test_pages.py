@@ -13,6 +13,7 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import LedgerEngine
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.judge import Judge
 from helix_conformance.judge.play import check_trace
 from helix_gpu.cache import HelixCache
@@ -46,20 +47,21 @@ def test_a_pool_exhausted_on_one_rank_only(layout: str, short: int) -> None:
     events += [Admit(1, 16), Fork(0, 2), Decode([2, 0], [1, 1]), Preempt(0), Admit(3, 8)]
     events += [Resume(0), Release(0), Release(2), Release(3), Admit(4, 8), Release(1), Release(4)]
     driver, refused = LocalDriver(LedgerEngine), 0
-    judge = Judge(config, driver.profiles)
+    recorder, judge = Recorder(config, driver.profiles), Judge(config, driver.profiles)
     before: list[Any] = []
     played = driver.play(config, driver.profiles, events, Watch())
-    assert [] == judge.started(next(played)[1])
+    assert judge.started(next(played)[1]) == []
     for event, answers in played:
         if event is None:
-            assert [] == judge.finished(answers)
-            assert pages == [answer.view.free_pages for answer in answers if answer.view]
+            assert judge.finished(answers) == []
+            assert [answer.view.free_pages for answer in answers if answer.view] == pages
             break
-        assert [] == judge.event(event, answers)  # REF-1, PAGE-3, PAGE-5 and all others
+        expected = recorder.next(event)
+        assert judge.event(expected, answers) == []  # REF-1, PAGE-3, PAGE-5 and all others
         views = [answer.view for answer in answers]
-        if judge.reason == Reason.OUT_OF_PAGES:
+        if expected.refused == Reason.OUT_OF_PAGES:
             refused += 1
-            assert before == views
+            assert views == before
         before = views
     assert refused
 
@@ -86,16 +88,16 @@ def test_out_of_memory_in_the_middle_of_an_append() -> None:
     with pytest.raises(EngineFailure, match="Rank 1 raised OutOfMemoryError") as failure:
         list(driver.play(config, driver.profiles, events, Watch()))
     driver.close()
-    assert 3 == failure.value.event
-    assert 4 == len(OutOfMemory.made)
+    assert failure.value.event == 3
+    assert len(OutOfMemory.made) == 4
     for engine in OutOfMemory.made:
         book = engine.cache.book
         held = {page for id in book.request_ids for page in book.block_table(id)}
-        assert 9 == book.free_pages + len(held)
+        assert book.free_pages + len(held) == 9
         for id in book.request_ids:
             engine.cache.release(id)
-        assert 9 == book.free_pages
-        assert [9] * 4 == book.ledger.free.tolist()
+        assert book.free_pages == 9
+        assert book.ledger.free.tolist() == [9] * 4
 
 
 def test_out_of_memory_before_an_admission_changes_nothing() -> None:
@@ -113,15 +115,15 @@ def test_out_of_memory_before_an_admission_changes_nothing() -> None:
     for _ in range(20):
         with pytest.raises(torch.OutOfMemoryError):
             cache.admit(0, 7, failing)
-        assert [] == cache.request_ids
-        assert 9 == cache.free_pages
+        assert cache.request_ids == []
+        assert cache.free_pages == 9
     cache.admit(0, 7, prompt_kv)
     cache.preempt(0)
     for _ in range(20):
         with pytest.raises(torch.OutOfMemoryError):
             cache.resume(0, failing)
-        assert [0] == cache.preempted_ids
-        assert 9 == cache.free_pages
+        assert cache.preempted_ids == [0]
+        assert cache.free_pages == 9
     cache.resume(0, prompt_kv)
     assert whole(cache, 9)
 

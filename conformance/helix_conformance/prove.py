@@ -1,4 +1,4 @@
-"""Confirms every theorem of the specification, each in a process of its own.
+"""Confirm every theorem of the specification, each in a process of its own.
 
 The gate is the manifest (`helix_spec/theorems/manifest.txt`): exactly these theorems must be
 there, and each must be confirmed: its assumptions met by its witness, its proof found on all
@@ -33,7 +33,7 @@ from helix_conformance.report.stream import (
 from helix_conformance.version import __version__
 
 MAX_SECONDS: Final = 200
-"""For one theorem. The proofs end by their own resource budgets; this is for a hang."""
+"""For one theorem. The proofs end by their own resource budgets; this is for one that does not."""
 
 
 class ProveError(Exception):
@@ -44,8 +44,11 @@ class Catalog(msgspec.Struct, frozen=True):
     """What there is to prove, as the specification lists it itself."""
 
     manifest: list[str]
+    """Ids of the theorems that must be there."""
     theorems: list[str]
+    """Ids of those that are."""
     contracts_without_theorem: list[str]
+    """Functions with a contract that no theorem is about."""
 
 
 def prove(
@@ -57,11 +60,33 @@ def prove(
     spec_root: Path | None = None,
     console: Console | None = None,
 ) -> int:
-    """Confirm all theorems, or `only` some; the exit status is 0 when nothing is missing.
+    """Confirm all theorems, or `only` some, and print what became of them.
 
-    `spec_root` is the folder that holds the package `helix_spec` whose theorems are meant; the
-    one at hand when None. Raises ProveError when z3 or CrossHair is not installed, or an id of
-    `only` is none.
+    Parameters
+    ----------
+    json_path : Path or None
+        Where the `ProofReport` is written, as one JSON object.
+    stream_path : Path or None
+        A stream to which it is appended, as one line.
+    only : sequence of str
+        Ids of the theorems to confirm; the whole manifest when empty.
+    jobs : int
+        Processes at a time.
+    spec_root : Path or None
+        The folder that holds the package `helix_spec` whose theorems are meant; the imported
+        one's when None.
+    console : Console or None
+        Where to print; standard output when None.
+
+    Returns
+    -------
+    int
+        The exit status: 0 when nothing is missing, else 1.
+
+    Raises
+    ------
+    ProveError
+        When z3 or CrossHair is not installed, or `only` names no theorem.
     """
     console = console or Console()
     root = spec_root or Path(helix_spec.__file__).parents[1]
@@ -86,7 +111,22 @@ def prove(
 
 
 def gate(catalog: Catalog, chosen: Sequence[str], results: Sequence[TheoremResult]) -> list[str]:
-    """What keeps the proof from being whole, one sentence each; nothing when it is."""
+    """Return what keeps the proof from being whole.
+
+    Parameters
+    ----------
+    catalog : Catalog
+        What there is to prove.
+    chosen : sequence of str
+        Ids of the theorems that were to be confirmed.
+    results : sequence of TheoremResult
+        What became of them.
+
+    Returns
+    -------
+    list of str
+        A sentence each; none when the proof is whole.
+    """
     problems = [
         f"{identifier}: is in the manifest, but there is no such theorem"
         for identifier in catalog.manifest
@@ -129,7 +169,7 @@ def _empty_proof(result: TheoremResult) -> list[str]:
 def _confirm_all(
     root: Path, identifiers: Sequence[str], jobs: int, console: Console
 ) -> list[TheoremResult]:
-    """The results in the order asked for; `jobs` processes at a time."""
+    """Return the results in the order asked for; `jobs` processes at a time."""
     found: dict[str, TheoremResult] = {}
     columns = (TextColumn("proving"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     last = TextColumn("{task.fields[last]}")
@@ -149,7 +189,7 @@ def _confirm_all(
 
 
 def _confirm(root: Path, identifier: str) -> TheoremResult:
-    """One theorem, in a process of its own."""
+    """Try one theorem, in a process of its own."""
     started = time.monotonic()
     try:
         answer = _ask(root, identifier)
@@ -157,8 +197,7 @@ def _confirm(root: Path, identifier: str) -> TheoremResult:
     except subprocess.TimeoutExpired:
         verdict = f"not confirmed: no answer in {MAX_SECONDS} seconds"
     except msgspec.MsgspecError:
-        said = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
-        verdict = f"not confirmed: its process failed: {said[-1]}"
+        verdict = f"not confirmed: its process failed: {_last_line(answer)}"
     return TheoremResult(
         id=identifier, verdict=verdict, seconds=round(time.monotonic() - started, 2)
     )
@@ -169,11 +208,15 @@ def _catalog(root: Path) -> Catalog:
     try:
         return msgspec.json.decode(answer.stdout, type=Catalog)
     except msgspec.MsgspecError:
-        said = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
         raise ProveError(
-            f"the theorems cannot be listed: {said[-1]}. Proofs need the packages of the extra "
-            "`prove` (z3-solver, crosshair-tool)."
+            f"the theorems cannot be listed: {_last_line(answer)}. Proofs need the packages of the "
+            "extra `prove` (z3-solver, crosshair-tool)."
         ) from None
+
+
+def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
+    """Return what a process that failed printed last, or else its exit status."""
+    return (answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"])[-1]
 
 
 def _ask(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -217,7 +260,7 @@ def _print(report: ProofReport, console: Console) -> None:
 
 
 def _wrong_formulas(results: Sequence[TheoremResult]) -> Table:
-    """Each wrong formula once, with the first theorem that refutes it and where."""
+    """Return each wrong formula once, with the first theorem that refutes it and where."""
     table = Table(title="Wrong formulas")
     table.add_column("wrong formula")
     table.add_column("refuted by")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import json
 import tempfile
 import tomllib
@@ -23,6 +24,7 @@ from helix_conformance.cli import main
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Violation
 from helix_conformance.judge.xfail import LAYOUTS
+from helix_conformance.report import text as text_view
 from helix_conformance.report.certificate import CertificateRefused, badge, certificate
 from helix_conformance.report.html import run_page
 from helix_conformance.report.junit import junit
@@ -291,7 +293,7 @@ def test_a_failure_settles_the_profiles_it_is_about():
     """Of a failing layout the profiles of its invariants fail, the others are unsettled."""
     record = Record(failing())
     run = record.runs[0]
-    states = {one.profile: one.state for one in run.profile_states(run.rows[0])}
+    states = {p: state for p, (state, _) in run.profile_states(run.rows[0]).items()}
     assert tuple(states[profile] for profile in ("placement", "lengths", "pages")) == (
         "unsettled",
         "fail",
@@ -310,7 +312,7 @@ def test_a_decode_says_nothing_of_merges_alone():
     for trace, profile in ((TRACE, "attention"), (merge, "merge")):
         failure = changed(failing()[2], violations=[Violation("ATT-1", "output")], trace=trace)
         states = Run(SETTINGS, [row], [failure]).profile_states(row)
-        assert [one.profile for one in states if one.state == "fail"] == [profile]
+        assert [p for p, (state, _) in states.items() if state == "fail"] == [profile]
 
 
 def test_long_values_are_cut_behind_what_matters():
@@ -351,6 +353,11 @@ def test_junit_takes_text_that_xml_cannot_hold():
     """Control characters of a dying engine do not spoil the file."""
     lines = failing("error", violations=[], engine_failure="Rank 1 printed \x00\x1b[31m.")
     assert "Error" in cases(Record(lines)).values()
+
+
+def test_examples_in_docstrings_run():
+    """What the documentation shows is what happens."""
+    assert doctest.testmod(text_view) == (0, 3)
 
 
 # The stream itself

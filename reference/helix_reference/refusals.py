@@ -147,9 +147,7 @@ def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> Reason
         for token, owner in enumerate(state.owners(request, query_len)):
             total = len(request.tokens) + token
             for rank, opens in state.writers(owner, held[owner], total):
-                if opens:
-                    wanted[rank] += 1
-                elif rank not in own and _is_shared(request.tables[rank][-1], copied):
+                if opens or (rank not in own and _is_shared(request.tables[rank][-1], copied)):
                     wanted[rank] += 1
                 own.add(rank)
             held[owner] += 1

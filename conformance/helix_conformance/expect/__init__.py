@@ -4,8 +4,8 @@
 - `expectation`: what every rank must answer to an event, and hold after it;
 - `recorder`: plays the reference; the one module that knows it;
 - `notation`, `cases`: the traces of which vectors are made, in words, each with its reason;
-- `vectors`: a stored list of expectations, its JSON form and schema; `shipped/FORMAT.md` says it for
-  people;
+- `vectors`: a stored list of expectations, its JSON form and schema; `shipped/FORMAT.md` says it
+  for people;
 - `making`: what the recorder says to the cases, as vectors: `python -m helix_conformance.expect`
   writes the shipped set anew.
 

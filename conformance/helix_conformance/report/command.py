@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Final
 
 import click
 import msgspec
@@ -22,33 +23,23 @@ class BadFile(click.ClickException):
     exit_code = 2
 
 
-def _file(name: str, what: str) -> click.Option:
-    path = click.Path(dir_okay=False, path_type=Path)
-    return click.Option([f"--{name}", f"{name}_path"], type=path, help=what)
+VIEWS: Final[dict[str, tuple[str, Callable[[Record], object]]]] = {
+    "html": ("A self-contained page: verdicts, failing traces drawn, proofs, mutants.", run_page),
+    "junit": ("A JUnit file.", junit),
+    "badge": ("What a shields.io endpoint badge reads (JSON).", badge),
+    "certificate": ("A certificate (JSON). Refused of a partial or failed run.", certificate),
+}
+"""Files that can be asked for: what each is, and its content. What may be refused comes last."""
 
-
-@click.command(
-    params=[
-        click.Argument(
-            ["streams"],
-            metavar="STREAM.jsonl...",
-            nargs=-1,
-            required=True,
-            type=click.Path(path_type=Path),
-        ),
-        _file("html", "A self-contained page: verdicts, failing traces drawn, proofs, mutants."),
-        _file("junit", "A JUnit file."),
-        _file("certificate", "A certificate (JSON). Refused of a partial or failed run."),
-        _file("badge", "What a shields.io endpoint badge reads (JSON)."),
-    ]
+_STREAMS = click.Argument(
+    ["streams"], metavar="STREAM.jsonl...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
-def report(
-    streams: tuple[Path, ...],
-    html_path: Path | None,
-    junit_path: Path | None,
-    certificate_path: Path | None,
-    badge_path: Path | None,
-) -> None:
+_FILE = click.Path(dir_okay=False, path_type=Path)
+_OPTIONS = [click.Option([f"--{name}"], type=_FILE, help=what) for name, (what, _) in VIEWS.items()]
+
+
+@click.command(params=[_STREAMS, *_OPTIONS])
+def report(streams: tuple[Path, ...], **paths: Path | None) -> None:
     """Show what a run's JSON stream holds: as a table here, and in the files asked for.
 
     Several files are read one after another: runs, proofs (`prove --stream`) and mutation runs
@@ -60,17 +51,20 @@ def report(
     except StreamError as error:
         raise BadFile(str(error)) from error
     _print(record)
-    if html_path is not None:
-        write_file(html_path, run_page(record).encode())
-    if junit_path is not None:
-        write_file(junit_path, junit(record))
-    if badge_path is not None:
-        write_file(badge_path, _json(badge(record)))
-    if certificate_path is not None:
-        try:
-            write_file(certificate_path, _json(certificate(record)))
-        except CertificateRefused as refused:
-            raise click.ClickException(str(refused)) from refused
+    for name, (_, view) in VIEWS.items():
+        path = paths[name]
+        if path is not None:
+            try:
+                write_file(path, _data(view(record)))
+            except CertificateRefused as refused:
+                raise click.ClickException(str(refused)) from refused
+
+
+def _data(view: object) -> bytes:
+    """Return what is written: a text and bytes as they are, all else as JSON."""
+    if isinstance(view, str | bytes):
+        return view if isinstance(view, bytes) else view.encode()
+    return msgspec.json.format(msgspec.json.encode(view), indent=1) + b"\n"
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -92,10 +86,6 @@ def write_file(path: Path, data: bytes) -> None:
         path.write_bytes(data)
     except OSError as error:
         raise BadFile(f"{path}: cannot be written: {error.strerror}.") from error
-
-
-def _json(value: object) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
 def _print(record: Record) -> None:

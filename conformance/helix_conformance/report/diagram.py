@@ -10,8 +10,9 @@ rank answered beside what is expected.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from helix_conformance.drive.driver import Answer
@@ -140,24 +141,24 @@ def diagram(
     chosen = _chosen(len(trace.events), at)
     recorder, layout = Recorder(trace.config, declared), trace.config.layout
     state = recorder.state
-    stops, frames = [Stop(None, "before the first event")], [_frame(state, {}, layout)]
+    stops, frames = [Stop(None, "before the first event")], [_states(state, None, layout)]
+    free = [state.free_pages]
     seen: dict[int, None] = {}
     for index, event in enumerate(trace.events):
         expected = recorder.next(event)
         seen |= dict.fromkeys(state.requests)
         if index in chosen:
             stops.append(Stop(index, event_text(event), expected.refused))
-            frames.append(_frame(state, _first_new(expected), layout))
+            frames.append(_states(state, index if isinstance(event, Decode) else None, layout))
+            free.append(state.free_pages)
     drawn = _drawn(list(seen), wrong, None if at is None else trace.events[at])
-    shown = len(stops) - 1
-    if at is not None:
-        shown = next(number for number, stop in enumerate(stops) if stop.event == at)
+    shown = len(stops) - 1 if at is None else [stop.event for stop in stops].index(at)
     return Diagram(
         str(layout),
         list(trace.config.pages),
         stops,
         [_panel(id, frames, layout, [w for w in wrong if w.request == id], shown) for id in drawn],
-        _pools(frames, trace.config.pages) if "pages" in declared else None,
+        _pools(free, trace.config.pages) if "pages" in declared else None,
         shown,
         len(trace.events),
         len(seen),
@@ -219,48 +220,31 @@ class _State(NamedTuple):
     words: str
 
 
-class _Frame(NamedTuple):
-    requests: Mapping[int, _State]
-    free: Sequence[int]
-    """Free pages of each rank's pool."""
-
-
 _identity = id
 """By it pages are told apart; `id` is a request's everywhere else."""
 
 
-def _first_new(expected: Expectation) -> dict[int, int]:
-    """Return the position of each request's first new token, after an accepted decode."""
-    found, token = dict[int, int](), 0
-    if isinstance(expected.event, Decode) and expected.decoded is not None:
-        for id, query_len in zip(expected.event.ids, expected.event.query_lens, strict=True):
-            found[id] = expected.decoded.position_ids[token]
-            token += query_len
-    return found
-
-
-def _frame(state: ModelState, new: Mapping[int, int], layout: Layout) -> _Frame:
-    holders: dict[int, list[int]] = {}
+def _states(state: ModelState, decode: int | None, layout: Layout) -> dict[int, _State]:
+    """Return what there is of each request; tokens made by the event `decode` are fresh."""
+    holders = defaultdict[int, list[int]](list)
     for id, request in state.requests.items():
-        for table in request.tables:
-            for page in table:
-                holders.setdefault(_identity(page), []).append(id)
-    states = {
-        id: _state(id, request, holders, new.get(id), layout.tokens_per_block)
+        for page in chain.from_iterable(request.tables):
+            holders[_identity(page)].append(id)
+    return {
+        id: _state(id, request, holders, decode, layout.tokens_per_block)
         for id, request in state.requests.items()
     }
-    return _Frame(states, state.free_pages)
 
 
 def _state(
-    id: int, request: Request, holders: Mapping[int, list[int]], new: int | None, t: int
+    id: int, request: Request, holders: Mapping[int, list[int]], decode: int | None, t: int
 ) -> _State:
     ranks = []
     for positions, table in zip(request.ranks, request.tables, strict=True):
         pages = []
         for place, page in enumerate(table):
             others = [str(other) for other in holders[_identity(page)] if other != id]
-            runs = _runs(positions[place * t : (place + 1) * t], request.prompt_len, new, t)
+            runs = _runs(request, positions[place * t : (place + 1) * t], decode, t)
             pages.append(_Page(page.number, ", ".join(others), list(runs)))
         ranks.append(pages)
     words = f"{_tokens(len(request.tokens))}: prompt {request.prompt_len}, decoded {request.steps}"
@@ -273,9 +257,9 @@ def _tokens(count: int) -> str:
     return f"{count} token" + ("" if count == 1 else "s")
 
 
-def _runs(positions: Sequence[int], prompt_len: int, new: int | None, t: int) -> Iterator[_Run]:
+def _runs(request: Request, positions: Sequence[int], decode: int | None, t: int) -> Iterator[_Run]:
     """Yield the tokens of one page, those side by side together where not drawn singly."""
-    at = 0
+    at, prompt_len = 0, request.prompt_len
     while at < len(positions):
         end = at + 1
         if t > MAX_CELLS and end < len(positions):
@@ -289,7 +273,7 @@ def _runs(positions: Sequence[int], prompt_len: int, new: int | None, t: int) ->
             if stride > 1 and end - at < 3:
                 end = at + 1
         first, last = positions[at], positions[end - 1]
-        fresh = new is not None and last >= new
+        fresh = request.tokens[last][0] == decode
         yield _Run(at, end - at, first, last, first >= prompt_len, fresh)
         at = end
 
@@ -341,17 +325,19 @@ class _Grid:
 
 
 def _panel(
-    id: int, frames: Sequence[_Frame], layout: Layout, wrong: Sequence[Wrong], shown: int
+    id: int,
+    frames: Sequence[Mapping[int, _State]],
+    layout: Layout,
+    wrong: Sequence[Wrong],
+    shown: int,
 ) -> Panel:
-    states = [frame.requests.get(id) for frame in frames]
+    states = [frame.get(id) for frame in frames]
     there = [state for state in states if state is not None]
-    room = [
-        max([1, *(len(state.ranks[rank]) for state in there)]) for rank in range(layout.cp_size)
-    ]
+    cp, t = layout.cp_size, layout.tokens_per_block
+    room = [max([1, *(len(state.ranks[rank]) for state in there)]) for rank in range(cp)]
     for mark in wrong:
-        last = (mark.local_index or 0) // layout.tokens_per_block
-        room[mark.rank] = max(room[mark.rank], 1 + last)
-    grid = _Grid(layout.tokens_per_block, room)
+        room[mark.rank] = max(room[mark.rank], 1 + (mark.local_index or 0) // t)
+    grid = _Grid(t, room)
     boxes = _boxes(
         dict(_content(id, state, grid))
         | (dict(_marked(wrong, state, grid)) if stop == shown else {})
@@ -359,22 +345,21 @@ def _panel(
     )
     width = _LABEL + min(max(room), grid.per_line) * (grid.page + _GAP)
     summary = _summary(id, there[-1]) if there else ""
-    return Panel(id, max(width, 420), grid.row(layout.cp_size) + 4, boxes, summary)
+    return Panel(id, max(width, 420), grid.row(cp) + 4, boxes, summary)
 
 
-def _pools(frames: Sequence[_Frame], sizes: Sequence[int]) -> Panel:
+def _pools(stops: Sequence[Sequence[int]], sizes: Sequence[int]) -> Panel:
     """Return the free pages of each rank, in words, six ranks a line."""
 
-    def content(frame: _Frame) -> _Content:
-        for rank, (free, size) in enumerate(zip(frame.free, sizes, strict=False)):
+    def content(pools: Sequence[int]) -> _Content:
+        for rank, (free, size) in enumerate(zip(pools, sizes, strict=False)):
             line, column = divmod(rank, 6)
             words, kind = f"rank {rank}: {free} of {size}", "held" if free else "words empty"
-            spot = Spot(_LABEL + 128 * column, 18 * line, 120, 18, words, "", kind)
-            yield ("free", rank), spot
+            yield ("free", rank), Spot(_LABEL + 128 * column, 18 * line, 120, 18, words, "", kind)
         yield ("head",), Spot(0, 0, _LABEL, 18, "free pages", "", "head")
 
-    boxes = _boxes(dict(content(frame)) for frame in frames)
-    summary = ", ".join(f"rank {rank} {free}" for rank, free in enumerate(frames[-1].free))
+    boxes = _boxes(dict(content(pools)) for pools in stops)
+    summary = ", ".join(f"rank {rank} {free}" for rank, free in enumerate(stops[-1]))
     width, height = _LABEL + 128 * min(6, len(sizes)), 18 * -(-len(sizes) // 6) + 4
     return Panel(-1, width, height, boxes, f"Free pages: {summary}.")
 
@@ -489,9 +474,7 @@ def scene(failure: FailureLine) -> Scene:
         for rank, answer in enumerate(failure.answers)
     ]
     columns = list(dict.fromkeys(name for row in ranks for name in row))
-    marks = []
-    if event is not None and last is not None:
-        marks = _merged(_marks(failure, last, recorder.state, expected))
+    marks = [] if event is None or last is None else _merged(_marks(failure, last, ranks))
     drawn = diagram(trace, wrong=marks, at=event, declared=declared)
     return Scene(failure, drawn, columns, ranks, marks)
 
@@ -508,7 +491,7 @@ def _compared(
             for name in ("past_len", "position_ids", "active"):
                 if lengths or name != "past_len":
                     pairs[name] = getattr(expected, name), getattr(outcome, name)
-            pairs["slots"] = _offsets(expected, layout), _offsets(outcome, layout)
+            pairs["slots"] = _offsets(expected.slots, layout), _offsets(outcome.slots, layout)
     if answer.view is not None and lengths:
         reported, cp_rank = answer.view.local_len, rank % layout.cp_size
         held = {id: state.lengths(id)[cp_rank] for id in reported if id in state.live}
@@ -519,9 +502,9 @@ def _compared(
     return found
 
 
-def _offsets(outcome: Outcome, layout: Layout) -> list[int]:
+def _offsets(slots: Sequence[int], layout: Layout) -> list[int]:
     """Return the offsets in pages; which physical page it is, is the engine's own affair."""
-    return [slot % layout.tokens_per_block if slot >= 0 else -1 for slot in outcome.slots]
+    return [slot % layout.tokens_per_block if slot >= 0 else -1 for slot in slots]
 
 
 def _verdict(reason: Reason | None) -> str:
@@ -529,21 +512,20 @@ def _verdict(reason: Reason | None) -> str:
 
 
 def _marks(
-    failure: FailureLine, last: Expectation, state: ModelState, expected: Sequence[Outcome]
+    failure: FailureLine, last: Expectation, ranks: Sequence[Mapping[str, Compared]]
 ) -> Iterator[Wrong]:
     """Yield tokens and ranks on which an answer is wrong, in the requests of the failing event."""
-    cp = len(expected)
-    for rank, answer in enumerate(failure.answers):
-        wanted, cp_rank = expected[rank % cp], rank % cp
-        if wanted.reason is None and answer.outcome.reason is None:
-            layout = failure.trace.config.layout
-            yield from _token_marks(layout, last, rank, wanted, answer.outcome)
-        if answer.view is not None and "lengths" in failure.declared:
-            for id, count in answer.view.local_len.items():
-                held = state.lengths(id)[cp_rank] if id in state.requests else 0
+    layout = failure.trace.config.layout
+    cp = layout.cp_size
+    for rank, row in enumerate(ranks):
+        if "slots" in row:
+            yield from _token_marks(layout, last, rank, row["active"], row["slots"])
+        if "local_len" in row:
+            for id, count in row["local_len"].observed.items():
+                held = row["local_len"].expected.get(id, 0)
                 if count != held:
                     what = f"rank {rank} reports local_len {count} of request {id}; it is {held}"
-                    yield Wrong(id, cp_rank, None, "", what)
+                    yield Wrong(id, rank % cp, None, "", what)
     named = ids_of(last.event)
     if failure.rank is not None and failure.engine_failure is not None:
         for id in named:
@@ -559,7 +541,7 @@ def _marks(
 
 
 def _token_marks(
-    layout: Layout, last: Expectation, rank: int, wanted: Outcome, outcome: Outcome
+    layout: Layout, last: Expectation, rank: int, active: Compared, slots: Compared
 ) -> Iterator[Wrong]:
     """Yield new tokens that a rank claims or writes and should not, or should and does not."""
     cp_rank = rank % layout.cp_size
@@ -567,8 +549,8 @@ def _token_marks(
     ids = [
         id for id, n in zip(last.event.ids, last.event.query_lens, strict=True) for _ in range(n)
     ]
-    offsets = _offsets(wanted, layout), _offsets(outcome, layout)
-    pairs = zip(wanted.active, outcome.active, *offsets, strict=False)
+    offsets = slots.expected, _offsets(slots.observed, layout)
+    pairs = zip(active.expected, active.observed, *offsets, strict=False)
     extra = Counter[int]()
     for token, (right, claimed, offset, written) in enumerate(pairs):
         id, position = ids[token], last.decoded.position_ids[token]

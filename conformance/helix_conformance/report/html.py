@@ -23,12 +23,6 @@ from helix_spec.invariants import sentence
 from helix_spec.layouts import named_layout
 from helix_spec.trace import Trace
 
-
-def _px(value: float) -> str:
-    """Return a length in few characters."""
-    return f"{value:.1f}".removesuffix(".0")
-
-
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("helix_conformance.report"),
     autoescape=True,
@@ -36,7 +30,10 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {"px": _px, "words": value_text}
+_ENVIRONMENT.filters |= {
+    "px": lambda length: f"{length:.1f}".removesuffix(".0"),
+    "words": value_text,
+}
 _ENVIRONMENT.globals |= {
     "PROFILES": PROFILES,
     "SITUATIONS": SITUATIONS,

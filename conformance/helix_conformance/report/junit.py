@@ -64,8 +64,8 @@ def _of_run(run: Run) -> Iterator[TestCase]:
     for row in run.rows:
         failure = run.failure_of(row)
         text = "" if failure is None else _plain("\n".join(failure_text(failure)))
-        found = [one for one in run.profile_states(row) if one.state != "not declared"]
-        for profile, state, why in found:
+        found = {p: one for p, one in run.profile_states(row).items() if one[0] != "not declared"}
+        for profile, (state, why) in found.items():
             result = None
             if state != "pass":
                 result = {"fail": Failure, "error": Error}.get(state, Skipped)(f"{state}: {why}")

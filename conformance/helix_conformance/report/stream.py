@@ -15,20 +15,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import msgspec
 
-from helix_conformance.drive.driver import Answer
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Tally
-from helix_conformance.judge.failure import Failure, Violation
+from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.xfail import LAYOUTS, Difference, Known
 from helix_conformance.version import __version__
 from helix_spec.config import decode_layout, encode_layout, layout_schema
 from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Merge
 from helix_spec.invariants import NUMBERS, profiles_of
-from helix_spec.trace import Trace, dump_trace, unindented
+from helix_spec.trace import dump_trace, unindented
 
 SCHEMA_FILE: Final = "stream.schema.json"
 CONFIRMED: Final = "confirmed"
@@ -88,24 +87,14 @@ class Row(_Line, frozen=True, kw_only=True, tag="row"):
     """Expected failures of the engine that were met here, or were not run."""
 
 
-class FailureLine(_Line, frozen=True, kw_only=True, tag="failure"):
+class FailureLine(Failure, _Line, frozen=True, kw_only=True, tag="failure"):
     """A failing row: the smallest failing trace and what is wrong there."""
 
     layout: str
     engine: str
     driver: str
-    event: int | None
-    """Index of the event that was answered wrongly; null at start or at the end."""
-    violations: list[Violation] = []
-    engine_failure: str | None = None
-    """How an engine died, timed out or gave a malformed answer (LIVE-1)."""
-    rank: int | None = None
-    """The rank that did."""
-    trace: Trace
     trace_file: str
     declared: list[str] = []
-    answers: list[Answer] = []
-    """What each rank answered to that event, outputs and cached rows left out."""
 
 
 class KnownDifference(msgspec.Struct, frozen=True, kw_only=True):
@@ -370,7 +359,11 @@ class Stream:
             `error` when an engine did not start or did not finish, `fail` for a difference.
         """
         known = known or Known()
-        verdict = "error" if self.dead else _worst([row.verdict for row in self.rows])
+        ranked: tuple[Verdict, ...] = ("error", "fail", "pass")
+        verdicts = [row.verdict for row in self.rows]
+        verdict: Verdict = min(verdicts, key=ranked.index, default="error")
+        if self.dead:
+            verdict = "error"
         if verdict == "pass" and not known.holds:
             verdict = "fail"
         checked = {profile for row in self.rows for profile in row.profiles}
@@ -394,12 +387,6 @@ class Stream:
             )
         )
         return verdict
-
-
-def _worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return `error` before `fail` before `pass`; a run of nothing is an error."""
-    ranked: tuple[Verdict, ...] = ("error", "fail", "pass")
-    return min(verdicts, key=ranked.index, default="error")
 
 
 def make_row(
@@ -472,22 +459,18 @@ def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> 
     list of str
         A sentence each; none for a whole run.
     """
-    played, cp_sizes = list(dict.fromkeys(options["layouts"])), map(str, options["cp_sizes"])
-    workload, fewer = options["workload"], options["examples"]
-    reasons = [
-        (workload, "A workload was replayed; no random traces were played."),
-        (
-            not workload and 0 < len(played) < layouts,
-            f"Only {len(played)} of {layouts} layouts were played: {', '.join(played)}.",
-        ),
-        (options["cp_sizes"], f"Not every cp_size was played, but {', '.join(cp_sizes)}."),
-        (options["asked"], f"Not every profile was asked for, but {', '.join(options['asked'])}."),
-        (
-            fewer and fewer < examples,
-            f"Only {fewer} random traces were played of each layout; a whole run plays {examples}.",
-        ),
-    ]
-    return [sentence for applies, sentence in reasons if applies]
+    named, fewer = list(dict.fromkeys(options["layouts"])), options["examples"]
+    found = []
+    if options["workload"]:
+        found.append("A workload was replayed; no random traces were played.")
+    elif named and len(named) < layouts:
+        found.append(f"Only {len(named)} of {layouts} layouts were played: {', '.join(named)}.")
+    some = {"cp_size was played": options["cp_sizes"], "profile was asked for": options["asked"]}
+    found += [f"Not every {what}, but {', '.join(map(str, v))}." for what, v in some.items() if v]
+    if fewer and fewer < examples:
+        whole = f"a whole run plays {examples}"
+        found.append(f"Only {fewer} random traces were played of each layout; {whole}.")
+    return found
 
 
 def save_failure(folder: Path, row: Row, failure: Failure) -> Path:
@@ -547,14 +530,9 @@ def append_line(path: Path, line: Line) -> None:
 
 
 State: TypeAlias = Literal["pass", "fail", "error", "unsettled", "not checked", "not declared"]
+"""What a row says of one profile."""
 
-
-class ProfileState(NamedTuple):
-    """What a row says of one profile, and why."""
-
-    profile: str
-    state: State
-    why: str
+_BROKEN: Final = "died, timed out or gave a malformed answer"
 
 
 class Run(msgspec.Struct):
@@ -586,9 +564,7 @@ class Run(msgspec.Struct):
         if self.summary is None:
             found.append("The run was cut off: it has no summary line.")
         elif self.summary.verdict == "error":
-            found.append(
-                "The run ended in an error: an engine died, timed out or gave a malformed answer."
-            )
+            found.append(f"The run ended in an error: an engine {_BROKEN}.")
         found = found or self._layouts_left_out()
         for layout, rows in self.by_layout.items():
             checked = {profile for row in rows for profile in row.profiles}
@@ -623,7 +599,7 @@ class Run(msgspec.Struct):
         key = (row.layout, row.engine, row.driver)
         return next((f for f in self.failures if (f.layout, f.engine, f.driver) == key), None)
 
-    def profile_states(self, row: Row) -> list[ProfileState]:
+    def profile_states(self, row: Row) -> dict[str, tuple[State, str]]:
         """Return what a row says of each profile.
 
         A failure settles the profiles that its invariants belong to; of the others a row that
@@ -636,8 +612,8 @@ class Run(msgspec.Struct):
 
         Returns
         -------
-        list of ProfileState
-            One for each of `PROFILES`, in that order.
+        dict of str to (State, str)
+            Of each profile, in the order of `PROFILES`, its state and why it is so.
         """
         failure = self.failure_of(row)
         named = set() if failure is None else {v.invariant for v in failure.violations}
@@ -654,12 +630,12 @@ class Run(msgspec.Struct):
             if row.verdict == "pass":
                 return "pass", f"{row.traces} traces, {row.events} events"
             if row.verdict == "error":
-                return "error", "the engine died, timed out or gave a malformed answer"
+                return "error", f"the engine {_BROKEN}"
             if profile in to_blame or not to_blame:
                 return "fail", ", ".join(sorted(named))
             return "unsettled", "the run of this layout ended at a failure of another profile"
 
-        return [ProfileState(profile, *state(profile)) for profile in PROFILES]
+        return {profile: state(profile) for profile in PROFILES}
 
 
 class Record:
@@ -690,26 +666,23 @@ class Record:
         self.proofs: Proofs | None = None
         self.zoo: MutationRun | None = None
         for line in lines:
-            self._take(line)
-
-    def _take(self, line: Line) -> None:
-        if isinstance(line, Settings):
-            self.runs.append(Run(line))
-        elif isinstance(line, Proofs):
-            self.proofs = line
-        elif isinstance(line, MutationRun):
-            self.zoo = line
-        elif not self.runs or self.runs[-1].summary is not None:
-            kind = type(line).__name__
-            raise StreamError(f"a {kind} stands outside a run, which is settings first")
-        elif isinstance(line, Row):
-            self.runs[-1].rows.append(line)
-        elif isinstance(line, FailureLine):
-            self.runs[-1].failures.append(line)
-        elif isinstance(line, CoverageLine):
-            self.runs[-1].coverage.append(line)
-        else:
-            self.runs[-1].summary = line
+            if isinstance(line, Settings):
+                self.runs.append(Run(line))
+            elif isinstance(line, Proofs):
+                self.proofs = line
+            elif isinstance(line, MutationRun):
+                self.zoo = line
+            elif not self.runs or self.runs[-1].summary is not None:
+                kind = type(line).__name__
+                raise StreamError(f"a {kind} stands outside a run, which is settings first")
+            elif isinstance(line, Row):
+                self.runs[-1].rows.append(line)
+            elif isinstance(line, FailureLine):
+                self.runs[-1].failures.append(line)
+            elif isinstance(line, CoverageLine):
+                self.runs[-1].coverage.append(line)
+            else:
+                self.runs[-1].summary = line
 
     @property
     def problems(self) -> list[str]:
@@ -842,9 +815,8 @@ def published_schema() -> dict[str, Any]:
     dict
         The content of `stream.schema.json`.
     """
-    text = files("helix_conformance.report").joinpath(SCHEMA_FILE).read_text("utf-8")
-    schema: dict[str, Any] = json.loads(text)
-    return schema
+    text = files("helix_conformance.report").joinpath(SCHEMA_FILE).read_bytes()
+    return msgspec.json.decode(text, type=dict[str, Any])
 
 
 if __name__ == "__main__":

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import NODEFAULT
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from helix_conformance.expect.expectation import Request
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.coverage import SITUATIONS, Coverage
 from helix_conformance.judge.failure import Failure
-from helix_conformance.report.stream import FailureLine, Row
+from helix_conformance.report.stream import Row
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import LADDER
 from helix_spec.events import Event, Merge
@@ -56,11 +56,9 @@ def print_table(console: Console, rows: Iterable[Row]) -> None:
     rows : iterable of Row
         One for each line.
     """
-    table = Table("layout", "driver", "cp_size", "profiles", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
-    for column in ("traces", "events", "events/s"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
+    counts = [Column(name, justify="right") for name in ("traces", "events", "events/s")]
+    layout, texts = Column("layout", no_wrap=True), ("driver", "cp_size", "profiles")
+    table = Table(layout, *texts, *counts, "verdict", box=None, pad_edge=False)
     for row in rows:
         ladder = [profile for profile in LADDER if profile in row.profiles]
         colour = "green" if row.verdict == "pass" else "red"
@@ -98,9 +96,8 @@ def print_coverage(
     if failed:
         console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
         return
-    table = Table("situation", *drivers, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    columns = [Column(driver, justify="right") for driver in drivers]
+    table = Table("situation", *columns, box=None, pad_edge=False)
     for name in SITUATIONS:
         table.add_row(name, *(_count(one, name) for one in coverage))
     console.print(table)
@@ -111,8 +108,7 @@ def print_coverage(
 def _count(coverage: Coverage, name: str) -> str:
     if name in coverage.impossible:
         return "[dim]impossible[/]"
-    count = coverage.counts[name]
-    return f"{count:,}" if count else "[yellow]missed[/]"
+    return f"{coverage.counts[name]:,}" if coverage.counts[name] else "[yellow]missed[/]"
 
 
 def _coverage_text(driver: str, coverage: Coverage) -> Iterator[str]:
@@ -149,12 +145,12 @@ def print_failure(console: Console, failure: Failure, path: Path, replay: str) -
     print_lines(console, [*failure_text(failure), *where])
 
 
-def failure_text(failure: Failure | FailureLine) -> Iterator[str]:
+def failure_text(failure: Failure) -> Iterator[str]:
     """Yield a failure in lines: the trace, each violated invariant, expected and observed.
 
     Parameters
     ----------
-    failure : Failure or FailureLine
+    failure : Failure
         What is wrong, with the smallest trace that shows it.
 
     Yields
@@ -299,11 +295,6 @@ def _placement_text(id: int, request: Request, tokens_per_block: int) -> Iterato
 
 def _ranges(positions: Sequence[int]) -> str:
     """Return rising positions in few words: `0-3 8 12-13`; `-` for none."""
-    if not positions:
-        return "-"
-    breaks = [i for i, (a, b) in enumerate(pairwise(positions), 1) if b != a + 1]
-    runs = [
-        (positions[first], positions[last - 1])
-        for first, last in pairwise([0, *breaks, len(positions)])
-    ]
-    return " ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    index = count()
+    runs = [list(run) for _, run in groupby(positions, lambda position: position - next(index))]
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "-"
