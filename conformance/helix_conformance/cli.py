@@ -19,7 +19,7 @@ from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.launching import LAUNCHED, leave_verdict, take_part
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
 from helix_conformance.judge.coverage import Coverage, at_hand
 from helix_conformance.judge.failure import Failure
