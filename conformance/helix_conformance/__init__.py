@@ -1,8 +1,8 @@
 """The conformance suite: any engine's placement, pages, cache and attention against the spec.
 
 - `protocol`: what an engine is, its profiles, how one is named on the command line;
-- `strategies`: Hypothesis strategies for layouts, configurations and traces; `drawing`: how a run
-  draws from them; `machine`: the same as a state machine;
+- `generate`: layouts, configurations and traces as functions of choices, made from a seed for runs
+  or by Hypothesis; `testing`: strategies and a state machine for an engine's own tests;
 - `numbers`: Q, K and V as arrays, the exact attention and its error bound;
 - `judge`: every answer of every rank against the reference, invariant by invariant;
 - `drivers`: where the ranks live (this process, a pool of workers, torchrun);

@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder, on the path of this process and of its children."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     yield tmp_path
     sys.modules.pop("my_engine", None)
 
