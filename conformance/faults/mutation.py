@@ -50,10 +50,10 @@ from rich.table import Table
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
-from helix_conformance.generate.strategies import LAYOUT_NAMES
-from helix_conformance.judge.coverage import Tally
+from helix_conformance.generate.choices import Seeded
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.play import check_trace
-from helix_conformance.session import layout_traces, random_traces
+from helix_conformance.session import layout_traces
 from helix_reference.engine import ReferenceEngine
 from helix_spec.trace import Trace
 
@@ -150,29 +150,19 @@ def _without_annotations(source: str) -> str:
 
 
 def stored_traces(engine: Any, names: Sequence[str], examples: int) -> list[tuple[Any, Trace]]:
-    """Random traces of these layouts, drawn once by playing them on the reference."""
-    kept: list[Trace] = []
-
-    class Keeper(LocalDriver):
-        def play(self, config: Any, profiles: Any, events: Any, watch: Any) -> Iterator[Any]:
-            kept.append(Trace(config=config, events=list(events)))
-            return super().play(config, profiles, events, watch)
-
-    driver = Keeper(ReferenceEngine)
+    """Random traces of these layouts."""
+    driver = LocalDriver(ReferenceEngine)
     deep = engine == "gpu"
     profiles = frozenset(ReferenceEngine.profiles)
     if not deep:
         profiles -= {"cache", "attention"}
+    traces = list[tuple[Any, Trace]]()
     for name in names:
-        strategy = layout_traces(
+        draw = layout_traces(
             driver, name, profiles, cp_sizes=(2, 3, 4) if deep else (1, 2, 3, 4, 8)
         )
-        shallow = frozenset({"placement"})  # to draw is all that is asked
-        failure = random_traces(
-            driver, strategy, shallow, examples=examples, seed=f"mutation {name}", tally=Tally()
-        )
-        assert failure is None, failure
-    return [(engine, trace) for trace in kept]
+        traces += [(engine, draw(Seeded(f"mutation {name} {n}"))) for n in range(examples)]
+    return traces
 
 
 class Fate(msgspec.Struct, frozen=True):

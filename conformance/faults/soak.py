@@ -13,8 +13,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Final
 
 import click
@@ -25,13 +25,14 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.expect.recorder import Recorder
-from helix_conformance.generate.strategies import EVENTS, Intent, realise
+from helix_conformance.generate.actions import Action, Admit, Fork, Release, Scope
+from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.judge import Judge
 from helix_conformance.judge.play import check_trace
 from helix_conformance.report.text import failure_text
 from helix_spec.config import Config, ModelShape
-from helix_spec.events import Event
+from helix_spec.events import FEATURES, Event
 from helix_spec.trace import Trace
 from suite_testing.sabotage import worker
 
@@ -40,37 +41,29 @@ GROWTH_MIB: Final = 16.0
 """What a process may grow by after its first fifth: less than 0.1 KiB an event."""
 LIVE: Final = 24
 """Requests that are kept at a time, about."""
+SCOPE: Final = Scope(frozenset(FEATURES), prompt_lens=((1, 2, 5, 17, 40, 41, 96),))
 
 
-def wish(random: Random, known: int) -> Intent:
-    """The next wish: admissions and releases hold the number of requests, all else is mixed."""
-    kind = random.choice([*EVENTS, *["decode"] * 6, "wrong"])
-    if kind in ("admit", "fork") and known >= LIVE:
-        kind = "release"
-    if kind == "release" and known < LIVE // 2:
-        kind = "admit"
-    return Intent(
-        kind,
-        size=random.choice([1, 2, 5, 17, 40, 41, 96]),
-        picks=tuple(random.randrange(LIVE) for _ in range(random.randint(1, 4))),
-        query_lens=tuple(random.randint(1, 5) for _ in range(2)),
-        times=random.choice([1, 1, 1, 2, 5]) if kind == "decode" else 1,
-        far=random.choice([0] * 9 + [2**32]),
-        pad=random.choice([0, 0, 1, 3]),
-        kept=random.randint(1, 5),
-        event=random.choice(EVENTS),
-    )
+def next_action(choices: Choices, known: int) -> Action:
+    """Return the next action: admissions and releases hold the number of requests, all is mixed."""
+    kind = choices.pick(SCOPE.kinds)
+    if kind in (Admit, Fork) and known >= LIVE:
+        kind = Release
+    if kind is Release and known < LIVE // 2:
+        kind = Admit
+    if kind is Release:
+        return Release((choices.integer(0, LIVE),))
+    return kind.drawn(choices, SCOPE)
 
 
-def mixed(recorder: Recorder, random: Random, events: int) -> Iterator[Event]:
-    """Events of all kinds, each wish made for the state in which the recorder then is."""
-    made = 0
+def mixed(recorder: Recorder, choices: Choices, events: int) -> Iterator[Event]:
+    """Yield events of all kinds, each action meant for the state in which the recorder then is."""
+    made, last = 0, list[Event]()
     while made < events:
-        for event in realise(recorder, wish(random, len(recorder.state.requests))):
+        action = next_action(choices, len(recorder.state.requests))
+        for event in islice(action.events(recorder, last), events - made):
+            made, last = made + 1, [event]
             yield event
-            made += 1
-            if made == events:
-                return
 
 
 def resident(pid: int | str = "self") -> float:
@@ -103,7 +96,7 @@ def in_one_process(layout: str, events: int, seed: int) -> bool:
     driver = LocalDriver(LedgerEngine)
     judge = Judge(config, driver.profiles)
     recorder = Recorder(config, driver.profiles)
-    source = mixed(recorder, Random(seed), events)
+    source = mixed(recorder, Seeded(f"{seed}"), events)
     played = driver.play(config, driver.profiles, source, Watch(every=20))
     kinds: Counter[str] = Counter()
     samples = list[tuple[int, float]]()
@@ -141,7 +134,7 @@ def on_gloo(events: int, seed: int) -> bool:
                 model=ModelShape(q_heads=8, kv_heads=2, layers=2), seed=number,
             )  # fmt: skip
             recorder = Recorder(config)
-            trace = Trace(config=config, events=planned(recorder, Random(seed + number), each))
+            trace = Trace(config=config, events=planned(recorder, Seeded(f"{seed + number}"), each))
             failure = check_trace(
                 driver, trace, driver.profiles, watch=Watch(every=50, touched=False), tally=Tally()
             )
@@ -159,10 +152,10 @@ def on_gloo(events: int, seed: int) -> bool:
     return good
 
 
-def planned(recorder: Recorder, random: Random, events: int) -> list[Event]:
+def planned(recorder: Recorder, choices: Choices, events: int) -> list[Event]:
     """The same mix as a list, for a driver that wants traces whole."""
     made = list[Event]()
-    for event in mixed(recorder, random, events):
+    for event in mixed(recorder, choices, events):
         made.append(event)
         recorder.next(event)
     return made

@@ -9,7 +9,7 @@ from typing import Any
 
 from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.failure import Violation
 from helix_conformance.judge.xfail import Known
 from helix_conformance.report.stream import Stream, Summary, Verdict, encode_line, restrictions

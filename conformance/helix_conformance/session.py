@@ -9,16 +9,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import hypothesis
 import msgspec
-from hypothesis import strategies as st
 
 from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.opening import default_driver, open_driver
 from helix_conformance.expect.vectors import Vector
-from helix_conformance.generate.drawing import EVENLY, Evenly
-from helix_conformance.generate.strategies import LAYOUT_NAMES, configs, merge_traces, traces
+from helix_conformance.generate.choices import Choices, Seeded
+from helix_conformance.generate.configs import LAYOUT_NAMES, draw_config
+from helix_conformance.generate.traces import draw_merge_trace, draw_trace
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import Coverage, Needed, Tally, at_hand
 from helix_conformance.judge.failure import Failure
@@ -44,17 +43,9 @@ Advance = Callable[[], None]
 """Called when one more trace was played, or one more request of a workload has ended."""
 
 
-class _Failed(Exception):
-    """Tells Hypothesis that an example failed."""
-
-
-class _Stop(KeyboardInterrupt):
-    """Leaves Hypothesis at once: the engine cannot be asked again."""
-
-
 def random_traces(
     driver: Driver,
-    strategy: st.SearchStrategy[Trace],
+    draw: Callable[[Choices], Trace],
     profiles: frozenset[str],
     *,
     examples: int,
@@ -64,50 +55,66 @@ def random_traces(
     coverage: Coverage | None = None,
     known: Known | None = None,
 ) -> Failure | None:
-    """Play random traces until one fails; the failure with its trace made small."""
+    """Play random traces until one fails.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    draw
+        What makes a trace of choices, such as `layout_traces` returns.
+    profiles
+        Profiles to check.
+    examples
+        Number of traces.
+    seed
+        Trace n depends on this text and on n alone.
+    tally, coverage
+        What was played is added to them.
+    progress
+        Called after each trace.
+    known
+        Differences that are not failures.
+
+    Returns
+    -------
+    Failure | None
+        The first failure, its trace made small where the engine can be asked again.
+    """
     known = known or Known()
-    found: list[tuple[Trace, Failure]] = []
     began = time.perf_counter()
-
-    Evenly.seed = seed
-
-    @hypothesis.settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-        phases=[hypothesis.Phase.generate],
-        backend=EVENLY,
-        report_multiple_bugs=False,
-        print_blob=False,
-        verbosity=hypothesis.Verbosity.quiet,  # else it advises a seed of its own
-    )
-    @hypothesis.given(strategy)
-    def every_answer_is_right(trace: Trace) -> None:
+    for number in range(examples):
+        trace = draw(Seeded(f"{seed} {number}"))
         failure = judged(driver, trace, profiles, tally, known, coverage=coverage)
         progress()
         if failure is not None:
             if tally.needed is None:
                 tally.needed = Needed(tally.traces, time.perf_counter() - began)
-            found[:] = [(trace, failure)]
-            raise _Failed if driver.survives_failure or failure.verdict == "fail" else _Stop
-
-    try:
-        every_answer_is_right()
-    except _Stop:
-        return found[0][1]
-    except _Failed:
-        small = made_small(driver, *found[0], profiles, tally, known)
-        sure = made_sure(driver, small, profiles, tally, known)
-        return msgspec.structs.replace(sure, drawn=found[0][0])
-    except hypothesis.errors.Flaky:
-        if not found:
-            raise
-        note = "This failure did not repeat when the same trace was played again."
-        failure = found[0][1]
-        trace = msgspec.structs.replace(failure.trace, note=note)
-        return msgspec.structs.replace(failure, trace=trace)
+            return _explained(driver, trace, failure, profiles, tally, known)
     return None
+
+
+def _explained(
+    driver: Driver,
+    trace: Trace,
+    failure: Failure,
+    profiles: frozenset[str],
+    tally: Tally,
+    known: Known,
+) -> Failure:
+    """Return the failure of a random trace, made small and sure if it repeats."""
+    if failure.verdict == "error" and not driver.survives_failure:
+        return failure  # the engine cannot be asked again
+    again = judged(driver, trace, profiles, tally, known)
+    if again is None:
+        note = "This failure did not repeat when the same trace was played again."
+        noted = msgspec.structs.replace(failure.trace, note=note)
+        return msgspec.structs.replace(failure, trace=noted)
+    if again.verdict == "error" and not driver.survives_failure:
+        return again
+    small = made_small(driver, trace, again, profiles, tally, known)
+    sure = made_sure(driver, small, profiles, tally, known)
+    return msgspec.structs.replace(sure, drawn=trace)
 
 
 def layout_traces(
@@ -117,32 +124,35 @@ def layout_traces(
     *,
     cp_sizes: Sequence[int],
     tp_sizes: Sequence[int] = (1,),
-) -> st.SearchStrategy[Trace]:
-    """Random traces of one layout, for the features among these profiles.
+) -> Callable[[Choices], Trace]:
+    """Return a function that draws traces of one layout, for the features among these profiles.
 
     With `merge` one trace in four merges supplied partials, or all without `placement`.
     """
     features = [feature for feature in FEATURES if feature in profiles]
-    some_configs = configs(
-        names=[name],
-        cp_sizes=cp_sizes,
-        tp_sizes=tp_sizes,
-        max_world=driver.largest_world,
-        features=features,
-        contents=not {"cache", MERGE}.isdisjoint(profiles),
-    )
-    merging = merge_traces(configs=some_configs)
-    if "placement" not in profiles:
-        return merging
-    placing = traces(
-        configs=some_configs,
-        features=features,
-        undeclared={*FEATURES, MERGE} - driver.profiles,
-        contents="cache" in profiles,
-    )
-    if MERGE not in profiles:
-        return placing
-    return st.sampled_from([placing, placing, placing, merging]).flatmap(lambda kind: kind)
+    contents = not {"cache", MERGE}.isdisjoint(profiles)
+
+    def draw(choices: Choices) -> Trace:
+        config = draw_config(
+            choices,
+            names=[name],
+            cp_sizes=cp_sizes,
+            tp_sizes=tp_sizes,
+            max_world=driver.largest_world,
+            features=features,
+            contents=contents,
+        )
+        if "placement" not in profiles or (MERGE in profiles and choices.one_in(4)):
+            return draw_merge_trace(choices, config)
+        return draw_trace(
+            choices,
+            config,
+            features=features,
+            undeclared={*FEATURES, MERGE} - driver.profiles,
+            contents="cache" in profiles,
+        )
+
+    return draw
 
 
 def layout_run(
@@ -168,10 +178,9 @@ def layout_run(
     def played(
         profiles: frozenset[str], tally: Tally, coverage: Coverage | None = None
     ) -> Failure | None:
-        strategy = layout_traces(driver, name, profiles, cp_sizes=cp_sizes, tp_sizes=tp_sizes)
         return random_traces(
             driver,
-            strategy,
+            layout_traces(driver, name, profiles, cp_sizes=cp_sizes, tp_sizes=tp_sizes),
             profiles,
             examples=examples,
             seed=f"{seed} {name}",  # other traces for each layout

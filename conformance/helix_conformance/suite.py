@@ -13,7 +13,7 @@ from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check

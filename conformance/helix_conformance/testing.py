@@ -1,148 +1,102 @@
-"""The suite as a Hypothesis state machine, for engines whose ranks live in one process.
+"""What an engine's own tests draw or subclass: strategies, and a state machine.
 
-`engine_machine(MyEngine).TestCase` is a test class: each rule is one kind of event, and all
-state is compared after every one of them. Engines of an own test suite subclass it to add rules.
+`engine_machine(MyEngine).TestCase` is a test class for engines whose ranks live in one process.
+Each rule is one kind of action, and all state is judged after every event. IMPLEMENTING.md shows
+its use; a subclass may add rules of its own, which call `tell`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
-import msgspec
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from helix_conformance.drive.driver import Played, Watch
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.expect.recorder import Recorder
-from helix_conformance.generate.strategies import EVENTS, Intent, configs, realise
-from helix_conformance.judge.failure import Failure
+from helix_conformance.generate.actions import Action, Scope
+from helix_conformance.generate.configs import LAYOUT_NAMES
+from helix_conformance.generate.strategies import actions as actions
+from helix_conformance.generate.strategies import configs as configs
+from helix_conformance.generate.strategies import illegal_configs as illegal_configs
+from helix_conformance.generate.strategies import layouts as layouts
+from helix_conformance.generate.strategies import merge_traces as merge_traces
+from helix_conformance.generate.strategies import model_shapes as model_shapes
+from helix_conformance.generate.strategies import traces as traces
+from helix_conformance.judge.failure import Failure, Violation
 from helix_conformance.judge.judge import Judge
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.text import failure_text
-from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import FEATURES, Event
 from helix_spec.trace import Trace
 
-_WISHES: dict[str, Any] = {
-    "size": st.integers(1, 40),
-    "picks": st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple),
-    "query_lens": st.lists(st.integers(1, 7), min_size=1, max_size=3).map(tuple),
-    "pad": st.integers(0, 3),
-    "kept": st.integers(1, 7),
-}
-
-
-Rule = Callable[..., None]
-
-
-def _supports(feature: str) -> Callable[[Rule], Rule]:
-    """Only for engines that declare the feature."""
-    return precondition(lambda machine: feature in machine.profiles)
-
 
 class EngineMachine(RuleBasedStateMachine):
-    """One engine under test; `engine_machine` fills in which."""
+    """One engine under test; `engine_machine` fills in which, and the rules."""
 
     engine: ClassVar[type[Engine]]
     profiles: ClassVar[frozenset[str]]
+    names: ClassVar[Sequence[str]]
 
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
-        """All ranks start with one configuration."""
-        features = [feature for feature in FEATURES if feature in self.profiles]
-        config: Config = data.draw(configs(cp_sizes=(1, 2, 3, 4), features=features))
+        """Start all ranks with one configuration."""
+        features = self.profiles.intersection(FEATURES)
+        config = data.draw(configs(names=self.names, cp_sizes=(1, 2, 3, 4), features=features))
         self.judge = Judge(config, self.profiles)
         self.recorder = Recorder(config, self.engine.profiles)
-        self.told: list[Event] = []
-        self.waiting: deque[Event] = deque()
-        driver = LocalDriver(self.engine)
-        self.play: Iterator[Played] = driver.play(
-            config, self.profiles, iter(self.waiting.popleft, None), Watch()
+        self.told = list[Event]()
+        self.waiting = deque[Event]()
+        events: Iterator[Event] = iter(self.waiting.popleft, None)
+        self.play: Iterator[Played] = LocalDriver(self.engine).play(
+            config, self.profiles, events, Watch()
         )
+        self._demand(None, self.judge.started(next(self.play)[1]))
+
+    def act(self, action: Action) -> None:
+        """Tell the events that the action means now, until one is refused."""
+        for event in action.events(self.recorder, self.told):
+            if not self.tell(event) and not action.goes_on:
+                break
+
+    def tell(self, event: Event) -> bool:
+        """Play one event and judge all ranks; return whether it was accepted."""
+        self.told.append(event)
+        self.waiting.append(event)
+        expected = self.recorder.next(event)
         _, answers = next(self.play)
-        self._demand(self.judge.started(answers))
+        self._demand(expected.index, self.judge.event(expected, answers))
+        return expected.refused is None
 
-    @rule(**_WISHES)
-    def admit(self, **wish: Any) -> None:
-        """A new request."""
-        self._tell("admit", wish)
-
-    @rule(**_WISHES)
-    def decode(self, **wish: Any) -> None:
-        """A step for some of the live requests."""
-        self._tell("decode", wish)
-
-    @rule(**_WISHES)
-    def skip(self, **wish: Any) -> None:
-        """A step that never runs."""
-        self._tell("skip", wish)
-
-    @rule(**_WISHES)
-    def release(self, **wish: Any) -> None:
-        """A request ends."""
-        self._tell("release", wish)
-
-    @_supports("speculative")
-    @rule(**_WISHES)
-    def accept(self, **wish: Any) -> None:
-        """Part of a group is kept."""
-        self._tell("accept", wish)
-
-    @_supports("fork")
-    @rule(**_WISHES)
-    def fork(self, **wish: Any) -> None:
-        """A request is copied."""
-        self._tell("fork", wish)
-
-    @_supports("preempt")
-    @rule(**_WISHES)
-    def preempt(self, **wish: Any) -> None:
-        """A request gives its pages back and stays known."""
-        self._tell("preempt", wish)
-
-    @_supports("preempt")
-    @rule(**_WISHES)
-    def resume(self, **wish: Any) -> None:
-        """A preempted request is placed anew."""
-        self._tell("resume", wish)
-
-    @_supports("overlap")
-    @rule(**_WISHES)
-    def sampled(self, **wish: Any) -> None:
-        """The scheduler learns what an outstanding decode sampled."""
-        self._tell("sampled", wish)
-
-    @rule(**_WISHES, event=st.sampled_from(EVENTS))
-    def wrong(self, **wish: Any) -> None:
-        """An event that must be refused, or nearly so."""
-        self._tell("wrong", wish)
-
-    def _tell(self, kind: str, wish: dict[str, Any]) -> None:
-        if "speculative" not in self.profiles:
-            wish["query_lens"] = (1,)
-        if "padding" not in self.profiles:
-            wish["pad"] = 0
-        for event in realise(self.recorder, Intent(kind, **wish)):
-            self.told.append(event)
-            self.waiting.append(event)
-            _, answers = next(self.play)
-            self._demand(self.judge.event(self.recorder.next(event), answers))
-
-    def _demand(self, violations: list[Any]) -> None:
+    def _demand(self, event: int | None, violations: list[Violation]) -> None:
         if violations:
             trace = Trace(config=self.judge.config, events=self.told)
-            failure = Failure(trace=trace, event=len(self.told) - 1, violations=violations)
-            if not self.told:
-                failure = msgspec.structs.replace(failure, event=None)
+            failure = Failure(trace=trace, event=event, violations=violations)
             raise AssertionError("\n".join(failure_text(failure)))
 
 
-def engine_machine(engine: type[Engine], asked: Collection[str] = ()) -> type[EngineMachine]:
-    """The state machine of an engine, on these of the profiles that it declares, or on all."""
+def engine_machine(
+    engine: type[Engine], asked: Collection[str] = (), *, names: Sequence[str] = LAYOUT_NAMES
+) -> type[EngineMachine]:
+    """Return the state machine of an engine.
+
+    Parameters
+    ----------
+    engine
+        A class whose ranks live in one process.
+    asked
+        Those of its profiles that are checked; all that it declares when empty.
+    names
+        Names of the layouts that it is started with.
+    """
     profiles = profiles_to_check(engine.profiles, asked)
-    name = f"{engine.__name__}Machine"
-    return type(name, (EngineMachine,), {"engine": engine, "profiles": profiles})
+    features = profiles.intersection(FEATURES)
+    parts: dict[str, Any] = {"engine": engine, "profiles": profiles, "names": names}
+    for kind in Scope(features).kinds:
+        acts = rule(action=actions(features=features, kinds=[kind]))
+        parts[kind.__name__.lower()] = acts(EngineMachine.act)
+    return type(f"{engine.__name__}Machine", (EngineMachine,), parts)

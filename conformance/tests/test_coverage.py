@@ -9,7 +9,9 @@ from click.testing import CliRunner
 
 from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.generate.strategies import configs, traces
+from helix_conformance.generate.choices import Choices
+from helix_conformance.generate.configs import draw_config
+from helix_conformance.generate.traces import draw_trace
 from helix_conformance.judge.coverage import ALL_NEEDS, SITUATIONS, Coverage, Tally, at_hand
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.session import layout_traces, random_traces
@@ -66,9 +68,12 @@ def lesser(declared: frozenset[str]) -> type[ReferenceEngine]:
 def test_random_traces_visit_every_situation() -> None:
     """Three hundred traces of all layouts have been everywhere that matters."""
     coverage, driver = Coverage(), LocalDriver(ReferenceEngine)
-    strategy = traces(configs=configs(contents=False))
+
+    def draw(choices: Choices) -> Trace:
+        return draw_trace(choices, draw_config(choices, contents=False), contents=False)
+
     failure = random_traces(
-        driver, strategy, PROFILES, examples=300, seed=1, tally=Tally(), coverage=coverage
+        driver, draw, PROFILES, examples=300, seed=1, tally=Tally(), coverage=coverage
     )
     assert (None, []) == (failure, coverage.missed)
 
@@ -98,9 +103,9 @@ def test_what_is_said_to_be_impossible_does_not_occur() -> None:
         driver = LocalDriver(lesser(checked))
         needs = at_hand(checked, layouts=[name], cp_sizes=cp_sizes)
         coverage = Coverage(needs)
-        strategy = layout_traces(driver, name, checked, cp_sizes=cp_sizes)
+        draw = layout_traces(driver, name, checked, cp_sizes=cp_sizes)
         assert None is random_traces(
-            driver, strategy, checked, examples=60, seed=2, tally=Tally(), coverage=coverage
+            driver, draw, checked, examples=60, seed=2, tally=Tally(), coverage=coverage
         )
         lacking = [s for s, takes in SITUATIONS.items() if not needs.issuperset(takes)]
         assert lacking

@@ -3,10 +3,11 @@
 import hypothesis
 import msgspec
 import pytest
+from hypothesis.stateful import run_state_machine_as_test
 
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.session import layout_traces, random_traces
@@ -26,8 +27,8 @@ def test_bookkeeping_of_every_layout(engine, layout):
     """Reference and ledger keep every bookkeeping invariant on random traces of each layout."""
     driver, tally = LocalDriver(engine), Tally()
     profiles = profiles_to_check(driver.profiles, [*BOOKKEEPING, *FEATURES])
-    strategy = layout_traces(driver, layout, profiles, cp_sizes=(1, 2, 3, 4, 8))
-    assert None is random_traces(driver, strategy, profiles, examples=60, seed=7, tally=tally)
+    draw = layout_traces(driver, layout, profiles, cp_sizes=(1, 2, 3, 4, 8))
+    assert None is random_traces(driver, draw, profiles, examples=60, seed=7, tally=tally)
     assert 60 <= tally.traces
     assert tally.traces < tally.events
 
@@ -59,10 +60,8 @@ def test_reference_attends_exactly():
 def test_whole_implementation_on_gloo(gpu_pool, layout):
     """Four real ranks cache and attend exactly, with TP and CP, in every element type."""
     profiles, tally = profiles_to_check(gpu_pool.profiles, []), Tally()
-    strategy = layout_traces(
-        gpu_pool, layout, profiles, cp_sizes=(1, 2, 3, 4, 4, 4), tp_sizes=(1, 2)
-    )
-    assert None is random_traces(gpu_pool, strategy, profiles, examples=12, seed=3, tally=tally)
+    draw = layout_traces(gpu_pool, layout, profiles, cp_sizes=(1, 2, 3, 4, 4, 4), tp_sizes=(1, 2))
+    assert None is random_traces(gpu_pool, draw, profiles, examples=12, seed=3, tally=tally)
 
 
 @pytest.fixture
@@ -84,20 +83,22 @@ def test_every_exchange_on_gloo(pool_of, engine):
     driver, tally = pool_of(engine), Tally()
     profiles = profiles_to_check(driver.profiles, [])
     for layout in ("pr9757", "balanced"):
-        strategy = layout_traces(driver, layout, profiles, cp_sizes=(2, 4), tp_sizes=(1, 2))
-        assert None is random_traces(driver, strategy, profiles, examples=8, seed=9, tally=tally)
+        draw = layout_traces(driver, layout, profiles, cp_sizes=(2, 4), tp_sizes=(1, 2))
+        assert None is random_traces(driver, draw, profiles, examples=8, seed=9, tally=tally)
 
 
 @pytest.mark.parametrize("layout", ["pr9757", "vllm_dcp", "custom"])
 def test_prompts_computed_here_on_gloo(gpu_pool, layout):
     """With admission `prefill` the cache is the same, chunk by chunk, also after `resume`."""
     profiles, tally = profiles_to_check(gpu_pool.profiles, []), Tally()
-    strategy = layout_traces(gpu_pool, layout, profiles, cp_sizes=(1, 2, 4), tp_sizes=(1, 2)).map(
-        lambda trace: msgspec.structs.replace(
-            trace, config=msgspec.structs.replace(trace.config, admission="prefill")
-        )
-    )
-    assert None is random_traces(gpu_pool, strategy, profiles, examples=12, seed=5, tally=tally)
+    draw = layout_traces(gpu_pool, layout, profiles, cp_sizes=(1, 2, 4), tp_sizes=(1, 2))
+
+    def prefilled(choices):
+        trace = draw(choices)
+        config = msgspec.structs.replace(trace.config, admission="prefill")
+        return msgspec.structs.replace(trace, config=config)
+
+    assert None is random_traces(gpu_pool, prefilled, profiles, examples=12, seed=5, tally=tally)
 
 
 class TestReferenceMachine(engine_machine(ReferenceEngine, [*BOOKKEEPING, *FEATURES]).TestCase):
@@ -110,3 +111,22 @@ class TestLedgerMachine(engine_machine(LedgerEngine).TestCase):
     """The ledger as a state machine."""
 
     settings = hypothesis.settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_the_machine_catches_a_broken_engine():
+    """Its failure names what is violated, and the rules that led there."""
+
+    class Liar(LedgerEngine):
+        def apply(self, event):
+            outcome = super().apply(event)
+            counted = [held + (self.rank == 1) for held in outcome.past_len or ()]
+            return msgspec.structs.replace(outcome, past_len=counted) if counted else outcome
+
+    machine = engine_machine(Liar, BOOKKEEPING, names=["pr9757"])
+    settings = hypothesis.settings(
+        max_examples=100, database=None, derandomize=True, phases=[hypothesis.Phase.generate]
+    )
+    with pytest.raises(AssertionError, match="LEN-2 violated at event") as caught:
+        run_state_machine_as_test(machine, settings=settings)
+    steps = "".join(getattr(caught.value, "__notes__", []))
+    assert "state.act(action=" in steps

@@ -161,8 +161,8 @@ class ByArrival(Merging):
 def failure_of(engine, seed=3, examples=150):
     """What random merges find wrong with an engine."""
     driver = LocalDriver(engine)
-    strategy = layout_traces(driver, "vllm_dcp", JUST_MERGE, cp_sizes=(1, 2, 3, 4))
-    return random_traces(driver, strategy, JUST_MERGE, examples=examples, seed=seed, tally=Tally())
+    draw = layout_traces(driver, "vllm_dcp", JUST_MERGE, cp_sizes=(1, 2, 3, 4))
+    return random_traces(driver, draw, JUST_MERGE, examples=examples, seed=seed, tally=Tally())
 
 
 @pytest.mark.parametrize("engine", [ReferenceEngine, Merging])
@@ -240,9 +240,7 @@ def test_exact_merge_is_the_references(dtype, levels):
 
 def test_the_implementation_merges_on_gloo(gpu_pool):
     """Four real ranks exchange and merge supplied partials, with TP and CP, in every type."""
-    strategy = layout_traces(
-        gpu_pool, "custom", JUST_MERGE, cp_sizes=(1, 2, 3, 4, 4), tp_sizes=(1, 2)
-    )
+    draw = layout_traces(gpu_pool, "custom", JUST_MERGE, cp_sizes=(1, 2, 3, 4, 4), tp_sizes=(1, 2))
     tally = Tally()
-    assert None is random_traces(gpu_pool, strategy, JUST_MERGE, examples=12, seed=3, tally=tally)
+    assert None is random_traces(gpu_pool, draw, JUST_MERGE, examples=12, seed=3, tally=tally)
     assert 12 <= tally.traces < tally.events

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import pytest
 
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.expect.expectation import Expectation
 from helix_conformance.expect.recorder import Recorder
+from helix_conformance.session import Tally, layout_traces, random_traces
+from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES
-from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Preempt, Reason, Sampled
+from helix_spec.events import (
+    FEATURES,
+    Accept,
+    Admit,
+    Decode,
+    Event,
+    Fork,
+    Merge,
+    Preempt,
+    Reason,
+    Sampled,
+)
 
 CONFIG = Config(layout="pr9757/1:C=1,T=2", pages=[2], max_len=20)
 
@@ -43,3 +58,20 @@ def test_an_engine_without_pages_never_runs_out_of_them() -> None:
     """Its pools are endless; one that declares `pages` has those of the configuration."""
     refused = [Recorder(CONFIG, declared).next(Admit(0, 5)).refused for declared in ([], PROFILES)]
     assert refused == [None, Reason.OUT_OF_PAGES]
+
+
+def test_a_random_trace_is_played_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A passing run plays each event once to draw what follows, and once to judge the answers."""
+    played = list[Event]()
+    play = Recorder.next
+
+    def counted(self: Recorder, event: Event) -> Expectation:
+        played.append(event)
+        return play(self, event)
+
+    monkeypatch.setattr(Recorder, "next", counted)
+    driver, tally = LocalDriver(ReferenceEngine), Tally()
+    profiles = frozenset({"placement", "lengths", "pages", *FEATURES})
+    draw = layout_traces(driver, "pr9757", profiles, cp_sizes=[1, 2, 4])
+    failure = random_traces(driver, draw, profiles, examples=20, seed=0, tally=tally)
+    assert (failure, tally.traces, len(played)) == (None, 20, 2 * tally.events)

@@ -6,14 +6,15 @@ from typing import ClassVar
 
 import msgspec
 import pytest
-from hypothesis import strategies as st
 
 from helix_conformance.drive.driver import Driver
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.expect.recorder import record
-from helix_conformance.generate.strategies import LAYOUT_NAMES, configs, traces
+from helix_conformance.generate.choices import Choices
+from helix_conformance.generate.configs import LAYOUT_NAMES, draw_config
+from helix_conformance.generate.traces import draw_trace
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.judge.shrink import reduced
@@ -190,16 +191,18 @@ def found(engine: type) -> Failure:
     driver: Driver = ThreadDriver(engine) if engine is Attention else LocalDriver(engine)
     profiles = profiles_to_check(driver.profiles, engine.asked)
     features = [feature for feature in FEATURES if feature in profiles]
-    strategy = traces(
-        configs=configs(
+
+    def draw(choices: Choices) -> Trace:
+        config = draw_config(
+            choices,
             names=getattr(engine, "layouts", LAYOUT_NAMES),
             cp_sizes=(1, 2, 3, 4),
             features=features,
             contents="cache" in profiles,
-        ),
-        features=features,
-    )
-    failure = random_traces(driver, strategy, profiles, examples=400, seed=2, tally=Tally())
+        )
+        return draw_trace(choices, config, features=features)
+
+    failure = random_traces(driver, draw, profiles, examples=400, seed=2, tally=Tally())
     driver.close()
     assert failure is not None
     return failure
@@ -240,7 +243,7 @@ def test_ranks_that_disagree_about_room_are_told_by_what_else_they_disagree_abou
     profiles = frozenset({"placement", "lengths", "pages"})
     refused = check_trace(driver, trace, profiles)
     assert refused is not None and {"REF-1", "REF-2"} == refused.invariants
-    told = random_traces(driver, st.just(trace), profiles, examples=1, seed=0, tally=Tally())
+    told = random_traces(driver, lambda _: trace, profiles, examples=1, seed=0, tally=Tally())
     assert told is not None and "OWN-2" in told.invariants
     assert [100, 100] == told.trace.config.pages
 

@@ -18,7 +18,7 @@ from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.process import StdioDriver
 from helix_conformance.engines import EngineSpecError
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_trace
 from helix_conformance.session import layout_traces, random_traces
@@ -81,8 +81,8 @@ def test_c_engine_passes(opened, c_engine, layout):
     """The example in C keeps every bookkeeping invariant on random traces of each layout."""
     driver, tally = opened(c_engine), Tally()
     assert BOOKKEEPING == driver.profiles
-    strategy = layout_traces(driver, layout, BOOKKEEPING, cp_sizes=(1, 2, 3, 4, 8))
-    failure = random_traces(driver, strategy, BOOKKEEPING, examples=25, seed=11, tally=tally)
+    draw = layout_traces(driver, layout, BOOKKEEPING, cp_sizes=(1, 2, 3, 4, 8))
+    failure = random_traces(driver, draw, BOOKKEEPING, examples=25, seed=11, tally=tally)
     assert None is failure
     assert 25 <= tally.traces < tally.events
 

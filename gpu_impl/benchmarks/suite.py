@@ -24,7 +24,7 @@ from helix_conformance import session
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import gpu
 from helix_conformance.expect.arrays import Tokens, queries
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.text import failure_text
@@ -126,7 +126,7 @@ def main() -> None:
                     session.layout_traces(driver, name, profiles, cp_sizes=[cp_size]),
                     profiles,
                     examples=arguments.examples,
-                    seed=f"{arguments.seed} {name}",  # type: ignore[arg-type,unused-ignore]
+                    seed=f"{arguments.seed} {name}",
                     tally=tally,
                 )
                 row |= {"verdict": failure.verdict if failure else "pass"}

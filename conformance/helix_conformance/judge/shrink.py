@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from helix_conformance.expect.recorder import Recorder
-from helix_conformance.generate.strategies import AMPLE
+from helix_conformance.generate.configs import AMPLE
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled, Skip, ids_of
 from helix_spec.layouts import Layout

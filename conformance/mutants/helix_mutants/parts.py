@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_gpu.bookkeeping.allocator import PageAllocator
 from helix_gpu.bookkeeping.block_tables import BlockTables
 from helix_gpu.bookkeeping.ledger import Ledger

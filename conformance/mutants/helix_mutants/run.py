@@ -22,7 +22,9 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
-from helix_conformance.generate.strategies import configs, traces
+from helix_conformance.generate.choices import Choices
+from helix_conformance.generate.configs import draw_config
+from helix_conformance.generate.traces import draw_trace
 from helix_conformance.judge.coverage import Needed, Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
@@ -32,6 +34,7 @@ from helix_conformance.version import __version__
 from helix_mutants.parts import MUTANTS, Mutant, Stored
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE
+from helix_spec.trace import Trace
 
 for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges"):
     importlib.import_module(f"helix_mutants.{_module}")
@@ -134,20 +137,26 @@ def _played(
     profiles = profiles_to_check(driver.profiles, mutant.profiles)
     features = [feature for feature in FEATURES if feature in profiles]
     play = _PLAYS[mutant.tier]
-    strategy = traces(
-        configs=configs(
+
+    def draw(choices: Choices) -> Trace:
+        config = draw_config(
+            choices,
             names=mutant.layouts,
             cp_sizes=play.cp_sizes,
             tp_sizes=mutant.tp_sizes,
             max_world=play.world,
             features=features,
             contents="cache" in profiles,
-        ),
-        features=features,
-        undeclared={*FEATURES, MERGE} - driver.profiles,
-        contents="cache" in profiles,
-    )
-    return random_traces(driver, strategy, profiles, examples=examples, seed=seed, tally=tally)
+        )
+        return draw_trace(
+            choices,
+            config,
+            features=features,
+            undeclared={*FEATURES, MERGE} - driver.profiles,
+            contents="cache" in profiles,
+        )
+
+    return random_traces(driver, draw, profiles, examples=examples, seed=seed, tally=tally)
 
 
 def _is_named(mutant: Mutant, failure: Failure | None) -> bool:

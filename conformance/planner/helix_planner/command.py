@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from helix_conformance.cli import BadInput
-from helix_conformance.generate.strategies import LAYOUT_NAMES
+from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_planner.plans import (
     HARDWARE,
     MODELS,

@@ -163,10 +163,8 @@ LAST_RANK = GATE.replace(
 def failure_of(engine, layout, known=None, profiles=PROFILES):
     """What random traces of a layout find, beside what is known."""
     driver = LocalDriver(engine)
-    strategy = layout_traces(driver, layout, profiles, cp_sizes=(1, 2, 3, 4))
-    return random_traces(
-        driver, strategy, profiles, examples=40, seed=1, tally=Tally(), known=known
-    )
+    draw = layout_traces(driver, layout, profiles, cp_sizes=(1, 2, 3, 4))
+    return random_traces(driver, draw, profiles, examples=40, seed=1, tally=Tally(), known=known)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,225 @@
+"""Layouts, model shapes and configurations as functions of choices.
+
+Simple values come first, so that what Hypothesis shrinks has few ranks, small pages and ample
+pools. Bounds are keyword-only; impossible ones raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final, get_args
+
+import msgspec
+
+from helix_conformance.generate.choices import Choices
+from helix_spec.config import Admission, Config, DType, LatentShape, ModelShape, config_problem
+from helix_spec.events import FEATURES
+from helix_spec.layouts import (
+    NAMED_LAYOUTS,
+    DecodeOwner,
+    Layout,
+    PagePolicy,
+    PromptSplit,
+    Start,
+    named_layout,
+)
+
+LAYOUT_NAMES: Final = (*NAMED_LAYOUTS, "custom")
+CP_SIZES: Final = (1, 2, 3, 4, 8)
+BLOCK_SIZES: Final = (1, 2, 3, 4, 8, 16, 32)
+WIDE: Final = 256
+"""Query heads times elements: a wider model has one layer."""
+AMPLE: Final = 100
+"""Pages of a pool that random traces rarely exhaust."""
+MAX_LENS: Final = (200, 24, 2000, 200, 24, 2000, 9)
+"""The last is less than a page may hold; a model of long requests is narrow, for time."""
+LONG_PREFILL: Final = 600
+"""Of a request whose prompt the engine itself attends over: its cost is quadratic."""
+FAR_MAX_LEN: Final = 70_000
+"""Where contents are not looked at: positions, steps and pages that 16 or 8 bits do not hold."""
+HEAD_DIMS: Final = (16, 32, 64, 16, 32, 64, 128)
+LATENTS: Final = (LatentShape(latent_dim=32, rope_dim=16), LatentShape(latent_dim=64, rope_dim=16))
+_LOCKSTEP_RULES: Final[list[tuple[PromptSplit, DecodeOwner]]] = [
+    ("round_robin", "position"),
+    ("interleave", "interleave"),
+]
+
+
+def draw_layout(
+    choices: Choices,
+    *,
+    names: Sequence[str] = LAYOUT_NAMES,
+    cp_sizes: Sequence[int] = CP_SIZES,
+    block_sizes: Sequence[int] = BLOCK_SIZES,
+) -> Layout:
+    """Return a legal layout; see `strategies.layouts`."""
+    unknown = set(names) - set(LAYOUT_NAMES)
+    if unknown:
+        raise ValueError(f"There is no layout named {sorted(unknown)[0]!r}.")
+    name, cp_size, t = choices.pick(names), choices.pick(cp_sizes), choices.pick(block_sizes)
+    divisors = [i for i in range(1, t + 1) if t % i == 0]
+    if name != "custom":
+        takes_interleave = NAMED_LAYOUTS[name].prompt == "interleave"
+        interleave = choices.pick(divisors) if takes_interleave else None
+        return named_layout(name, cp_size=cp_size, tokens_per_block=t, interleave=interleave)
+    pages = choices.pick(get_args(PagePolicy))
+    if pages == "lazy":
+        prompt = choices.pick(get_args(PromptSplit))
+        owner = choices.pick(get_args(DecodeOwner))
+    else:  # lockstep is legal for few rules only
+        prompt, owner = choices.pick(_LOCKSTEP_RULES)
+    prompt_interleave = choices.pick(divisors) if prompt == "interleave" else None
+    owner_interleave = choices.pick(divisors) if owner == "interleave" else None
+    if pages == "lockstep" and owner == "interleave":
+        owner_interleave = prompt_interleave
+    return Layout(
+        prompt,
+        owner,
+        pages,
+        choices.pick(get_args(Start)),
+        cp_size,
+        t,
+        prompt_interleave=prompt_interleave,
+        owner_interleave=owner_interleave,
+    )
+
+
+def draw_model_shape(
+    choices: Choices,
+    *,
+    cp_size: int,
+    tp_size: int = 1,
+    dtypes: Sequence[DType] = get_args(DType),
+    head_dims: Sequence[int] = HEAD_DIMS,
+    latents: Sequence[LatentShape] = LATENTS,
+    max_layers: int = 3,
+) -> ModelShape:
+    """Return a shape whose heads divide over these ranks; see `strategies.model_shapes`."""
+    latent = choices.pick(latents) if choices.one_in(4) else None
+    kv_heads = tp_size * choices.pick((1, 2, 3, 1, 2, 4)) if latent is None else 1
+    world = tp_size * cp_size
+    # The fewest query heads that divide both by the KV heads and by the ranks, or twice that.
+    least = next(q for q in range(kv_heads, kv_heads * world + 1, kv_heads) if q % world == 0)
+    dtype = choices.pick(dtypes)
+    wider = list(dict.fromkeys(("float32", dtype)))
+    q_heads = least * choices.pick((1, 2, 1, 2, 9 if kv_heads == 1 else 2))
+    head_dim = choices.pick(head_dims)
+    return ModelShape(
+        layers=1 if q_heads * head_dim > WIDE else choices.integer(1, max_layers),
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        latent=latent,
+        dtype=dtype,
+        cache_dtype=choices.pick((None, None, "float8_e4m3fn")),
+        product_dtype=choices.pick(wider),
+        partial_dtype=choices.pick(wider),
+        rope_base=choices.pick((10_000.0, 500_000.0)),
+    )
+
+
+def draw_config(
+    choices: Choices,
+    *,
+    names: Sequence[str] = LAYOUT_NAMES,
+    cp_sizes: Sequence[int] = CP_SIZES,
+    tp_sizes: Sequence[int] = (1,),
+    max_world: int | None = None,
+    features: Collection[str] = FEATURES,
+    max_pages: int = 12,
+    contents: bool = True,
+) -> Config:
+    """Return a legal configuration; see `strategies.configs`."""
+    world = max_world or max(cp_sizes) * max(tp_sizes)
+    fitting = [c for c in cp_sizes if c <= world]
+    if not fitting:
+        raise ValueError(f"None of the cp_sizes {list(cp_sizes)} fits {world} ranks.")
+    layout = draw_layout(choices, names=names, cp_sizes=fitting)
+    c = layout.cp_size
+    tp_size = choices.pick([p for p in tp_sizes if p * c <= world])
+    max_len = choices.pick((*MAX_LENS, *(() if contents else (FAR_MAX_LEN,) * 2)))
+    model = ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size)
+    admission: Admission = "transfer"
+    if contents:
+        model = draw_model_shape(choices, cp_size=c, tp_size=tp_size)
+        admission = choices.pick(get_args(Admission))
+        if max_len > MAX_LENS[0]:
+            model = msgspec.structs.replace(model, layers=1, head_dim=16)
+            if admission == "prefill":
+                max_len = choices.pick((*MAX_LENS[:2] * 4, LONG_PREFILL))
+    return Config(
+        layout=layout,
+        pages=_pages(choices, layout, max_len, max_pages),
+        max_len=max_len,
+        model=model,
+        tp_size=tp_size,
+        overlap="overlap" in features and choices.pick((False, True)),
+        admission=admission,
+        seed=choices.integer(0, 3) if contents else 0,
+        poison=not (contents and choices.one_in(4)),
+    )
+
+
+def _pages(choices: Choices, layout: Layout, max_len: int, max_pages: int) -> list[int]:
+    """Return the sizes of the pools.
+
+    Ample first: a trace that shrinks keeps small pools only where the failure needs them.
+    """
+    c = layout.cp_size
+    kind = choices.pick(("ample", "alike", "each its own", "many", "the longest request"))
+    if kind == "ample":
+        return [AMPLE] * c
+    if kind in ("each its own", "many"):
+        least = 40 if kind == "many" else 0
+        return [least + choices.integer(1, max_pages) for _ in range(c)]
+    longest = 0 if kind == "alike" else -(-max_len // layout.tokens_per_block)
+    return [longest + choices.integer(1, max_pages)] * c
+
+
+_SPOILED: Final[list[Callable[[Config], dict[str, Any]]]] = [
+    lambda config: {"pages": config.pages[:-1]},
+    lambda config: {"pages": [*config.pages, 1]},
+    lambda config: {"pages": [*config.pages[:-1], 0]},
+    lambda config: {"pages": [0, *config.pages[1:]]},
+    lambda config: {"layout": _relaid(config, pages="lockstep")},
+    lambda config: {"layout": _relaid(config, prompt_interleave=2, owner_interleave=2)},
+    lambda config: {
+        "layout": _relaid(config, prompt_interleave=1 + config.layout.tokens_per_block)
+    },
+    lambda config: {"model": _reshaped(config, kv_heads=config.model.q_heads + 1)},
+    lambda config: {"model": _reshaped(config, q_heads=config.model.kv_heads)},
+    lambda config: {"model": _reshaped(config, q_heads=config.model.q_heads + 1)},
+    lambda config: {"model": _reshaped(config, q_heads=config.world_size, kv_heads=1)},
+    lambda config: {
+        "model": _reshaped(
+            config,
+            kv_heads=config.tp_size + 1,
+            q_heads=(config.tp_size + 1) * config.world_size,
+        )
+    },
+    lambda config: {"model": _reshaped(config, head_dim=7)},
+    lambda config: {"model": _reshaped(config, kv_heads=1, latent=LatentShape(latent_dim=33))},
+    lambda config: {"model": _reshaped(config, kv_heads=1, latent=LatentShape(rope_dim=7))},
+    lambda config: {"model": _reshaped(config, kv_heads=2, latent=LatentShape())},
+    lambda config: {"model": _reshaped(config, rope_base=1.0)},
+    lambda config: {"model": _reshaped(config, rope_base=1e12)},
+]
+"""Changes that make most configurations illegal, whose ranks are the same."""
+
+
+def _relaid(config: Config, **changes: Any) -> Layout:
+    layout = config.layout
+    for part in ("prompt_interleave", "owner_interleave"):
+        if getattr(layout, part) is None:
+            changes.pop(part, None)
+    return layout.replace(**changes)
+
+
+def _reshaped(config: Config, **changes: Any) -> ModelShape:
+    return msgspec.structs.replace(config.model, **changes)
+
+
+def draw_illegal_config(choices: Choices, config: Config) -> Config:
+    """Return a change of this configuration that every engine must refuse to start with."""
+    changed = [msgspec.structs.replace(config, **spoil(config)) for spoil in _SPOILED]
+    return choices.pick([one for one in changed if config_problem(one) is not None])

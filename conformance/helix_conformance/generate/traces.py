@@ -1,0 +1,121 @@
+"""Traces as functions of choices: drawn, and played once to know what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from helix_conformance.expect.recorder import Recorder
+from helix_conformance.generate.actions import SHORT, Action, Admit, Scope, draw_action
+from helix_conformance.generate.choices import Choices
+from helix_conformance.generate.configs import FAR_MAX_LEN, draw_illegal_config
+from helix_spec.config import Config
+from helix_spec.events import FEATURES, Event, Merge
+from helix_spec.trace import Trace
+
+MAX_ACTIONS: Final = 12
+"""Actions of each half of a trace."""
+CROWD: Final = 66
+"""So many requests at once: more than tables that were doubled a few times have rows for."""
+TILES: Final = (64, 128, 256, 512, 1024)
+"""Tokens on one rank that kernels work on at a time."""
+LONG_CONTENTS: Final = 500
+"""With contents tiles make fewer tokens than this in all."""
+LEVELS: Final = (0, 0, None, 3, -3, 20, 90, -90, 1000, -(10**4), 2**17, -(2**17))
+"""Levels of supplied partials: alike, without keys, one outweighing the rest, far apart."""
+
+
+def scope_of(
+    config: Config,
+    *,
+    features: Collection[str] = FEATURES,
+    undeclared: Collection[str] = (),
+    contents: bool = True,
+) -> Scope:
+    """Return what actions ask for under a configuration.
+
+    Prompts are of any length up to 40, of one around super-blocks and max_len, or of one around
+    the tiles of kernels. One leaves some room below max_len: for tokens at positions that short
+    prompts lack. Long groups are about as long as a super-block, after which turns repeat.
+
+    Parameters
+    ----------
+    config
+        A legal configuration.
+    features
+        Features that the engine declares.
+    undeclared
+        Features that it does not declare, and that a wrong event may need.
+    contents
+        Whether caches or outputs are looked at: then prompts are shorter, for time.
+    """
+    layout, max_len = config.layout, config.max_len
+    super_block = layout.cp_size * layout.tokens_per_block
+    round_numbers = (1, super_block, 2 * super_block, 3 * super_block, max_len)
+    near = {number + by for number in round_numbers for by in (-1, 0, 1)} | {max_len - 9}
+    most = min(max_len, LONG_CONTENTS if contents else FAR_MAX_LEN)
+    tiles = [layout.cp_size * tile for tile in TILES if layout.cp_size * tile < most]
+    about = sorted(tile + by for tile in tiles for by in (-1, 0, 1))
+    groups = {super_block + by for by in (-1, 0, 1, super_block)} | {1 + max_len // 200}
+    return Scope(
+        frozenset(features),
+        frozenset(undeclared),
+        (SHORT, sorted(near - {0}), *([about] if about else [])),
+        sorted(groups - {0}),
+    )
+
+
+def draw_trace(
+    choices: Choices,
+    config: Config,
+    *,
+    features: Collection[str] = FEATURES,
+    undeclared: Collection[str] = (),
+    contents: bool = True,
+    max_actions: int = MAX_ACTIONS,
+) -> Trace:
+    """Return a trace over a legal configuration, or an illegal change of it; see `strategies`."""
+    if choices.one_in(10):
+        return Trace(config=draw_illegal_config(choices, config), events=[])
+    scope = scope_of(config, features=features, undeclared=undeclared, contents=contents)
+    lengths = choices.lists(lambda more: more.pick(more.pick(scope.prompt_lens)), 1, 3)
+    actions: list[Action] = [Admit(length) for length in lengths]
+    if not contents and choices.one_in(20):
+        actions.append(Admit(1, CROWD))
+    for _ in range(2):  # two lists in a row: twice the length at the same cost of shrinking
+        actions += choices.lists(lambda more: draw_action(more, scope), 0, max_actions)
+    recorder = Recorder(config, {*features, "pages"})
+    return Trace(config=config, events=played(recorder, actions))
+
+
+def played(recorder: Recorder, actions: Iterable[Action]) -> list[Event]:
+    """Return the events of these actions, played once on this recorder.
+
+    What is refused once is not tried again at once.
+    """
+    events = list[Event]()
+    for action in actions:
+        for event in action.events(recorder, events):
+            events.append(event)
+            if recorder.next(event).refused is not None and not action.goes_on:
+                break
+    return events
+
+
+def draw_merge_trace(choices: Choices, config: Config, *, max_merges: int = 3) -> Trace:
+    """Return a trace of nothing but merges over a configuration; see `strategies.merge_traces`."""
+    c, events = config.layout.cp_size, list[Event]()
+
+    def token(choices: Choices) -> list[int | None]:
+        none = choices.one_in(2)
+        return [None] * c if none else [choices.pick(LEVELS) for _ in range(c)]
+
+    for _ in range(choices.integer(1, max_merges)):
+        tokens = choices.lists(token, 1, 5)
+        merge = Merge([list(row) for row in zip(*tokens, strict=True)], list(range(c)))
+        events.append(merge)
+        if choices.one_in(2):
+            events.append(merge)
+        if choices.one_in(2):
+            events.append(Merge(merge.levels, choices.permutation(merge.order)))
+    return Trace(config=config, events=events)
