@@ -373,11 +373,12 @@ class LaunchedDriver(ProcessDriver):
     def kill(self) -> None:
         """See `ProcessDriver.kill`: let the other supervisors go, and end the engine."""
         if self.ranks:
-            whole = not any(remote.lost for remote in self.remotes)
-            for remote in self.remotes:
+            there = [remote for remote in self.remotes if not remote.lost]
+            whole = len(there) == len(self.remotes)
+            for remote in there:
                 remote.lines.put(messages.line_of(messages.Stop(whole)))
             until = time.monotonic() + ASK_LIMIT_S
-            while any(r.lines.unsent for r in self.remotes) and time.monotonic() < until:
+            while any(r.lines.unsent for r in there) and time.monotonic() < until:
                 self.loop.turn(0.1)
             if whole:
                 signal.signal(signal.SIGTERM, self.handler_before)

@@ -195,12 +195,19 @@ class Rank:
         """When it last said anything."""
         self.failed: EngineFailure | None = None
         """Why no more will be heard."""
+        self.answered_last: int | None = None
+        """Index of the last event of the trace that it has answered."""
         loop.add(lines, self.listen)
 
     @property
     def at(self) -> int | None:
         """Index of the event that the rank is at; None outside any event."""
         return self.due[0].event if self.due else None
+
+    @property
+    def begun(self) -> int | None:
+        """Index of the last event that the rank has begun, as far as its answers tell."""
+        return self.answered_last if self.at is None else self.at
 
     @property
     def progress(self) -> float:
@@ -232,7 +239,7 @@ class Rank:
         """Take one answer. Raises MalformedAnswer when another one is due."""
         if not self.due:
             raise MalformedAnswer(f"it sent {_kind(answer)} {answer.seq}, and nothing was asked")
-        seq, kind, _ = self.due[0]
+        seq, kind, event = self.due[0]
         if isinstance(answer, messages.Failed):
             self.answers.append(self.failure(answer.what))
         elif answer.seq != seq:
@@ -242,6 +249,7 @@ class Rank:
             raise MalformedAnswer(f"it sent {_kind(answer)} where {due} is due")
         else:
             self.answers.append(answer)
+        self.answered_last = self.answered_last if event is None else event
         self.due.popleft()
 
     def failure(self, what: str, how: Kind = "raised") -> EngineFailure:
@@ -402,7 +410,12 @@ def collect(
         if failures:
             grace = grace or now + GRACE_S
             if not missing or now >= grace:
-                raise first_cause([*failures, *(rank.failed for rank in ranks if rank.failed)])
+                failure = first_cause([*failures, *(rank.failed for rank in ranks if rank.failed)])
+                if failure.how == "gone":  # with its supervisor its last answers may be lost
+                    failure.event = max(
+                        (r.begun for r in ranks if r.begun is not None), default=None
+                    )
+                raise failure
         until = grace or max(began, *(rank.heard for rank in missing)) + limit_s
         if now >= until:
             raise blame_silent(missing, ranks, limit_s)
@@ -514,6 +527,7 @@ class ProcessDriver:
         ]
         request = Request(None, None, starts[:1])
         for rank, message in zip(self.ranks, starts, strict=False):
+            rank.answered_last = None
             rank.ask(messages.line_of(message), request.due())
             rank.lines.write()
         return self._answers(self.ranks[:world], request, profiles)
