@@ -58,6 +58,7 @@ def test_green_run_says_what_was_checked_and_what_was_not(tmp_path):
     assert found["events"] > 0 < found["events_per_s"]
 
 
+@pytest.mark.holds("LEN-2")
 def test_red_run_leaves_the_smallest_trace(tmp_path):
     """A difference on rank 1 alone ends with status 1 and a two-event trace that replays red.
 
@@ -85,6 +86,7 @@ def test_engine_that_raises_or_babbles(name):
     assert "at event 1" in result.output
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize(
     ("pad", "what"),
     [

@@ -63,6 +63,7 @@ def test_answers_come_back_in_order(ranks):
     assert ["0", "1", "2"] == [ready.profiles[0] for ready in collect(seen, 5.0)]
 
 
+@pytest.mark.holds("LIVE-1")
 def test_rank_that_died_is_blamed_before_those_that_miss_it(ranks):
     """A rank that raises because its peer is gone is not blamed, though it was heard first."""
     seen, supervisors = ranks
@@ -71,6 +72,7 @@ def test_rank_that_died_is_blamed_before_those_that_miss_it(ranks):
     assert (2, 3, "died with signal SIGKILL") == failure_of(seen)
 
 
+@pytest.mark.holds("LIVE-1")
 def test_supervisor_that_is_gone_is_blamed_first(ranks):
     """The end of a line is the end of its supervisor; the event is the last that anyone began."""
     seen, supervisors = ranks
@@ -88,6 +90,7 @@ def test_told_to_stop_comes_last(ranks):
     assert (1, 1, "died with exit status 1") == failure_of(seen)
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize(
     ("waits", "blamed"),
     [
@@ -104,6 +107,7 @@ def test_silent_ranks_are_asked_where_they_are(ranks, waits, blamed):
     assert blamed == failure_of(seen, 0.2)
 
 
+@pytest.mark.holds("LIVE-1")
 def test_rank_that_went_on_left_its_peers_alone(ranks):
     """When the silent ones all wait, whoever is through without them left a collective out."""
     seen, supervisors = ranks
@@ -157,6 +161,7 @@ def played(answers):
 ACCEPTED = Answer(Outcome(), RankView({}))
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize("count", [0, 1, 2, 4])
 def test_missing_answers_do_not_pass(count):
     """A rank that answers fewer or more events than it was told has failed."""
