@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test test-browser test-peers lint drivers workloads zoo conform-vllm prove bench clean
+.PHONY: conform test test-fast index test-browser test-peers lint drivers workloads zoo conform-vllm prove bench clean
 .PHONY: sweep faults soak fuzz mutation bench-vllm
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
@@ -21,6 +21,20 @@ conform: .venv/installed ## Random traces for every layout: a table and a verdic
 
 test: .venv/installed ## All tests of a change
 	$(BIN)/pytest
+
+# Closed forms, the reference, helix_gpu's bookkeeping, merge and cache, the judge and the vectors:
+# what notices a wrong owner, length, page, merge or refusal within a minute. Without what starts
+# processes, proves, compiles or interprets kernels, which `make test` runs too.
+FAST := spec/tests/test_invariants.py spec/tests/test_placement.py reference/tests \
+    $(patsubst %,gpu_impl/tests/test_%.py,allocator bookkeeping dealing ledger sharing transfer) \
+    $(patsubst %,gpu_impl/tests/test_%.py,attention cache exchange merge mesh rope) \
+    $(patsubst %,conformance/tests/test_%.py,judge recorder trials vector_runner) \
+    conformance/tests/test_vectors.py::test_right_engines_pass
+test-fast: .venv/installed ## The tests of a minute, while writing
+	$(BIN)/pytest -k "not C++" $(FAST)
+
+index: .venv/installed ## docs/INVARIANTS.md: what proves, breaks and tests each invariant
+	$(BIN)/python -m suite_testing.index
 
 # vLLM's CPU operations, 130 MB, in a folder of their own; they need Debian's libnuma1.
 test-peers: .venv/installed ## Our attention against vLLM's paged operation

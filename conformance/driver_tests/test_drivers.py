@@ -113,6 +113,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.holds("LEN-2")
 @pytest.mark.parametrize("driver", ALL)
 def test_one_seed_has_one_verdict(helix, tmp_path, driver):
     """A planted difference ends every driver with the same verdict and the same smallest trace."""
@@ -143,6 +144,7 @@ IN_PROCESS = (2, 3, 4, 5, 8)
 """What an engine can do in the suite's own process and be named for."""
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize("mischief", MISCHIEF)
 @pytest.mark.parametrize("driver", ALL)
 def test_rank_in_trouble_is_named(helix, stored, driver, mischief):
@@ -169,6 +171,7 @@ def test_flood_that_answers_is_no_failure(helix, stored, driver):
     assert 0 == status, output
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize("driver", TORN)
 def test_killed_supervisor(helix, stored, driver):
     """A killed supervisor ends the run, which names its rank and the event."""
@@ -218,6 +221,7 @@ def test_bad_input_under_mpiexec(helix, environment):
     assert 2 == status, output
 
 
+@pytest.mark.holds("LIVE-1")
 @needs_mpi
 def test_crash_among_engines_that_wait(helix, stored):
     """Of four things that fail at once, the rank that died is named, not those that miss it."""

@@ -11,5 +11,7 @@ and, beside them:
 - `stray`: a command that stands before the C engine and goes astray;
 - `sabotage`: signals to worker processes, once they are in a step;
 - `inputs`: every parser, with valid and hostile inputs;
+- `index`: the page that lists what holds each invariant, and its check;
+- `marks`: the invariants that profiles check, for the marker `holds`;
 - `kernel_cases`: tests of the suite on the interpreted kernels, run in a process of their own.
 """

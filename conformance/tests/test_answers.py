@@ -93,6 +93,7 @@ def test_answer_for_another_request():
     assert "tells of requests [9], not of [4] alone" in failure.engine_failure
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize(("module", "exit_name"), [(sys, "exit"), (os, "_exit")])
 @pytest.mark.parametrize("name", ["start", "apply", "observe"])
 def test_engine_that_exits_has_failed(name, module, exit_name):
@@ -118,6 +119,7 @@ def test_placement_alone_needs_no_lengths():
     assert None is check_trace(LocalDriver(Placement), TRACE, Placement.profiles)
 
 
+@pytest.mark.holds("LIVE-1")
 def test_hanging_engine_in_one_process(tmp_path):
     """An engine that hangs in Python ends a run in one process with status 3, rank and event."""
     (tmp_path / "hanging.py").write_text(

@@ -24,6 +24,7 @@ def outputs(pool, event, config):
     return [torch.from_numpy(as_array(answer.outcome.output)) for answer in answers]
 
 
+@pytest.mark.holds("ATT-1", "MAP-1")
 @pytest.mark.parametrize(("tp", "cp"), [(1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_attention_with_its_projections(pool, tp, cp, dtype):

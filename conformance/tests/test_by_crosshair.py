@@ -28,6 +28,7 @@ sizes = st.integers(1, 2**20)
 counts = st.integers(0, 2**31 - 1)
 
 
+@pytest.mark.holds("LEN-1")
 @symbolically
 @given(length=counts, rank=counts, c=sizes, i=sizes)
 def test_one_token_grows_one_rank(length: int, rank: int, c: int, i: int) -> None:
@@ -38,6 +39,7 @@ def test_one_token_grows_one_rank(length: int, rank: int, c: int, i: int) -> Non
     assert placement.chunk_local_len(length + 1, rank, c, i) == before + grown
 
 
+@pytest.mark.holds("OWN-1", "GROW-1")
 @symbolically
 @given(index=counts, rank=counts, c=sizes, i=sizes)
 def test_index_and_position_undo_each_other(index: int, rank: int, c: int, i: int) -> None:
@@ -48,6 +50,7 @@ def test_index_and_position_undo_each_other(index: int, rank: int, c: int, i: in
     assert placement.chunk_local_len(position, rank, c, i) == index
 
 
+@pytest.mark.holds("OWN-1")
 @symbolically
 @given(position=counts, length=counts, c=sizes, t=sizes)
 def test_contiguous_owner_holds_the_position(position: int, length: int, c: int, t: int) -> None:
@@ -58,6 +61,7 @@ def test_contiguous_owner_holds_the_position(position: int, length: int, c: int,
     assert position < placement.contiguous_start(length, rank + 1, c, t)
 
 
+@pytest.mark.holds("PAGE-1")
 @symbolically
 @given(length=counts, t=sizes)
 def test_lazy_pages_are_enough_and_no_more(length: int, t: int) -> None:
@@ -65,6 +69,7 @@ def test_lazy_pages_are_enough_and_no_more(length: int, t: int) -> None:
     assert 0 <= placement.ceil_div(length, t) * t - length < t
 
 
+@pytest.mark.holds("OWN-3")
 @pytest.mark.parametrize("owner", ["last_rank", "step", "position"])
 def test_reference_and_closed_form_name_the_same_owner(owner: str) -> None:
     """The reference's rule and the closed form of each owner rule (OWN-3)."""

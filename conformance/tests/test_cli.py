@@ -58,6 +58,7 @@ def test_passing_run_says_what_was_checked_and_what_was_not(tmp_path):
     assert found["events"] > 0 < found["events_per_s"]
 
 
+@pytest.mark.holds("LEN-2")
 def test_failing_run_leaves_the_smallest_trace(tmp_path):
     """A difference on rank 1 alone ends with status 1 and two events, which fail again in a replay.
 
@@ -85,6 +86,7 @@ def test_engine_that_raises_or_gives_a_malformed_answer(name):
     assert "at event 1" in result.output
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize(
     ("pad", "what"),
     [

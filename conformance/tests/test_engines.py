@@ -14,13 +14,16 @@ from helix_conformance.session import layout_traces, random_traces
 from helix_conformance.testing import engine_machine
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config, ModelShape
+from helix_spec.engine import PROFILES
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Release, Resume, Sampled, Skip
 from helix_spec.trace import Trace
+from suite_testing.marks import of_profiles
 
 BOOKKEEPING = ("placement", "lengths", "pages")
 FEATURES = ("speculative", "fork", "preempt", "padding", "overlap")
 
 
+@pytest.mark.holds(*of_profiles([*BOOKKEEPING, *FEATURES]))
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 @pytest.mark.parametrize("engine", [ReferenceEngine, LedgerEngine])
 def test_bookkeeping_of_every_layout(engine, layout):
@@ -33,6 +36,7 @@ def test_bookkeeping_of_every_layout(engine, layout):
     assert tally.traces < tally.events
 
 
+@pytest.mark.holds("OWN-1", "LEN-3", "POS-2", "ATT-1", "ATT-4", "MAP-1")
 def test_reference_attends_exactly():
     """The reference's own caches and outputs pass, with every event, two layers and tp 2."""
     shape = ModelShape(layers=2, q_heads=4, kv_heads=2, head_dim=4, dtype="bfloat16")
@@ -56,6 +60,7 @@ def test_reference_attends_exactly():
     assert None is check_trace(driver, Trace(config=config, events=events), driver.profiles)
 
 
+@pytest.mark.holds(*of_profiles(PROFILES))
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_whole_implementation_on_gloo(gpu_pool, layout):
     """Four real ranks cache and attend exactly, with TP and CP, in every element type."""
@@ -75,6 +80,7 @@ def pool_of(gpu_pool, monkeypatch):
     return engine
 
 
+@pytest.mark.holds(*of_profiles(["attention", "merge"]))
 @pytest.mark.parametrize(
     "engine", ["gpu-all-gather", "gpu-reduce-scatter", "gpu-push", "gpu-hop-b"]
 )
@@ -87,6 +93,7 @@ def test_every_exchange_on_gloo(pool_of, engine):
         assert None is random_traces(driver, draw, profiles, examples=8, seed=9, tally=tally)
 
 
+@pytest.mark.holds(*of_profiles(PROFILES))
 @pytest.mark.parametrize("layout", ["pr9757", "vllm_dcp", "custom"])
 def test_prompts_computed_here_on_gloo(gpu_pool, layout):
     """With admission `prefill` the cache is the same, chunk by chunk, also after `resume`."""
@@ -101,12 +108,14 @@ def test_prompts_computed_here_on_gloo(gpu_pool, layout):
     assert None is random_traces(gpu_pool, prefilled, profiles, examples=12, seed=5, tally=tally)
 
 
+@pytest.mark.holds(*of_profiles([*BOOKKEEPING, *FEATURES]))
 class TestReferenceMachine(engine_machine(ReferenceEngine, [*BOOKKEEPING, *FEATURES]).TestCase):
     """The reference's bookkeeping as a state machine, with every feature."""
 
     settings = hypothesis.settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
+@pytest.mark.holds(*of_profiles(BOOKKEEPING))
 class TestLedgerMachine(engine_machine(LedgerEngine).TestCase):
     """The ledger as a state machine."""
 

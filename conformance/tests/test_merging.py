@@ -20,6 +20,7 @@ from helix_spec.config import Config, ModelShape
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Merge
 from helix_spec.trace import Trace
+from suite_testing.marks import of_profiles
 
 DTYPES = ("float32", "float16", "bfloat16")
 JUST_MERGE = frozenset({"merge"})
@@ -165,6 +166,7 @@ def failure_of(engine, seed=3, examples=150):
     return random_traces(driver, draw, JUST_MERGE, examples=examples, seed=seed, tally=Tally())
 
 
+@pytest.mark.holds(*of_profiles(JUST_MERGE))
 @pytest.mark.parametrize("engine", [ReferenceEngine, Merging])
 def test_right_merges_pass(engine):
     """Random merges of every type, poisoned and not, are right where nothing is wrong."""
@@ -187,7 +189,13 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("engine", BROKEN, ids=lambda engine: engine.__name__)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(engine, id=engine.__name__, marks=pytest.mark.holds(*sorted(expected)))
+        for engine, expected in BROKEN.items()
+    ],
+)
 def test_broken_merges_are_named(engine):
     """Each broken merge fails by the invariants that it breaks alone, in one event or two."""
     failure = failure_of(engine)
@@ -199,11 +207,14 @@ def test_broken_merges_are_named(engine):
 @pytest.mark.parametrize(
     ("engine", "levels", "order", "named"),
     [
-        (BaseMixed, [[0, 3], [None, 0]], [0, 1], {"ATT-1", "ATT-4"}),
-        (BaseMixed, [[0], [3]], [1, 0], {"ATT-1", "ATT-4"}),
-        (NaNThroughEmpty, [[0], [None]], [1, 0], {"ATT-1", "ATT-3", "ATT-4"}),
-        (NeedsFirst, [[0], [None]], [1, 0], {"ATT-1", "ATT-2", "ATT-3", "ATT-4"}),
-        (NeedsFirst, [[0], [None]], [0, 1], set()),
+        pytest.param(engine, levels, order, set(numbers), marks=pytest.mark.holds(*numbers))
+        for engine, levels, order, *numbers in [
+            (BaseMixed, [[0, 3], [None, 0]], [0, 1], "ATT-1", "ATT-4"),
+            (BaseMixed, [[0], [3]], [1, 0], "ATT-1", "ATT-4"),
+            (NaNThroughEmpty, [[0], [None]], [1, 0], "ATT-1", "ATT-3", "ATT-4"),
+            (NeedsFirst, [[0], [None]], [1, 0], "ATT-1", "ATT-2", "ATT-3", "ATT-4"),
+            (NeedsFirst, [[0], [None]], [0, 1]),
+        ]
     ],
 )
 def test_empty_ranks_and_their_order_are_named_when_they_matter(engine, levels, order, named):
@@ -215,6 +226,7 @@ def test_empty_ranks_and_their_order_are_named_when_they_matter(engine, levels, 
     assert named == {violation.invariant for violation in found}
 
 
+@pytest.mark.holds("ATT-1", "ATT-3", "ATT-4")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [[[0], [3], [None]], [[1000], [1000], [990]], [[None], [None]]])
 def test_exact_merge_is_the_references(dtype, levels):
@@ -238,6 +250,7 @@ def test_exact_merge_is_the_references(dtype, levels):
         np.testing.assert_allclose(bounds[0, head], bound, rtol=1e-9)
 
 
+@pytest.mark.holds(*of_profiles(JUST_MERGE))
 def test_the_implementation_merges_on_gloo(gpu_pool):
     """Four real ranks exchange and merge supplied partials, with TP and CP, in every type."""
     draw = layout_traces(gpu_pool, "custom", JUST_MERGE, cp_sizes=(1, 2, 3, 4, 4), tp_sizes=(1, 2))

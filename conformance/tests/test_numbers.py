@@ -70,6 +70,7 @@ def test_entries_are_those_of_the_specification(seed, identities, first, tensor,
     assert expected == found.tolist()
 
 
+@pytest.mark.holds("ATT-1", "ATT-4")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cached", CACHED)
 @pytest.mark.parametrize(
@@ -115,6 +116,7 @@ def _exact(shape, identities, ranks, seed=5):
     return numbers.exact_attention(shape, q.stored[0, 0], q.uncertainty[0, 0], kv, ranks)
 
 
+@pytest.mark.holds("OWN-1", "POS-2")
 @pytest.mark.parametrize("latent", [None, LATENT])
 @pytest.mark.parametrize("cached", CACHED)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,6 +209,7 @@ class Sharded:
         return torch.from_numpy(x).to(getattr(torch, self.shape.dtype))
 
 
+@pytest.mark.holds("ATT-4")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [3, 5, 64, 333, 4096])
 def test_honest_runs_are_within_the_bound(dtype, keys):
@@ -215,6 +218,7 @@ def test_honest_runs_are_within_the_bound(dtype, keys):
     assert 1 >= worst
 
 
+@pytest.mark.holds("ATT-4")
 @pytest.mark.parametrize("latent", [None, LATENT])
 @pytest.mark.parametrize("cached", CACHED)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -225,6 +229,7 @@ def test_honest_runs_of_latent_and_8_bit_caches(dtype, keys, cached, latent):
     assert 1 >= max(run.errors().max() for run in runs)
 
 
+@pytest.mark.holds("ATT-4")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixed_up_base_is_caught(dtype):
     """A log-sum-exp in base 2 merged as if it were natural is far outside the bound."""
@@ -232,6 +237,7 @@ def test_mixed_up_base_is_caught(dtype):
     assert 3 < errors.max()
 
 
+@pytest.mark.holds("ATT-4")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bfloat16_log_sum_exp_is_caught(dtype):
     """A log-sum-exp kept in bfloat16 is outside the bound."""
@@ -242,6 +248,7 @@ def test_bfloat16_log_sum_exp_is_caught(dtype):
     assert 1 < worst
 
 
+@pytest.mark.holds("ATT-4")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_missing_key_of_4096_is_caught_at_the_probe(dtype):
     """At the probe heads one missing key among 4,096 is outside the bound, whichever it is."""

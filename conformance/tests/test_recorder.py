@@ -27,6 +27,7 @@ from helix_spec.events import (
 CONFIG = Config(layout="pr9757/1:C=1,T=2", pages=[2], max_len=20)
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 @pytest.mark.parametrize(
     "event",
     [
@@ -46,6 +47,7 @@ def test_an_event_of_a_feature_that_is_not_declared_is_unsupported(event: Event)
     assert (list(recorder.state.live), recorder.next(Admit(0, 3)).index) == ([], 1)
 
 
+@pytest.mark.holds("OWN-1")
 def test_tokens_are_told_apart_by_the_index_of_their_event() -> None:
     """An unsupported event counts: the tokens after it are of the next index."""
     recorder = Recorder(CONFIG, {"placement", "pages"})
@@ -54,6 +56,7 @@ def test_tokens_are_told_apart_by_the_index_of_their_event() -> None:
     assert recorder.state.requests[0].tokens == [(1, 0), (1, 1)]
 
 
+@pytest.mark.holds("REF-2")
 def test_an_engine_without_pages_never_runs_out_of_them() -> None:
     """Its pools are endless; one that declares `pages` has those of the configuration."""
     refused = [Recorder(CONFIG, declared).next(Admit(0, 5)).refused for declared in ([], PROFILES)]

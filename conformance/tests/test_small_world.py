@@ -90,6 +90,7 @@ def counted(layout: Layout) -> tuple[Any, Any]:
     return tuple(np.stack(found, 1).reshape(shape) for found in (lengths, pages))
 
 
+@pytest.mark.holds("LEN-1", "PAGE-1")
 @pytest.mark.parametrize(("c", "t"), SIZES)
 @pytest.mark.usefixtures("elementwise")
 def test_lengths_agree(c: int, t: int) -> None:
@@ -114,6 +115,7 @@ def test_lengths_agree(c: int, t: int) -> None:
             )
 
 
+@pytest.mark.holds("OWN-1")
 @pytest.mark.parametrize(("c", "t"), SIZES)
 def test_placement_agrees(c: int, t: int) -> None:
     """Rank and local index of every prompt position, as the dealt lists have them, and back."""

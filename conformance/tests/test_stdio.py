@@ -26,6 +26,7 @@ from helix_spec.config import Config, decode_layout
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, Admit, Decode, Merge, Reason, Release
 from helix_spec.trace import Trace
+from suite_testing.marks import of_profiles
 
 HERE = Path(__file__).parent
 PROTOCOL = Path(messages.__file__).parents[1] / "PROTOCOL.md"
@@ -76,6 +77,7 @@ def astray(c_engine, opened):
     return open_one
 
 
+@pytest.mark.holds(*of_profiles(BOOKKEEPING))
 @pytest.mark.parametrize("layout", LAYOUT_NAMES)
 def test_c_engine_passes(opened, c_engine, layout):
     """The example in C keeps every bookkeeping invariant on random traces of each layout."""
@@ -100,6 +102,7 @@ def test_c_engine_on_the_command_line(c_engine, tmp_path):
     assert ["cache", "attention", *FEATURES] == found["profiles_not_checked"][:7]
 
 
+@pytest.mark.holds("OWN-3")
 def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
     """The C engine that counts its steps from 1 is caught by a trace of one decode."""
     monkeypatch.chdir(tmp_path)
@@ -113,6 +116,7 @@ def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
     assert ["admit", "decode"] == events
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize(
     ("how", "what"),
     [
@@ -151,6 +155,7 @@ def test_stray_is_named(astray, monkeypatch, how, what):
     assert driver.survives_failure
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize("how", ["hang", "half", "flood stderr", "with a child"])
 def test_stray_that_does_not_answer(astray, how):
     """A rank that hangs, in whichever way, is named when the deadline is over, and then ended."""
@@ -162,6 +167,7 @@ def test_stray_that_does_not_answer(astray, how):
     assert [] == driver.ranks
 
 
+@pytest.mark.holds("LIVE-1")
 def test_stray_that_hangs_up(astray):
     """A rank that closes its stdout and lives on is told from one that died."""
     failure = check_trace(astray("closed"), TRACE, BOOKKEEPING)

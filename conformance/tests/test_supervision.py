@@ -123,6 +123,7 @@ def test_answers_come_back_by_rank(ranks):
     assert ["0", "1", "2"] == [rank.answers[0].engine for rank in seen]
 
 
+@pytest.mark.holds("LIVE-1")
 def test_rank_that_died_is_blamed_before_those_that_miss_it(ranks):
     """A rank that raises because its peer is gone is not blamed, though it was heard first."""
     seen, supervisors = ranks
@@ -133,6 +134,7 @@ def test_rank_that_died_is_blamed_before_those_that_miss_it(ranks):
     assert (2, 3, "died with signal SIGKILL") == failure_of(seen)
 
 
+@pytest.mark.holds("LIVE-1")
 def test_supervisor_that_is_gone_is_blamed_first(ranks):
     """The end of a line is the end of its supervisor; the event is the last that anyone began.
 
@@ -172,6 +174,7 @@ def test_a_failure_ahead_waits_for_its_turn(ranks):
     assert (2, 1, "exited with status 1") == failure_of(seen)
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize(
     ("waits", "blamed"),
     [
@@ -195,6 +198,7 @@ def test_silent_ranks_are_asked_where_they_are(ranks, waits, blamed):
     assert blamed == failure_of(seen, 0.2)
 
 
+@pytest.mark.holds("LIVE-1")
 def test_rank_that_went_on_skipped_a_collective(ranks):
     """When the silent ones all wait, whoever is through without them is named."""
     seen, supervisors = ranks
@@ -276,6 +280,7 @@ WHOLE = ([Outcome(1)], [Outcome(2)], [View(3, {})], [View(4, {})])
 """The answers to a start, to an event and to two looks at the state."""
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize("count", range(len(WHOLE)))
 def test_missing_answers_do_not_pass(count):
     """A rank that answers less than it was asked has failed."""

@@ -62,6 +62,7 @@ def test_the_implementation_is_right_as_threads(driver_of) -> None:
         assert None is check_trace(driver, TRACE, driver.profiles)
 
 
+@pytest.mark.holds("LIVE-1")
 @pytest.mark.parametrize(
     ("engine", "says"),
     [

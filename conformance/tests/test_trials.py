@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from helix_conformance.judge.causes import tried
 from helix_conformance.judge.failure import Violation
 from helix_spec.config import Config
@@ -18,11 +20,13 @@ def names(trace, found, named_by) -> list[str]:
     return [v.invariant for v in tried(trace, [Violation(n, "") for n in found], named_by)]
 
 
+@pytest.mark.holds("DUM-1")
 def test_padding_is_to_blame_where_the_trace_is_right_without_it() -> None:
     """DUM-1 is named though the judge saw damage inside the batch only."""
     assert ["OWN-1", "DUM-1"] == names(PADDED, ["OWN-1"], lambda trace: set())
 
 
+@pytest.mark.holds("DUM-1")
 def test_padding_is_not_to_blame_for_what_happens_without_it() -> None:
     """DUM-1 is withdrawn when the same invariant fails without dummies."""
     assert ["OWN-1"] == names(PADDED, ["OWN-1", "DUM-1"], lambda trace: {"OWN-1"})
@@ -35,6 +39,7 @@ def test_the_trial_plays_the_trace_without_its_dummies() -> None:
     assert [PLAIN] == played
 
 
+@pytest.mark.holds("ATT-3")
 def test_an_empty_rank_is_not_to_blame_for_what_happens_without_one() -> None:
     """ATT-3 is withdrawn when outputs are wrong though every rank holds keys."""
     found = ["ATT-1", "ATT-3", "ATT-4"]

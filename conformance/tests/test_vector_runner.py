@@ -23,8 +23,9 @@ RUNNER = Path(__file__).parents[1] / "examples" / "run_vectors.py"
 spec = importlib.util.spec_from_file_location("run_vectors", RUNNER)
 runner = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runner)
+WALK = "walk-pr9757-c3-t-2"
 QUICK = [
-    *("walk-pr9757-c3-t-2", "walk-vllm_dcp-c3-t-4-i-2", "fork-balanced", "preempt-pr17866"),
+    *(WALK, "walk-vllm_dcp-c3-t-4-i-2", "fork-balanced", "preempt-pr17866"),
     *("refusals", "cache-of-turns", "spec-11-9-heads", "merge-unequal", "start-head-dim"),
 ]
 
@@ -76,16 +77,19 @@ def test_the_runner_and_the_judge_accept_the_reference(name):
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        ("walk-pr9757-c3-t-2", spoiled("past_len", lambda c: [c[0] + 1, *c[1:]])),
-        ("walk-pr9757-c3-t-2", spoiled("position_ids", lambda c: [c[0] + 1, *c[1:]])),
-        ("walk-pr9757-c3-t-2", spoiled("active", lambda c: [not c[0], *c[1:]])),
-        ("walk-vllm_dcp-c3-t-4-i-2", spoiled("slots", lambda c: [c[0] ^ 1, *c[1:]])),
-        ("walk-pr9757-c3-t-2", spoiled("visible", lambda c: [c[0] + 1, *c[1:]])),
-        ("spec-11-9-heads", spoiled("output", lambda o: (np.array(o) + 1).tolist())),
-        ("walk-pr9757-c3-t-2", Forgets),
-        ("fork-balanced", Leaks),
+        pytest.param(name, engine, marks=pytest.mark.holds(number))
+        for number, name, engine in [
+            ("LEN-2", WALK, spoiled("past_len", lambda c: [c[0] + 1, *c[1:]])),
+            ("POS-1", WALK, spoiled("position_ids", lambda c: [c[0] + 1, *c[1:]])),
+            ("OWN-2", WALK, spoiled("active", lambda c: [not c[0], *c[1:]])),
+            ("OWN-1", "walk-vllm_dcp-c3-t-4-i-2", spoiled("slots", lambda c: [c[0] ^ 1, *c[1:]])),
+            ("LEN-3", WALK, spoiled("visible", lambda c: [c[0] + 1, *c[1:]])),
+            ("ATT-1", "spec-11-9-heads", spoiled("output", lambda o: (np.array(o) + 1).tolist())),
+            ("LEN-1", WALK, Forgets),
+            ("PAGE-3", "fork-balanced", Leaks),
+        ]
     ],
-)  # fmt: skip
+)
 def test_the_runner_and_the_judge_both_refuse_a_wrong_engine(name, engine):
     """What breaks one field of a vector fails for both."""
     assert both(name, engine) == (True, True)

@@ -47,6 +47,11 @@ def shipped():
     return load_vectors(SHIPPED)
 
 
+def aimed_at(vectors):
+    """The marker of tests that play these vectors: what they are there for."""
+    return pytest.mark.holds(*{number: None for vector in vectors for number in vector.invariants})
+
+
 def failing(driver, vectors):
     """The names of the vectors that an engine fails, each with the invariants that are named."""
     found = {}
@@ -91,7 +96,16 @@ def test_the_format_page_names_every_field():
     assert set() == {name for name in names if f"`{name}`" not in page}
 
 
-@pytest.mark.parametrize("engine", [ReferenceEngine, LedgerEngine])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(
+            engine,
+            marks=aimed_at(v for v in shipped() if engine.profiles.issuperset(v.profiles)),
+        )
+        for engine in (ReferenceEngine, LedgerEngine)
+    ],
+)
 def test_right_engines_pass(engine):
     """The reference, and counters that share no code with it, fail none of those meant for them."""
     driver = LocalDriver(engine)
@@ -103,15 +117,19 @@ def test_right_engines_pass(engine):
     assert ([] if "merge" in driver.profiles else merges) == left_out
 
 
+DEEP = [vector for vector in shipped() if vector.rows or vector.name.startswith("attention-")]
+
+
+@aimed_at(DEEP)
 def test_the_whole_implementation_passes():
     """Real caches and attention, all ranks as threads, on the vectors that look at them."""
     driver = ThreadDriver(GpuEngine)
-    deep = [vector for vector in shipped() if vector.rows or vector.name.startswith("attention-")]
-    assert 20 <= len(deep)
-    assert {} == failing(driver, deep)
+    assert 20 <= len(DEEP)
+    assert {} == failing(driver, DEEP)
     driver.close()
 
 
+@pytest.mark.holds("OWN-3", "LEN-1", "BAL-1", "PAGE-1")
 def test_expectations_agree_with_the_closed_forms():
     """Owners, lengths and pages of every vector are those of `helix_spec.placement`."""
     checked = 0
@@ -169,6 +187,7 @@ def _examples(name):
     return next(vector for vector in shipped() if vector.name == name)
 
 
+@pytest.mark.holds("OWN-3", "LEN-1", "BAL-3", "REF-2")
 def test_worked_examples_are_in_the_set():
     """The numbers of SPEC.md, section 11 (and of the design), written out once more by hand."""
     owners = {
@@ -191,7 +210,18 @@ def test_worked_examples_are_in_the_set():
     assert {0: [2, 2, 0, 0], 1: [0, 2, 2, 0], 2: [0, 0, 2, 2], 3: [2, 0, 0, 2]} == rotated
 
 
-@pytest.mark.parametrize("tier", ["bookkeeping", "contents", "threads"])
+@pytest.mark.parametrize(
+    "tier",
+    [
+        pytest.param(
+            tier,
+            marks=pytest.mark.holds(
+                *{n: None for m in MUTANTS if m.tier == tier for n in m.expected}
+            ),
+        )
+        for tier in ("bookkeeping", "contents", "threads")
+    ],
+)
 def test_vectors_alone_catch_the_mutants(tier):
     """Each wrong engine fails a vector that is there for an invariant of its row, which is named.
 
@@ -263,6 +293,7 @@ class _Fickle(ReferenceEngine):
         return msgspec.structs.replace(outcome, output=output)
 
 
+@pytest.mark.holds("BAL-1", "BAL-3", "PAGE-5", "ATT-2")
 def test_every_invariant_has_a_vector_that_a_wrong_engine_fails():
     """Those expected of mutants by the mutants (above), the others by engines of this file."""
     of_mutants = {number for mutant in MUTANTS if not mutant.corner for number in mutant.expected}
@@ -293,17 +324,20 @@ def _bend(value, by):
 @pytest.mark.parametrize(
     ("name", "part", "field", "expected"),
     [
-        ("walk-pr9757-c3-t-2", "decoded", "position_ids", {"POS-1"}),
-        ("walk-pr9757-c3-t-2", "decoded", "past_len", {"LEN-2"}),
-        ("walk-pr9757-c3-t-2", "decoded", "visible", {"LEN-3"}),
-        ("walk-pr9757-c3-t-2", "decoded", "owners", {"OWN-3"}),
-        ("walk-pr9757-c3-t-2", "decoded", "slots", {"PAGE-2"}),
-        ("walk-pr9757-c3-t-2", "state", "local_len", {"LEN-1"}),
-        ("walk-pr9757-c3-t-2", "state", "free_pages", {"PAGE-3"}),
-        ("spec-11-9-heads", "decoded", "output", {"ATT-1", "ATT-4"}),
-        ("merge-unequal", "merged", "output", {"ATT-1", "ATT-4"}),
-        ("cache-of-turns", "state", "cached", {"OWN-1"}),
-        ("cache-of-turns", "state", "unwritten_from", {"PAGE-4"}),
+        pytest.param(name, part, field, set(numbers), marks=pytest.mark.holds(*numbers))
+        for name, part, field, *numbers in [
+            ("walk-pr9757-c3-t-2", "decoded", "position_ids", "POS-1"),
+            ("walk-pr9757-c3-t-2", "decoded", "past_len", "LEN-2"),
+            ("walk-pr9757-c3-t-2", "decoded", "visible", "LEN-3"),
+            ("walk-pr9757-c3-t-2", "decoded", "owners", "OWN-3"),
+            ("walk-pr9757-c3-t-2", "decoded", "slots", "PAGE-2"),
+            ("walk-pr9757-c3-t-2", "state", "local_len", "LEN-1"),
+            ("walk-pr9757-c3-t-2", "state", "free_pages", "PAGE-3"),
+            ("spec-11-9-heads", "decoded", "output", "ATT-1", "ATT-4"),
+            ("merge-unequal", "merged", "output", "ATT-1", "ATT-4"),
+            ("cache-of-turns", "state", "cached", "OWN-1"),
+            ("cache-of-turns", "state", "unwritten_from", "PAGE-4"),
+        ]
     ],
 )
 def test_a_wrong_expectation_is_told_by_its_field(name, part, field, expected):
@@ -347,6 +381,7 @@ def test_export_and_check(tmp_path):
     assert "holds mine.txt, which is not of this set" in refused.output.replace("\n", " ")
 
 
+@pytest.mark.holds("LEN-2")
 def test_a_wrong_engine_fails_the_check(folder):
     """Status 1, the file and its notes, the violated rule, expected and observed."""
     result = call("vectors", "check", folder, "--engine", "suite_testing.broken:Liar")
@@ -378,12 +413,14 @@ class _NumpyColumns(LedgerEngine):
         return msgspec.structs.replace(outcome, position_ids=np.array(outcome.position_ids))
 
 
+@pytest.mark.holds("OWN-1", "PAGE-2")
 def test_slots_show_two_tokens_in_one_place_without_block_tables():
     """Without the profile pages the slots alone tell pages apart."""
     found = failing(LocalDriver(_OnePageForAll), [_examples("walk-pr9757-c3-t-2")])
     assert {"walk-pr9757-c3-t-2": {"OWN-1", "PAGE-2"}} == found
 
 
+@pytest.mark.holds("LIVE-1")
 def test_values_of_wrong_types_are_garbage():
     """They end the vector as an error of the engine, not as one of the suite."""
     found = failing(LocalDriver(_NumpyColumns), [_examples("walk-pr9757-c3-t-2")])

@@ -5,6 +5,7 @@ import pytest
 from helix_gpu.bookkeeping.allocator import PageAllocator
 
 
+@pytest.mark.holds("PAGE-2", "PAGE-3")
 def test_pages_are_distinct_and_counted() -> None:
     """Pages taken are distinct and in range, and free + taken = pages."""
     allocator = PageAllocator(7)
@@ -21,6 +22,7 @@ def test_last_given_back_goes_out_first() -> None:
     assert allocator.take(3) == [2, 0, 3]
 
 
+@pytest.mark.holds("PAGE-3")
 def test_taking_too_many_takes_none() -> None:
     """A request for more pages than are free is an error and changes nothing."""
     allocator = PageAllocator(2)
@@ -29,6 +31,7 @@ def test_taking_too_many_takes_none() -> None:
     assert allocator.free == 2
 
 
+@pytest.mark.holds("PAGE-3")
 @pytest.mark.parametrize("pages", [[0, 0], [1, 2], [5], [-1]])
 def test_giving_back_what_is_not_taken_gives_none(pages: list[int]) -> None:
     """Double frees, free pages and pages outside the pool are errors and change nothing."""
@@ -39,6 +42,7 @@ def test_giving_back_what_is_not_taken_gives_none(pages: list[int]) -> None:
     assert allocator.free == 1
 
 
+@pytest.mark.holds("PAGE-3")
 def test_shared_pages_are_free_when_the_last_holder_lets_go() -> None:
     """A page with three holders goes back with the third."""
     allocator = PageAllocator(4)

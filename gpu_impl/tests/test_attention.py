@@ -25,6 +25,7 @@ def attend_pages(request: pytest.FixtureRequest) -> Attend:
     return native.attend_pages
 
 
+@pytest.mark.holds("ATT-1", "ATT-3")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "t", "lengths"),
@@ -65,6 +66,7 @@ def test_against_float64(
         torch.testing.assert_close(exact_lse, lse[row].double(), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.holds("ATT-1")
 def test_scores_far_apart_do_not_overflow(
     attend_pages: Attend, exact: Fixture, values: Fixture
 ) -> None:
@@ -78,6 +80,7 @@ def test_scores_far_apart_do_not_overflow(
         assert ((o - output[0]).norm(dim=-1) <= bound).all()
 
 
+@pytest.mark.holds("ATT-3")
 def test_nothing_to_see_at_all(attend_pages: Attend, values: Fixture) -> None:
     """A batch without keys on this rank has a table of width 0 and gives (0, -inf)."""
     q = values((3, 4, 16), 0)
@@ -104,6 +107,7 @@ def test_rows_do_not_see_each_other(attend_pages: Attend, values: Fixture) -> No
     assert torch.equal(torch.full((4,), -torch.inf), lse[1])
 
 
+@pytest.mark.holds("ATT-2")
 def test_gathering_in_pieces_changes_only_rounding(
     exact: Fixture, values: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +119,7 @@ def test_gathering_in_pieces_changes_only_rounding(
     assert ((o - output[0]).norm(dim=-1) <= bound).all()
 
 
+@pytest.mark.holds("ATT-2")
 def test_threads_change_no_bit(values: Fixture) -> None:
     """Pieces of 2,048 tokens are merged in order, however many threads work on them in C++."""
     if not native.available():

@@ -166,6 +166,7 @@ def test_flashinfer_is_found_where_it_is(install: Fixture) -> None:
         load("flash", MODEL)
 
 
+@pytest.mark.holds("ATT-1", "ATT-3")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("t", [1, 16, 64])
 def test_flashinfers_answers_are_translated(
@@ -192,6 +193,7 @@ def test_another_base_is_caught(install: Fixture, values: Fixture, exact: Fixtur
     assert not paged.right(exact, *load("flashinfer", MODEL)(*paged.given), torch.bfloat16)
 
 
+@pytest.mark.holds("ATT-1", "ATT-3")
 def test_a_cache_attends_with_flashinfer(
     install: Fixture, run_ranks: Fixture, values: Fixture, exact: Fixture
 ) -> None:
@@ -245,6 +247,7 @@ def test_models_that_flashinfer_cannot_serve(
 # Peers of our own attention
 
 
+@pytest.mark.holds("ATT-1")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees(values: Fixture, exact: Fixture) -> None:
     """Torch's flex_attention, which shares no code with ours, has the same outputs and sums.
@@ -285,6 +288,7 @@ def vllm_library() -> Path | str:
     return library
 
 
+@pytest.mark.holds("ATT-1")
 @pytest.mark.parametrize(("t", "dim"), [(32, 64), (64, 128)])
 def test_vllms_paged_operation_agrees(t: int, dim: int, values: Fixture, exact: Fixture) -> None:
     """The operation of vLLM's CPU backend over the same tables, filled by its own writer.

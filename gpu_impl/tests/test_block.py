@@ -18,6 +18,7 @@ from helix_gpu.comm.mesh import helix_mesh, repurposed
 from helix_spec.config import DType, LatentShape
 
 
+@pytest.mark.holds("ATT-1", "MAP-1")
 @pytest.mark.parametrize(("tp", "cp"), [(1, 1), (1, 4), (2, 2), (4, 1)])
 @pytest.mark.parametrize(
     ("dtype", "wire"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")]

@@ -20,6 +20,7 @@ def books(name: str, pages: int = 50) -> list[RankBook]:
     return [RankBook(config, rank) for rank in range(C)]
 
 
+@pytest.mark.holds("OWN-1", "OWN-2", "LEN-2", "LEN-3", "POS-1", "PAGE-4")
 @pytest.mark.parametrize("name", NAMED_LAYOUTS)
 def test_ranks_agree_on_every_step(name: str) -> None:
     """One rank is active per token; past, visible, slot and position are as the words say."""
@@ -42,6 +43,7 @@ def test_ranks_agree_on_every_step(name: str) -> None:
                 assert step.slots[id] == slot
 
 
+@pytest.mark.holds("GROW-1", "PAGE-2", "PAGE-3")
 @pytest.mark.parametrize("name", NAMED_LAYOUTS)
 def test_pages_are_conserved(name: str) -> None:
     """Block tables never share a page, tables only grow, and a release gives all pages back."""
@@ -64,6 +66,7 @@ def test_pages_are_conserved(name: str) -> None:
         assert book.request_ids == []
 
 
+@pytest.mark.holds("PAGE-1", "PAGE-4")
 def test_an_inactive_rank_takes_nothing_under_lazy() -> None:
     """Steps that another rank owns take no page and no slot."""
     book = books("before_9757")[0]
@@ -75,6 +78,7 @@ def test_an_inactive_rank_takes_nothing_under_lazy() -> None:
     assert book.block_table(7) == table
 
 
+@pytest.mark.holds("PAGE-1")
 def test_lockstep_takes_pages_together() -> None:
     """Under lockstep every rank takes its page when the super-block of T*C tokens opens."""
     ranks = books("pr17866")
@@ -84,6 +88,7 @@ def test_lockstep_takes_pages_together() -> None:
     assert [len(book.decode_step([0]).taken) for book in ranks] == [0] * C
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 def test_skip_is_refused_as_the_decode_and_changes_nothing() -> None:
     """After a skip, or a refused one, the next step is the one that would have been."""
     skipped, plain = books("balanced")[0], books("balanced")[0]
@@ -99,6 +104,7 @@ def test_skip_is_refused_as_the_decode_and_changes_nothing() -> None:
     assert other.position_ids.tolist() == one.position_ids.tolist()
 
 
+@pytest.mark.holds("PAGE-1")
 def test_recycled_rows_forget_their_pages() -> None:
     """A request in a recycled row sees its own pages alone."""
     book = books("pr9757")[0]
@@ -108,6 +114,7 @@ def test_recycled_rows_forget_their_pages() -> None:
     assert len(book.block_table(1)) == 1
 
 
+@pytest.mark.holds("REF-2")
 @pytest.mark.parametrize(
     "change",
     [
@@ -135,6 +142,7 @@ def test_cp_rank_outside_the_layout() -> None:
         RankBook(config, 3)
 
 
+@pytest.mark.holds("GROW-1", "PAGE-1", "PAGE-2")
 def test_long_tables_grow() -> None:
     """Block tables follow a request from its first page to hundreds."""
     book = books("before_9757", pages=300)[C - 1]
@@ -148,6 +156,7 @@ def test_long_tables_grow() -> None:
 # Groups, forks and preempted requests
 
 
+@pytest.mark.holds("OWN-1", "OWN-2", "LEN-3", "POS-1", "PAGE-4")
 @pytest.mark.parametrize("name", NAMED_LAYOUTS)
 def test_ranks_agree_on_groups(name: str) -> None:
     """In a ragged batch one rank is active per token, and `visible` counts up to that token."""
@@ -171,6 +180,7 @@ def test_ranks_agree_on_groups(name: str) -> None:
             assert slot == (table[index // T] * T + index % T if active else -1)
 
 
+@pytest.mark.holds("PAGE-3")
 @pytest.mark.parametrize("name", NAMED_LAYOUTS)
 def test_the_ledger_knows_what_the_allocator_holds(name: str) -> None:
     """Forks, copies, rewinds, preemption and release: free pages agree and all come back."""
@@ -211,6 +221,7 @@ def book_of(layout: str, rank: int = 0) -> RankBook:
     return RankBook(Config(layout=layout, pages=[9] * ranks, max_len=1000, model=shape), rank)
 
 
+@pytest.mark.holds("PAGE-2")
 def test_a_copy_has_the_tokens_of_the_open_page_alone() -> None:
     """Copy on write takes along what the page held before the step, counted within the page."""
     lazy = book_of("pr9757/1:C=1,T=4", 0)
@@ -230,6 +241,7 @@ def test_a_copy_has_the_tokens_of_the_open_page_alone() -> None:
     assert sorted(tokens, reverse=True) == [[4], [1]]
 
 
+@pytest.mark.holds("OWN-1", "PAGE-4")
 def test_a_prompt_in_chunks_is_every_token_once() -> None:
     """Each chunk goes on where the one before ended; slots are -1 where another rank owns them."""
     owned = []

@@ -137,6 +137,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.holds("LEN-3", "ATT-1", "ATT-3", "DUM-1", "MAP-1")
 @pytest.mark.parametrize(
     ("layout", "tp", "dtype", "wire", "heads"),
     [(layout, 1, "float32", "float32", (8, 2)) for layout in LAYOUTS]
@@ -174,6 +175,7 @@ def test_outputs_equal_attention_over_the_whole(
                 assert ((o - output[layer, row]).norm(dim=-1) <= bound).all()
 
 
+@pytest.mark.holds("OWN-1", "POS-2", "PAGE-4")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cached_rows_are_the_rotated_tokens(
     layout: str, run_ranks: Fixture, values: Fixture
@@ -213,6 +215,7 @@ def test_cached_rows_are_the_rotated_tokens(
         assert torch.equal(v, got_v[:, order])
 
 
+@pytest.mark.holds("PAGE-4")
 def test_an_inactive_rank_writes_nothing(run_ranks: Fixture, values: Fixture) -> None:
     """Under before_9757 the pools of all ranks but the last keep every bit while decoding."""
     setting = config("before_9757/1:C=4,T=2")
@@ -228,6 +231,7 @@ def test_an_inactive_rank_writes_nothing(run_ranks: Fixture, values: Fixture) ->
     assert run_ranks(setting, body) == [True, True, True, False]
 
 
+@pytest.mark.holds("DUM-1")
 def test_dummies_change_no_bit(run_ranks: Fixture, values: Fixture) -> None:
     """The same requests with and without dummy requests give the same output and pool."""
     setting = config("pr9757/1:C=2,T=2")
@@ -267,6 +271,7 @@ def test_prompt_is_asked_for_only_where_held(values: Fixture) -> None:
     assert asked == {0: [[0, 1]], 1: [[2, 3]], 2: [[4]], 3: []}
 
 
+@pytest.mark.holds("PAGE-5")
 def test_failures_before_the_commit_leak_nothing(values: Fixture) -> None:
     """A prompt that cannot be had, wrong shapes and wrong types leave everything as it was."""
     setting = config("pr9757/1:C=1,T=2")
@@ -289,6 +294,7 @@ def test_failures_before_the_commit_leak_nothing(values: Fixture) -> None:
     assert (cache.free_pages, cache.local_len(0)) == (38, 4)
 
 
+@pytest.mark.holds("REF-2")
 @pytest.mark.parametrize(
     ("expected", "ids", "pad"),
     [(Reason.BAD_COUNT, [], 0), (Reason.BAD_COUNT, [0], -1), (Reason.UNKNOWN_REQUEST, [1], 0)],
@@ -389,6 +395,7 @@ def rows(cache: HelixCache, id: int) -> Tensor:
     return cache.pool[:, cache.block_table(id)].transpose(2, 3).flatten(1, 2)
 
 
+@pytest.mark.holds("LEN-3", "ATT-1")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_token_of_a_group_sees_those_before_it(
     layout: str, run_ranks: Fixture, values: Fixture, exact: Fixture
@@ -423,6 +430,7 @@ def test_each_token_of_a_group_sees_those_before_it(
             assert ((o - output[layer, row]).norm(dim=-1) <= bound).all()
 
 
+@pytest.mark.holds("PAGE-2", "PAGE-3", "PAGE-4")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_copied_page_holds_the_earlier_tokens_alone(
     layout: str, run_ranks: Fixture, values: Fixture
@@ -450,6 +458,7 @@ def test_a_copied_page_holds_the_earlier_tokens_alone(
     run_ranks(setting, body)
 
 
+@pytest.mark.holds("OWN-1", "PAGE-2")
 def test_the_copy_is_taken_before_the_last_holder_writes(
     run_ranks: Fixture, values: Fixture
 ) -> None:
@@ -471,6 +480,7 @@ def test_the_copy_is_taken_before_the_last_holder_writes(
     run_ranks(setting, body)
 
 
+@pytest.mark.holds("OWN-1", "POS-2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_resumed_request_is_a_prompt_of_all_its_tokens(
     layout: str, run_ranks: Fixture, values: Fixture
@@ -503,6 +513,7 @@ def test_a_resumed_request_is_a_prompt_of_all_its_tokens(
         assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
+@pytest.mark.holds("OWN-1", "POS-2", "LEN-3", "ATT-1")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_a_prompt_computed_here(
@@ -543,6 +554,7 @@ def test_a_prompt_computed_here(
             assert ((o - output[layer, p]).norm(dim=-1) <= bound).all()
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 def test_prefill_is_refused_before_its_first_step(values: Fixture) -> None:
     """A refusal, and a chunk without a token, come from the call itself; nothing is taken."""
     cache = HelixCache(config("pr9757/1:C=1,T=2"), rank=0)

@@ -28,29 +28,34 @@ def test_a_hand_cannot_be_changed() -> None:
             setattr(hand, field.name, None)
 
 
+@pytest.mark.holds("OWN-1")
 def test_contiguous_example() -> None:
     """L=13, T=2, C=4: contiguous puts 0-3, 4-7, 8-11 and 12 on the ranks."""
     expected = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
     assert positions("pr9757/1:C=4,T=2", 13) == expected
 
 
+@pytest.mark.holds("OWN-1")
 def test_round_robin_example() -> None:
     """L=13, T=2, C=4: round_robin deals blocks in turn."""
     expected = [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12], [6, 7]]
     assert positions("pr13180/1:C=4,T=2", 13) == expected
 
 
+@pytest.mark.holds("OWN-1")
 def test_pr9757_example() -> None:
     """L=400, T=100, C=4: rank r holds [100r, 100r + 100)."""
     expected = [list(range(100 * r, 100 * r + 100)) for r in range(4)]
     assert positions("pr9757/1:C=4,T=100", 400) == expected
 
 
+@pytest.mark.holds("OWN-1")
 def test_short_prompt_leaves_ranks_empty() -> None:
     """A prompt shorter than C blocks leaves ranks without tokens, which is legal."""
     assert positions("pr9757/1:C=4,T=2", 3) == [[0, 1], [2], [], []]
 
 
+@pytest.mark.holds("OWN-1", "LEN-1")
 @given(st.sampled_from(SPLITS), st.integers(1, 5), st.integers(1, 200), st.integers(0, 4))
 def test_every_token_is_dealt_once(split: str, c: int, prompt_len: int, shift: int) -> None:
     """Hands are rising, of the length they claim, and together hold each position once."""
@@ -64,6 +69,7 @@ def test_every_token_is_dealt_once(split: str, c: int, prompt_len: int, shift: i
     assert all((np.diff(hand) > 0).all() for hand in dealt)
 
 
+@pytest.mark.holds("OWN-1")
 @pytest.mark.parametrize("name", ["pr9757", "pr13180", "vllm_dcp"])
 def test_shift_turns_the_table(name: str) -> None:
     """Under a shift of s, rank r + s gets what rank r would get."""
@@ -78,6 +84,7 @@ def test_absurd_prompt_costs_nothing() -> None:
     assert sum(hand.tokens for hand in hands) == 2**53
 
 
+@pytest.mark.holds("OWN-3")
 @pytest.mark.parametrize("shift", range(4))
 def test_a_rotated_last_rank_moves_forward(shift: int) -> None:
     """Under `last_rank` with a rotated start the owner is C-1 moved on by the shift, for ever."""

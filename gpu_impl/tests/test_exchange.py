@@ -26,6 +26,7 @@ IN_ORDER: list[MakeExchange] = [all_to_all, all_gather, push]
 """Those whose merge adds the ranks in their order, so that all of them round alike."""
 
 
+@pytest.mark.holds("MAP-1")
 @pytest.mark.parametrize("wire", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n", "heads", "dim", "ranks"), [(1, 2, 2, 2), (5, 12, 16, 3), (3, 4, 8, 4), (3, 4, 8, 1)]
@@ -130,6 +131,7 @@ def everywhere(
     return on_ranks(ranks, body)
 
 
+@pytest.mark.holds("ATT-1", "ATT-3", "MAP-1")
 @pytest.mark.parametrize("make", EXCHANGES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("wire", ["float32", "float16", "bfloat16"])
@@ -147,6 +149,7 @@ def test_every_exchange_gives_the_exact_merge(
         assert torch.equal(torch.full_like(lse[1], -INF), lse[1])
 
 
+@pytest.mark.holds("ATT-1", "ATT-3")
 @pytest.mark.parametrize("make", EXCHANGES)
 def test_one_rank_may_hold_everything(make: MakeExchange, on_ranks: OnRanks) -> None:
     """With keys on the last rank alone, the others' NaN reach nothing."""
@@ -155,6 +158,7 @@ def test_one_rank_may_hold_everything(make: MakeExchange, on_ranks: OnRanks) -> 
     assert partials.right([answer for (answer,) in everywhere(on_ranks, make, partials)])
 
 
+@pytest.mark.holds("ATT-1")
 @pytest.mark.parametrize("make", EXCHANGES)
 @pytest.mark.parametrize("spread", [40.0, 400.0])
 def test_one_rank_may_dominate(make: MakeExchange, spread: float, on_ranks: OnRanks) -> None:
@@ -163,6 +167,7 @@ def test_one_rank_may_dominate(make: MakeExchange, spread: float, on_ranks: OnRa
     assert partials.right([answer for (answer,) in everywhere(on_ranks, make, partials)])
 
 
+@pytest.mark.holds("ATT-2")
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
 def test_exchanges_in_order_agree_to_the_bit(wire: DType, on_ranks: OnRanks) -> None:
     """They differ in how bytes travel alone, and again and again they give the same."""

@@ -117,6 +117,7 @@ ALWAYS = Costs(latency=0.0, exchange_speed=1.0, attention_speed=1.0, second_half
 NEVER = Costs(latency=1.0, exchange_speed=1e30, attention_speed=1e30, second_half=0.0)
 
 
+@pytest.mark.holds("ATT-2")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_halves_change_no_bit(dtype: Any, run_ranks: Any, values: Any) -> None:
     """Groups, dummies and a prompt in chunks give the same in halves; a lone row is not halved.

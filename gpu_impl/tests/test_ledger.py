@@ -62,6 +62,7 @@ def reason(book: Ledger, attempt: str, *args: Any) -> Reason:
     return refused.value.reason
 
 
+@pytest.mark.holds("OWN-3", "LEN-1")
 def test_pr9757_example() -> None:
     """L=400, T=100, C=4: steps 100r to 100r + 99 belong to rank r, and all end with 200."""
     book = started("pr9757/1:C=4,T=100", 400)
@@ -69,6 +70,7 @@ def test_pr9757_example() -> None:
     assert book.local_lens([0])[0].tolist() == [200] * 4
 
 
+@pytest.mark.holds("OWN-3", "LEN-1")
 def test_before_9757_example() -> None:
     """Under before_9757 the last rank takes every step."""
     book = started("before_9757/1:C=4,T=100", 400)
@@ -76,6 +78,7 @@ def test_before_9757_example() -> None:
     assert book.local_lens([0])[0].tolist() == [100, 100, 100, 500]
 
 
+@pytest.mark.holds("OWN-3", "LEN-1")
 @pytest.mark.parametrize(
     ("name", "owners", "after_2"),
     [
@@ -92,6 +95,7 @@ def test_round_robin_example(name: str, owners: list[int], after_2: list[int]) -
     assert book.local_lens([0])[0].tolist() == [6, 6, 5, 4]
 
 
+@pytest.mark.holds("PAGE-1", "REF-2")
 def test_lockstep_capacity_example() -> None:
     """T=32, C=4, 3 pages a rank hold 384 global tokens; 401 need 4 pages on each rank."""
     small = started("pr17866/1:C=4,T=32", 383, pages=[3] * 4)
@@ -101,6 +105,7 @@ def test_lockstep_capacity_example() -> None:
     assert started("pr17866/1:C=4,T=32", 401, pages=[4] * 4).held([0])[0].tolist() == [4] * 4
 
 
+@pytest.mark.holds("OWN-3", "LEN-1", "BAL-3")
 def test_rotated_start_shifts_each_admission() -> None:
     """Under `rotated`, request k of equal length starts k ranks further; released ones count."""
     book = ledger("balanced/1:C=4,T=2")
@@ -113,6 +118,7 @@ def test_rotated_start_shifts_each_admission() -> None:
     assert decode(book, 0, 1, 2, 3, 5) == [1, 2, 3, 0, 2]
 
 
+@pytest.mark.holds("LEN-1")
 @pytest.mark.parametrize(
     "text", ["pr17866/1:C=3,T=2", "vllm_dcp/1:C=3,T=4,I=2", "balanced/1:C=3,T=2"]
 )
@@ -147,6 +153,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     )
 
 
+@pytest.mark.holds("LEN-1", "LEN-2", "POS-1", "PAGE-1", "PAGE-3")
 @given(
     layouts(), st.lists(st.tuples(st.integers(1, 30), st.integers(0, 20)), min_size=1, max_size=5)
 )
@@ -180,6 +187,7 @@ def test_counters_agree_with_each_other(layout: Layout, traffic: list[tuple[int,
     assert book.free.tolist() == [PLENTY] * c
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 @pytest.mark.parametrize(
     ("expected", "id", "prompt_len"),
     [
@@ -196,6 +204,7 @@ def test_admit_refusals(expected: Reason, id: int, prompt_len: int) -> None:
     assert reason(book, "plan_admit", id, prompt_len) == expected
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 @pytest.mark.parametrize(
     ("expected", "ids", "query_lens", "pad"),
     [
@@ -222,6 +231,7 @@ def test_step_refusals(expected: Reason, ids: list[int], query_lens: list[int], 
     assert reason(book, "plan_step", ids, query_lens, pad) == expected
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 def test_release_refuses_the_unknown() -> None:
     """A request that is not live cannot be released, looked at or decoded."""
     book = started("pr9757/1:C=2,T=2", 3)
@@ -231,6 +241,7 @@ def test_release_refuses_the_unknown() -> None:
         assert reason(book, attempt, [0]) == Reason.UNKNOWN_REQUEST
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 def test_need_is_counted_over_the_batch() -> None:
     """Two requests that each fit alone are refused together when one page is left."""
     book = ledger("pr9757/1:C=2,T=2", pages=[3, 3])
@@ -240,6 +251,7 @@ def test_need_is_counted_over_the_batch() -> None:
     assert decode(book, 1) == [0]
 
 
+@pytest.mark.holds("PAGE-3")
 def test_a_plan_changes_nothing() -> None:
     """Planning a step or an admission, which is what `skip` does, leaves the ledger as it was."""
     book = started("pr17866/1:C=2,T=2", 4)
@@ -281,6 +293,7 @@ def test_a_refusal_names_the_first_that_it_is_about() -> None:
         book.plan_step([7, 8, 8], [1, 1, 1])
 
 
+@pytest.mark.holds("LEN-1")
 def test_rows_are_recycled() -> None:
     """A row used again starts from its new request alone, and rows stay few."""
     book = ledger("pr9757/1:C=2,T=2")
@@ -293,6 +306,7 @@ def test_rows_are_recycled() -> None:
         book.release(id)
 
 
+@pytest.mark.holds("LEN-1")
 def test_growth_keeps_what_was_there() -> None:
     """Requests keep their lengths while the arrays double under them."""
     book = ledger("pr9757/1:C=2,T=2")
@@ -317,6 +331,7 @@ def accept(book: Ledger, id: int, kept: int) -> None:
     book.accept(book.plan_accept(id, kept))
 
 
+@pytest.mark.holds("OWN-3", "LEN-1", "LEN-2", "POS-1", "PAGE-1", "PAGE-3")
 def test_group_over_a_boundary_example() -> None:
     """SPEC 11.6: a group of four over an ownership and a page boundary, two of it kept."""
     book = started("vllm_dcp/1:C=2,T=4,I=2", 5)
@@ -331,6 +346,7 @@ def test_group_over_a_boundary_example() -> None:
     assert [decode(book, 0)[0] for _ in range(2)] == [1, 0]
 
 
+@pytest.mark.holds("OWN-3", "LEN-2", "POS-1", "PAGE-1")
 @given(layouts(), st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
 def test_a_group_is_its_tokens_one_by_one(
     layout: Layout, prompts: list[int], data: st.DataObject
@@ -359,6 +375,7 @@ def test_a_group_is_its_tokens_one_by_one(
         assert state(whole) == state(single)
 
 
+@pytest.mark.holds("LEN-1", "PAGE-1", "PAGE-3")
 @given(layouts(), st.integers(1, 40), st.integers(1, 30), st.data())
 def test_a_rewind_leaves_what_the_kept_tokens_leave(
     layout: Layout, prompt_len: int, group: int, data: st.DataObject
@@ -373,6 +390,7 @@ def test_a_rewind_leaves_what_the_kept_tokens_leave(
     assert state(rewound) == state(never)
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 @pytest.mark.parametrize(
     ("expected", "id", "kept"),
     [
@@ -394,6 +412,7 @@ def test_accept_refusals(expected: Reason, id: int, kept: int) -> None:
     assert reason(book, "plan_accept", id, kept) == expected
 
 
+@pytest.mark.holds("REF-2")
 @pytest.mark.parametrize("ender", ["accept", "decode", "fork", "resume"])
 def test_what_closes_a_group(ender: str) -> None:
     """An `accept`, a fork and a preemption close the group; the next decode opens its own."""
@@ -414,6 +433,7 @@ def test_what_closes_a_group(ender: str) -> None:
     assert reason(book, "plan_accept", 0, 1) == Reason.NOTHING_OPEN
 
 
+@pytest.mark.holds("REF-2")
 def test_a_huge_group_is_refused_before_it_is_dealt() -> None:
     """A group of a billion tokens is refused at once, for no page could hold it."""
     book = started("pr9757/1:C=2,T=2", 3, max_len=2**31 - 1)
@@ -423,6 +443,7 @@ def test_a_huge_group_is_refused_before_it_is_dealt() -> None:
 # Forks and copies
 
 
+@pytest.mark.holds("PAGE-2", "PAGE-3", "PAGE-5", "REF-2")
 def test_copy_on_write_example() -> None:
     """SPEC 11.7: three holders of one page write in one batch; the last writes in place."""
     book = started("pr9757/1:C=2,T=4", 2, pages=[3, 3])
@@ -438,6 +459,7 @@ def test_copy_on_write_example() -> None:
     assert grouped(book, [0, 1, 2], [1, 1, 1]).shared == []
 
 
+@pytest.mark.holds("PAGE-2", "PAGE-3")
 def test_need_sees_the_copies_of_those_before() -> None:
     """Two holders in one batch need one page; were each counted alone, it would be two."""
     book = started("pr9757/1:C=2,T=4", 2, pages=[2, 1])
@@ -448,6 +470,7 @@ def test_need_sees_the_copies_of_those_before() -> None:
     assert book.free.tolist() == [0, 1]
 
 
+@pytest.mark.holds("PAGE-2", "PAGE-3")
 def test_lockstep_copies_on_every_rank() -> None:
     """Under lockstep one token in an open super-block replaces the page of all ranks."""
     book = started("pr17866/1:C=3,T=2", 7)
@@ -458,6 +481,7 @@ def test_lockstep_copies_on_every_rank() -> None:
     assert book.free.tolist() == [PLENTY - 3] * 3
 
 
+@pytest.mark.holds("PAGE-2")
 def test_a_full_page_is_never_copied() -> None:
     """A fork at a page boundary opens pages of its own."""
     book = started("pr9757/1:C=2,T=2", 4)
@@ -466,6 +490,7 @@ def test_a_full_page_is_never_copied() -> None:
     assert (step.shared, step.pages.tolist()) == ([], [2, 2])
 
 
+@pytest.mark.holds("PAGE-2", "PAGE-3")
 def test_a_copied_page_stays_copied() -> None:
     """After a rewind the request still has the page that it copied, and writes it in place."""
     book = started("pr9757/1:C=2,T=4", 2)
@@ -477,6 +502,7 @@ def test_a_copied_page_stays_copied() -> None:
     assert [write.copies for write in grouped(book, [1], [1]).shared] == [False]
 
 
+@pytest.mark.holds("PAGE-3")
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
 def test_shared_pages_go_back_with_their_last_holder(order: tuple[int, ...]) -> None:
     """Requests forked at different lengths: what is free is what no table of any rank needs."""
@@ -506,6 +532,7 @@ def test_a_long_line_of_forks_stays_small() -> None:
     assert len(book._open_pages.holders) <= 4
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 @pytest.mark.parametrize(
     ("expected", "parent", "child"),
     [
@@ -526,6 +553,7 @@ def test_fork_refusals(expected: Reason, parent: int, child: int) -> None:
 # Preempted requests
 
 
+@pytest.mark.holds("OWN-3", "LEN-1", "PAGE-3")
 def test_resume_deals_all_tokens_as_a_prompt() -> None:
     """prompt_len becomes the total, the step index 0, the shift stays, no number is taken."""
     book = ledger("balanced/1:C=4,T=2")
@@ -547,6 +575,7 @@ def test_resume_deals_all_tokens_as_a_prompt() -> None:
     assert decode(restarted, 0) == [0]
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 @pytest.mark.parametrize(
     ("expected", "attempt", "args"),
     [
@@ -572,6 +601,7 @@ def test_refusals_around_preemption(expected: Reason, attempt: str, args: tuple[
     assert reason(book, attempt, *args) == expected
 
 
+@pytest.mark.holds("PAGE-3", "REF-2")
 def test_a_preempted_request_can_be_released() -> None:
     """Its id is then unknown, and no page goes back twice."""
     book = started("pr9757/1:C=2,T=2", 3)
@@ -593,6 +623,7 @@ def overlapped() -> Ledger:
     return book
 
 
+@pytest.mark.holds("REF-2")
 def test_a_third_outstanding_decode_is_refused() -> None:
     """Two decodes may be outstanding; a third, also a skipped one, comes before other reasons."""
     book = overlapped()
@@ -606,6 +637,7 @@ def test_a_third_outstanding_decode_is_refused() -> None:
     assert reason(book, "sampled", [0]) == Reason.NOTHING_OPEN
 
 
+@pytest.mark.holds("REF-2")
 def test_accept_waits_for_all_samples() -> None:
     """`accept` needs every decode sampled; a fork's child has none outstanding."""
     book = overlapped()
@@ -619,6 +651,7 @@ def test_accept_waits_for_all_samples() -> None:
     accept(book, 1, 1)
 
 
+@pytest.mark.holds("PAGE-5", "REF-2")
 @pytest.mark.parametrize(
     ("expected", "ids"),
     [
@@ -635,6 +668,7 @@ def test_sampled_refusals(expected: Reason, ids: list[int]) -> None:
     assert reason(book, "sampled", ids) == expected
 
 
+@pytest.mark.holds("REF-2")
 def test_sampled_without_overlap() -> None:
     """Without overlap there is nothing to sample: unsupported, whatever the ids."""
     assert reason(started("pr9757/1:C=2,T=2", 3), "sampled", []) == Reason.UNSUPPORTED
@@ -666,6 +700,7 @@ def test_four_ranks_hold_nearly_four_times_the_tokens(name: str) -> None:
     assert capacity(text % 4, 1000, 8) >= 3.9 * capacity(text % 1, 1000, 8)
 
 
+@pytest.mark.holds("PAGE-1", "REF-2")
 def test_open_pages_hold_groups_when_nothing_is_free() -> None:
     """Three open super-blocks with one token each take fifteen more tokens each, and no page."""
     book = Ledger(parse_layout("vllm_dcp/1:C=4,T=4,I=1"), [3] * 4, 100)

@@ -29,6 +29,7 @@ def partials(exact: Fixture, values: Fixture) -> tuple[Tensor, Tensor, Tensor, T
     )
 
 
+@pytest.mark.holds("ATT-1", "ATT-2")
 def test_merged_shards_are_the_whole(partials: tuple[Tensor, ...]) -> None:
     """Partials over disjoint keys merge into attention over all keys, in every rank order."""
     outputs, lses, whole, bound = partials
@@ -37,6 +38,7 @@ def test_merged_shards_are_the_whole(partials: tuple[Tensor, ...]) -> None:
         assert ((whole - merged).norm(dim=-1) <= bound).all()
 
 
+@pytest.mark.holds("ATT-1", "ATT-2")
 def test_grouping_changes_only_rounding(partials: tuple[Tensor, ...]) -> None:
     """Merging merged pairs gives the whole too, with the whole's log-sum-exp."""
     outputs, lses, whole, bound = partials
@@ -46,6 +48,7 @@ def test_grouping_changes_only_rounding(partials: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(lses.double().logsumexp(0).float(), lse)
 
 
+@pytest.mark.holds("ATT-3")
 def test_empty_shards_are_the_identity(partials: tuple[Tensor, ...]) -> None:
     """Shards without keys change no bit, even where their output is NaN or infinite."""
     outputs, lses, _, _ = partials
@@ -60,6 +63,7 @@ def test_empty_shards_are_the_identity(partials: tuple[Tensor, ...]) -> None:
         assert torch.equal(expected_lse, lse)
 
 
+@pytest.mark.holds("ATT-3")
 def test_all_empty_is_zero() -> None:
     """Without a key on any rank the output is 0 and the log-sum-exp -inf."""
     merged, lse = merge(torch.full((3, 2, 4), torch.nan), torch.full((3, 2), -INF))
@@ -67,6 +71,7 @@ def test_all_empty_is_zero() -> None:
     assert torch.equal(torch.full((2,), -INF), lse)
 
 
+@pytest.mark.holds("ATT-1")
 def test_one_shard_is_itself(partials: tuple[Tensor, ...]) -> None:
     """The merge of a single partial is that partial, bit for bit."""
     outputs, lses, _, _ = partials
@@ -75,6 +80,7 @@ def test_one_shard_is_itself(partials: tuple[Tensor, ...]) -> None:
     assert torch.equal(lses[0], lse)
 
 
+@pytest.mark.holds("ATT-1")
 def test_one_shard_may_dominate() -> None:
     """A shard ahead by e**200 or at a huge log-sum-exp is the result; nothing overflows."""
     outputs = torch.tensor([[[1.0, 2.0]], [[5.0, 6.0]]])
@@ -91,6 +97,7 @@ def test_a_wrong_log_sum_exp_stays_visible(wrong: float) -> None:
     assert merged.isnan().all()
 
 
+@pytest.mark.holds("ATT-1")
 def test_partials_in_half_precision_are_merged_in_float32() -> None:
     """Bfloat16 partials of equal weight give their float32 mean."""
     outputs = torch.tensor([[[1.0]], [[1.0078125]]], dtype=torch.bfloat16)

@@ -21,6 +21,7 @@ MODEL = ModelShape(q_heads=8, kv_heads=2)
 CONFIG = Config(layout="pr9757/1:C=2,T=2", pages=[4, 4], max_len=16, model=MODEL, tp_size=2)
 
 
+@pytest.mark.holds("MAP-1")
 def test_cp_varies_fastest(on_ranks: OnRanks) -> None:
     """Neighbouring ranks share a sequence, and the slice of heads is the global rank (MAP-1)."""
 
@@ -39,6 +40,7 @@ def test_cp_varies_fastest(on_ranks: OnRanks) -> None:
     ]
 
 
+@pytest.mark.holds("MAP-1")
 def test_a_cache_takes_its_place_from_the_mesh(on_ranks: OnRanks) -> None:
     """Each rank's cache has its cp_rank, and the heads of its tp shard."""
 
@@ -49,6 +51,7 @@ def test_a_cache_takes_its_place_from_the_mesh(on_ranks: OnRanks) -> None:
     assert on_ranks(4, body) == [(0, 1, 4), (1, 1, 4), (0, 1, 4), (1, 1, 4)]
 
 
+@pytest.mark.holds("MAP-1")
 def test_part_of_a_larger_mesh(on_ranks: OnRanks) -> None:
     """Two pipeline stages of tp 1 x cp 2: each has a cache on its own part."""
     config = msgspec.structs.replace(CONFIG, tp_size=1)

@@ -1,5 +1,7 @@
 """Who holds a page that was shared: tags of open pages, stems of full ones."""
 
+import pytest
+
 from helix_gpu.bookkeeping.sharing import OpenPages, Stem, branch, let_go
 
 
@@ -15,6 +17,7 @@ def test_a_tag_lives_as_long_as_somebody_shares() -> None:
     assert pages.join(0) == 2
 
 
+@pytest.mark.holds("PAGE-2")
 def test_the_last_writer_of_all_holders_copies_nothing() -> None:
     """Writers one after the other copy, but for the one who finds nobody else in the page."""
     pages = OpenPages()

@@ -26,6 +26,7 @@ TEXTS = [
 Fixture = Callable[..., Any]
 
 
+@pytest.mark.holds("OWN-1")
 @given(st.sampled_from(TEXTS), st.sampled_from(TEXTS), st.integers(1, 60), st.data())
 def test_every_token_moves_once(one: str, other: str, prompt_len: int, data: st.DataObject) -> None:
     """Each token goes from where the source's hands have it to where the target's have it."""
@@ -85,6 +86,7 @@ def caches(text: str) -> list[HelixCache]:
     return [HelixCache(config, rank=r, exchange=lambda x: x) for r in range(layout.cp_size)]
 
 
+@pytest.mark.holds("OWN-1")
 @pytest.mark.parametrize("source", TEXTS)
 @pytest.mark.parametrize("target", TEXTS)
 def test_caches_reshard(source: str, target: str, values: Fixture) -> None:

@@ -20,6 +20,7 @@ def keys_and_values(n: int, seed: int = 0):
     return keys, [raw(seed, token, 0, "v", 0, 4) for token in tokens]
 
 
+@pytest.mark.holds("ATT-1", "ATT-2", "ATT-3")
 @given(
     ranks=st.lists(st.integers(0, 3), min_size=1, max_size=12),
     order=st.permutations(range(4)),
@@ -39,6 +40,7 @@ def test_merge_of_any_split_is_the_whole(ranks, order, seed):
     assert merged.lse == pytest.approx(whole.lse, abs=1e-12)
 
 
+@pytest.mark.holds("ATT-3")
 def test_no_keys_is_the_identity():
     """Without keys the partial is (0, -inf); merging such partials alone gives it again."""
     assert attend([1.0] * 4, [], [], 4, 0.5) == EMPTY
@@ -47,6 +49,7 @@ def test_no_keys_is_the_identity():
     assert merge([EMPTY, one]) == one
 
 
+@pytest.mark.holds("ATT-3")
 def test_an_empty_rank_may_hold_nan():
     """What lies in the memory of a rank without keys counts for nothing (ATT-3)."""
     one = attend([1.0] * 4, *keys_and_values(3), 4, 0.5)

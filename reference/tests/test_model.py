@@ -53,6 +53,7 @@ def free(model: Model) -> list[int]:
     return [pool.free for pool in model.pools]
 
 
+@pytest.mark.holds("OWN-1", "OWN-3")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -75,6 +76,7 @@ def test_example_of_pr_9757(name, expected):
     assert model.requests[0].ranks == expected
 
 
+@pytest.mark.holds("OWN-1", "LEN-1")
 def test_short_prompt_with_a_short_last_block():
     """SPEC 11.2: prompts of 13 tokens in blocks of 2, and the lengths after 2 and 8 steps."""
     model = model_of("pr9757/1:C=4,T=2", Admit(0, 13))
@@ -89,6 +91,7 @@ def test_short_prompt_with_a_short_last_block():
         assert lengths(model) == [6, 6, 5, 4]
 
 
+@pytest.mark.holds("REF-2")
 def test_capacity_is_counted_in_global_tokens():
     """SPEC 11.4: three pages of 32 on each of four ranks hold 384 tokens, and not one more."""
     model = model_of("pr17866/1:C=4,T=32", Admit(0, 383), Decode([0], [1]), pages=[3] * 4)
@@ -97,6 +100,7 @@ def test_capacity_is_counted_in_global_tokens():
     assert len(model.requests[0].tokens) == 384
 
 
+@pytest.mark.holds("LEN-1", "BAL-3")
 def test_rotated_start_evens_the_ranks():
     """SPEC 11.5: four equal requests in a row give every rank the same total."""
     model = model_of("balanced/1:C=4,T=2", *(Admit(id, 3) for id in range(4)))
@@ -109,6 +113,7 @@ def test_rotated_start_evens_the_ranks():
     ]
 
 
+@pytest.mark.holds("OWN-1", "OWN-2", "OWN-3", "LEN-2", "LEN-3", "POS-1", "PAGE-1")
 def test_group_over_a_boundary_and_its_rewind():
     """SPEC 11.6: a group of four straddles owner and page; two kept, pages go back, ids anew."""
     model = model_of("vllm_dcp/1:C=2,T=4,I=2", Admit(7, 5), Decode([7], [4]))
@@ -126,6 +131,7 @@ def test_group_over_a_boundary_and_its_rewind():
     assert model.requests[7].tokens[7] == (3, 0)
 
 
+@pytest.mark.holds("PAGE-2", "PAGE-5", "REF-2")
 def test_copy_on_write_in_the_order_of_the_batch():
     """SPEC 11.7: of three holders the first two copy, the last writes in place."""
     forked = (Admit(0, 2), Fork(0, 1), Fork(0, 2))
@@ -140,6 +146,7 @@ def test_copy_on_write_in_the_order_of_the_batch():
     assert free(model) == [1, 2]
 
 
+@pytest.mark.holds("PAGE-2")
 def test_copy_on_write_on_every_rank_under_lockstep():
     """Under lockstep a page of the open super-block is copied on all ranks, also by idle ones."""
     model = model_of("pr17866/1:C=2,T=2", Admit(0, 1), Fork(0, 1), pages=[5, 5])
@@ -161,6 +168,7 @@ def test_identities_are_where_tokens_came_from():
     assert model.requests[6].tokens == model.requests[5].tokens
 
 
+@pytest.mark.holds("REF-2")
 def test_order_of_the_reasons():
     """SPEC 11.10: of several reasons the first of the list is given."""
     model = model_of("pr9757/1:C=1,T=2", Admit(1, 2), Admit(2, 2), Decode([1], [1]), Preempt(2))
@@ -185,6 +193,7 @@ def test_order_of_the_reasons():
         assert model.apply(event) == expected, event
 
 
+@pytest.mark.holds("REF-2")
 def test_what_no_pool_could_hold_is_refused_before_it_is_dealt():
     """A prompt, a group and a skipped group of two billion tokens cost nothing."""
     model = model_of("pr9757/1:C=2,T=2", Admit(0, 2), pages=[9, 9], max_len=2**31 - 1)
@@ -192,6 +201,7 @@ def test_what_no_pool_could_hold_is_refused_before_it_is_dealt():
         assert model.apply(event) == Reason.OUT_OF_PAGES
 
 
+@pytest.mark.holds("REF-2")
 def test_overlap_allows_one_outstanding_decode():
     """The third decode that nobody sampled is refused, and accept waits for its own sample."""
     model = model_of("pr9757/1:C=2,T=2", Admit(0, 2), Decode([0], [2]), overlap=True)
@@ -220,6 +230,7 @@ def state(model: Model) -> object:
     }  # fmt: skip
 
 
+@pytest.mark.holds("LEN-1", "PAGE-1", "PAGE-3", "PAGE-5")
 @settings(max_examples=150, deadline=None)
 @given(strategies.traces(configs=strategies.configs(cp_sizes=(1, 2, 3, 4))))
 def test_any_trace(trace):
@@ -244,6 +255,7 @@ def test_any_trace(trace):
             assert sorted([*used, *free]) == list(range(pool.size))
 
 
+@pytest.mark.holds("OWN-1", "OWN-3")
 @given(layout=strategies.layouts(), prompt_len=st.integers(1, 90), shift=st.integers(0, 3))
 def test_dealing_agrees_with_the_closed_forms(layout: Layout, prompt_len, shift):
     """Every position is dealt to the rank, and to the place there, that the closed forms name."""
@@ -275,6 +287,7 @@ def test_spec_and_reference_need_no_torch():
     assert (done.stderr, done.stdout) == ("", "1\n")
 
 
+@pytest.mark.holds("PAGE-3")
 def test_release_gives_every_page_back():
     """Forked, preempted and plain requests released in any order leave the pools full."""
     model = model_of("pr13180/1:C=3,T=2", Admit(0, 9), Fork(0, 1), Decode([1], [3]), Preempt(0))

@@ -21,15 +21,19 @@ def test_every_invariant_has_its_sentence():
 @pytest.mark.parametrize(
     ("predicate", "right", "wrong"),
     [
-        (inv.own_2, ([False, True],), [([True, True],), ([False, False],)]),
-        (inv.bal_1, (BALANCED, [4, 4, 3, 2]), [(BALANCED, [5, 4, 3, 2])]),
-        (inv.bal_1, (PR9757, [9, 4, 4, 4]), [(PR9757, [10, 4, 4, 4])]),
-        (inv.bal_2, (PR9757, [2, 2, 1, 0]), [(PR9757, [3, 0, 0, 0])]),
-        (inv.bal_2, (LAST, [0, 0, 0, 9]), [(LAST, [1, 0, 0, 9])]),
-        (inv.bal_3, ([[2, 0], [0, 2]],), [([[2, 0], [1, 1]],)]),
-        (inv.page_3, (3, {0: [1], 1: [1, 2]}, 5), [(3, {0: [1]}, 5), (4, {0: [1], 1: [2]}, 5)]),
+        pytest.param(predicate, right, wrong, marks=pytest.mark.holds(number))
+        for number, predicate, right, wrong in [
+            ("OWN-2", inv.own_2, ([False, True],), [([True, True],), ([False, False],)]),
+            ("BAL-1", inv.bal_1, (BALANCED, [4, 4, 3, 2]), [(BALANCED, [5, 4, 3, 2])]),
+            ("BAL-1", inv.bal_1, (PR9757, [9, 4, 4, 4]), [(PR9757, [10, 4, 4, 4])]),
+            ("BAL-2", inv.bal_2, (PR9757, [2, 2, 1, 0]), [(PR9757, [3, 0, 0, 0])]),
+            ("BAL-2", inv.bal_2, (LAST, [0, 0, 0, 9]), [(LAST, [1, 0, 0, 9])]),
+            ("BAL-3", inv.bal_3, ([[2, 0], [0, 2]],), [([[2, 0], [1, 1]],)]),
+            ("PAGE-3", inv.page_3, (3, {0: [1], 1: [1, 2]}, 5), [(3, {0: [1]}, 5)]),
+            ("PAGE-3", inv.page_3, (3, {0: [1], 1: [1, 2]}, 5), [(4, {0: [1], 1: [2]}, 5)]),
+        ]
     ],
-)  # fmt: skip
+)
 def test_predicate_holds_and_fails(predicate, right, wrong):
     """Each predicate accepts what is right and rejects each way of being wrong."""
     assert predicate(*right)
@@ -37,6 +41,7 @@ def test_predicate_holds_and_fails(predicate, right, wrong):
         assert not predicate(*arguments), arguments
 
 
+@pytest.mark.holds("BAL-1")
 def test_spread_bounds_are_those_of_the_text():
     """BAL-1's bounds by layout; with one rank there is no spread."""
     bounds = {"pr17866": 2, "pr13180": 4, "pr9757": 5, "balanced": 2, "before_9757": None}

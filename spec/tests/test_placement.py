@@ -47,6 +47,7 @@ def held(layout: Layout, prompt_len: int, steps: int, rank: int) -> list[int]:
 # Worked examples.
 
 
+@pytest.mark.holds("OWN-1", "OWN-3", "LEN-1")
 def test_the_example_of_pr_9757() -> None:
     """L=400, T=100, C=4: after 400 steps each rank holds its quarter of prompt and decode."""
     layout = parse_layout("pr9757/1:C=4,T=100")
@@ -57,6 +58,7 @@ def test_the_example_of_pr_9757() -> None:
         assert held(layout, 400, 400, rank) == prompt + decoded
 
 
+@pytest.mark.holds("OWN-1", "OWN-3", "LEN-1")
 def test_the_baseline_before_pr_9757() -> None:
     """Under before_9757 rank 3 holds all of [300, 800)."""
     layout = parse_layout("before_9757/1:C=4,T=100")
@@ -64,6 +66,7 @@ def test_the_baseline_before_pr_9757() -> None:
     assert [local_len(layout, 400, 400, rank) for rank in range(3)] == [100, 100, 100]
 
 
+@pytest.mark.holds("OWN-1", "OWN-3", "LEN-1", "LEN-3", "PAGE-1")
 @pytest.mark.parametrize(
     ("name", "prompt", "owners", "after_2", "after_8"),
     [
@@ -108,6 +111,7 @@ def test_the_example_of_a_short_last_block(
         assert pages == [(length + 1) // 2 for length in after_2]
 
 
+@pytest.mark.holds("PAGE-1", "REF-2")
 def test_the_example_of_capacity() -> None:
     """T=32, C=4: 3 pages a rank hold 384 global tokens, not 400; 401 tokens need 4 pages."""
     layout = parse_layout("pr17866/1:C=4,T=32")
@@ -118,6 +122,7 @@ def test_the_example_of_capacity() -> None:
         assert pages_needed(layout, 1, 400, rank) == 4
 
 
+@pytest.mark.holds("OWN-1", "LEN-3")
 def test_the_example_of_slots() -> None:
     """Example 11.3 of SPEC.md: local indices, slots and visible keys on two ranks."""
     layout = parse_layout("pr17866/1:C=4,T=2")
@@ -126,6 +131,7 @@ def test_the_example_of_slots() -> None:
     assert [visible_len(layout, 13, 14, rank) for rank in (0, 3)] == [4, 3]
 
 
+@pytest.mark.holds("OWN-3", "LEN-1", "BAL-3")
 def test_the_example_of_a_rotated_start() -> None:
     """Example 11.5 of SPEC.md: four requests in a row give every rank the same total."""
     layout = parse_layout("balanced/1:C=4,T=2")
@@ -134,6 +140,7 @@ def test_the_example_of_a_rotated_start() -> None:
     assert [decode_owner(layout, 3, 0, shift) for shift in range(4)] == [1, 2, 3, 0]
 
 
+@pytest.mark.holds("OWN-1", "LEN-3", "PAGE-1")
 def test_the_example_of_a_speculative_group() -> None:
     """Example 11.6 of SPEC.md: a group of four over a boundary, seen from both ranks."""
     layout = parse_layout("vllm_dcp/1:C=2,T=4,I=2")
@@ -203,6 +210,7 @@ def naive_owners(layout: Layout, prompt_len: int, steps: int) -> list[int]:
     return list(islice(round_robin(c, chunk), prompt_len, prompt_len + steps))
 
 
+@pytest.mark.holds("OWN-1", "OWN-3", "LEN-1", "LEN-3")
 @pytest.mark.parametrize(("c", "t"), SMALL_SIZES)
 def test_the_closed_forms_agree_with_naive_dealing(c: int, t: int) -> None:
     """Lengths, owners, local indices and positions are those of lists dealt token by token."""
@@ -230,6 +238,7 @@ def test_the_closed_forms_agree_with_naive_dealing(c: int, t: int) -> None:
                     assert local_index(layout, prompt_len, p, shift) == index
 
 
+@pytest.mark.holds("PAGE-1")
 @pytest.mark.parametrize(("c", "t"), SMALL_SIZES)
 def test_pages_are_counted_by_opening_them(c: int, t: int) -> None:
     """Lazy pages are those with a token; lockstep pages are open super-blocks, and suffice."""
@@ -250,6 +259,7 @@ def test_pages_are_counted_by_opening_them(c: int, t: int) -> None:
                     assert all(need <= have for need, have in zip(touched, found, strict=True))
 
 
+@pytest.mark.holds("PAGE-1")
 def test_lockstep_would_fail_for_round_robin_with_step() -> None:
     """C=2, T=1, L=1, one step: rank 0 holds two tokens and would have one page."""
     lazy = Layout("round_robin", "step", "lazy", "rank_zero", 2, 1)
@@ -258,6 +268,7 @@ def test_lockstep_would_fail_for_round_robin_with_step() -> None:
     assert layout_problem(lazy.replace(pages="lockstep")) is not None
 
 
+@pytest.mark.holds("PAGE-1", "REF-2")
 @pytest.mark.parametrize(("c", "t"), [(1, 2), (2, 1), (2, 3), (3, 2), (4, 2)])
 def test_capacity_is_where_a_pool_first_runs_out(c: int, t: int) -> None:
     """A request grown token by token in unequal pools stops at its capacity."""
@@ -292,6 +303,7 @@ def legal_layouts(draw: st.DrawFn) -> Layout:
 TOKENS = st.integers(0, 2**31 - 1)
 
 
+@pytest.mark.holds("OWN-1")
 @given(legal_layouts(), TOKENS, TOKENS, st.integers(0, 63))
 def test_owner_and_local_index_are_the_inverse_of_position(
     layout: Layout, prompt_len: int, p: int, shift: int
@@ -302,6 +314,7 @@ def test_owner_and_local_index_are_the_inverse_of_position(
     assert position(layout, prompt_len, rank, index, shift) == p
 
 
+@pytest.mark.holds("OWN-1")
 @given(legal_layouts(), st.integers(0, 4000), st.integers(0, 63), st.integers(0, 4000))
 def test_position_is_the_inverse_of_owner_and_local_index(
     layout: Layout, prompt_len: int, rank: int, index: int
@@ -316,6 +329,7 @@ def test_position_is_the_inverse_of_owner_and_local_index(
         assert (owner(layout, prompt_len, p), local_index(layout, prompt_len, p)) == (rank, index)
 
 
+@pytest.mark.holds("OWN-1")
 @given(st.permutations(range(12)), st.integers(1, 64), st.data())
 def test_slots_of_a_block_table_are_distinct_and_invertible(
     table: list[int], t: int, data: st.DataObject
@@ -334,6 +348,7 @@ def test_a_slot_beyond_the_block_table_is_an_error() -> None:
         slot([0, 1], 4, 2)
 
 
+@pytest.mark.holds("LEN-1")
 @given(legal_layouts(), TOKENS, TOKENS)
 def test_lengths_sum_to_the_total(layout: Layout, prompt_len: int, steps: int) -> None:
     """LEN-1: over the ranks local_len sums to the request's tokens, at every size."""
@@ -341,6 +356,7 @@ def test_lengths_sum_to_the_total(layout: Layout, prompt_len: int, steps: int) -
     assert sum(local_len(layout, prompt_len, steps, r) for r in ranks) == prompt_len + steps
 
 
+@pytest.mark.holds("OWN-1", "LEN-1")
 @given(legal_layouts(), TOKENS, TOKENS, st.integers(0, 63), st.integers(0, 63))
 def test_a_shift_only_turns_the_ranks(
     layout: Layout, prompt_len: int, steps: int, rank: int, shift: int
@@ -367,6 +383,7 @@ def lengths(layout: Layout) -> list[tuple[int, ...]]:
     ]
 
 
+@pytest.mark.holds("BAL-1")
 @pytest.mark.parametrize(("c", "t"), list(product((2, 3, 4), (1, 2, 3))))
 def test_the_spread_reaches_its_bound_and_never_passes_it(c: int, t: int) -> None:
     """BAL-1: the worst spread over all prompt and decoded lengths is the bound itself."""
@@ -385,6 +402,7 @@ def test_the_spread_reaches_its_bound_and_never_passes_it(c: int, t: int) -> Non
         assert max(max(held) - min(held) for held in lengths(layout)) == bound
 
 
+@pytest.mark.holds("BAL-2")
 @pytest.mark.parametrize(("c", "t"), [(2, 1), (2, 3), (3, 2), (4, 2)])
 def test_decoded_tokens_alone_spread_by_at_most_a_chunk(c: int, t: int) -> None:
     """BAL-2: at most T (I under interleave); under last_rank their number."""
@@ -398,6 +416,7 @@ def test_decoded_tokens_alone_spread_by_at_most_a_chunk(c: int, t: int) -> None:
                 assert spread <= (layout.owner_interleave or t)
 
 
+@pytest.mark.holds("BAL-3")
 @given(legal_layouts(), TOKENS, TOKENS, st.integers(1, 3))
 def test_a_round_of_rotated_requests_is_level(
     layout: Layout, prompt_len: int, steps: int, rounds: int
@@ -411,6 +430,7 @@ def test_a_round_of_rotated_requests_is_level(
     assert totals == {rounds * (prompt_len + steps)}
 
 
+@pytest.mark.holds("EQ-1")
 @pytest.mark.parametrize(("c", "t"), list(product((2, 3, 4), (1, 2, 3))))
 def test_step_and_position_rules_agree_only_after_full_super_blocks(c: int, t: int) -> None:
     """EQ-1: they own every step alike exactly when L mod (T*C) = 0."""

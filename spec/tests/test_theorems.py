@@ -73,7 +73,13 @@ def test_every_theorem_has_a_statement_and_something_to_refute() -> None:
 # The claims are true where they can be tried out, which needs no prover.
 
 
-@pytest.mark.parametrize("one", list(THEOREMS.values()), ids=list(THEOREMS))
+@pytest.mark.parametrize(
+    "one",
+    [
+        pytest.param(one, id=id, marks=pytest.mark.holds(*one.proves))
+        for id, one in THEOREMS.items()
+    ],
+)
 def test_every_claim_holds_on_small_numbers(one: Theorem) -> None:
     """The same text as in the proof, on plain numbers."""
     tried = 0
@@ -278,6 +284,7 @@ def test_a_function_without_contract_is_reported() -> None:
 # What the text says in numbers.
 
 
+@pytest.mark.holds("PAGE-1")
 def test_capacity_of_100_slots() -> None:
     """100 slots a rank at T=32, C=4 are 3 pages: 384 tokens; 401 need 4 pages, 128 slots."""
     layout = named_layout("pr17866", cp_size=4, tokens_per_block=32)

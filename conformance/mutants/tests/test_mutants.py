@@ -22,6 +22,7 @@ def seen() -> MutationRun:
     return mutation_run("one-process", SEED)
 
 
+@pytest.mark.holds(*{number: None for mutant in MUTANTS for number in mutant.expected})
 def test_every_mutant_is_killed_by_name(seen: MutationRun) -> None:
     """The run fails and names an invariant that is expected of the mutant."""
     assert [] == [(kill.name, kill.by) for kill in seen.mutants if not kill.killed]
