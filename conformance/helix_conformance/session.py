@@ -483,6 +483,7 @@ class Session:
                 gc.freeze()  # what was imported stays: no collection need look through it again
                 yield engine, driver
             finally:
+                gc.unfreeze()  # at exit, nothing that is left frozen is released
                 driver.close()
 
     def _open(self, engine: str, name: str) -> Driver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def test_a_command_is_an_engine():
     assert check(serve, **SMALL).verdict == "pass"
 
 
+@pytest.mark.holds("LEN-2")
 def test_a_wrong_engine_fails_with_its_smallest_trace():
     """A failure holds the trace that was drawn, what is left of it, and what is wrong there."""
     report = check(Liar, layouts=["pr9757"], cp=[2], examples=20)
@@ -42,6 +44,12 @@ def test_a_wrong_engine_fails_with_its_smallest_trace():
     assert len(failure.minimal.events) <= len(failure.trace.events)
     assert {violation.invariant for violation in failure.violations} <= set(NUMBERS)
     assert "LEN-2 violated at event 1" in failure.text
+
+
+def test_nothing_stays_frozen():
+    """What is frozen at exit is never released, and native libraries then report leaks."""
+    check(ReferenceEngine, **SMALL)
+    assert gc.get_freeze_count() == 0
 
 
 def test_the_report_is_the_stream_of_a_run():
