@@ -52,9 +52,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.told = list[Event]()
         self.waiting = deque[Event]()
         events: Iterator[Event] = iter(self.waiting.popleft, None)
-        self.play: Iterator[Played] = LocalDriver(self.engine).play(
-            config, self.profiles, events, Watch()
-        )
+        play = LocalDriver(self.engine).play(config, self.profiles, events, Watch())
+        self.play: Iterator[Played] = iter(play)
         self._demand(None, self.judge.started(next(self.play)[1]))
 
     def act(self, action: Action) -> None:

@@ -8,7 +8,7 @@ returns the events that an action means in the state of a recorder, none where i
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice, permutations
@@ -432,16 +432,12 @@ class Wrong(Action, frozen=True):
                 return [ev.Accept(first, self.number)]
             case "fork":
                 return [ev.Fork(first, last)]
-            case "preempt":
-                return [ev.Preempt(first)]
-            case "resume":
-                return [ev.Resume(first)]
             case "sampled":
                 return [ev.Sampled(ids)]
             case "merge":
                 return [ev.Merge([[0]] * c, list(range(c)))]
-            case _:
-                return [ev.Release(first)]
+            case kind:
+                return [_OF_ONE[kind](first)]
 
 
 ACTIONS: Final[tuple[type[Action], ...]] = (
@@ -454,6 +450,13 @@ EVENTS: Final[dict[str, str | None]] = {
     MERGE: MERGE,
 }
 """Kinds of events, with the feature that each needs."""
+
+
+_OF_ONE: Final[dict[str, Callable[[int], Event]]] = {
+    "release": ev.Release,
+    "preempt": ev.Preempt,
+    "resume": ev.Resume,
+}
 
 
 def draw_action(choices: Choices, scope: Scope) -> Action:
