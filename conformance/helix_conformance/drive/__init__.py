@@ -1,4 +1,4 @@
-"""Where the ranks of an engine live.
+"""Drivers: how the ranks of an engine are started, asked and ended.
 
 - `driver`: what a driver does, and how an engine's failure is reported;
 - `blame`: which rank is named when several fail or are silent;

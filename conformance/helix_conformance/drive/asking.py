@@ -1,6 +1,6 @@
 """One rank's engine asked in this process, and what counts as an answer.
 
-What an engine does instead of answering is put in `words` for people; nothing ever looks at them.
+`words` describes for people what an engine does instead of answering; no code looks at the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from helix_spec.events import Event, ids_of
 
 
 class MalformedAnswer(Exception):
-    """An answer that cannot be read as one, or answers something else than was asked."""
+    """An answer that cannot be read as one, or that answers something else than was asked."""
 
 
 class ReportedError(Exception):
@@ -26,6 +26,20 @@ class ReportedError(Exception):
 
 def start(engine: Engine, config: Config, profiles: frozenset[str]) -> Answer:
     """Return the answer to the start.
+
+    Parameters
+    ----------
+    engine : Engine
+        One rank of the engine.
+    config : Config
+        What the rank is started with.
+    profiles : frozenset of str
+        The profiles that are checked.
+
+    Returns
+    -------
+    Answer
+        The outcome, without a view.
 
     Raises
     ------
@@ -37,6 +51,22 @@ def start(engine: Engine, config: Config, profiles: frozenset[str]) -> Answer:
 
 def apply(engine: Engine, index: int, event: Event, watch: Watch) -> Answer:
     """Return the answer to an event, with the state that `watch` looks at after it.
+
+    Parameters
+    ----------
+    engine : Engine
+        One rank of the engine, started.
+    index : int
+        Index of the event in the trace, from 0.
+    event : Event
+        The event.
+    watch : Watch
+        How often the state is looked at, and how much of it.
+
+    Returns
+    -------
+    Answer
+        The outcome; its view is None where `watch` does not look.
 
     Raises
     ------
@@ -53,6 +83,16 @@ def apply(engine: Engine, index: int, event: Event, watch: Watch) -> Answer:
 def finish(engine: Engine) -> Answer:
     """Return the whole state, at the end.
 
+    Parameters
+    ----------
+    engine : Engine
+        One rank of the engine, started.
+
+    Returns
+    -------
+    Answer
+        An empty outcome, and the view of all live requests.
+
     Raises
     ------
     MalformedAnswer
@@ -62,7 +102,25 @@ def finish(engine: Engine) -> Answer:
 
 
 def words(error: BaseException) -> str:
-    """Return what an engine did, for a sentence that begins with its rank."""
+    """Return what an engine did, for a sentence that begins with its rank.
+
+    Parameters
+    ----------
+    error : BaseException
+        What the call of the engine raised, or what `asking` says of its answer.
+
+    Returns
+    -------
+    str
+        Verb and object, without a full stop.
+
+    Examples
+    --------
+    >>> words(ValueError("no GPU"))
+    'raised ValueError: no GPU'
+    >>> words(SystemExit(3))
+    'exited with status 3'
+    """
     if isinstance(error, MalformedAnswer):
         return f"gave a malformed answer: {error}"
     if isinstance(error, ReportedError):
@@ -79,7 +137,22 @@ def words(error: BaseException) -> str:
 def ill_typed(answers: Sequence[Answer]) -> tuple[int, str] | None:
     """Return the first rank whose answer holds values of wrong types, and which; None if none.
 
-    Looked at only when something is wrong: values that compare equal are as good as right.
+    It is called only when something is wrong: values that compare equal are as good as right.
+
+    Parameters
+    ----------
+    answers : sequence of Answer
+        The answers of all ranks, by rank.
+
+    Returns
+    -------
+    tuple of int and str, or None
+        The rank, and what msgspec says of the value. Arrays are not looked at.
+
+    Examples
+    --------
+    >>> ill_typed([Answer(Outcome()), Answer(Outcome(past_len=[1.5]))])
+    (1, 'Expected `int`, got `float` - at `$.past_len[0]`')
     """
     for rank, answer in enumerate(answers):
         try:
@@ -99,6 +172,16 @@ def _check(answer: Outcome | RankView, kind: type[Any]) -> None:
 def checked_outcome(answer: Any) -> Outcome:
     """Return an engine's answer to `start` or `apply`.
 
+    Parameters
+    ----------
+    answer : any object
+        What the engine returned.
+
+    Returns
+    -------
+    Outcome
+        The same object.
+
     Raises
     ------
     MalformedAnswer
@@ -114,15 +197,20 @@ def checked_view(answer: Any, asked: Sequence[int] | None) -> RankView:
 
     Parameters
     ----------
-    answer
+    answer : any object
         What the engine returned.
-    asked
+    asked : sequence of int, or None
         Ids of the requests that were asked for; None for all live ones.
+
+    Returns
+    -------
+    RankView
+        The same object.
 
     Raises
     ------
     MalformedAnswer
-        When it is no RankView, or tells of requests that were not asked for.
+        When it is no RankView, or holds requests that were not asked for (SPEC.md, 10.2).
     """
     if not isinstance(answer, RankView):
         raise MalformedAnswer(f"its state is of type {type(answer).__name__}, not a RankView")
@@ -134,12 +222,19 @@ def checked_view(answer: Any, asked: Sequence[int] | None) -> RankView:
 
 
 def check_requests(told: dict[int, int], asked: Sequence[int] | None) -> None:
-    """Check that a view tells of no request that it was not asked for.
+    """Check that a view holds no request that was not asked for (SPEC.md, 10.2).
+
+    Parameters
+    ----------
+    told : dict of int to int
+        `local_len` of the view: tokens on the rank, by request.
+    asked : sequence of int, or None
+        Ids of the requests that were asked for; None for all live ones.
 
     Raises
     ------
     MalformedAnswer
-        When it does.
+        When it holds one.
     """
     if asked is not None and list(told) != asked and not told.keys() <= set(asked):
         strangers = [id for id in told if id not in asked]

@@ -20,25 +20,60 @@ class Suspect(Protocol):
 
     @property
     def progress(self) -> float:
-        """A number that rises with each answer; infinite when none is due."""
+        """Number of the request that the rank is at; infinite when no answer is due."""
 
     def look(self) -> None:
         """Begin to find out where the rank is."""
 
     def waits_for_peers(self) -> bool:
-        """After `look`: whether the rank is blocked in a collective. Raises EngineFailure."""
+        """Return, after `look`, whether the rank is blocked in a collective.
+
+        Raises
+        ------
+        EngineFailure
+            When it cannot be found out, since its supervisor has failed.
+        """
 
     def failure(self, what: str, how: Kind = "raised") -> EngineFailure:
-        """Return what went wrong with this rank, at the event that it is at."""
+        """Return what went wrong with this rank, at the event that it is at.
+
+        Parameters
+        ----------
+        what : str
+            Verb and object, for a sentence that begins with the rank.
+        how : Kind
+            How it failed, one of `KINDS`.
+
+        Returns
+        -------
+        EngineFailure
+            The failure, to be raised or kept.
+        """
 
 
 def timed_out(limit_s: float) -> str:
-    """Return what to say of a rank that has not answered within `limit_s` seconds."""
+    """Return what to say of a rank that has not answered within `limit_s` seconds.
+
+    Examples
+    --------
+    >>> timed_out(30.0)
+    'timed out: no answer within 30 s'
+    """
     return f"timed out: no answer within {limit_s:g} s"
 
 
 def skipped(blocked: Sequence[int]) -> str:
     """Return what to say of a rank for which these ranks wait in a collective.
+
+    Parameters
+    ----------
+    blocked : sequence of int
+        The ranks that wait, at least one.
+
+    Returns
+    -------
+    str
+        Verb and object, for a sentence that begins with the rank that is missing.
 
     Examples
     --------
@@ -57,7 +92,24 @@ def _named(ranks: Sequence[int]) -> str:
 
 
 def first_cause(failures: Sequence[EngineFailure]) -> EngineFailure:
-    """Return, of several failures, the one that brought about the others."""
+    """Return, of several failures, the one that brought about the others.
+
+    Parameters
+    ----------
+    failures : sequence of EngineFailure
+        At least one.
+
+    Returns
+    -------
+    EngineFailure
+        The one whose kind stands first in `KINDS`; of several, the first given.
+
+    Examples
+    --------
+    >>> died = EngineFailure(2, 5, "died with signal SIGSEGV", "died")
+    >>> first_cause([EngineFailure(0, 5, "raised RuntimeError: peer is gone"), died]) is died
+    True
+    """
     return min(failures, key=lambda failure: KINDS.index(failure.how))
 
 
@@ -66,14 +118,22 @@ def blame_silent(
 ) -> EngineFailure:
     """Return whom to name when ranks stay silent: one that does not wait for its peers.
 
+    When all of them are blocked in a collective, it is a rank that is further on than the slowest,
+    and so has skipped the collective; when there is none either, it is the slowest.
+
     Parameters
     ----------
-    silent
+    silent : sequence of Suspect
         The ranks whose answers are missing, at least one.
-    ranks
+    ranks : sequence of Suspect
         All ranks of the trace.
-    limit_s
+    limit_s : float
         Seconds that they have been silent for.
+
+    Returns
+    -------
+    EngineFailure
+        The failure of the rank to blame, to be raised.
     """
     for rank in silent:
         rank.look()

@@ -21,7 +21,21 @@ malformed answer, it was told to stop. What comes first is to blame for what com
 class EngineFailure(Exception):
     """An engine died, timed out or gave a malformed answer (LIVE-1).
 
-    `event` is the index of the event in the trace, None at start or at the end.
+    Parameters
+    ----------
+    rank : int
+        The global rank to blame.
+    event : int or None
+        Index of the event in the trace; None at the start or at the end.
+    what : str
+        Verb and object, for a sentence that begins with the rank.
+    how : Kind
+        How it failed, one of `KINDS`.
+
+    Examples
+    --------
+    >>> print(EngineFailure(1, 4, "raised ValueError: no GPU"))
+    Rank 1 raised ValueError: no GPU (at event 4).
     """
 
     def __init__(self, rank: int, event: int | None, what: str, how: Kind = "raised") -> None:
@@ -37,7 +51,13 @@ class EngineFailure(Exception):
 
 
 def signal_name(number: int) -> str:
-    """Return the name of a signal, as in `SIGSEGV`; its number when it has no name."""
+    """Return the name of a signal, as in `SIGSEGV`; its number when it has no name.
+
+    Examples
+    --------
+    >>> signal_name(9), signal_name(1000)
+    ('SIGKILL', '1000')
+    """
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -45,7 +65,15 @@ def signal_name(number: int) -> str:
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """One rank's answer to one event, and its state afterwards when it was looked at."""
+    """One rank's answer to one event, and its state afterwards when it was looked at.
+
+    Parameters
+    ----------
+    outcome : Outcome
+        What `start` or `apply` returned; empty at the end of a trace.
+    view : RankView or None
+        What `observe` returned; None when it was not called.
+    """
 
     outcome: Outcome
     view: RankView | None = None
@@ -54,18 +82,28 @@ class Answer(msgspec.Struct, frozen=True):
 class Watch(msgspec.Struct, frozen=True):
     """How often state is looked at: everything every `every` events and at the end.
 
-    In between, with `touched`, the requests that the event names.
+    Parameters
+    ----------
+    every : int
+        Events from one look at everything to the next, at least 1.
+    touched : bool
+        Whether, in between, the requests are looked at that an event names.
+
+    Examples
+    --------
+    >>> [Watch(3).whole(index) for index in range(6)]
+    [False, False, True, False, False, True]
     """
 
     every: Annotated[int, msgspec.Meta(ge=1)] = 1
     touched: bool = True
 
     def whole(self, index: int) -> bool:
-        """Whether everything is looked at after the event with this index."""
+        """Return whether everything is looked at after the event with this index."""
         return (index + 1) % self.every == 0
 
     def looks(self, index: int) -> bool:
-        """Whether anything is looked at after the event with this index."""
+        """Return whether anything is looked at after the event with this index."""
         return self.touched or self.whole(index)
 
 
@@ -109,21 +147,21 @@ class Driver(Protocol):
 
         Parameters
         ----------
-        config
+        config : Config
             What the ranks are started with.
-        profiles
+        profiles : frozenset of str
             The profiles that are checked; fields of others may be left out of answers.
-        events
+        events : iterable of Event
             The events, in order. A driver that `streams` draws each after it has yielded the
             answers to the one before; others draw some ahead.
-        watch
+        watch : Watch
             How often the state is looked at.
 
         Yields
         ------
         event, answers
-            The answers of all ranks to the start (event None), to each event, and at last their
-            whole state (event None). After a refused start nothing follows.
+            The answers of all ranks, by rank: to the start (event None), to each event, and at last
+            their whole state (event None). After a refused start a driver may yield nothing more.
 
         Raises
         ------

@@ -1,7 +1,7 @@
 """All ranks in this process: for engines whose ranks need none of their own.
 
-An engine that raises, exits or hangs in Python is named, and the run goes on or ends in order. One
-that crashes the process takes the run with it: `stdio` and `pool` hold any engine at arm's length.
+An engine that raises, exits or blocks in Python is named, and the run goes on or ends in order. One
+that crashes the process takes the run with it: `stdio` and `pool` keep any engine apart from it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,30 @@ Told = TypeVar("Told")
 class LocalDriver:
     """Plays each event on one rank after the other.
 
-    `deadline_s` is how long one call may take; without it there is no limit.
+    Parameters
+    ----------
+    engine : type of Engine
+        The class of the ranks; each trace makes an object for each rank.
+    deadline_s : float or None
+        Seconds that one call may take; None for no limit. It holds in the main thread alone, and
+        where nobody else uses the alarm of this process.
+
+    Examples
+    --------
+    >>> from helix_conformance.engines import load_engine
+    >>> from helix_spec.events import Admit, Decode
+    >>> from helix_spec.layouts import named_layout
+    >>> layout = named_layout("pr9757", cp_size=2, tokens_per_block=4)
+    >>> config = Config(layout=layout, pages=[8, 8], max_len=24)
+    >>> driver = LocalDriver(load_engine("reference"))
+    >>> events = [Admit(1, prompt_len=5), Decode([1], query_lens=[1])]
+    >>> for event, answers in driver.play(config, driver.profiles, events, Watch()):
+    ...     lengths = [answer.view.local_len for answer in answers if answer.view]
+    ...     print(type(event).__name__, lengths)
+    NoneType []
+    Admit [{1: 4}, {1: 1}]
+    Decode [{1: 5}, {1: 1}]
+    NoneType [{1: 5}, {1: 1}]
     """
 
     name = "local"
@@ -63,7 +86,7 @@ class LocalDriver:
             yield None, self._each(ranks, None, finish)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is nothing to end."""
 
     def _each(
         self, ranks: Sequence[Asked], index: int | None, ask: Callable[[Asked], Told]

@@ -3,7 +3,7 @@
 A supervisor holds only its line to rank 0 and runs the engine in a child. That of rank 0 holds the
 traces and the judge as well, and alone decides who has been silent for too long; the others relay
 the lines of PROTOCOL.md. Whichever process ends, the others learn of it at once: what rank 0 knows
-by then is written, and nobody is left behind.
+by then is written, and no process is left behind.
 """
 
 from __future__ import annotations
@@ -60,7 +60,15 @@ BAD_INPUT: Final = 2
 
 
 class Meeting(msgspec.Struct, frozen=True):
-    """What rank 0 tells all supervisors at the beginning: where the lines and the group meet."""
+    """What rank 0 sends all supervisors at the beginning: where the lines and the group meet.
+
+    Parameters
+    ----------
+    address : Address
+        Where rank 0 waits for a line from each supervisor.
+    host, port : str, int
+        Where the store of the engines' process group listens; empty and 0 when they need none.
+    """
 
     address: Address
     host: str = ""
@@ -71,22 +79,44 @@ class Meeting(msgspec.Struct, frozen=True):
 
 
 class Torchrun:
-    """Processes that torchrun launches, whose own key-value store they meet at."""
+    """Processes that torchrun launches, whose own key-value store they meet at.
+
+    What it reads is in the environment that torchrun gives each process.
+    """
 
     def is_here(self) -> bool:
-        """Whether it has launched this process."""
+        """Return whether it has launched this process."""
         return "TORCHELASTIC_RUN_ID" in os.environ
 
     def rank(self) -> int:
-        """The global rank of this process."""
+        """Return the global rank of this process."""
         return int(os.environ["RANK"])
 
     def world(self) -> int:
-        """Number of the processes."""
+        """Return the number of the processes."""
         return int(os.environ["WORLD_SIZE"])
 
     def command(self, ranks: int) -> tuple[list[str], dict[str, str]]:
-        """Return the command that starts so many Python processes here, and its environment."""
+        """Return the command that starts so many Python processes here, and its environment.
+
+        Parameters
+        ----------
+        ranks : int
+            Number of the processes.
+
+        Returns
+        -------
+        words : list of str
+            The command; what Python is to run follows it.
+        more : dict of str to str
+            Variables that the command needs in its environment.
+
+        Examples
+        --------
+        >>> words, more = Torchrun().command(4)
+        >>> words[-2:], more
+        (['--standalone', '--nproc-per-node=4'], {})
+        """
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*words, f"--nproc-per-node={ranks}"], {}
 
@@ -95,23 +125,47 @@ class Torchrun:
         return os.environ["MASTER_ADDR"]
 
     def store(self, host: str) -> tuple[str, int]:
-        """Return where rank 0 has a store for the engines' group: torchrun's own."""
+        """Return where rank 0 has a store for the engines' group: torchrun's own.
+
+        Parameters
+        ----------
+        host : str
+            What `host` returns.
+
+        Returns
+        -------
+        host : str
+            Name or address of the machine.
+        port : int
+            Its TCP port.
+        """
         return host, int(os.environ["MASTER_PORT"])
 
     def tell(self, meeting: Meeting) -> None:
-        """Tell all other ranks, as rank 0."""
+        """Send the meeting to all other ranks, as rank 0."""
         self._control().set("meeting", msgspec.json.encode(meeting).decode())
 
     def hear(self) -> Meeting:
-        """Return what rank 0 tells."""
+        """Return the meeting that rank 0 sends; it waits for it."""
         return msgspec.json.decode(self._control().get("meeting"), type=Meeting)
 
     def lines(self, descriptor: int, peer: int) -> Lines:
-        """Return the lines to and from a peer."""
+        """Return the lines to and from a peer.
+
+        Parameters
+        ----------
+        descriptor : int
+            File descriptor of the TCP connection to it.
+        peer : int
+            Its rank.
+        """
         return Lines(descriptor, os.dup(descriptor))
 
     def leave_at_once(self, status: int) -> None:
-        """Let this process end with a peer missing: nothing waits for peers."""
+        """Let this process end, with exit status `status`, while a peer is missing.
+
+        Nothing waits for peers here.
+        """
 
     def _control(self) -> Any:
         return joined_store(*self.store(self.host()), "helix-control")
@@ -145,7 +199,13 @@ class Mpi:
         return int(_world().size)
 
     def command(self, ranks: int) -> tuple[list[str], dict[str, str]]:
-        """See `Torchrun.command`. Raises EngineSpecError without an mpiexec or mpi4py."""
+        """See `Torchrun.command`.
+
+        Raises
+        ------
+        EngineSpecError
+            When there is no mpiexec or no mpi4py.
+        """
         if find_spec("mpi4py") is None:
             raise EngineSpecError("There is no mpi4py; install helix-conformance[mpi].")
         beside = str(Path(sys.executable).parent)
@@ -211,7 +271,15 @@ _MEETING: Final = 1024
 
 
 class MpiLines(Lines):
-    """Lines that travel over MPI; on the connection travels a byte for each message."""
+    """Lines that travel over MPI; on the connection travels a byte for each message.
+
+    Parameters
+    ----------
+    descriptor : int
+        File descriptor of the TCP connection to the peer.
+    peer : int
+        Its rank.
+    """
 
     TAG: Final = 7
     LIMIT_S: Final = 60.0
@@ -284,7 +352,17 @@ _LAUNCHERS: Final[dict[str, Launcher]] = {"torchrun": Torchrun(), "mpi": Mpi()}
 
 
 class Remote(Rank):
-    """A rank behind a supervisor, as rank 0 sees it."""
+    """A rank behind a supervisor, as rank 0 sees it.
+
+    Parameters
+    ----------
+    rank : int
+        The global rank.
+    lines : Lines
+        Lines to and from its supervisor.
+    loop : Loop
+        The loop that all ranks share.
+    """
 
     stuck: messages.Stuck | None = None
     """The latest answer to `where`."""
@@ -304,7 +382,7 @@ class Remote(Rank):
 
     @property
     def lost(self) -> bool:
-        """Whether the supervisor is gone, or will soon be."""
+        """Whether the supervisor is gone, or soon will be."""
         return self.failed is not None and self.failed.how in ("gone", "stopped")
 
     def ended(self) -> EngineFailure:
@@ -317,7 +395,13 @@ class Remote(Rank):
         self.lines.put(messages.line_of(messages.Where(self.asked)))
 
     def waits_for_peers(self) -> bool:
-        """See `Rank.waits_for_peers`. Raises EngineFailure when the supervisor is silent too."""
+        """See `Rank.waits_for_peers`.
+
+        Raises
+        ------
+        EngineFailure
+            When the supervisor is silent too, for `ASK_LIMIT_S` seconds.
+        """
         until = time.monotonic() + ASK_LIMIT_S
         while self.stuck is None:
             if self.failed is None and time.monotonic() > until:
@@ -333,7 +417,24 @@ class Remote(Rank):
 
 
 class LaunchedDriver(ProcessDriver):
-    """Rank 0: supervises its own engine, and hears of the others by their supervisors."""
+    """Rank 0: supervises its own engine, and reaches the others through their supervisors.
+
+    Parameters
+    ----------
+    engine : str
+        Name of a Python engine, as `load_engine` takes it.
+    name : str
+        One of `LAUNCHED`.
+    backend : str
+        Of the engines' process group: `gloo` or `nccl`.
+    deadline_s : float
+        Seconds that the ranks may be silent for.
+
+    Raises
+    ------
+    EngineFailure
+        When a supervisor does not come, or an engine does not start.
+    """
 
     def __init__(self, engine: str, name: str, *, backend: str, deadline_s: float) -> None:
         super().__init__(engine, deadline_s)
@@ -409,9 +510,21 @@ def _group(
 
 
 class Supervised(Child):
-    """A supervisor's engine: relays lines between rank 0 and it, until rank 0 says stop or is gone.
+    """A supervisor's engine: relays lines between rank 0 and it, until rank 0 stops it or is gone.
 
-    `up` are the lines to and from rank 0.
+    Parameters
+    ----------
+    rank : int
+        The global rank.
+    command : sequence of str
+        The command that serves the engine.
+    up : Lines
+        Lines to and from rank 0.
+
+    Raises
+    ------
+    EngineFailure
+        When the command cannot be started.
     """
 
     def __init__(self, rank: int, command: Sequence[str], up: Lines) -> None:
@@ -427,7 +540,7 @@ class Supervised(Child):
         self.up.put(line + b"\n")
 
     def listen_up(self) -> bool:
-        """Take what rank 0 says now; whether there may be more."""
+        """Take what rank 0 has sent; return whether there may be more."""
         try:
             for line in self.up.read():
                 control = messages.control_of(line)
@@ -446,7 +559,7 @@ class Supervised(Child):
         return not self.over
 
     def run(self) -> messages.Stop | None:
-        """Relay; return what rank 0 said last, None when it is gone."""
+        """Relay until the run is over; return rank 0's `Stop`, None when rank 0 is gone."""
         signal.signal(signal.SIGTERM, _told_to_stop)
         reported = False
         try:
@@ -497,21 +610,23 @@ def take_part(engine: str, driver: str, *, ranks: int, backend: str, deadline_s:
 
     Parameters
     ----------
-    engine
-        Name of a Python engine.
-    driver
+    engine : str
+        Name of a Python engine, as `load_engine` takes it.
+    driver : str
         One of `LAUNCHED`.
-    ranks
+    ranks : int
         How many processes to launch, where that is to be done.
-    backend
+    backend : str
         Of the engines' process group: `gloo` or `nccl`.
-    deadline_s
+    deadline_s : float
         Seconds that the ranks may be silent for.
 
     Raises
     ------
     EngineSpecError
         When the engine cannot be run so; in every process alike.
+    SystemExit
+        In every process but rank 0 of those that were launched.
     """
     if engine.startswith(COMMAND):
         raise EngineSpecError(f"{engine!r} is a command; it runs under --driver stdio.")
@@ -542,6 +657,6 @@ def _launch(command: Sequence[str], more: dict[str, str], driver: str) -> int:
 
 
 def leave_verdict(status: int) -> None:
-    """Put the exit status where a launching process looks for it."""
+    """Write the exit status where a launching process looks for it."""
     if VERDICT_FILE in os.environ:
         Path(os.environ[VERDICT_FILE]).write_text(str(status))

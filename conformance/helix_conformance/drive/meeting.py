@@ -20,14 +20,40 @@ from helix_conformance.drive.driver import EngineFailure
 
 
 def hosted_store(host: str = "127.0.0.1") -> Any:
-    """Return a key-value store that listens on a free port as long as the object lives."""
+    """Return a key-value store that listens on a free port as long as the object lives.
+
+    Parameters
+    ----------
+    host : str
+        Name or address of this machine under which it listens.
+
+    Returns
+    -------
+    torch.distributed.TCPStore
+        The store; `port` says where it listens.
+    """
     import torch.distributed as dist  # here, since torch is optional
 
     return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # not in the stub
 
 
 def joined_store(host: str, port: int, name: str) -> Any:
-    """Return the store at an address; its keys are apart from those under other names."""
+    """Return the store at an address; its keys are apart from those under other names.
+
+    Parameters
+    ----------
+    host : str
+        Name or address of the machine where the store listens.
+    port : int
+        Its TCP port.
+    name : str
+        Prefix of the keys.
+
+    Returns
+    -------
+    torch.distributed.PrefixStore
+        The store.
+    """
     import torch.distributed as dist  # here, since torch is optional
 
     store = dist.TCPStore(host, port, is_master=False)  # type: ignore[attr-defined]  # not in the stub
@@ -35,7 +61,29 @@ def joined_store(host: str, port: int, name: str) -> Any:
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
-    """A process's place among the ranks, and where they meet; given on its command line."""
+    """A process's place among the ranks, and where they meet; given on its command line.
+
+    Parameters
+    ----------
+    rank : int
+        The global rank of the process.
+    world : int
+        Number of the processes.
+    host, port : str, int
+        Where the store listens at which they meet, when the engine needs them to.
+    name : str
+        The prefix of the keys in that store.
+    backend : str
+        Of the process group: `gloo` or `nccl`.
+    timeout_s : float
+        Seconds that a collective may take.
+
+    Examples
+    --------
+    >>> import json
+    >>> json.loads(Group(rank=1, world=2, name="pool-1").to_json())["rank"]
+    1
+    """
 
     rank: int = 0
     world: int
@@ -71,19 +119,46 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Address(msgspec.Struct, frozen=True):
-    """Where rank 0 listens, and what a supervisor has to know to be let in."""
+    """Where rank 0 listens, and what a supervisor has to know to be let in.
+
+    Parameters
+    ----------
+    host : str
+        Name or address of rank 0's machine.
+    port : int
+        The TCP port.
+    key : bytes
+        A random secret of this run.
+    """
 
     host: str
     port: int
     key: bytes
 
     def greeting(self, rank: int) -> bytes:
-        """Return what a rank says first; it is of one length for all ranks."""
+        """Return what a rank sends first; it is of one length for all ranks.
+
+        Examples
+        --------
+        >>> Address("localhost", 1234, b"AB").greeting(7)
+        b'4142/00000007'
+        """
         return b"%s/%08d" % (self.key.hex().encode(), rank)
 
 
 class Switchboard:
-    """Rank 0's end: listens until every other rank has a line. `host` is its name to them."""
+    """Rank 0's end: listens until every other rank has a line.
+
+    Parameters
+    ----------
+    host : str
+        The name of this machine to the other ranks.
+
+    Raises
+    ------
+    OSError
+        When no port can be opened.
+    """
 
     def __init__(self, host: str) -> None:
         # A machine's name may stand for its loopback there, and for the machine elsewhere.
@@ -92,7 +167,19 @@ class Switchboard:
         self.address = Address(host, self.socket.getsockname()[1], os.urandom(16))
 
     def lines(self, world: int, limit_s: float) -> dict[int, int]:
-        """Return the descriptor of a line to each rank but 0.
+        """Return the descriptor of a line to each rank but 0, and listen no more.
+
+        Parameters
+        ----------
+        world : int
+            Number of the ranks, rank 0 included.
+        limit_s : float
+            Seconds that they may take.
+
+        Returns
+        -------
+        dict of int to int
+            File descriptor of the connection, by rank.
 
         Raises
         ------
@@ -131,7 +218,27 @@ class Switchboard:
 
 
 def call(address: Address, rank: int, limit_s: float) -> int:
-    """Return the descriptor of a line from a rank to rank 0. Raises OSError."""
+    """Return the descriptor of a line from a rank to rank 0.
+
+    Parameters
+    ----------
+    address : Address
+        Where rank 0 listens.
+    rank : int
+        The rank of this process.
+    limit_s : float
+        Seconds that connecting may take.
+
+    Returns
+    -------
+    int
+        File descriptor of the connection.
+
+    Raises
+    ------
+    OSError
+        When rank 0 cannot be reached.
+    """
     connected = socket.create_connection((address.host, address.port), limit_s)
     connected.sendall(address.greeting(rank))
     return _line(connected)

@@ -223,7 +223,13 @@ class RequestError(ValueError):
 
 
 def line_of(message: ToEngine | ToSupervisor | FromSupervisor) -> bytes:
-    """Return the line of a message, its end included."""
+    """Return the line of a message, its end included.
+
+    Examples
+    --------
+    >>> line_of(Hello(1)).strip()
+    b'{"type":"hello","seq":1,"protocol":"helix-engine/1"}'
+    """
     return _encode(message) + b"\n"
 
 
@@ -234,6 +240,11 @@ def answer_of(line: bytes) -> FromEngine:
     ------
     MalformedAnswer
         When the line holds none.
+
+    Examples
+    --------
+    >>> answer_of(b'{"type": "outcome", "seq": 6, "reason": "out_of_pages"}').reason
+    <Reason.OUT_OF_PAGES: 'out_of_pages'>
     """
     return _answer(_from_engine, line)
 
@@ -264,17 +275,27 @@ def request_of(line: bytes) -> ToEngine:
     ------
     RequestError
         When the line holds none.
+
+    Examples
+    --------
+    >>> request_of(b'{"type": "observe", "seq": 5, "ids": [7]}')
+    Observe(seq=5, ids=[7])
     """
     return _request(_to_engine, line)
 
 
 def control_of(line: bytes) -> ToSupervisor | None:
-    """Return what a line tells a supervisor; None when it is for the engine.
+    """Return a line's message to a supervisor; None when it is for the engine.
 
     Raises
     ------
     RequestError
         When the line is for neither.
+
+    Examples
+    --------
+    >>> control_of(b'{"type": "where", "seq": 1}')
+    Where(seq=1)
     """
     request = _request(_to_either, line)
     return request if isinstance(request, Where | Stop) else None
@@ -293,21 +314,31 @@ def _start(line: bytes) -> str:
 
 
 def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]) -> SpecOutcome:
-    """Return an outcome in the words of the specification.
+    """Return an outcome in the words of the specification (SPEC.md, 10.1).
 
     Parameters
     ----------
-    answer
+    answer : Outcome
         What a rank answered to `start` or `apply`.
-    event
+    event : Event or None
         The event that was applied; None for `start`.
-    profiles
+    profiles : collection of str
         The profiles that are checked.
+
+    Returns
+    -------
+    helix_spec.engine.Outcome
+        The same; columns that were left out are empty, or None.
 
     Raises
     ------
     MalformedAnswer
         When the answer leaves out a column of a profile that is checked.
+
+    Examples
+    --------
+    >>> spec_outcome(Outcome(2, past_len=[5]), Decode([7], [1]), {"lengths"}).past_len
+    [5]
     """
     if answer.reason is None and isinstance(event, Decode | Merge):
         fields = _OF_DECODE if isinstance(event, Decode) else _OF_MERGE
@@ -324,22 +355,27 @@ def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]
 
 
 def spec_view(answer: View, asked: list[int] | None, profiles: Collection[str]) -> RankView:
-    """Return a view in the words of the specification.
+    """Return a view in the words of the specification (SPEC.md, 10.2).
 
     Parameters
     ----------
-    answer
+    answer : View
         What a rank answered to `observe`.
-    asked
+    asked : list of int, or None
         Ids of the requests that were asked for; None for all live ones.
-    profiles
+    profiles : collection of str
         The profiles that are checked.
+
+    Returns
+    -------
+    RankView
+        The same; fields that were left out are empty, or 0.
 
     Raises
     ------
     MalformedAnswer
         When the answer leaves out a field of a profile that is checked, leaves out a request of
-        such a field, or tells of a request that was not asked for.
+        such a field, or holds a request that was not asked for.
     """
     checked = frozenset(profiles)
     _check_present(answer, _OF_VIEW, checked)
@@ -390,7 +426,13 @@ SCHEMAS: Final = Path(__file__).parents[1] / "schemas"
 
 
 def message_schemas() -> dict[str, dict[str, Any]]:
-    """Return the JSON Schema (2020-12) of each message of an engine, by its file's name."""
+    """Return the JSON Schema (2020-12) of each message of an engine, by its file's name.
+
+    Examples
+    --------
+    >>> sorted(message_schemas())[:3]
+    ['apply.schema.json', 'failed.schema.json', 'hello.schema.json']
+    """
     messages = (Hello, Start, Apply, Observe, Ready, Outcome, View, Failed)
     return {
         f"{kind.__name__.lower()}.schema.json": {

@@ -17,10 +17,27 @@ DRIVERS: Final = ("local", "stdio", "pool", "torchrun", "mpi")
 def default_driver(engine: str) -> str:
     """Return the name of the driver on which an engine runs when none is given.
 
+    Parameters
+    ----------
+    engine : str
+        `stdio:COMMAND`, or the name of a Python engine as `load_engine` takes it.
+
+    Returns
+    -------
+    str
+        `stdio` for a command, `pool` for an engine that needs processes, else `local`.
+
     Raises
     ------
     EngineSpecError
         When the engine's name stands for none.
+
+    Examples
+    --------
+    >>> default_driver("reference")
+    'local'
+    >>> default_driver("stdio:./my_engine")
+    'stdio'
     """
     if engine.startswith(COMMAND):
         return "stdio"
@@ -39,16 +56,21 @@ def open_driver(
 
     Parameters
     ----------
-    engine
+    engine : str
         `stdio:COMMAND`, or the name of a Python engine as `load_engine` takes it.
-    driver
+    driver : str or None
         One of `DRIVERS`; None for the engine's `default_driver`.
-    ranks
+    ranks : int
         Processes of a pool.
-    backend
+    backend : str
         Of the process group under torchrun and mpiexec: `gloo` or `nccl`.
-    deadline_s
+    deadline_s : float
         Seconds that a rank may be silent for.
+
+    Returns
+    -------
+    Driver
+        The driver; its ranks run until `close`.
 
     Raises
     ------
@@ -56,6 +78,13 @@ def open_driver(
         When the names do not fit each other.
     EngineFailure
         When the engine does not start.
+
+    Examples
+    --------
+    >>> driver = open_driver("reference")
+    >>> driver.name, driver.largest_world
+    ('local', None)
+    >>> driver.close()
     """
     driver = driver or default_driver(engine)
     if driver == "stdio":

@@ -61,7 +61,15 @@ _WAKE_S: Final = 0.5
 
 
 class Lines:
-    """Lines to and from another process, over descriptors that never block."""
+    """Lines to and from another process, over descriptors that never block.
+
+    Parameters
+    ----------
+    source : int
+        File descriptor to read from.
+    sink : int
+        File descriptor to write to; another one than `source`, since each is closed alone.
+    """
 
     def __init__(self, source: int, sink: int) -> None:
         self.source, self.sink = source, sink
@@ -72,12 +80,15 @@ class Lines:
         """The beginning of a line whose end has not come."""
 
     def put(self, data: bytes) -> None:
-        """Put whole lines on their way."""
+        """Queue whole lines, their ends included, and write what can be written now."""
         self.unsent += data
         self.write()
 
     def write(self) -> bool:
-        """Write what can be written now. That nobody reads it shows by the end of `read`."""
+        """Write what can be written now, and return True, as `Loop` wants it.
+
+        When the other process reads no more, the end of `read` shows it.
+        """
         try:
             while self.unsent:
                 del self.unsent[: self.send(self.unsent[:_CHUNK])]
@@ -117,22 +128,34 @@ class Lines:
         return lines
 
     def send(self, data: bytearray) -> int:
-        """Write some bytes; return how many. Raises BlockingIOError when there is no room."""
+        """Write some of the bytes; return how many.
+
+        Raises
+        ------
+        BlockingIOError
+            When there is no room.
+        """
         return os.write(self.sink, data)
 
     def receive(self) -> bytes:
-        """Return some bytes, none at the end. Raises BlockingIOError when there are none yet."""
+        """Return some bytes, none at the end.
+
+        Raises
+        ------
+        BlockingIOError
+            When there are none yet.
+        """
         return os.read(self.source, _CHUNK)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close both directions."""
         self.hang_up()
         with suppress(OSError):
             os.close(self.source)
         self.source = -1
 
     def hang_up(self) -> None:
-        """End what the other process reads."""
+        """Close what the other process reads."""
         self.unsent.clear()
         with suppress(OSError):
             os.close(self.sink)
@@ -140,23 +163,45 @@ class Lines:
 
 
 class Loop:
-    """Waits for whatever processes have to say, and writes what they can take."""
+    """Waits for whatever processes send, and writes what they can take."""
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
         self.writers: list[Lines] = []
 
     def add(self, lines: Lines, listen: Callable[[], bool]) -> None:
-        """Take in both directions; see `hear`."""
+        """Take in lines in both directions.
+
+        Parameters
+        ----------
+        lines : Lines
+            What is written whenever its process can take it.
+        listen : function without parameters that returns bool
+            What reads them; see `hear`.
+        """
         self.writers.append(lines)
         self.hear(lines.source, listen)
 
     def hear(self, source: int, listen: Callable[[], bool]) -> None:
-        """Call `listen` when there is something to read, until it returns False."""
+        """Call `listen` when there is something to read, until it returns False.
+
+        Parameters
+        ----------
+        source : int
+            File descriptor to read from.
+        listen : function without parameters that returns bool
+            It reads, and returns whether there may be more.
+        """
         self.selector.register(source, selectors.EVENT_READ, listen)
 
     def turn(self, timeout_s: float | None) -> None:
-        """Wait until something can be read or written, or until the time is over."""
+        """Wait until something can be read or written, or until the time is over.
+
+        Parameters
+        ----------
+        timeout_s : float or None
+            The most seconds to wait; None for no limit.
+        """
         writing = [lines for lines in self.writers if lines.unsent]
         for lines in writing:
             self.selector.register(lines.sink, selectors.EVENT_WRITE, lines.write)
@@ -175,7 +220,17 @@ class Loop:
 
 
 class Due(NamedTuple):
-    """An answer that a rank owes."""
+    """An answer that a rank owes.
+
+    Parameters
+    ----------
+    seq : int
+        Number of the request.
+    kind : type
+        Class of the message that answers it, when it is not `Failed`.
+    event : int or None
+        Index of the event that it is about.
+    """
 
     seq: int
     kind: type[messages.FromEngine]
@@ -184,7 +239,17 @@ class Due(NamedTuple):
 
 
 class Rank:
-    """One rank of an engine: what it has still to answer, and what it has answered."""
+    """One rank of an engine: what it has still to answer, and what it has answered.
+
+    Parameters
+    ----------
+    rank : int
+        The global rank.
+    lines : Lines
+        Lines to and from the process that answers for it.
+    loop : Loop
+        The loop that all ranks of a trace share.
+    """
 
     def __init__(self, rank: int, lines: Lines, loop: Loop) -> None:
         self.rank, self.lines, self.loop = rank, lines, loop
@@ -215,12 +280,20 @@ class Rank:
         return self.due[0].seq if self.due else NOTHING_DUE
 
     def ask(self, lines: bytes, due: Iterable[Due]) -> None:
-        """Queue requests, one line each; `lines.write` puts them on their way."""
+        """Queue requests; `lines.write` puts them on their way.
+
+        Parameters
+        ----------
+        lines : bytes
+            The requests, one line each.
+        due : iterable of Due
+            The answers that they are owed, in the same order.
+        """
         self.due.extend(due)
         self.lines.unsent += lines
 
     def listen(self) -> bool:
-        """Take what the rank says now; whether there may be more."""
+        """Take what the rank has sent; return whether there may be more."""
         try:
             for line in self.lines.read():
                 self.take(line)
@@ -232,11 +305,23 @@ class Rank:
         return self.failed is None
 
     def take(self, line: bytes) -> None:
-        """Take one line. Raises MalformedAnswer."""
+        """Take one line.
+
+        Raises
+        ------
+        MalformedAnswer
+            When the line is no answer, or another one is due.
+        """
         self.answered(messages.answer_of(line))
 
     def answered(self, answer: messages.FromEngine) -> None:
-        """Take one answer. Raises MalformedAnswer when another one is due."""
+        """Take one answer.
+
+        Raises
+        ------
+        MalformedAnswer
+            When none or another one is due.
+        """
         if not self.due:
             raise MalformedAnswer(f"it sent {_kind(answer)} {answer.seq}, and nothing was asked")
         seq, kind, event = self.due[0]
@@ -253,18 +338,31 @@ class Rank:
         self.due.popleft()
 
     def failure(self, what: str, how: Kind = "raised") -> EngineFailure:
-        """Return what went wrong with this rank, at the event that it is at."""
+        """Return what went wrong with this rank, at the event that it is at.
+
+        Parameters
+        ----------
+        what : str
+            Verb and object, for a sentence that begins with the rank.
+        how : Kind
+            How it failed, one of `KINDS`.
+
+        Returns
+        -------
+        EngineFailure
+            The failure, to be raised or kept.
+        """
         return EngineFailure(self.rank, self.at, what, how)
 
     def failure_in(self, count: int) -> EngineFailure | None:
-        """Return why the first `count` answers are not all good, when they are not."""
+        """Return why the first `count` answers are not all good; None if they are or may be."""
         for answer in islice(self.answers, count):
             if isinstance(answer, EngineFailure):
                 return answer
         return self.failed if len(self.answers) < count else None
 
     def ended(self) -> EngineFailure:
-        """Return what to say of a rank that has hung up."""
+        """Return the failure of a rank that has closed its lines."""
         raise NotImplementedError
 
     def look(self) -> None:
@@ -272,7 +370,7 @@ class Rank:
         raise NotImplementedError
 
     def waits_for_peers(self) -> bool:
-        """After `look`: whether the rank is blocked in a collective."""
+        """Return, after `look`, whether the rank is blocked in a collective."""
         raise NotImplementedError
 
     def kill(self) -> None:
@@ -287,7 +385,21 @@ def _kind(answer: messages.FromEngine) -> str:
 class Child(Rank):
     """A rank that is a process of this one.
 
-    `ours` says that the process is `drive.serve`, which prints where it is when it is asked.
+    Parameters
+    ----------
+    rank : int
+        The global rank.
+    command : sequence of str
+        The command and its arguments; no shell runs it.
+    loop : Loop
+        The loop that all ranks of a trace share.
+    ours : bool
+        Whether the process is `drive.serve`, which prints where it is when it is asked.
+
+    Raises
+    ------
+    EngineFailure
+        When the command cannot be started.
     """
 
     def __init__(self, rank: int, command: Sequence[str], loop: Loop, *, ours: bool) -> None:
@@ -320,7 +432,7 @@ class Child(Rank):
         loop.hear(self.stderr, self.listen_to_stderr)
 
     def listen_to_stderr(self) -> bool:
-        """Keep the end of what is on stderr; whether it has not ended."""
+        """Keep the end of what is on stderr; return whether there may be more."""
         try:
             chunk = os.read(self.stderr, _CHUNK)
         except BlockingIOError:
@@ -384,13 +496,13 @@ def collect(
 
     Parameters
     ----------
-    ranks
+    ranks : sequence of Rank
         The ranks of the trace, which share a loop.
-    count
+    count : int
         Answers that are needed of each; they are left in `Rank.answers`.
-    limit_s
+    limit_s : float
         Seconds that the ranks whose answers are missing may all be silent for.
-    told_to_stop
+    told_to_stop : function without parameters that returns bool
         Whether this process has to give up.
 
     Raises
@@ -423,7 +535,17 @@ def collect(
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What all ranks are asked about one event."""
+    """What all ranks are asked about one event.
+
+    Parameters
+    ----------
+    index : int or None
+        Index of the event; None at the start and at the end.
+    event : Event or None
+        The event; None at the start and at the end.
+    asked : sequence of messages
+        The requests, in the order in which they are sent.
+    """
 
     index: int | None
     event: Event | None
@@ -434,7 +556,21 @@ class Request(msgspec.Struct, frozen=True):
         return [Due(m.seq, messages.ANSWERED_BY[type(m)], self.index) for m in self.asked]
 
     def answer(self, told: Sequence[Any], profiles: frozenset[str]) -> Answer:
-        """Return one rank's answers in the words of the specification. Raises MalformedAnswer."""
+        """Return one rank's answers in the words of the specification.
+
+        Parameters
+        ----------
+        told : sequence of messages
+            What the rank has answered, a message for each of `asked`.
+        profiles : frozenset of str
+            The profiles that are checked.
+
+        Raises
+        ------
+        MalformedAnswer
+            When a message leaves out what a profile needs; see `messages.spec_outcome` and
+            `messages.spec_view`.
+        """
         outcome, view = Outcome(), None
         for message, answer in zip(self.asked, told, strict=True):
             if isinstance(answer, messages.Outcome):
@@ -447,7 +583,12 @@ class Request(msgspec.Struct, frozen=True):
 class ProcessDriver:
     """What all drivers whose ranks are processes have in common.
 
-    `deadline_s` is how long the ranks may take for one event.
+    Parameters
+    ----------
+    engine : str
+        `stdio:COMMAND`, or the name of a Python engine as `load_engine` takes it.
+    deadline_s : float
+        Seconds that the ranks may take for one event.
     """
 
     name = "process"
@@ -465,7 +606,13 @@ class ProcessDriver:
         self.told_to_stop = False
 
     def start_ranks(self, world: int) -> list[Rank]:
-        """Start the ranks that are missing for so large a world, and return them."""
+        """Start the ranks that are missing for a world of `world` ranks, and return them.
+
+        Raises
+        ------
+        EngineFailure
+            When one cannot be started.
+        """
         raise NotImplementedError
 
     def play(
@@ -483,7 +630,7 @@ class ProcessDriver:
             raise
 
     def close(self) -> None:
-        """Let the processes go: their stdin ends, and soon they have."""
+        """End the stdin of the processes, wait for them to end, and kill those that have not."""
         until = time.monotonic() + FAREWELL_S
         children = [rank for rank in self.ranks if isinstance(rank, Child)]
         for child in children:
@@ -625,7 +772,7 @@ class ProcessDriver:
             raise rank.failure(f"declares {told}, where rank 0 declares {first}")
 
     def settings_of(self, ready: messages.Ready) -> dict[str, str]:
-        """Return what a rank says about how it is set up, for reports."""
+        """Return what a rank reports about how it is set up."""
         return ready.settings
 
     def _next(self) -> int:
@@ -638,14 +785,26 @@ def command_of(engine: str) -> list[str]:
 
     Parameters
     ----------
-    engine
+    engine : str
         `stdio:COMMAND`, which is split as a shell would, and no shell runs it; or the name of a
         Python engine, which is served.
+
+    Returns
+    -------
+    list of str
+        The program and its arguments.
 
     Raises
     ------
     EngineSpecError
         When there is no command in it.
+
+    Examples
+    --------
+    >>> command_of("stdio:./my_engine --device 'GPU 0'")
+    ['./my_engine', '--device', 'GPU 0']
+    >>> command_of("reference")[1:]
+    ['-m', 'helix_conformance.drive.serve', 'reference']
     """
     if not engine.startswith(COMMAND):
         if load_engine(engine).needs_processes:
@@ -669,6 +828,20 @@ SERVE: Final = (sys.executable, "-m", "helix_conformance.drive.serve")
 def served(engine: str, group: Group, loop: Loop) -> Child:
     """Start one rank of a Python engine as a process of this one.
 
+    Parameters
+    ----------
+    engine : str
+        Name of the engine, as `load_engine` takes it.
+    group : Group
+        The rank's place among the ranks.
+    loop : Loop
+        The loop that all ranks of a trace share.
+
+    Returns
+    -------
+    Child
+        The rank; it has still to say `ready`.
+
     Raises
     ------
     EngineFailure
@@ -678,7 +851,29 @@ def served(engine: str, group: Group, loop: Loop) -> Child:
 
 
 class StdioDriver(ProcessDriver):
-    """One command for each rank, as many as a trace needs."""
+    """One process of a command for each rank, as many as a trace needs.
+
+    Parameters
+    ----------
+    engine : str
+        `stdio:COMMAND`, or the name of a Python engine that needs no torch.distributed.
+    deadline_s : float
+        Seconds that the ranks may take for one event.
+
+    Raises
+    ------
+    EngineSpecError
+        When there is no command in the name.
+    EngineFailure
+        When the first rank does not start.
+
+    Examples
+    --------
+    >>> driver = StdioDriver("reference")
+    >>> driver.name, driver.largest_world, driver.settings["engine"]
+    ('stdio', None, 'reference')
+    >>> driver.close()
+    """
 
     name = "stdio"
 
@@ -703,6 +898,22 @@ class PoolDriver(ProcessDriver):
     """Processes 0 .. size-1 over gloo, kept for many traces; one of fewer ranks uses the first.
 
     After an EngineFailure all processes are ended, and started anew for the next trace.
+
+    Parameters
+    ----------
+    engine : str
+        Name of a Python engine, as `load_engine` takes it.
+    size : int
+        Number of the processes.
+    deadline_s : float
+        Seconds that the ranks may take for one event.
+
+    Raises
+    ------
+    EngineSpecError
+        When there is no such engine.
+    EngineFailure
+        When a rank does not start.
     """
 
     name = "pool"

@@ -50,9 +50,9 @@ class Server:
 
     Parameters
     ----------
-    spec
+    spec : str
         Name of the engine, as `load_engine` takes it.
-    group
+    group : Group or None
         The rank's place in torch.distributed, for engines that need it.
 
     Raises
@@ -74,7 +74,7 @@ class Server:
         self.engine: Engine | None = None
 
     def answer(self, request: ToEngine) -> FromEngine:
-        """Return what the engine answers, whatever it does."""
+        """Return the engine's answer to a request; `Failed` when the engine raises."""
         try:
             return self._answer(request)
         except Exception as error:
@@ -110,14 +110,30 @@ def _fields(answer: Any) -> dict[str, Any]:
 def as_message(x: Any) -> Array:
     """Return a numpy array, or a torch tensor, in the form in which it travels.
 
-    Float16, float32 and float64 travel as they are. The types of at most 16 bits that numpy or
-    torch has beside them, bfloat16 say, travel as float32, which holds them exactly; all others as
-    float64.
+    PROTOCOL.md says it under Arrays. Float16, float32 and float64 travel as they are. The types of
+    at most 16 bits that numpy or torch has beside them, bfloat16 say, travel as float32, which
+    holds them exactly; all others as float64.
+
+    Parameters
+    ----------
+    x : array or tensor of numbers, of any shape
+        What an engine answered with.
+
+    Returns
+    -------
+    Array
+        Its type, its shape and its bytes, the last index running fastest.
 
     Raises
     ------
     TypeError
         When it is neither, or holds no numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> as_message(np.zeros((1, 2), np.int64)).dtype, as_message(np.zeros((1, 2))).shape
+    ('<f8', [1, 2])
     """
     if hasattr(x, "detach"):  # a tensor, of a torch that is not imported for its sake
         x = x.detach().cpu()
@@ -133,7 +149,21 @@ _encode = msgspec.json.Encoder(enc_hook=as_message).encode
 
 
 def main(spec: str, group: Group | None = None) -> None:
-    """Serve until stdin ends. What the engine prints goes to stderr: stdout is for answers."""
+    """Serve until stdin ends. What the engine prints goes to stderr: stdout is for answers.
+
+    Parameters
+    ----------
+    spec : str
+        Name of the engine, as `load_engine` takes it.
+    group : Group or None
+        The rank's place in torch.distributed, for engines that need it.
+
+    Raises
+    ------
+    SystemExit
+        At the end: with status 0, with 1 after a line that is no request, or with a sentence when
+        the engine cannot be served. A rank of a group that has begun to serve ends by `os._exit`.
+    """
     faulthandler.register(signal.SIGUSR1)  # by which a driver asks a silent rank where it is
     if group is not None:
         _end_with_the_driver()
@@ -162,7 +192,7 @@ def _leave(status: int, group: Group | None) -> None:
 
 
 def _end_with_the_driver() -> None:
-    """A hung engine does not see the end of its stdin; where the system can, it ends it."""
+    """Have the system end this process with the driver: a blocked engine does not read stdin."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -170,10 +200,27 @@ def _end_with_the_driver() -> None:
 def reply(server: Server, line: bytes) -> bytes:
     """Return the line that answers a line.
 
+    Parameters
+    ----------
+    server : Server
+        The rank that answers.
+    line : bytes
+        A request of PROTOCOL.md.
+
+    Returns
+    -------
+    bytes
+        Its answer, the end of the line included.
+
     Raises
     ------
     RequestError
         When the line is no request.
+
+    Examples
+    --------
+    >>> reply(Server("reference"), b'{"type": "observe", "seq": 1}').strip()
+    b'{"type":"failed","seq":1,"what":"was asked before it was started"}'
     """
     request = request_of(line)
     answer = server.answer(request)

@@ -1,7 +1,7 @@
 """All ranks in this process, a thread for each: for engines whose all-to-all can be stood in for.
 
 Such an engine has an attribute `exchange` (see `helix_gpu.comm.exchange.Exchange`), which is set
-before `start`. Nothing can hang: who waits for a rank that has left the event is told so.
+before `start`. Nothing blocks for ever: a rank that waits for one that has left the event fails.
 """
 
 from __future__ import annotations
@@ -70,7 +70,13 @@ class _Table:
 
 
 class ThreadDriver:
-    """Plays each event on all ranks at once."""
+    """Plays each event on all ranks at once, at most 16.
+
+    Parameters
+    ----------
+    engine : type of Engine
+        The class of the ranks; each trace makes an object for each rank.
+    """
 
     name = "threads"
     largest_world: int | None = 16

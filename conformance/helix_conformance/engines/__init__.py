@@ -7,6 +7,8 @@ An engine is named by one of
   makes an engine class of the argument, a text such as a path;
 - `module:Class`, where no factory has the name before the colon;
 - `stdio:COMMAND`, which the stdio driver runs.
+
+The module `gpu` holds the engines that are made of `helix_gpu`.
 """
 
 from __future__ import annotations
@@ -81,13 +83,35 @@ def load_engine(spec: str) -> type[Engine]:
 
 
 def engine_names() -> list[str]:
-    """Return the names that stand for an engine, in the order of the alphabet."""
+    """Return the names that stand for an engine, in the order of the alphabet.
+
+    Examples
+    --------
+    >>> "reference" in engine_names()
+    True
+    """
     factories = (f"{point.name}:ARGUMENT" for point in _points(FACTORIES))
     return sorted({*(point.name for point in _points(ENGINES)), *factories})
 
 
 def engine_settings(engine: type[Engine]) -> dict[str, str]:
-    """Return what an engine says of how it is set up, in its optional attribute `settings`."""
+    """Return what an engine reports of how it is set up, in its optional attribute `settings`.
+
+    Parameters
+    ----------
+    engine : type of Engine
+        The class of the engine.
+
+    Returns
+    -------
+    dict of str to str
+        For reports; empty when there is no such attribute.
+
+    Examples
+    --------
+    >>> engine_settings(load_engine("reference"))
+    {}
+    """
     return {str(name): str(value) for name, value in getattr(engine, "settings", {}).items()}
 
 

@@ -45,7 +45,26 @@ Identity = tuple[int, int]
 
 
 class LedgerEngine:
-    """Ledger, allocator and block tables of one rank, without tensors."""
+    """Ledger, allocator and block tables of one rank, without tensors.
+
+    Parameters
+    ----------
+    rank : int
+        The global rank, tp_rank * cp_size + cp_rank (MAP-1).
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import named_layout
+    >>> layout = named_layout("pr9757", cp_size=2, tokens_per_block=4)
+    >>> engine = LedgerEngine(0)
+    >>> config = Config(layout=layout, pages=[8, 8], max_len=24)
+    >>> engine.start(config, engine.profiles).reason is None
+    True
+    >>> engine.apply(Admit(1, prompt_len=5)).reason is None
+    True
+    >>> engine.observe().local_len
+    {1: 4}
+    """
 
     profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths", "pages", *FEATURES})
     needs_processes: ClassVar[bool] = False
@@ -54,7 +73,20 @@ class LedgerEngine:
         self.rank = rank
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-        """Ready, or refused with `bad_config`."""
+        """Begin a new trace; see `Engine.start`.
+
+        Parameters
+        ----------
+        config : Config
+            What every rank is started with; it may be illegal.
+        profiles : frozenset of str
+            The profiles that are checked.
+
+        Returns
+        -------
+        Outcome
+            With `reason` None when the rank is ready, else `bad_config`.
+        """
         try:
             self.book = RankBook(config, self.rank % config.layout.cp_size)
         except Refused as refused:
@@ -62,7 +94,7 @@ class LedgerEngine:
         return Outcome()
 
     def apply(self, event: Event) -> Outcome:
-        """Let one event happen on this rank."""
+        """Apply one event on this rank; see `Engine.apply`."""
         try:
             match event:
                 case Admit(id, prompt_len):
@@ -90,12 +122,18 @@ class LedgerEngine:
         return Outcome()
 
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
-        """This rank's lengths and block tables."""
+        """Return this rank's lengths and block tables; see `Engine.observe`."""
         return _view(self.book, ids)
 
 
 class GpuEngine:
-    """One rank of `HelixCache`, fed with the suite's Q, K and V."""
+    """One rank of `HelixCache`, fed with the suite's Q, K and V (SPEC.md section 8).
+
+    Parameters
+    ----------
+    rank : int
+        The global rank, tp_rank * cp_size + cp_rank (MAP-1).
+    """
 
     profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {
         "cache",
@@ -115,7 +153,10 @@ class GpuEngine:
 
     @classmethod
     def join(cls, world_size: int) -> None:
-        """Make the groups of every cp_size that fits; new_group wants all ranks in one order."""
+        """Make the groups of every cp_size that fits; see `Engine.join`.
+
+        All processes make all groups, since `new_group` wants them in one order on all ranks.
+        """
         import torch.distributed as dist
 
         for cp_size in range(2, world_size + 1):
@@ -126,18 +167,31 @@ class GpuEngine:
 
     @classmethod
     def make_exchange(cls) -> MakeExchange:
-        """How partials travel in the group."""
+        """Return what makes the exchange by which partials travel in a group."""
         from helix_gpu.comm.exchange import all_to_all
 
         return all_to_all
 
     @staticmethod
     def hop_b() -> Costs | None:
-        """By which costs a step attends in halves; None where it never does."""
+        """Return the costs by which a step attends in halves; None where it never does."""
         return None
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-        """Ready, or refused with `bad_config`."""
+        """Begin a new trace; see `Engine.start`.
+
+        Parameters
+        ----------
+        config : Config
+            What every rank is started with; it may be illegal.
+        profiles : frozenset of str
+            The profiles that are checked.
+
+        Returns
+        -------
+        Outcome
+            With `reason` None when the rank is ready, else `bad_config`.
+        """
         from helix_gpu.cache import HelixCache
 
         try:
@@ -168,7 +222,7 @@ class GpuEngine:
         return Outcome()
 
     def apply(self, event: Event) -> Outcome:
-        """Let one event happen on this rank."""
+        """Apply one event on this rank; see `Engine.apply`."""
         self.events += 1
         try:
             match event:
@@ -199,7 +253,10 @@ class GpuEngine:
         return Outcome()
 
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
-        """This rank's lengths and block tables, and the cached rows read off its pool."""
+        """Return this rank's lengths and block tables, and the cached rows; see `Engine.observe`.
+
+        The rows are read off the pool: arrays of shape (layers, slots, kv_heads, dim), float32.
+        """
         view = _view(self.cache.book, ids)
         if "cache" not in self.profiles_checked:
             return view
@@ -309,55 +366,62 @@ class GpuEngine:
 
 
 class AllGatherEngine(GpuEngine):
-    """Partials travel by all-gather."""
+    """A `GpuEngine` whose partials travel by all-gather."""
 
     @classmethod
     def make_exchange(cls) -> MakeExchange:
-        """How partials travel in the group."""
+        """See `GpuEngine.make_exchange`."""
         from helix_gpu.comm.exchange import all_gather
 
         return all_gather
 
 
 class ReduceScatterEngine(GpuEngine):
-    """Log-sum-exps travel by all-gather, weighted outputs by reduce-scatter, in float32 always."""
+    """A `GpuEngine` that gathers log-sum-exps and reduce-scatters weighted outputs.
+
+    Its partials are float32, whatever the configuration says.
+    """
 
     @classmethod
     def make_exchange(cls) -> MakeExchange:
-        """How partials travel in the group."""
+        """See `GpuEngine.make_exchange`."""
         from helix_gpu.comm.exchange import reduce_scatter
 
         return reduce_scatter
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-        """Ready, or refused with `bad_config`."""
+        """See `GpuEngine.start`."""
         model = msgspec.structs.replace(config.model, partial_dtype="float32")
         return super().start(msgspec.structs.replace(config, model=model), profiles)
 
 
 class HopBEngine(GpuEngine):
-    """Every step of two rows or more attends in halves, one while the other's partials travel."""
+    """A `GpuEngine` that attends in halves, one half while the other's partials travel.
+
+    It does so in every step of two rows or more.
+    """
 
     @staticmethod
     def hop_b() -> Costs | None:
-        """Bytes cost much and all else nothing: halves always pay."""
+        """Return costs under which halves always pay: bytes cost much and all else nothing."""
         from helix_gpu.comm.hop_b import Costs
 
         return Costs(latency=0, exchange_speed=1, attention_speed=1, second_half=0)
 
 
 class PushEngine(GpuEngine):
-    """Each rank writes its partials into its peers' memory."""
+    """A `GpuEngine` whose ranks write their partials into their peers' memory."""
 
     windows: ClassVar[dict[int, Exchange]] = {}
     """By cp_size, the exchange of this rank's group, for all traces."""
 
     @classmethod
     def join(cls, world_size: int) -> None:
-        """Make the windows of every cp_size, each rank as many, be it in a group of its own.
+        """Make the windows of every cp_size; see `Engine.join`.
 
-        Torch counts rendezvous by process: a rank that one leaves out hangs in the next (pytorch
-        issue 196082).
+        Each rank makes as many windows, a rank that is left over in a group of its own. Torch
+        counts rendezvous by process: a rank that one leaves out blocks in the next (pytorch issue
+        196082).
         """
         import torch.distributed as dist
 
@@ -372,7 +436,7 @@ class PushEngine(GpuEngine):
 
     @classmethod
     def make_exchange(cls) -> MakeExchange:
-        """How partials travel in the group; by new windows where another engine joined."""
+        """See `GpuEngine.make_exchange`; the windows are new where another engine joined."""
         from helix_gpu.comm.push import push
 
         return lambda group, model: cls.windows.get(group.size()) or push(group, model)

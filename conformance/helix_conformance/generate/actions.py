@@ -41,13 +41,13 @@ class Scope:
 
     Parameters
     ----------
-    features
+    features : frozenset of str
         Features that the engine declares.
-    undeclared
+    undeclared : frozenset of str
         Features that it does not declare, and that a wrong event may need.
-    prompt_lens
+    prompt_lens : sequence of sequences of int
         Ranges of prompt lengths in tokens, each range as likely as any other.
-    long_groups
+    long_groups : sequence of int
         Lengths of long groups, in tokens.
     """
 
@@ -84,7 +84,20 @@ class Action(msgspec.Struct, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
-        """Return an action of this kind."""
+        """Return an action of this kind.
+
+        Parameters
+        ----------
+        choices : Choices
+            What makes the choices.
+        scope : Scope
+            What the action may ask of the engine.
+
+        Returns
+        -------
+        Action
+            An object of this class.
+        """
         raise NotImplementedError
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
@@ -92,11 +105,16 @@ class Action(msgspec.Struct, frozen=True):
 
         Parameters
         ----------
-        recorder
-            Its state is that after the events told. It must have seen each event that is
+        recorder : Recorder
+            Its state is that after the events so far. It must have seen each event that is
             returned before the next one is taken.
-        told
+        told : sequence of Event
             Events of the trace so far.
+
+        Returns
+        -------
+        iterable of Event
+            None where the action fits no request.
         """
         raise NotImplementedError
 
@@ -122,10 +140,12 @@ class Admit(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         copies = choices.pick((1, 1, 1, 1, 1, 1, 1, 2, 9, 17))
         return cls(_prompt_len(choices, scope), copies, _first_id(choices))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         copies = self.copies if self.prompt_len <= LONG else 1
         fresh = _fresh(recorder, copies, self.first_id)
         return [ev.Admit(id, self.prompt_len) for id in fresh]
@@ -142,12 +162,14 @@ class Decode(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         picks, query_lens = _batch(choices), _query_lens(choices, scope)
         times = choices.pick((1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9))
         pad = choices.pick((0, 0, 0, 1, 2, 3, 33)) if "padding" in scope.features else 0
         return cls(picks, query_lens, times, pad)
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         ids = _picked(_live(recorder), self.picks)
         if not ids:
             return []
@@ -164,6 +186,7 @@ class Leap(Decode, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         picks = _lists(choices, range(PICKS + 1), 1, 2)
         one = () if choices.one_in(2) else (1,)
         return cls(picks, (choices.pick(scope.long_groups), *one))
@@ -176,9 +199,11 @@ class Release(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         return cls(() if choices.one_in(5) else (choices.integer(0, PICKS),))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         return [ev.Release(id) for id in _picked(list(recorder.state.requests), self.picks)]
 
 
@@ -190,9 +215,11 @@ class Skip(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         return cls(_batch(choices), _query_lens(choices, scope))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         ids = _picked(_live(recorder), self.picks)
         return [ev.Skip(ids, _lens(ids, self.query_lens))] if ids else []
 
@@ -205,9 +232,11 @@ class Accept(_OfOne, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         return cls(choices.integer(0, PICKS), choices.integer(1, 7))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         requests = recorder.state.requests
         for id in _picked([id for id in _live(recorder) if requests[id].open_group], (self.pick,)):
             yield from [ev.Sampled([id])] * requests[id].outstanding
@@ -223,10 +252,12 @@ class Fork(_OfOne, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         pick = choices.pick((0, 1, 2, 3, 4, -1))
         return cls(pick, choices.pick((1, 1, 2, 3)), _first_id(choices))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         children = _fresh(recorder, self.copies, self.first_id)
         return [
             ev.Fork(parent, child)
@@ -241,6 +272,7 @@ class Preempt(_OfOne, frozen=True):
     needs = "preempt"
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         return [ev.Preempt(id) for id in _picked(_live(recorder), (self.pick,))]
 
 
@@ -250,6 +282,7 @@ class Resume(_OfOne, frozen=True):
     needs = "preempt"
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         waiting = [id for id, request in recorder.state.requests.items() if request.preempted]
         if waiting:
             return [ev.Resume(id) for id in _picked(waiting, (self.pick,))]
@@ -265,9 +298,11 @@ class Sampled(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         return cls(_batch(choices))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         ids = _picked(_outstanding(recorder), self.picks)
         return [ev.Sampled(ids)] if ids else []
 
@@ -277,9 +312,11 @@ class Repeat(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         return cls()
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         return told[-1:]
 
 
@@ -290,9 +327,11 @@ class Fill(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         return cls(choices.pick((0, 1, 2, 3, -1)))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         [fresh] = _fresh(recorder, 1)
         return [_filling(recorder, fresh, self.spare)]
 
@@ -306,9 +345,11 @@ class Starve(_OfOne, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         return cls(choices.integer(0, PICKS), choices.integer(0, 3))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         for id in _picked(_live(recorder), (self.pick,)):
             yield ev.Preempt(id)
             first, second = _fresh(recorder, 2)
@@ -330,11 +371,13 @@ class Stray(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         kinds = ("decode", "skip", *(("sampled",) if "overlap" in scope.features else ()))
         picks = _lists(choices, range(PICKS + 1), 1, 4)
         return cls(choices.pick(kinds), picks, choices.integer(0, 4))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         fitting = _outstanding(recorder) if self.kind == "sampled" else _live(recorder)
         ids = _picked(fitting, self.picks)
         if not ids:
@@ -359,10 +402,12 @@ class Lineage(_OfOne, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         pick, order = choices.integer(0, PICKS), choices.integer(0, 5)
         return cls(pick, order, choices.pick((0, 1, -1)))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         block = recorder.config.layout.tokens_per_block
         for id in _picked(_live(recorder), (self.pick,)):
             child, grandchild = _fresh(recorder, 2)
@@ -387,6 +432,7 @@ class Wrong(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         kind = choices.pick(
             [
                 "decode",
@@ -415,6 +461,7 @@ class Wrong(Action, frozen=True):
         return cls(kind, picks, query_lens, number)
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
         requests, c = recorder.state.requests, recorder.config.layout.cp_size
         known = sorted(requests, key=lambda id: not requests[id].preempted)
         anyone = [*known, *_fresh(recorder, 1)]
@@ -460,7 +507,26 @@ _OF_ONE: Final[dict[str, Callable[[int], Event]]] = {
 
 
 def draw_action(choices: Choices, scope: Scope) -> Action:
-    """Return an action of some kind that the scope allows."""
+    """Return an action of some kind that the scope allows.
+
+    Parameters
+    ----------
+    choices : Choices
+        What makes the choices.
+    scope : Scope
+        What the action may ask of the engine.
+
+    Returns
+    -------
+    Action
+        Kinds are as likely as their weights say.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.choices import Seeded
+    >>> isinstance(draw_action(Seeded("0"), Scope(frozenset())), Action)
+    True
+    """
     return choices.pick(scope.kinds).drawn(choices, scope)
 
 

@@ -52,17 +52,17 @@ def draw_layout(
     cp_sizes: Sequence[int] = CP_SIZES,
     block_sizes: Sequence[int] = BLOCK_SIZES,
 ) -> Layout:
-    """Return a legal layout.
+    """Return a legal layout (SPEC.md section 3).
 
     Parameters
     ----------
-    choices
-        What makes the choices; a strategy has its own.
-    names
+    choices : Choices
+        What makes the choices.
+    names : sequence of str
         Named layouts; `custom` is any other legal combination of rules.
-    cp_sizes
+    cp_sizes : sequence of int
         Numbers of ranks that share a sequence.
-    block_sizes
+    block_sizes : sequence of int
         Numbers of tokens in a page.
 
     Returns
@@ -73,7 +73,7 @@ def draw_layout(
     Raises
     ------
     ValueError
-        If there is no layout of such a name.
+        When there is no layout of such a name.
 
     Examples
     --------
@@ -128,23 +128,29 @@ def draw_model_shape(
 
     Parameters
     ----------
-    choices
-        What makes the choices; a strategy has its own.
-    cp_size, tp_size
+    choices : Choices
+        What makes the choices.
+    cp_size, tp_size : int
         Numbers of ranks.
-    dtypes
+    dtypes : sequence of str
         Element types of the model.
-    head_dims
+    head_dims : sequence of int
         Elements of a head.
-    latents
-        Shapes of latent caches (MLA); one shape in four has one.
-    max_layers
+    latents : sequence of LatentShape
+        Shapes of latent caches (MLA; SPEC.md, 4.1); one shape in four has one.
+    max_layers : int
         The most layers.
 
     Returns
     -------
     ModelShape
         Legal for tp_size * cp_size ranks.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.choices import Seeded
+    >>> draw_model_shape(Seeded("0"), cp_size=3, tp_size=2).q_heads % 6
+    0
     """
     latent = choices.pick(latents) if choices.one_in(4) else None
     kv_heads = tp_size * choices.pick((1, 2, 3, 1, 2, 4)) if latent is None else 1
@@ -184,30 +190,37 @@ def draw_config(
 
     Parameters
     ----------
-    choices
-        What makes the choices; a strategy has its own.
-    names, cp_sizes
+    choices : Choices
+        What makes the choices.
+    names, cp_sizes : sequence of str, sequence of int
         See `draw_layout`.
-    tp_sizes
+    tp_sizes : sequence of int
         Numbers of ranks over which KV heads are split.
-    max_world
+    max_world : int or None
         The most ranks in all; as many as the sizes allow when None.
-    features
+    features : collection of str
         Only with `overlap` among them some configurations overlap.
-    max_pages
+    max_pages : int
         The most pages of a small pool.
-    contents
+    contents : bool
         Without it nothing is drawn that only caches and outputs depend on.
 
     Returns
     -------
     Config
-        One with which every engine may start.
+        One with which every engine may start (SPEC.md section 4).
 
     Raises
     ------
     ValueError
-        If no cp_size fits the world, or there is no layout of such a name.
+        When no cp_size fits the world, or there is no layout of such a name.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.choices import Seeded
+    >>> config = draw_config(Seeded("0"), names=["pr9757"], cp_sizes=[2], tp_sizes=[2])
+    >>> config.layout.cp_size, config.world_size, config_problem(config)
+    (2, 4, None)
     """
     world = max_world or max(cp_sizes) * max(tp_sizes)
     fitting = [c for c in cp_sizes if c <= world]
@@ -301,7 +314,24 @@ def _reshaped(config: Config, **changes: Any) -> ModelShape:
 def draw_illegal_config(choices: Choices, config: Config) -> Config:
     """Return a change of a legal configuration that every engine must refuse to start with.
 
-    Its number of ranks stays.
+    Parameters
+    ----------
+    choices : Choices
+        What makes the choices.
+    config : Config
+        A legal configuration; its number of ranks stays.
+
+    Returns
+    -------
+    Config
+        It breaks a rule of SPEC.md, section 4; a start with it is refused with `bad_config`.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.choices import Seeded
+    >>> legal = draw_config(Seeded("0"))
+    >>> config_problem(draw_illegal_config(Seeded("0"), legal)) is None
+    False
     """
     changed = [msgspec.structs.replace(config, **spoil(config)) for spoil in _SPOILED]
     return choices.pick([one for one in changed if config_problem(one) is not None])

@@ -3,6 +3,15 @@
 They draw what a run of the suite draws: both call the same functions of choices. A strategy says
 what is valid, not how likely. Simple values come first, so that failures shrink to few ranks,
 small pages and few events. Bounds are keyword-only; impossible ones raise ValueError.
+
+Examples
+--------
+>>> from hypothesis import given, settings
+>>> @settings(max_examples=10, database=None)
+... @given(layouts(names=["pr9757"], cp_sizes=[2, 4]))
+... def test_names_its_layout(layout):
+...     assert str(layout).startswith("pr9757/1:C=")
+>>> test_names_its_layout()
 """
 
 from __future__ import annotations
@@ -49,7 +58,7 @@ def drawn(draw: st.DrawFn, function: Callable[[Choices], T]) -> T:
 
     Parameters
     ----------
-    function
+    function : function of Choices
         For example what `session.layout_traces` returns.
     """
     return function(_Drawn(draw))
@@ -80,7 +89,7 @@ def illegal_configs(draw: st.DrawFn, *, configs: st.SearchStrategy[Config]) -> C
 
     Parameters
     ----------
-    configs
+    configs : strategy of Config
         Legal ones, which are changed; their numbers of ranks stay.
     """
     return draw_illegal_config(_Drawn(draw), draw(configs))
@@ -100,15 +109,15 @@ def actions(
 
     Parameters
     ----------
-    features
+    features : collection of str
         Features that the engine declares.
-    undeclared
+    undeclared : collection of str
         Features that it does not declare, and that a wrong event needs now and then.
-    prompt_lens
+    prompt_lens : sequence of int
         Lengths of prompts, in tokens.
-    long_groups
+    long_groups : sequence of int
         Lengths of long groups, in tokens.
-    kinds
+    kinds : sequence of types
         Classes of `generate.actions`; those that need other features are left out.
     """
     scope = Scope(frozenset(features), frozenset(undeclared), (prompt_lens,), long_groups)
@@ -130,19 +139,19 @@ def traces(
 
     Now and then an event needs one of the features that the engine does not declare. One trace in
     10 is a configuration that must be refused, without events. Where no contents are looked at
-    one in 20 begins with a crowd.
+    one in 20 begins with many requests.
 
     Parameters
     ----------
-    configs
+    configs : strategy of Config
         Legal configurations.
-    features
+    features : collection of str
         Features that the engine declares.
-    undeclared
+    undeclared : collection of str
         Features that it does not declare.
-    contents
+    contents : bool
         Whether caches or outputs are looked at: then prompts are shorter, for time.
-    max_actions
+    max_actions : int
         The most actions of each half of a trace.
     """
     return draw_trace(
@@ -159,16 +168,16 @@ def traces(
 def merge_traces(
     draw: st.DrawFn, *, configs: st.SearchStrategy[Config], max_merges: int = 3
 ) -> Trace:
-    """Draw traces of nothing but merges.
+    """Draw traces of nothing but merges (SPEC.md, 5.6).
 
     Tokens that no rank has keys for are among them. A merge may come again, as it was or with its
     partials on other ranks.
 
     Parameters
     ----------
-    configs
+    configs : strategy of Config
         Legal configurations.
-    max_merges
+    max_merges : int
         The most merges that differ.
     """
     return draw_merge_trace(_Drawn(draw), draw(configs), max_merges=max_merges)

@@ -40,14 +40,19 @@ def scope_of(
 
     Parameters
     ----------
-    config
+    config : Config
         A legal configuration.
-    features
+    features : collection of str
         Features that the engine declares.
-    undeclared
+    undeclared : collection of str
         Features that it does not declare, and that a wrong event may need.
-    contents
+    contents : bool
         Whether caches or outputs are looked at: then prompts are shorter, for time.
+
+    Returns
+    -------
+    Scope
+        Its lengths are in tokens; some prompts are a token longer than max_len.
     """
     layout, max_len = config.layout, config.max_len
     super_block = layout.cp_size * layout.tokens_per_block
@@ -74,7 +79,39 @@ def draw_trace(
     contents: bool = True,
     max_actions: int = MAX_ACTIONS,
 ) -> Trace:
-    """Return a trace over a legal configuration, or an illegal change of it; see `strategies`."""
+    """Return a trace over a legal configuration, or over an illegal change of it.
+
+    `strategies.traces` says what is drawn.
+
+    Parameters
+    ----------
+    choices : Choices
+        What makes the choices.
+    config : Config
+        A legal configuration.
+    features : collection of str
+        Features that the engine declares.
+    undeclared : collection of str
+        Features that it does not declare.
+    contents : bool
+        Whether caches or outputs are looked at: then prompts are shorter, for time.
+    max_actions : int
+        The most actions of each half of a trace.
+
+    Returns
+    -------
+    Trace
+        Its configuration and its events; the reference has been played once to make it.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.choices import Seeded
+    >>> from helix_spec.layouts import named_layout
+    >>> layout = named_layout("pr9757", cp_size=2, tokens_per_block=4)
+    >>> config = Config(layout=layout, pages=[8, 8], max_len=24)
+    >>> draw_trace(Seeded("7"), config) == draw_trace(Seeded("7"), config)
+    True
+    """
     if choices.one_in(10):
         return Trace(config=draw_illegal_config(choices, config), events=[])
     scope = scope_of(config, features=features, undeclared=undeclared, contents=contents)
@@ -92,6 +129,27 @@ def played(recorder: Recorder, actions: Iterable[Action]) -> list[Event]:
     """Return the events of these actions, played once on this recorder.
 
     What is refused once is not tried again at once.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        It is at the start of a trace, and afterwards at the end.
+    actions : iterable of Action
+        The actions, in order.
+
+    Returns
+    -------
+    list of Event
+        The events that the recorder has seen, refused ones too.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.actions import Release
+    >>> from helix_spec.layouts import named_layout
+    >>> layout = named_layout("pr9757", cp_size=2, tokens_per_block=4)
+    >>> recorder = Recorder(Config(layout=layout, pages=[8, 8], max_len=24), {"pages"})
+    >>> played(recorder, [Admit(5), Release(), Release()])
+    [Admit(id=0, prompt_len=5), Release(id=0)]
     """
     events = list[Event]()
     for action in actions:
@@ -103,7 +161,31 @@ def played(recorder: Recorder, actions: Iterable[Action]) -> list[Event]:
 
 
 def draw_merge_trace(choices: Choices, config: Config, *, max_merges: int = 3) -> Trace:
-    """Return a trace of nothing but merges over a configuration; see `strategies.merge_traces`."""
+    """Return a trace of nothing but merges over a configuration; see `strategies.merge_traces`.
+
+    Parameters
+    ----------
+    choices : Choices
+        What makes the choices.
+    config : Config
+        A legal configuration.
+    max_merges : int
+        The most merges that differ, at least 1.
+
+    Returns
+    -------
+    Trace
+        The configuration, and at least one merge.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.choices import Seeded
+    >>> from helix_spec.layouts import named_layout
+    >>> layout = named_layout("pr9757", cp_size=2, tokens_per_block=4)
+    >>> config = Config(layout=layout, pages=[8, 8], max_len=24)
+    >>> {type(event).__name__ for event in draw_merge_trace(Seeded("7"), config).events}
+    {'Merge'}
+    """
     c, events = config.layout.cp_size, list[Event]()
 
     def token(choices: Choices) -> list[int | None]:

@@ -27,17 +27,49 @@ class WorkloadError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Lengths of one request, in tokens."""
+    """Lengths of one request.
+
+    Parameters
+    ----------
+    prompt_len : int
+        Tokens of the prompt.
+    output_len : int
+        Tokens that are decoded.
+    """
 
     prompt_len: int
     output_len: int
 
 
 def read_workload(path: Path) -> list[Request]:
-    """The requests of a file, in order of arrival; the suffix says which format it has.
+    """Return the requests of a file, in order of arrival; the suffix says which format it has.
 
-    Raises WorkloadError, naming file, line and field, for a file that is not wholly good. (A CSV
-    file that was cut off inside its very last number looks whole: Azure's ends without a newline.)
+    A CSV file that was cut off inside its very last number looks whole: Azure's ends without a
+    newline.
+
+    Parameters
+    ----------
+    path : Path
+        A file that ends in `.jsonl` (Mooncake) or `.csv` (Azure).
+
+    Returns
+    -------
+    list of Request
+        At least one.
+
+    Raises
+    ------
+    WorkloadError
+        When the file is not wholly good; the sentence names file, line and field.
+
+    Examples
+    --------
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "one.jsonl"
+    ...     _ = path.write_text('{"input_length": 900, "output_length": 40}')
+    ...     read_workload(path)
+    [Request(prompt_len=900, output_len=40)]
     """
     readers = {".jsonl": _read_json_lines, ".csv": _read_csv}
     reader = readers.get(path.suffix)
@@ -102,7 +134,25 @@ def _faults_named(place: str) -> Iterator[None]:
 
 
 def scaled(requests: Sequence[Request], divisor: int) -> list[Request]:
-    """The same workload with both lengths divided, rounded up."""
+    """Return the same workload with both lengths divided, rounded up.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        The workload.
+    divisor : int
+        At least 1.
+
+    Returns
+    -------
+    list of Request
+        As many as there were, in the same order.
+
+    Examples
+    --------
+    >>> scaled([Request(900, 40)], 64)
+    [Request(prompt_len=15, output_len=1)]
+    """
     return [
         Request(-(-request.prompt_len // divisor), -(-request.output_len // divisor))
         for request in requests
@@ -112,7 +162,7 @@ def scaled(requests: Sequence[Request], divisor: int) -> list[Request]:
 def schedule(
     requests: Sequence[Request], *, batch_limit: int, max_steps: int
 ) -> Generator[Event, Reason | None, None]:
-    """A small continuous-batching scheduler; it is sent the refusal of each event, or None.
+    """Yield the events of a small continuous-batching scheduler.
 
     Requests arrive in order, and their ids are their arrival numbers. Each round admits waiting
     requests while fewer than `batch_limit` are live, decodes one token for all live ones, and
@@ -120,7 +170,35 @@ def schedule(
     waits, and a decode evicts the youngest request, which starts afresh later. Nobody is admitted
     before some request has finished: the pages an eviction gives back belong to the older ones.
 
-    Raises WorkloadError when a request does not fit an empty pool, and for any other refusal.
+    Parameters
+    ----------
+    requests : sequence of Request
+        The workload, in order of arrival.
+    batch_limit : int
+        The most live requests, at least 1.
+    max_steps : int
+        The most tokens that are decoded of one request, at least 1.
+
+    Raises
+    ------
+    WorkloadError
+        When a request does not fit an empty pool, and for any other refusal.
+    ValueError
+        When a limit is less than 1.
+
+    Yields
+    ------
+    Event
+        Admissions, decodes and releases; what is sent back is the Reason of a refusal, or None.
+
+    Examples
+    --------
+    >>> for event in schedule([Request(9, 2)], batch_limit=1, max_steps=8):
+    ...     print(event)
+    Admit(id=0, prompt_len=9)
+    Decode(ids=[0], query_lens=[1], pad=0)
+    Decode(ids=[0], query_lens=[1], pad=0)
+    Release(id=0)
     """
     if batch_limit < 1 or max_steps < 1:
         raise ValueError(f"batch_limit {batch_limit} and max_steps {max_steps} must be at least 1.")
