@@ -137,7 +137,7 @@ MISCHIEF = {
     4: "exit",  # sys.exit: a status of the process, or SystemExit where that is caught
     5: "exit",  # os._exit
     6: "timed out: no answer within 5 s",  # it floods stdout for ever
-    8: "answered garbage: its past_len has 2 entries, not 1",
+    8: "gave a malformed answer: its past_len has 2 entries, not 1",
     11: "gave a malformed answer: it answered request 99, and was asked ",
 }
 IN_PROCESS = (2, 3, 4, 5, 8)

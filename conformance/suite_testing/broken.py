@@ -41,7 +41,7 @@ class Raiser(LedgerEngine):
         return outcome
 
 
-class Garbage(LedgerEngine):
+class Malformed(LedgerEngine):
     """Rank 1 answers a decode with a column too short."""
 
     def apply(self, event):

@@ -77,7 +77,7 @@ def test_failing_run_leaves_the_smallest_trace(tmp_path):
     assert call("replay", path, "--engine", "reference").exit_code == 0
 
 
-@pytest.mark.parametrize("name", ["Raiser", "Garbage"])
+@pytest.mark.parametrize("name", ["Raiser", "Malformed"])
 def test_engine_that_raises_or_gives_a_malformed_answer(name):
     """Raising, or a malformed answer, ends with status 3, rank and event named."""
     result = call("run", "--engine", f"suite_testing.broken:{name}", "--layout", "pr9757")
