@@ -1,4 +1,8 @@
-"""What the pytest plugin asks: did an invariant hold on a layout, as a profile sees it?"""
+"""What the pytest plugin asks: did an invariant hold on a layout, as a profile sees it?
+
+The answer is pytest's own: an invariant that was violated fails its test, one that was not checked
+skips it, and one that was violated as the engine's ledger says fails as expected.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
+import pytest
 
 from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.launched import LAUNCHED
@@ -35,18 +40,6 @@ _SHOWN_BY_NO_TRACE: Final = {("attention", "ATT-2")}
 
 class SuiteError(ValueError):
     """What was asked for cannot be checked; the message says why."""
-
-
-class Violated(Exception):
-    """The invariant was violated; the text is the whole report."""
-
-
-class NotChecked(Exception):
-    """It cannot be said whether the invariant held; the text says why."""
-
-
-class Tolerated(Exception):
-    """The invariant was violated as the engine's ledger says."""
 
 
 @dataclass
@@ -176,10 +169,10 @@ class Suite:
     # Verdicts
 
     def demand(self, layout: str, profile: str, name: str) -> None:
-        """Return when the test passes. Raises Violated, NotChecked or Tolerated."""
+        """Return when the test passes; else fail, skip or xfail it."""
         try:
             self._demand_checked(layout, profile, name)
-        except NotChecked:
+        except pytest.skip.Exception:
             self._demand_unseen(layout, name)
             raise
         verdicts = self._verdicts_of(layout)
@@ -187,60 +180,61 @@ class Suite:
         if name == TRACES:
             failure = next((f for f in verdicts.failures.values() if _has(f.trace, profile)), None)
         if failure is not None:
-            raise Violated(self._report(layout, name, failure))
+            pytest.fail(self._report(layout, name, failure))
         if verdicts.ended_early is not None and name != "LIVE-1":
-            raise NotChecked(f"not judged to the end: {verdicts.ended_early}")
+            pytest.skip(f"not judged to the end: {verdicts.ended_early}")
         if layout in verdicts.known.void:
-            raise NotChecked("every trace ended at a known difference")
+            pytest.skip("every trace ended at a known difference")
         for difference in verdicts.known.of_layout(layout):
             reasoned = difference.reason is not None and name in ("REF-1", "REF-2")
             if difference.kind == "answers_wrongly" and (difference.invariant == name or reasoned):
-                raise Tolerated(_known(difference))
+                pytest.xfail(_known(difference))
 
     def demand_entry(self, index: int) -> None:
-        """Return when an entry of the ledger is true. Raises Violated or NotChecked."""
+        """Return when an entry of the ledger is true; else fail or skip its test."""
         difference = self.known.differences[index]
         ledgers = [
             self._verdicts_of(layout).known for layout in self.layouts if self.known.runs(layout)
         ]
         for layout in (layout for ledger in ledgers for layout in ledger.void):
             if difference.covers(layout):
-                raise Violated(void_sentence(layout))
+                pytest.fail(void_sentence(layout))
         if difference.kind == "must_not_run":
-            raise NotChecked(_known(difference))
+            pytest.skip(_known(difference))
         if any(index in ledger.met for ledger in ledgers):
             return
         if not any(index in ledger.tried for ledger in ledgers):
-            raise NotChecked("no layout and profile that was judged to the end could show it")
-        raise Violated(
+            pytest.skip("no layout and profile that was judged to the end could show it")
+        pytest.fail(
             f"The known difference of {difference.subject} no longer shows: no trace of this "
             f"session broke it; take its entry ({difference.link}) out of the ledger."
         )
 
     def _demand_checked(self, layout: str, profile: str, name: str) -> None:
         if (profile, name) in _SHOWN_BY_NO_TRACE:
-            raise NotChecked("not checked: no answer to a trace can show it")
+            pytest.skip("not checked: no answer to a trace can show it")
         for difference in self.known.differences:
             if difference.covers(layout) and difference.subject == f"layout {layout}":
-                raise NotChecked(_known(difference))
+                pytest.skip(_known(difference))
         if profile == EVERY:
             return
         declared = self.driver.profiles
         if profile not in declared:
-            raise NotChecked(f"not checked: the engine does not declare profile {profile}")
+            pytest.skip(f"not checked: the engine does not declare profile {profile}")
         if profile not in profiles_to_check(declared, self.asked):
-            raise NotChecked(f"not checked: profile {profile} was not asked for")
+            pytest.skip(f"not checked: profile {profile} was not asked for")
         if profile not in self.known.left_out(layout):
             return
         for difference in self.known.suspended(layout):
             if difference.profile == profile:
                 index = self.known.differences.index(difference)
                 if index in self._verdicts_of(layout).known.met:
-                    raise Tolerated(_known(difference))
-        raise NotChecked(f"not checked: the ledger of known differences leaves out {profile}")
+                    pytest.xfail(_known(difference))
+                    return  # only with --runxfail
+        pytest.skip(f"not checked: the ledger of known differences leaves out {profile}")
 
     def _demand_unseen(self, layout: str, name: str) -> None:
-        """Raises Violated of what was broken though no profile that checks it is declared.
+        """Fail of what was broken though no profile that checks it is declared.
 
         LEN-3 is such: it is judged wherever an engine reports `visible`.
         """
@@ -248,7 +242,7 @@ class Suite:
             return
         verdicts = self._verdicts_of(layout)
         if name in verdicts.failures and not verdicts.checked.intersection(profiles_of(name)):
-            raise Violated(self._report(layout, name, verdicts.failures[name]))
+            pytest.fail(self._report(layout, name, verdicts.failures[name]))
 
     def _verdicts_of(self, layout: str) -> _Verdicts:
         if layout not in self._verdicts:
@@ -273,7 +267,7 @@ class Suite:
                     known=known,
                 )
             except EngineFailure as died:
-                raise Violated(f"The engine did not start. {died}") from died
+                pytest.fail(f"The engine did not start. {died}")
             if failure is None:
                 return _Verdicts(checked, known, tally, failures)
             failures |= {n: failure for n in failure.invariants if n not in failures}
