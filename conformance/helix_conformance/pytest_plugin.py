@@ -57,11 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """With an engine, check what was asked and add its tests."""
     if config.option.helix_engine is not None:
-        from helix_conformance.suite import Suite, SuiteError
+        from helix_conformance.session import SessionError
+        from helix_conformance.suite import Suite
 
         try:
             suite = Suite(config.option)
-        except SuiteError as error:
+        except SessionError as error:
             raise pytest.UsageError(str(error)) from error
         config.pluginmanager.register(_Tests(suite))
 

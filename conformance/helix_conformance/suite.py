@@ -15,20 +15,26 @@ import msgspec
 import pytest
 
 from helix_conformance.drive.driver import Driver, EngineFailure
-from helix_conformance.drive.launched import LAUNCHED
-from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.drive.opening import default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.judge.xfail import PARTING, Difference, Known, LedgerError, void_sentence
-from helix_conformance.report.text import failure_text
-from helix_conformance.session import layout_run
+from helix_conformance.report.stream import save_trace
+from helix_conformance.report.text import failure_text, replay_text
+from helix_conformance.session import (
+    SessionError,
+    default_examples,
+    drawn_sizes,
+    layout_run,
+    refuse_unknown,
+)
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
-from helix_spec.trace import Trace, dump_trace
+from helix_spec.trace import Trace
 
 TRACES: Final = "traces"
 """Name of the test that no smallest failing trace has an event of a feature."""
@@ -36,10 +42,6 @@ EVERY: Final = "every"
 """Stands in SPEC.md for any profile that is declared."""
 _SHOWN_BY_NO_TRACE: Final = {("attention", "ATT-2")}
 """What no answer to a trace can break: it takes a repetition."""
-
-
-class SuiteError(ValueError):
-    """What was asked for cannot be checked; the message says why."""
 
 
 @dataclass
@@ -70,7 +72,7 @@ class _Verdicts:
 class Suite:
     """The verdicts on one engine; each layout is played when its first verdict is asked for.
 
-    `options` are the plugin's. Raises SuiteError.
+    `options` are the plugin's. Raises SessionError.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -78,28 +80,20 @@ class Suite:
         self.engine: str = options.helix_engine
         self.layouts: Sequence[str] = options.helix_layouts or LAYOUT_NAMES
         self.asked: Sequence[str] = options.helix_profiles or ()
-        for what, given, allowed in (
-            ("layout", self.layouts, LAYOUT_NAMES),
-            ("profile", self.asked, PROFILES),
-        ):
-            for name in given:
-                if name not in allowed:
-                    raise SuiteError(f"--helix-{what}: {name!r} is none of {', '.join(allowed)}.")
+        names = ("--helix-layout", "--helix-profile", "--helix-driver")
+        refuse_unknown(self.layouts, self.asked, options.helix_driver, names)
         try:
             self.known = Known.read(options.helix_known) if options.helix_known else Known()
         except LedgerError as error:
-            raise SuiteError(f"--helix-known: {error}") from error
+            raise SessionError(f"--helix-known: {error}") from error
         if not any(map(self.known.runs, self.layouts)):
-            raise SuiteError("--helix-known: the ledger says that none of the layouts may be run.")
-        driver = options.helix_driver
-        # Others are launched around the whole command, which pytest is not.
-        inside = [name for name in DRIVERS if name not in LAUNCHED]
-        if driver is not None and driver not in inside:
-            raise SuiteError(f"--helix-driver: {driver!r} is none of {', '.join(inside)}.")
+            raise SessionError(
+                "--helix-known: the ledger says that none of the layouts may be run."
+            )
         try:
             default_driver(self.engine)
         except EngineSpecError as error:
-            raise SuiteError(f"--helix-engine: {error}") from error
+            raise SessionError(f"--helix-engine: {error}") from error
         self._driver: Driver | None = None
         self._verdicts: dict[str, _Verdicts] = {}
 
@@ -137,15 +131,12 @@ class Suite:
     def examples(self) -> int:
         """Random traces for each layout."""
         given: int | None = self.options.helix_examples
-        return given or (400 if self.driver.name == "local" else 40)
+        return given or default_examples(self.driver.name)
 
     @property
     def cp_sizes(self) -> list[int]:
         """The cp_sizes to draw from."""
-        if self.options.helix_cps:
-            return sorted(set(self.options.helix_cps))
-        world = self.driver.largest_world
-        return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+        return drawn_sizes(self.driver, self.options.helix_cps or ())
 
     def header(self) -> Iterator[str]:
         """The engine and every setting that was read."""
@@ -285,15 +276,8 @@ class Suite:
         lines = list(failure_text(failure))
         if name in NUMBERS and others:
             lines.append(f"The same trace also breaks {', '.join(others)}.")
-        folder = self.options.helix_traces
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{layout}-{name}.json"
-        path.write_bytes(dump_trace(failure.trace))
-        lines.append(f"The trace is in {path}; replay it with:")
-        lines.append(
-            f"  helix-conformance replay {path} --engine {self.engine} --driver {self.driver.name}"
-        )
-        return "\n".join(lines)
+        path = save_trace(self.options.helix_traces, f"{layout}-{name}", failure.trace)
+        return "\n".join([*lines, *replay_text(path, self.engine, self.driver.name)])
 
 
 def _has(trace: Trace, feature: str) -> bool:
