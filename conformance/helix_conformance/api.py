@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from helix_conformance.judge.failure import Violation
 from helix_conformance.judge.xfail import Known
-from helix_conformance.report.stream import Settings, Summary, encode_line
+from helix_conformance.report.stream import FailureLine, Settings, Summary, encode_line
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import Found, Session, refuse_unknown
+from helix_conformance.session import Session, refuse_unknown
 from helix_spec.engine import Engine
-from helix_spec.trace import Trace
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReportedFailure:
-    """One failing layout of a report."""
+    """One failing layout of a report.
 
-    layout: str
-    driver: str
-    trace: Trace
-    """The random trace that failed first."""
-    minimal: Trace
-    """What is left of it: the smallest trace found that still fails."""
-    event: int | None
-    """Index in `minimal` of the event that is answered wrongly; None at the start or the end."""
-    violations: list[Violation]
-    engine_failure: str | None
-    """How the engine died, timed out or gave a malformed answer; then there are no violations."""
-    text: str
-    """The failure as the command line prints it."""
+    Attributes
+    ----------
+    layout, driver : str
+        Where it failed.
+    trace : Trace
+        The random trace that failed first.
+    minimal : Trace
+        What is left of it: the smallest trace found that still fails.
+    event : int or None
+        Index in `minimal` of the event that is answered wrongly; None at the start or the end.
+    violations : list of Violation
+        What is wrong there.
+    engine_failure : str or None
+        How the engine died, timed out or gave a malformed answer; then there are no violations.
+    text : str
+        The failure as the command line prints it.
+    """
+
+    def __init__(self, found: FailureLine) -> None:
+        self.layout, self.driver = found.layout, found.driver
+        self.trace, self.minimal = found.drawn or found.trace, found.trace
+        self.event, self.violations = found.event, found.violations
+        self.engine_failure = found.engine_failure
+        self.text = "\n".join(failure_text(found))
 
 
 class Report:
@@ -54,7 +61,7 @@ class Report:
     def __init__(self, session: Session) -> None:
         [settings], [summary] = session.stream.of(Settings), session.stream.of(Summary)
         self.verdict = summary.verdict
-        self.failures = [_reported(found) for found in session.failures]
+        self.failures = [ReportedFailure(found) for found in session.failures]
         self.coverage = summary.coverage
         self.restrictions = settings.restrictions
         self.not_started = session.not_started and str(session.not_started)
@@ -145,16 +152,3 @@ def check(
     session.random(layouts, cp, examples, seed)
     session.summary()
     return Report(session)
-
-
-def _reported(found: Found) -> ReportedFailure:
-    return ReportedFailure(
-        layout=found.row.layout,
-        driver=found.row.driver,
-        trace=found.failure.drawn or found.failure.trace,
-        minimal=found.failure.trace,
-        event=found.failure.event,
-        violations=found.failure.violations,
-        engine_failure=found.failure.engine_failure,
-        text="\n".join(failure_text(found.failure)),
-    )

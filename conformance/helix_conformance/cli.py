@@ -25,7 +25,7 @@ from helix_conformance.prove import ProveError
 from helix_conformance.prove import prove as prove_theorems
 from helix_conformance.report.command import BadInput, report, write_file
 from helix_conformance.report.html import show_page
-from helix_conformance.report.stream import CoverageLine, Row, Stream, StreamError
+from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Stream, StreamError
 from helix_conformance.report.text import (
     failure_text,
     print_coverage,
@@ -35,17 +35,13 @@ from helix_conformance.report.text import (
     replay_text,
     trace_text,
 )
-from helix_conformance.session import Advance, Found, Session, SessionError
+from helix_conformance.session import Advance, Session, SessionError
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
 from helix_spec.layouts import LayoutError, layout_name, named_layout
 from helix_spec.trace import TraceError, load_trace
 
-TRACE_ALONE: Final = "One stored trace was played; a whole run plays random traces of every layout."
-VECTORS_ALONE: Final = (
-    "Stored vectors were played; a whole run plays random traces of every layout."
-)
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
 REFUSED: Final = (
     *(EngineSpecError, LayoutError, LedgerError, ProveError, SessionError, TraceError),
@@ -259,8 +255,8 @@ def run(**options: Any) -> None:
     console = _show(session, coverage=True)
     if left_out:
         print_lines(console, [f"This is a part of a run, not a whole one. {' '.join(left_out)}"])
-    for row, failure, path in session.failures:
-        where = replay_text(path, row.engine, row.driver)
+    for failure in session.failures:
+        where = replay_text(failure.trace_file, failure.engine, failure.driver)
         print_lines(console, [*failure_text(failure), *where])
     print_lines(console, session.known.sentences())
     _leave(session)
@@ -273,11 +269,12 @@ def replay(**options: Any) -> None:
     """Play one stored trace and judge every answer."""
     trace, path = load_trace(options["trace_path"]), options["trace_path"]
     with _session(options) as session:
-        session.begin("replay", options, TRACE_ALONE)
+        session.begin("replay", options, "One stored trace was played")
         session.replay(trace, path)
     console = _show(session)
-    for _, failure, _ in session.failures:
-        print_lines(console, [*failure_text(failure), *replay_text(path, session.engine)])
+    for failure in session.failures:
+        where = replay_text(failure.trace_file, session.engine)
+        print_lines(console, [*failure_text(failure), *where])
     _leave(session)
 
 
@@ -330,7 +327,7 @@ def vectors_check(**options: Any) -> None:
     """
     cases = _cases(options["folder"] or SHIPPED, options["layouts"])
     with _session(options) as session:
-        session.begin("vectors check", {}, VECTORS_ALONE)
+        session.begin("vectors check", {}, "Stored vectors were played")
         left_out = session.vectors(cases)
     print_lines(_show(session), [*left_out, *_vector_texts(session.failures, dict(cases))])
     _leave(session)
@@ -445,12 +442,13 @@ def _cases(folder: Path, layouts: tuple[str, ...]) -> list[tuple[Path, Vector]]:
     return cases
 
 
-def _vector_texts(failures: Iterable[Found], cases: dict[Path, Vector]) -> Iterator[str]:
+def _vector_texts(failures: Iterable[FailureLine], cases: dict[Path, Vector]) -> Iterator[str]:
     """Each failing vector; all but the first of a layout in one line."""
     shown = set[str]()
-    for row, failure, path in failures:
-        if row.layout not in shown:
-            shown.add(row.layout)
+    for failure in failures:
+        path = Path(failure.trace_file)
+        if failure.layout not in shown:
+            shown.add(failure.layout)
             yield from ["", f"{path}: {' '.join(cases[path].notes)}", *failure_text(failure)]
             continue
         numbers = sorted(failure.invariants, key=NUMBERS.index)
@@ -464,20 +462,15 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
         raise BadInput("A workload needs a named layout; custom is for random traces.")
     world = cp_size * options["tp_size"]
     step = world * options["kv_heads"]
-    layout = named_layout(
-        name,
-        cp_size=cp_size,
-        tokens_per_block=options["tokens_per_block"],
-        interleave=options["interleave"],
-    )
+    block, interleave = options["tokens_per_block"], options["interleave"]
+    layout = named_layout(name, cp_size=cp_size, tokens_per_block=block, interleave=interleave)
+    q_heads = options["q_heads"] or max(step, 8 // step * step)
     config = Config(
         layout=layout,
         pages=[options["pages"]] * cp_size,
         max_len=2**31 - 1,
         model=ModelShape(
-            q_heads=options["q_heads"] or max(step, 8 // step * step),
-            kv_heads=options["kv_heads"],
-            head_dim=options["head_dim"],
+            q_heads=q_heads, kv_heads=options["kv_heads"], head_dim=options["head_dim"]
         ),
         tp_size=options["tp_size"],
         seed=options["seed"],

@@ -7,10 +7,11 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 
@@ -106,8 +107,7 @@ def random_traces(
         failure = judged(driver, trace, profiles, tally, known, coverage=coverage)
         progress()
         if failure is not None:
-            if tally.needed is None:
-                tally.needed = Needed(tally.traces, time.perf_counter() - began)
+            tally.needed = tally.needed or Needed(tally.traces, time.perf_counter() - began)
             return _explained(driver, trace, failure, profiles, tally, known)
     return None
 
@@ -121,14 +121,14 @@ def _explained(
     known: Known,
 ) -> Failure:
     """Return the failure of a random trace, made small and sure if it repeats."""
-    if failure.verdict == "error" and not driver.survives_failure:
-        return failure  # the engine cannot be asked again
+    if _is_lost(driver, failure):
+        return failure
     again = judged(driver, trace, profiles, tally, known)
     if again is None:
         note = "This failure did not repeat when the same trace was played again."
         noted = msgspec.structs.replace(failure.trace, note=note)
         return msgspec.structs.replace(failure, trace=noted)
-    if again.verdict == "error" and not driver.survives_failure:
+    if _is_lost(driver, again):
         return again
     small = made_small(driver, trace, again, profiles, tally, known)
     sure = made_sure(driver, small, profiles, tally, known)
@@ -230,14 +230,6 @@ class SessionError(ValueError):
     """What was asked for cannot be done; the message says why, and nothing was played."""
 
 
-class Found(NamedTuple):
-    """A failing row, what is wrong there, and where its trace is stored."""
-
-    row: Row
-    failure: Failure
-    path: Path
-
-
 def no_progress(description: str, total: int) -> Advance:
     """Show nothing."""
     return lambda: None
@@ -287,7 +279,7 @@ class Session:
     stream: Stream = field(default_factory=Stream)
     folder: Path | None = None
     progress: Callable[[str, int], Advance] = no_progress
-    failures: list[Found] = field(default_factory=list, init=False)
+    failures: list[FailureLine] = field(default_factory=list, init=False)
     not_started: EngineFailure | None = field(default=None, init=False)
     seed: int | None = field(default=None, init=False)
 
@@ -302,7 +294,7 @@ class Session:
         return f"{self.given.__module__}:{self.given.__qualname__}"
 
     def begin(
-        self, command: str, options: Mapping[str, Any], restricted: str | None = None
+        self, command: str, options: Mapping[str, Any], played: str | None = None
     ) -> list[str]:
         """Write the first line of the stream; return why the run is not a whole one.
 
@@ -312,11 +304,14 @@ class Session:
             The command's name, such as `run`.
         options
             All options of the command, by name.
-        restricted
-            Why no run of this command is a whole one; None to tell it by the options.
+        played
+            What is played instead of random traces, in words; None for those.
         """
-        most = max(default_examples(driver) for _, driver in self.tiers)
-        left_out = [restricted] if restricted else restrictions(options, most)
+        if played is None:
+            most = max(default_examples(driver) for _, driver in self.tiers)
+            left_out = restrictions(options, most)
+        else:
+            left_out = [f"{played}; a whole run plays random traces of every layout."]
         told = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
         self.seed = options.get("seed")
         self.stream.write(
@@ -532,17 +527,16 @@ class Session:
         if path is None:
             name = f"{row.layout}-{row.driver}"
             path = save_trace(self.folder, name, failure.trace) if self.folder else Path("-")
-        self.failures.append(Found(row, failure, path))
-        self.stream.write(
-            FailureLine(
-                layout=row.layout,
-                engine=row.engine,
-                driver=row.driver,
-                declared=row.declared,
-                trace_file=str(path),
-                **{k: v for k, v in msgspec.structs.asdict(failure).items() if k != "drawn"},
-            )
+        line = FailureLine(
+            layout=row.layout,
+            engine=row.engine,
+            driver=row.driver,
+            declared=row.declared,
+            trace_file=str(path),
+            **msgspec.structs.asdict(failure),
         )
+        self.failures.append(line)
+        self.stream.write(msgspec.structs.replace(line, drawn=None))
 
     def _cover(self, engine: str, driver: Driver, coverage: Coverage) -> None:
         """Write what the traces of a driver visited, when all were played."""
@@ -578,7 +572,7 @@ class Session:
             except EngineFailure as failure:
                 self.not_started = failure
                 return
-            try:
+            with closing(driver):
                 missing = [profile for profile in self.profiles if profile not in driver.profiles]
                 if missing:
                     declared = ", ".join(p for p in PROFILES if p in driver.profiles)
@@ -588,18 +582,12 @@ class Session:
                     )
                 gc.freeze()  # what was imported stays: no collection need look through it again
                 yield engine, driver
-            finally:
-                driver.close()
 
     def _open(self, engine: str, name: str) -> Driver:
         if not isinstance(self.given, str) and name == "local":
             return LocalDriver(self.given, deadline_s=self.deadline_s)
         return open_driver(
-            engine,
-            name,
-            ranks=self.ranks,
-            backend=self.backend,
-            deadline_s=self.deadline_s,
+            engine, name, ranks=self.ranks, backend=self.backend, deadline_s=self.deadline_s
         )
 
 

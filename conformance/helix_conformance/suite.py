@@ -9,6 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import msgspec
@@ -94,26 +95,23 @@ class Suite:
             default_driver(self.engine)
         except EngineSpecError as error:
             raise SessionError(f"--helix-engine: {error}") from error
-        self._driver: Driver | None = None
         self._verdicts: dict[str, _Verdicts] = {}
 
-    @property
+    @cached_property
     def driver(self) -> Driver:
         """The ranks, started when first needed. Raises EngineFailure."""
-        if self._driver is None:
-            self._driver = open_driver(
-                self.engine,
-                self.options.helix_driver,
-                ranks=self.options.helix_ranks,
-                deadline_s=self.options.helix_deadline,
-            )
-        return self._driver
+        return open_driver(
+            self.engine,
+            self.options.helix_driver,
+            ranks=self.options.helix_ranks,
+            deadline_s=self.options.helix_deadline,
+        )
 
     def close(self) -> None:
         """End the ranks."""
-        if self._driver is not None:
-            self._driver.close()
-            self._driver = None
+        if "driver" in vars(self):
+            self.driver.close()
+            del self.driver
 
     @property
     def tests(self) -> list[tuple[str, list[str]]]:

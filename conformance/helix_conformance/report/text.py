@@ -153,12 +153,12 @@ def _coverage_text(coverage: CoverageLine) -> Iterator[str]:
 # A failure
 
 
-def replay_text(path: Path, engine: str, driver: str | None = None) -> list[str]:
+def replay_text(path: Path | str, engine: str, driver: str | None = None) -> list[str]:
     """Return where a failing trace is stored, and the command that plays it again.
 
     Parameters
     ----------
-    path : Path
+    path : Path or str
         Where the trace is stored.
     engine : str
         The engine's name.
