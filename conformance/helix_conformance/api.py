@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from helix_conformance.drive.launched import LAUNCHED
-from helix_conformance.drive.opening import DRIVERS
-from helix_conformance.generate.configs import LAYOUT_NAMES
-from helix_conformance.judge.failure import Violation
 from helix_conformance.judge.xfail import Known
-from helix_conformance.report.stream import Stream, Summary, Verdict, encode_line, restrictions
+from helix_conformance.report.stream import FailureLine, Settings, Summary, encode_line
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import Found, Session, SessionError, default_examples
-from helix_spec.engine import PROFILES, Engine
-from helix_spec.trace import Trace
+from helix_conformance.session import Session, refuse_unknown
+from helix_spec.engine import Engine
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReportedFailure:
-    """One failing layout of a report."""
+    """One failing layout of a report.
 
-    layout: str
-    driver: str
-    trace: Trace
-    """The random trace that failed first."""
-    minimal: Trace
-    """What is left of it: the smallest trace found that still fails."""
-    event: int | None
-    """Index in `minimal` of the event that is answered wrongly; None at the start or the end."""
-    violations: list[Violation]
-    engine_failure: str | None
-    """How the engine died, timed out or gave a malformed answer; then there are no violations."""
-    text: str
-    """The failure as the command line prints it."""
+    Attributes
+    ----------
+    layout, driver : str
+        Where it failed.
+    trace : Trace
+        The random trace that failed first.
+    minimal : Trace
+        What is left of it: the smallest trace found that still fails.
+    event : int or None
+        Index in `minimal` of the event that is answered wrongly; None at the start or the end.
+    violations : list of Violation
+        What is wrong there.
+    engine_failure : str or None
+        How the engine died, timed out or gave a malformed answer; then there are no violations.
+    text : str
+        The failure as the command line prints it.
+    """
+
+    def __init__(self, found: FailureLine) -> None:
+        self.layout, self.driver = found.layout, found.driver
+        self.trace, self.minimal = found.drawn or found.trace, found.trace
+        self.event, self.violations = found.event, found.violations
+        self.engine_failure = found.engine_failure
+        self.text = "\n".join(failure_text(found))
 
 
 class Report:
@@ -55,12 +58,12 @@ class Report:
         Why the engine did not start, when it did not.
     """
 
-    def __init__(self, session: Session, verdict: Verdict, restricted: Sequence[str]) -> None:
-        self.verdict = verdict
-        self.failures = [_reported(found) for found in session.failures]
-        [summary] = [line for line in session.stream.lines if isinstance(line, Summary)]
+    def __init__(self, session: Session) -> None:
+        [settings], [summary] = session.stream.of(Settings), session.stream.of(Summary)
+        self.verdict = summary.verdict
+        self.failures = [ReportedFailure(found) for found in session.failures]
         self.coverage = summary.coverage
-        self.restrictions = list(restricted)
+        self.restrictions = settings.restrictions
         self.not_started = session.not_started and str(session.not_started)
         self._lines = session.stream.lines
 
@@ -128,46 +131,24 @@ def check(
     >>> check("reference", layouts=["pr9757"], cp=[2], profiles=["pages"], examples=5).verdict
     'pass'
     """
-    inside = [name for name in DRIVERS if name not in LAUNCHED]
-    for what, given, allowed in (
-        ("layouts", layouts, LAYOUT_NAMES),
-        ("profiles", profiles, PROFILES),
-        ("driver", [driver] if driver else [], inside),
-    ):
-        for name in given:
-            if name not in allowed:
-                raise SessionError(f"{what}: {name!r} is none of {', '.join(allowed)}.")
+    refuse_unknown(layouts, profiles, driver)
     session = Session(
         engine,
         driver,
         profiles,
         ranks=ranks,
         deadline_s=deadline_s,
-        known=Known.read(Path(known)) if known else None,
-        stream=Stream(None),
+        known=Known.read(Path(known)) if known else Known(),
     )
-    options: dict[str, Any] = {
+    options = {
         "layouts": list(layouts),
         "cp_sizes": list(cp),
         "asked": list(profiles),
         "examples": examples,
         "workload": None,
+        "seed": seed,
     }
-    most = max(default_examples(name) for _, name in session.tiers)
-    restricted = restrictions(options, examples=most, layouts=len(LAYOUT_NAMES))
-    session.stream.settings("check", session.engine, restricted, **options, seed=seed)
+    session.begin("check", options)
     session.random(layouts, cp, examples, seed)
-    return Report(session, session.summary(seed), restricted)
-
-
-def _reported(found: Found) -> ReportedFailure:
-    return ReportedFailure(
-        layout=found.row.layout,
-        driver=found.row.driver,
-        trace=found.failure.drawn or found.failure.trace,
-        minimal=found.failure.trace,
-        event=found.failure.event,
-        violations=found.failure.violations,
-        engine_failure=found.failure.engine_failure,
-        text="\n".join(failure_text(found.failure)),
-    )
+    session.summary()
+    return Report(session)

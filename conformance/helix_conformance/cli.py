@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Final
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from helix_conformance.drive.launched import LAUNCHED, leave_verdict, take_part
 from helix_conformance.drive.opening import DRIVERS
@@ -25,44 +23,33 @@ from helix_conformance.generate.workload import WorkloadError, read_workload, sc
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.prove import ProveError
 from helix_conformance.prove import prove as prove_theorems
-from helix_conformance.report.command import report, write_file
+from helix_conformance.report.command import BadInput, report, write_file
 from helix_conformance.report.html import show_page
-from helix_conformance.report.stream import Stream, restrictions
+from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Stream, StreamError
 from helix_conformance.report.text import (
     failure_text,
     print_coverage,
-    print_failure,
     print_lines,
     print_table,
+    progress_bar,
+    replay_text,
     trace_text,
 )
-from helix_conformance.session import Advance, Found, Session, SessionError, default_examples
+from helix_conformance.session import Advance, Session, SessionError
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
 from helix_spec.layouts import LayoutError, layout_name, named_layout
 from helix_spec.trace import TraceError, load_trace
 
-TRACE_ALONE: Final = [
-    "One stored trace was played; a whole run plays random traces of every layout."
-]
-VECTORS_ALONE: Final = [
-    "Stored vectors were played; a whole run plays random traces of every layout."
-]
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
 REFUSED: Final = (
     *(EngineSpecError, LayoutError, LedgerError, ProveError, SessionError, TraceError),
-    *(VectorError, WorkloadError),
+    *(StreamError, VectorError, WorkloadError),
 )
 """What the user gave cannot be used; the message is a sentence."""
 COMMANDS: Final = "helix_conformance.commands"
 """Group of entry points by which a package adds click commands to this command line."""
-
-
-class BadInput(click.ClickException):
-    """Something the user gave cannot be used; nothing has run."""
-
-    exit_code = 2
 
 
 class Commands(click.Group):
@@ -94,7 +81,12 @@ class Commands(click.Group):
 
 
 @click.group(
-    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
 )
 def main() -> None:
     """Check an engine's sharded decode KV cache against the specification.
@@ -124,76 +116,77 @@ def main() -> None:
     """  # noqa: D301  # click keeps the lines of a paragraph that begins with a real backspace
 
 
-_engine = click.option(
-    "--engine",
-    default="gpu",
-    show_default=True,
-    help="NAME or NAME:ARGUMENT (reference, gpu, or one that an installed package registers), "
-    "module:Class, or stdio:COMMAND for one of any language.",
-)
-_driver = click.option(
-    "--driver",
-    "driver_name",
-    type=click.Choice(DRIVERS),
-    help="Where the ranks live: in this process (local), each a child that speaks JSON lines "
-    "(stdio), in worker processes over gloo (pool), or under torchrun or mpiexec (mpi), which is "
-    "launched when it is not there. Default: what the engine needs; for gpu its bookkeeping in "
-    "this process, and all of it in a pool.",
-)
-_profile = click.option(
-    "--profile",
-    "asked",
-    multiple=True,
-    type=click.Choice(PROFILES),
-    help="Check this profile and those it builds on. Repeat for several. Default: all that the "
-    "engine declares.",
-)
-_ranks = click.option(
-    "--ranks",
-    default=4,
-    show_default=True,
-    type=click.IntRange(1, 64),
-    help="Processes of a pool, or of a torchrun or mpiexec that is launched.",
-)
-_backend = click.option(
-    "--backend",
-    type=click.Choice(["gloo", "nccl"]),
-    default="gloo",
-    show_default=True,
-    help="What the ranks of a torchrun or mpiexec talk over.",
-)
-_deadline = click.option(
-    "--deadline",
-    default=30.0,
-    show_default=True,
-    type=click.FloatRange(0.1),
-    help="Seconds without an answer after which a rank has timed out.",
-)
-_json = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the run as JSON lines; the last is the summary.",
-)
+_FILE = click.Path(dir_okay=False, path_type=Path)
 
-_append = click.option(
-    "--stream",
-    "stream_path",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Append the result to a run's JSON stream, for `helix-conformance report`.",
-)
-
-
-@main.command()
-@_engine
-@click.option(
+_ENGINE_OPTIONS = [
+    click.option(
+        "--engine",
+        default="gpu",
+        help="NAME or NAME:ARGUMENT (reference, gpu, or one that an installed package registers), "
+        "module:Class, or stdio:COMMAND for one of any language.",
+    ),
+    click.option(
+        "--driver",
+        "driver_name",
+        type=click.Choice(DRIVERS),
+        help="Where the ranks live: in this process (local), each a child that speaks JSON lines "
+        "(stdio), in worker processes over gloo (pool), or under torchrun or mpiexec (mpi), which "
+        "is launched when it is not there. Default: what the engine needs; for gpu its "
+        "bookkeeping in this process, and all of it in a pool.",
+    ),
+    click.option(
+        "--profile",
+        "asked",
+        multiple=True,
+        type=click.Choice(PROFILES),
+        help="Check this profile and those it builds on. Repeat for several. Default: all that "
+        "the engine declares.",
+    ),
+    click.option(
+        "--ranks",
+        default=4,
+        type=click.IntRange(1, 64),
+        help="Processes of a pool, or of a torchrun or mpiexec that is launched.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(["gloo", "nccl"]),
+        default="gloo",
+        help="What the ranks of a torchrun or mpiexec talk over.",
+    ),
+    click.option(
+        "--deadline",
+        default=30.0,
+        type=click.FloatRange(0.1),
+        help="Seconds without an answer after which a rank has timed out.",
+    ),
+    click.option(
+        "--json",
+        "json_path",
+        type=_FILE,
+        help="Write the run as JSON lines; the last is the summary.",
+    ),
+]
+_layouts = click.option(
     "--layout",
     "layouts",
     multiple=True,
     type=click.Choice(LAYOUT_NAMES),
-    help="Layout to check; custom draws any other legal combination. Repeat for several. "
+    help="Check this layout; custom stands for any other legal combination. Repeat for several. "
     "Default: all.",
 )
+
+
+def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options by which an engine is named and driven."""
+    for option in reversed(_ENGINE_OPTIONS):
+        function = option(function)
+    return function
+
+
+@main.command()
+@_on_an_engine
+@_layouts
 @click.option(
     "--cp",
     "cp_sizes",
@@ -202,52 +195,44 @@ _append = click.option(
     help="cp_size to check. Repeat for several. Default: 1 2 3 4 8 in one process, and up to "
     "the number of ranks elsewhere.",
 )
-@_driver
-@_profile
 @click.option(
     "--examples",
     type=click.IntRange(1),
     help="Random traces for each layout. Default: 400 in one process, 40 elsewhere.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the random traces.")
-@_ranks
-@_backend
-@_deadline
+@click.option("--seed", default=0, help="Seed of the random traces.")
 @click.option(
     "--workload",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Replay this request trace (Mooncake .jsonl or Azure .csv) instead of random traces.",
 )
-@click.option("--tokens-per-block", default=64, show_default=True, help="Workload: page size T.")
+@click.option("--tokens-per-block", default=64, help="Workload: page size T.")
 @click.option("--interleave", type=int, help="Workload: interleave I of vllm_dcp.")
-@click.option("--tp", "tp_size", default=1, show_default=True, help="Workload: tp_size.")
-@click.option("--pages", default=4096, show_default=True, help="Workload: pages of each rank.")
+@click.option("--tp", "tp_size", default=1, help="Workload: tp_size.")
+@click.option("--pages", default=4096, help="Workload: pages of each rank.")
 @click.option("--q-heads", type=int, help="Workload: query heads. Default: 8 or a bit more.")
-@click.option("--kv-heads", default=2, show_default=True, help="Workload: KV heads.")
-@click.option("--head-dim", default=32, show_default=True, help="Workload: head dim.")
+@click.option("--kv-heads", default=2, help="Workload: KV heads.")
+@click.option("--head-dim", default=32, help="Workload: head dim.")
 @click.option("--limit", type=click.IntRange(1), help="Workload: only the first N requests.")
 @click.option(
     "--scale",
     default=1,
-    show_default=True,
     type=click.IntRange(1),
     help="Workload: divide all lengths by this, rounding up.",
 )
-@click.option("--max-steps", default=500, show_default=True, help="Workload: decode steps each.")
-@click.option("--batch", default=128, show_default=True, help="Workload: requests at a time.")
-@_json
+@click.option("--max-steps", default=500, help="Workload: decode steps each.")
+@click.option("--batch", default=128, help="Workload: requests at a time.")
 @click.option(
     "--traces",
     "folder",
     default="helix-failures",
-    show_default=True,
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for failing traces.",
 )
 @click.option(
     "--known",
     "known_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_FILE,
     help="The engine's expected failures (TOML): they are named and do not fail the run; one that "
     "no longer fails does.",
 )
@@ -258,13 +243,10 @@ def run(**options: Any) -> None:
     has a line for each layout and driver. After a failure come the smallest failing trace, each
     violated invariant with its sentence from SPEC.md, what was expected and what was observed.
     """
-    known = Known() if options["known_path"] is None else Known.read(options["known_path"])
     if options["known_path"] is not None and options["workload"] is not None:
         raise BadInput("--known is for random traces; a workload is judged without it.")
-    with _session(options, known) as session:
-        most = max(default_examples(driver) for _, driver in session.tiers)
-        left_out = restrictions(options, examples=most, layouts=len(LAYOUT_NAMES))
-        session.stream.settings("run", restrictions=left_out, **options)
+    with _session(options) as session:
+        left_out = session.begin("run", options)
         if options["workload"]:
             _play_workload(session, options)
         else:
@@ -273,33 +255,26 @@ def run(**options: Any) -> None:
     console = _show(session, coverage=True)
     if left_out:
         print_lines(console, [f"This is a part of a run, not a whole one. {' '.join(left_out)}"])
-    for row, failure, path in session.failures:
-        name = shlex.quote(row.engine)
-        replay = f"helix-conformance replay {path} --engine {name} --driver {row.driver}"
-        print_failure(console, failure, path, replay)
-    print_lines(console, known.sentences())
-    _leave(session, options["seed"])
+    for failure in session.failures:
+        where = replay_text(failure.trace_file, failure.engine, failure.driver)
+        print_lines(console, [*failure_text(failure), *where])
+    print_lines(console, session.known.sentences())
+    _leave(session)
 
 
 @main.command()
 @click.argument("trace_path", metavar="TRACE.json", type=click.Path(path_type=Path))
-@_engine
-@_driver
-@_profile
-@_ranks
-@_backend
-@_deadline
-@_json
+@_on_an_engine
 def replay(**options: Any) -> None:
     """Play one stored trace and judge every answer."""
     trace, path = load_trace(options["trace_path"]), options["trace_path"]
     with _session(options) as session:
-        session.stream.settings("replay", restrictions=TRACE_ALONE, **options)
+        session.begin("replay", options, "One stored trace was played")
         session.replay(trace, path)
     console = _show(session)
-    for _, failure, _ in session.failures:
-        again = f"helix-conformance replay {path} --engine {shlex.quote(options['engine'])}"
-        print_failure(console, failure, path, again)
+    for failure in session.failures:
+        where = replay_text(failure.trace_file, session.engine)
+        print_lines(console, [*failure_text(failure), *where])
     _leave(session)
 
 
@@ -311,7 +286,7 @@ main.add_command(report)
 @click.option(
     "--html",
     "html_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_FILE,
     help="Write a self-contained page instead, with a slider over the events.",
 )
 def show(trace_path: Path, html_path: Path | None) -> None:
@@ -342,20 +317,8 @@ def vectors_export(folder: Path) -> None:
 
 @vectors.command("check")
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
-@_engine
-@click.option(
-    "--layout",
-    "layouts",
-    multiple=True,
-    type=click.Choice(LAYOUT_NAMES),
-    help="Check the vectors of this layout. Repeat for several. Default: all.",
-)
-@_driver
-@_profile
-@_ranks
-@_backend
-@_deadline
-@_json
+@_on_an_engine
+@_layouts
 def vectors_check(**options: Any) -> None:
     """Run the vectors of DIR, or those shipped with this package, against an engine.
 
@@ -364,7 +327,7 @@ def vectors_check(**options: Any) -> None:
     """
     cases = _cases(options["folder"] or SHIPPED, options["layouts"])
     with _session(options) as session:
-        session.stream.settings("vectors check", options["engine"], restrictions=VECTORS_ALONE)
+        session.begin("vectors check", {}, "Stored vectors were played")
         left_out = session.vectors(cases)
     print_lines(_show(session), [*left_out, *_vector_texts(session.failures, dict(cases))])
     _leave(session)
@@ -378,17 +341,20 @@ def vectors_check(**options: Any) -> None:
     metavar="ID",
     help="Confirm this theorem alone. Repeat for several. Default: the whole manifest.",
 )
-@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1), help="At a time.")
+@click.option("--jobs", default=2, type=click.IntRange(1), help="At a time.")
 @click.option(
     "--json",
     "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=_FILE,
     help="Write the theorems, their verdicts, witnesses and kills as one JSON object.",
 )
-@_append
-def prove(
-    only: tuple[str, ...], jobs: int, json_path: Path | None, stream_path: Path | None
-) -> None:
+@click.option(
+    "--stream",
+    "stream_path",
+    type=_FILE,
+    help="Append the result to a run's JSON stream, for `helix-conformance report`.",
+)
+def prove(**options: Any) -> None:
     """Confirm the theorems of the specification, for all sizes.
 
     Z3 proves the arithmetic over unbounded integers, CrossHair confirms contracts on the very
@@ -396,7 +362,7 @@ def prove(
     and every theorem refutes at least one wrong formula; whatever is missing is named, and the
     exit status is 1.
     """
-    sys.exit(prove_theorems(json_path, stream_path=stream_path, only=only, jobs=jobs))
+    sys.exit(prove_theorems(**options))
 
 
 @main.command()
@@ -411,20 +377,13 @@ def serve(engine: str) -> None:
 
 
 @contextmanager
-def _session(options: dict[str, Any], known: Known | None = None) -> Iterator[Session]:
+def _session(options: dict[str, Any]) -> Iterator[Session]:
     """A session with these options, a bar on the terminal's error stream beside it."""
+    names = {"ranks": "ranks", "backend": "backend", "deadline": "deadline_s"}
+    setup = {name: options[option] for option, name in names.items()}
     if options["driver_name"] in LAUNCHED:  # goes on as rank 0 of the processes that are launched
-        names = {"ranks": "ranks", "backend": "backend", "deadline": "deadline_s"}
-        setup = {name: options[option] for option, name in names.items()}
         take_part(options["engine"], options["driver_name"], **setup)
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    bars = progress_bar(Console(stderr=True))
 
     def bar(description: str, total: int) -> Advance:
         for task in bars.task_ids:
@@ -436,10 +395,8 @@ def _session(options: dict[str, Any], known: Known | None = None) -> Iterator[Se
         options["engine"],
         options["driver_name"],
         options["asked"],
-        ranks=options["ranks"],
-        backend=options["backend"],
-        deadline_s=options["deadline"],
-        known=known,
+        **setup,
+        known=Known.read(options["known_path"]) if options.get("known_path") else Known(),
         stream=Stream(options["json_path"]),
         folder=options.get("folder"),
         progress=bar,
@@ -453,11 +410,11 @@ def _show(session: Session, *, coverage: bool = False) -> Console:
     console = Console()
     if session.not_started is not None:
         click.echo(f"The engine did not start. {session.not_started}", err=True)
-    if session.stream.rows or session.not_started is None:
-        print_table(console, session.stream.rows)
+    rows = session.stream.of(Row)
+    if rows or session.not_started is None:
+        print_table(console, rows)
     if coverage and session.not_started is None:
-        names, failed = [" ".join(tier) for tier in session.tiers], bool(session.failures)
-        print_coverage(console, names, session.stream.coverage, failed=failed)
+        print_coverage(console, session.stream.of(CoverageLine), failed=bool(session.failures))
     return console
 
 
@@ -485,12 +442,13 @@ def _cases(folder: Path, layouts: tuple[str, ...]) -> list[tuple[Path, Vector]]:
     return cases
 
 
-def _vector_texts(failures: Iterable[Found], cases: dict[Path, Vector]) -> Iterator[str]:
+def _vector_texts(failures: Iterable[FailureLine], cases: dict[Path, Vector]) -> Iterator[str]:
     """Each failing vector; all but the first of a layout in one line."""
     shown = set[str]()
-    for row, failure, path in failures:
-        if row.layout not in shown:
-            shown.add(row.layout)
+    for failure in failures:
+        path = Path(failure.trace_file)
+        if failure.layout not in shown:
+            shown.add(failure.layout)
             yield from ["", f"{path}: {' '.join(cases[path].notes)}", *failure_text(failure)]
             continue
         numbers = sorted(failure.invariants, key=NUMBERS.index)
@@ -504,20 +462,15 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
         raise BadInput("A workload needs a named layout; custom is for random traces.")
     world = cp_size * options["tp_size"]
     step = world * options["kv_heads"]
-    layout = named_layout(
-        name,
-        cp_size=cp_size,
-        tokens_per_block=options["tokens_per_block"],
-        interleave=options["interleave"],
-    )
+    block, interleave = options["tokens_per_block"], options["interleave"]
+    layout = named_layout(name, cp_size=cp_size, tokens_per_block=block, interleave=interleave)
+    q_heads = options["q_heads"] or max(step, 8 // step * step)
     config = Config(
         layout=layout,
         pages=[options["pages"]] * cp_size,
         max_len=2**31 - 1,
         model=ModelShape(
-            q_heads=options["q_heads"] or max(step, 8 // step * step),
-            kv_heads=options["kv_heads"],
-            head_dim=options["head_dim"],
+            q_heads=q_heads, kv_heads=options["kv_heads"], head_dim=options["head_dim"]
         ),
         tp_size=options["tp_size"],
         seed=options["seed"],
@@ -528,8 +481,8 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
     return config
 
 
-def _leave(session: Session, seed: int | None = None) -> None:
+def _leave(session: Session) -> None:
     """End with the verdict's exit status, and leave it where a launching process looks."""
-    status = EXIT_STATUS[session.summary(seed)]
+    status = EXIT_STATUS[session.summary()]
     leave_verdict(status)
     sys.exit(status)

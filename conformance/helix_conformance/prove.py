@@ -19,8 +19,8 @@ from typing import Final, Literal
 import msgspec
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import TextColumn
+from rich.table import Column, Table
 
 import helix_spec
 from helix_conformance.report.stream import (
@@ -30,6 +30,7 @@ from helix_conformance.report.stream import (
     TheoremResult,
     append_line,
 )
+from helix_conformance.report.text import progress_bar
 from helix_conformance.version import __version__
 
 MAX_SECONDS: Final = 200
@@ -127,26 +128,17 @@ def gate(catalog: Catalog, chosen: Sequence[str], results: Sequence[TheoremResul
     list of str
         A sentence each; none when the proof is whole.
     """
-    problems = [
-        f"{identifier}: is in the manifest, but there is no such theorem"
-        for identifier in catalog.manifest
-        if identifier not in catalog.theorems
-    ]
-    problems += [
-        f"{identifier}: is not in the manifest"
-        for identifier in catalog.theorems
-        if identifier not in catalog.manifest
-    ]
-    problems += [
-        f"{name}: has a contract that no theorem is about"
-        for name in catalog.contracts_without_theorem
-    ]
-    if len(set(catalog.manifest)) != len(catalog.manifest):
+    listed, there = catalog.manifest, catalog.theorems
+    apart = {
+        "is in the manifest, but there is no such theorem": [i for i in listed if i not in there],
+        "is not in the manifest": [i for i in there if i not in listed],
+        "has a contract that no theorem is about": catalog.contracts_without_theorem,
+    }
+    problems = [f"{name}: {what}" for what, names in apart.items() for name in names]
+    if len(set(listed)) != len(listed):
         problems.append("the manifest names a theorem twice")
     by_id = {result.id: result for result in results}
-    for identifier in chosen:
-        if identifier not in catalog.theorems:
-            continue
+    for identifier in (i for i in chosen if i in there):
         result = by_id.get(identifier)
         if result is None:
             problems.append(f"{identifier}: was not tried")
@@ -171,13 +163,9 @@ def _confirm_all(
 ) -> list[TheoremResult]:
     """Return the results in the order asked for; `jobs` processes at a time."""
     found: dict[str, TheoremResult] = {}
-    columns = (TextColumn("proving"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    last = TextColumn("{task.fields[last]}")
-    with (
-        Progress(*columns, last, console=console, transient=True) as progress,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
-        task = progress.add_task("", total=len(identifiers), last="")
+    bar = progress_bar(console, TextColumn("{task.fields[last]}"))
+    with bar as progress, ThreadPoolExecutor(jobs) as pool:
+        task = progress.add_task("proving", total=len(identifiers), last="")
         # CrossHair takes longest, so its contracts go first: none is left over at the end.
         by_length = sorted(identifiers, key=lambda i: not i.startswith("contract-"))
         running: list[Future[TheoremResult]] = [pool.submit(_confirm, root, i) for i in by_length]
@@ -232,12 +220,8 @@ def _ask(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _print(report: ProofReport, console: Console) -> None:
-    table = Table(title="Theorems")
-    table.add_column("number", style="bold")
-    table.add_column("statement")
-    table.add_column("method")
-    table.add_column("verdict")
-    table.add_column("seconds", justify="right")
+    number, seconds = Column("number", style="bold"), Column("seconds", justify="right")
+    table = Table(number, "statement", "method", "verdict", seconds, title="Theorems")
     for result in report.theorems:
         good = result.verdict == CONFIRMED and not _empty_proof(result)
         table.add_row(
@@ -261,10 +245,7 @@ def _print(report: ProofReport, console: Console) -> None:
 
 def _wrong_formulas(results: Sequence[TheoremResult]) -> Table:
     """Return each wrong formula once, with the first theorem that refutes it and where."""
-    table = Table(title="Wrong formulas")
-    table.add_column("wrong formula")
-    table.add_column("refuted by")
-    table.add_column("at")
+    table = Table("wrong formula", "refuted by", "at", title="Wrong formulas")
     seen: set[str] = set()
     for result in results:
         for kill in result.kills:

@@ -16,7 +16,8 @@ Without an engine the plugin does nothing: every import that costs time waits fo
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,11 +57,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """With an engine, check what was asked and add its tests."""
     if config.option.helix_engine is not None:
-        from helix_conformance.suite import Suite, SuiteError
+        from helix_conformance.session import SessionError
+        from helix_conformance.suite import Suite
 
         try:
             suite = Suite(config.option)
-        except SuiteError as error:
+        except SessionError as error:
             raise pytest.UsageError(str(error)) from error
         config.pluginmanager.register(_Tests(suite))
 
@@ -105,16 +107,27 @@ class _Group(pytest.Collector):
             for profile, names in self.suite.tests:
                 for name in names:
                     where = (layout, profile, name)
-                    yield _Test.from_parent(
-                        self, name="::".join(where), suite=self.suite, where=where
-                    )
+                    demand = partial(self.suite.demand, *where)
+                    test = _Test.from_parent(self, name="::".join(where), demand=demand)
+                    keys = ("helix_layout", "helix_profile", "helix_invariant")
+                    test.user_properties += zip(keys, where, strict=True)
+                    yield test
         for index, entry in enumerate(self.suite.known.differences):
             name = f"known difference {index + 1}: {entry.subject}"
-            yield _Entry.from_parent(self, name=name, suite=self.suite, index=index)
+            demand = partial(self.suite.demand_entry, index)
+            yield _Test.from_parent(self, name=name, demand=demand)
 
 
-class _Item(pytest.Item):
-    """A test whose failure is a text."""
+class _Test(pytest.Item):
+    """Whether an invariant held on a layout, or an entry of the ledger is still true."""
+
+    def __init__(self, *, demand: Callable[[], None], **more: Any) -> None:
+        super().__init__(**more)
+        self.demand = demand
+
+    def runtest(self) -> None:
+        """Red where it was violated, skipped where it was not checked."""
+        self.demand()
 
     def reportinfo(self) -> tuple[Path, None, str]:
         """What a report calls it."""
@@ -122,48 +135,6 @@ class _Item(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The failure's own text; an error of the suite as ever."""
-        from helix_conformance.suite import Violated
-
-        if isinstance(excinfo.value, Violated):
+        if isinstance(excinfo.value, pytest.fail.Exception):
             return str(excinfo.value)
         return super().repr_failure(excinfo, style)
-
-
-class _Test(_Item):
-    """Whether one invariant held on one layout, as one profile sees it."""
-
-    def __init__(self, *, suite: Suite, where: tuple[str, str, str], **more: Any) -> None:
-        super().__init__(**more)
-        self.suite = suite
-        self.where = where
-        names = ("helix_layout", "helix_profile", "helix_invariant")
-        self.user_properties += zip(names, where, strict=True)
-
-    def runtest(self) -> None:
-        """Red where it was violated, skipped where it was not checked."""
-        from helix_conformance.suite import NotChecked, Tolerated
-
-        try:
-            self.suite.demand(*self.where)
-        except NotChecked as why:
-            pytest.skip(str(why))
-        except Tolerated as why:
-            pytest.xfail(str(why))
-
-
-class _Entry(_Item):
-    """Whether an entry of the ledger of known differences is still true."""
-
-    def __init__(self, *, suite: Suite, index: int, **more: Any) -> None:
-        super().__init__(**more)
-        self.suite = suite
-        self.index = index
-
-    def runtest(self) -> None:
-        """Red where it should have shown and has not."""
-        from helix_conformance.suite import NotChecked
-
-        try:
-            self.suite.demand_entry(self.index)
-        except NotChecked as why:
-            pytest.skip(str(why))

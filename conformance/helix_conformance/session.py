@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import gc
+import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import KW_ONLY, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final
 
 import msgspec
 
 from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.drive.opening import default_driver, open_driver
+from helix_conformance.drive.launched import LAUNCHED
+from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.expect.vectors import Vector
 from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import LAYOUT_NAMES, draw_config
 from helix_conformance.generate.traces import draw_merge_trace, draw_trace
 from helix_conformance.generate.workload import Request
-from helix_conformance.judge.coverage import Coverage, Needed, Tally, at_hand
+from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import (
     check_trace,
@@ -32,13 +37,27 @@ from helix_conformance.judge.play import (
     profiles_to_check,
 )
 from helix_conformance.judge.xfail import Known
-from helix_conformance.report.stream import Row, Stream, Verdict, make_row, save_failure
+from helix_conformance.report.stream import (
+    CoverageLine,
+    FailureLine,
+    KnownDifference,
+    Row,
+    Settings,
+    Stream,
+    Summary,
+    Verdict,
+    restrictions,
+    save_trace,
+)
+from helix_conformance.version import __version__
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
 from helix_spec.events import FEATURES, MERGE
 from helix_spec.layouts import layout_name
 from helix_spec.trace import Trace
 
+INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
+"""Drivers that this process opens by itself; others are launched around the whole command."""
 Advance = Callable[[], None]
 """Called when one more trace was played, or one more request of a workload has ended."""
 
@@ -88,8 +107,7 @@ def random_traces(
         failure = judged(driver, trace, profiles, tally, known, coverage=coverage)
         progress()
         if failure is not None:
-            if tally.needed is None:
-                tally.needed = Needed(tally.traces, time.perf_counter() - began)
+            tally.needed = tally.needed or Needed(tally.traces, time.perf_counter() - began)
             return _explained(driver, trace, failure, profiles, tally, known)
     return None
 
@@ -103,14 +121,14 @@ def _explained(
     known: Known,
 ) -> Failure:
     """Return the failure of a random trace, made small and sure if it repeats."""
-    if failure.verdict == "error" and not driver.survives_failure:
-        return failure  # the engine cannot be asked again
+    if _is_lost(driver, failure):
+        return failure
     again = judged(driver, trace, profiles, tally, known)
     if again is None:
         note = "This failure did not repeat when the same trace was played again."
         noted = msgspec.structs.replace(failure.trace, note=note)
         return msgspec.structs.replace(failure, trace=noted)
-    if again.verdict == "error" and not driver.survives_failure:
+    if _is_lost(driver, again):
         return again
     small = made_small(driver, trace, again, profiles, tally, known)
     sure = made_sure(driver, small, profiles, tally, known)
@@ -212,26 +230,19 @@ class SessionError(ValueError):
     """What was asked for cannot be done; the message says why, and nothing was played."""
 
 
-class Found(NamedTuple):
-    """A failing row, what is wrong there, and where its trace is stored."""
-
-    row: Row
-    failure: Failure
-    path: Path
-
-
 def no_progress(description: str, total: int) -> Advance:
     """Show nothing."""
     return lambda: None
 
 
+@dataclass
 class Session:
     """One run of an engine: what is played on it, what was found, and the verdict.
 
     Parameters
     ----------
-    engine
-        A class, or what `--engine` takes: a name, `module:Class`, `stdio:COMMAND`.
+    given
+        The engine: a class, or what `--engine` takes: a name, `module:Class`, `stdio:COMMAND`.
     driver
         Where the ranks live, as `--driver` says; None for what the engine needs.
     profiles
@@ -257,33 +268,65 @@ class Session:
         When the engine's name stands for none.
     """
 
-    def __init__(
-        self,
-        engine: str | type[Engine],
-        driver: str | None = None,
-        profiles: Sequence[str] = (),
-        *,
-        ranks: int = 4,
-        backend: str = "gloo",
-        deadline_s: float = 30.0,
-        known: Known | None = None,
-        stream: Stream | None = None,
-        folder: Path | None = None,
-        progress: Callable[[str, int], Advance] = no_progress,
-    ) -> None:
-        self.engine_class = None if isinstance(engine, str) else engine
-        if not isinstance(engine, str):
-            engine = f"{engine.__module__}:{engine.__qualname__}"
-        self.engine = engine
-        self.profiles = profiles
-        self.ranks, self.backend, self.deadline_s = ranks, backend, deadline_s
-        self.known = known or Known()
-        self.stream = stream or Stream(None)
-        self.folder = folder
-        self.progress = progress
-        self.tiers = self._tiers(driver)
-        self.failures: list[Found] = []
-        self.not_started: EngineFailure | None = None
+    given: str | type[Engine]
+    driver: str | None = None
+    profiles: Sequence[str] = ()
+    _: KW_ONLY
+    ranks: int = 4
+    backend: str = "gloo"
+    deadline_s: float = 30.0
+    known: Known = field(default_factory=Known)
+    stream: Stream = field(default_factory=Stream)
+    folder: Path | None = None
+    progress: Callable[[str, int], Advance] = no_progress
+    failures: list[FailureLine] = field(default_factory=list, init=False)
+    not_started: EngineFailure | None = field(default=None, init=False)
+    seed: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.tiers = self._tiers()
+
+    @property
+    def engine(self) -> str:
+        """The engine's name; of a class `module:Class`."""
+        if isinstance(self.given, str):
+            return self.given
+        return f"{self.given.__module__}:{self.given.__qualname__}"
+
+    def begin(
+        self, command: str, options: Mapping[str, Any], played: str | None = None
+    ) -> list[str]:
+        """Write the first line of the stream; return why the run is not a whole one.
+
+        Parameters
+        ----------
+        command
+            The command's name, such as `run`.
+        options
+            All options of the command, by name.
+        played
+            What is played instead of random traces, in words; None for those.
+        """
+        if played is None:
+            most = max(default_examples(driver) for _, driver in self.tiers)
+            left_out = restrictions(options, most)
+        else:
+            left_out = [f"{played}; a whole run plays random traces of every layout."]
+        told = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+        self.seed = options.get("seed")
+        self.stream.write(
+            Settings(
+                command=command,
+                engine=self.engine,
+                suite_version=__version__,
+                started=datetime.now(UTC).isoformat(timespec="seconds"),
+                python=platform.python_version(),
+                machine=platform.machine(),
+                options={name: value for name, value in told.items() if name != "engine"},
+                restrictions=left_out,
+            )
+        )
+        return left_out
 
     def random(
         self,
@@ -295,7 +338,9 @@ class Session:
         """Play random traces of each layout, on each driver; all layouts and sizes when empty."""
         names = layouts or LAYOUT_NAMES
         for engine, driver in self._drivers():
-            sizes = self._cp_sizes(driver, cp_sizes)
+            for cp_size in cp_sizes:
+                check_world(driver, cp_size)
+            sizes = drawn_sizes(driver, cp_sizes)
             coverage = Coverage(at_hand(driver.profiles, layouts=names, cp_sizes=sizes))
             count = examples or default_examples(driver.name)
             for name in names:
@@ -317,7 +362,7 @@ class Session:
                     self._finish(driver, engine, name, sizes, checked, tally, failure)
                 if _is_lost(driver, failure):
                     break
-            self.stream.covered(engine, driver.name, coverage)
+            self._cover(engine, driver, coverage)
 
     def workload(
         self,
@@ -354,7 +399,7 @@ class Session:
                 self._finish(driver, engine, name, size, profiles, tally, failure)
                 if _is_lost(driver, failure):
                     break
-            self.stream.covered(engine, driver.name, coverage)
+            self._cover(engine, driver, coverage)
 
     def replay(self, trace: Trace, path: Path) -> None:
         """Play one stored trace, which lies at this path."""
@@ -394,67 +439,122 @@ class Session:
         profiles: frozenset[str],
     ) -> bool:
         """Play the vectors of one layout; whether the engine can be asked for more."""
-        tally, failed, lost = Tally(), list[tuple[Path, Failure]](), False
+        tally, failed, lost = Tally(), list[tuple[Failure, Path]](), False
         for path, vector in cases:
             failure = check_vector(driver, vector, tally, profiles)
             if failure is not None:
-                failed.append((path, failure))
-                lost = _is_lost(driver, failure)
+                failed.append((failure, path))
+            lost = _is_lost(driver, failure)
             if lost:
                 break
         checked = frozenset(p for _, v in cases for p in profiles_of_vector(v, profiles))
         sizes = [vector.config.layout.cp_size for _, vector in cases]
-        failed.sort(key=lambda one: one[1].verdict)
-        worst = failed[0][1] if failed else None
-        path_of_worst = failed[0][0] if failed else None
+        failed.sort(key=lambda one: one[0].verdict)
+        worst, path_of_worst = failed[0] if failed else (None, None)
         row = self._finish(driver, engine, layout, sizes, checked, tally, worst, path_of_worst)
-        for path, failure in failed[1:]:
+        for failure, path in failed[1:]:
             self._found(row, failure, path)
         return not lost
 
-    def summary(self, seed: int | None = None) -> Verdict:
-        """End the run, and return its verdict."""
-        return self.stream.summary(self.engine, self.known, seed)
+    def summary(self) -> Verdict:
+        """End the run, and return its verdict.
+
+        It is `error` when an engine did not start or did not finish, and `fail` for a difference,
+        or an expected failure that no longer fails.
+        """
+        rows, coverage = self.stream.of(Row), self.stream.of(CoverageLine)
+        ranked: tuple[Verdict, ...] = ("error", "fail", "pass")
+        verdict: Verdict = min((row.verdict for row in rows), key=ranked.index, default="error")
+        if self.not_started is not None:
+            verdict = "error"
+        if verdict == "pass" and not self.known.holds:
+            verdict = "fail"
+        checked = {profile for row in rows for profile in row.profiles}
+        events, seconds = sum(row.events for row in rows), sum(row.seconds for row in rows)
+        counts = {name: sum(one.counts[name] for one in coverage) for name in SITUATIONS}
+        missed = dict.fromkeys(name for one in coverage for name in one.missed)
+        self.stream.write(
+            Summary(
+                engine=self.engine,
+                verdict=verdict,
+                layouts=list(dict.fromkeys(row.layout for row in rows)),
+                profiles_checked=[p for p in PROFILES if p in checked],
+                profiles_not_checked=[p for p in PROFILES if p not in checked],
+                traces=sum(row.traces for row in rows),
+                events=events,
+                events_per_s=round(events / seconds, 1) if seconds else None,
+                known_differences=msgspec.convert(self.known.summary(), list[KnownDifference]),
+                coverage=counts,
+                missed=[name for name in missed if not counts[name]],
+                seed=self.seed,
+            )
+        )
+        return verdict
 
     def _finish(
         self,
         driver: Driver,
         engine: str,
         layout: str,
-        cp_sizes: Sequence[int],
+        cp_sizes: Iterable[int],
         checked: frozenset[str],
         tally: Tally,
         failure: Failure | None,
         path: Path | None = None,
     ) -> Row:
         """Write the row of what was played, and its failure, as soon as they are known."""
-        row = make_row(
-            layout,
-            engine,
-            driver.name,
-            cp_sizes,
-            checked,
-            driver.profiles,
-            tally,
-            failure,
-            self.known.of_layout(layout),
-            driver.settings,
+        row = Row(
+            layout=layout,
+            engine=engine,
+            driver=driver.name,
+            cp_sizes=sorted(set(cp_sizes)),
+            profiles=[profile for profile in PROFILES if profile in checked],
+            declared=[profile for profile in PROFILES if profile in driver.profiles],
+            identifiers=sorted(tally.layouts),
+            traces=tally.traces,
+            events=tally.events,
+            seconds=round(tally.seconds, 3),
+            verdict="pass" if failure is None else failure.verdict,
+            known=[difference.subject for difference in self.known.of_layout(layout)],
+            settings=dict(driver.settings),
         )
-        self.stream.row(row)
+        self.stream.write(row)
         if failure is not None:
             self._found(row, failure, path)
         return row
 
     def _found(self, row: Row, failure: Failure, path: Path | None) -> None:
         if path is None:
-            path = save_failure(self.folder, row, failure) if self.folder else Path("-")
-        self.failures.append(Found(row, failure, path))
-        self.stream.failure(row, failure, path)
+            name = f"{row.layout}-{row.driver}"
+            path = save_trace(self.folder, name, failure.trace) if self.folder else Path("-")
+        line = FailureLine(
+            layout=row.layout,
+            engine=row.engine,
+            driver=row.driver,
+            declared=row.declared,
+            trace_file=str(path),
+            **msgspec.structs.asdict(failure),
+        )
+        self.failures.append(line)
+        self.stream.write(msgspec.structs.replace(line, drawn=None))
 
-    def _tiers(self, driver: str | None) -> list[tuple[str, str]]:
+    def _cover(self, engine: str, driver: Driver, coverage: Coverage) -> None:
+        """Write what the traces of a driver visited, when all were played."""
+        self.stream.write(
+            CoverageLine(
+                engine=engine,
+                driver=driver.name,
+                counts=coverage.counts,
+                missed=coverage.missed,
+                impossible=coverage.impossible,
+            )
+        )
+
+    def _tiers(self) -> list[tuple[str, str]]:
         """Which engine runs on which driver: `gpu` has its bookkeeping in this process, too."""
+        driver = self.driver
         if self.engine != "gpu":
-            if self.engine_class is not None and not self.engine_class.needs_processes:
+            if not isinstance(self.given, str) and not self.given.needs_processes:
                 return [(self.engine, driver or "local")]
             return [(self.engine, driver or default_driver(self.engine))]
         bookkeeping, whole = ("gpu-ledger", "local"), ("gpu", driver or "pool")
@@ -470,9 +570,9 @@ class Session:
             try:
                 driver = self._open(engine, name)
             except EngineFailure as failure:
-                self.not_started, self.stream.dead = failure, True
+                self.not_started = failure
                 return
-            try:
+            with closing(driver):
                 missing = [profile for profile in self.profiles if profile not in driver.profiles]
                 if missing:
                     declared = ", ".join(p for p in PROFILES if p in driver.profiles)
@@ -481,31 +581,42 @@ class Session:
                         f"{declared}."
                     )
                 gc.freeze()  # what was imported stays: no collection need look through it again
-                yield engine, driver
-            finally:
-                gc.unfreeze()  # at exit, nothing that is left frozen is released
-                driver.close()
+                try:
+                    yield engine, driver
+                finally:
+                    gc.unfreeze()  # at exit, nothing that is left frozen is released
 
     def _open(self, engine: str, name: str) -> Driver:
-        if self.engine_class is not None and name == "local":
-            return LocalDriver(self.engine_class, deadline_s=self.deadline_s)
+        if not isinstance(self.given, str) and name == "local":
+            return LocalDriver(self.given, deadline_s=self.deadline_s)
         return open_driver(
-            engine,
-            name,
-            ranks=self.ranks,
-            backend=self.backend,
-            deadline_s=self.deadline_s,
+            engine, name, ranks=self.ranks, backend=self.backend, deadline_s=self.deadline_s
         )
 
-    @staticmethod
-    def _cp_sizes(driver: Driver, asked: Sequence[int]) -> list[int]:
-        """The cp_sizes to draw from, smallest first; a pool's own size counts for most examples."""
-        for cp_size in asked:
-            check_world(driver, cp_size)
-        if asked:
-            return sorted(set(asked))
-        world = driver.largest_world
-        return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+
+def drawn_sizes(driver: Driver, asked: Collection[int]) -> list[int]:
+    """Return the cp_sizes to draw from: those asked for, else what the driver can hold.
+
+    The smallest come first; a pool's own size counts for most examples.
+    """
+    if asked:
+        return sorted(set(asked))
+    world = driver.largest_world
+    return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+
+
+def refuse_unknown(
+    layouts: Sequence[str],
+    profiles: Sequence[str],
+    driver: str | None,
+    names: Sequence[str] = ("layouts", "profiles", "driver"),
+) -> None:
+    """Raise SessionError when one of these stands for nothing; `names` are those of the options."""
+    given = (layouts, profiles, [driver] if driver else [])
+    for option, some, known in zip(names, given, (LAYOUT_NAMES, PROFILES, INSIDE), strict=True):
+        for name in some:
+            if name not in known:
+                raise SessionError(f"{option}: {name!r} is none of {', '.join(known)}.")
 
 
 def default_examples(driver: str) -> int:

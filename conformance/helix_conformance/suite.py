@@ -1,29 +1,41 @@
-"""What the pytest plugin asks: did an invariant hold on a layout, as a profile sees it?"""
+"""What the pytest plugin asks: did an invariant hold on a layout, as a profile sees it?
+
+The answer is pytest's own: an invariant that was violated fails its test, one that was not checked
+skips it, and one that was violated as the engine's ledger says fails as expected.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import msgspec
+import pytest
 
 from helix_conformance.drive.driver import Driver, EngineFailure
-from helix_conformance.drive.launched import LAUNCHED
-from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.drive.opening import default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.judge.xfail import PARTING, Difference, Known, LedgerError, void_sentence
-from helix_conformance.report.text import failure_text
-from helix_conformance.session import layout_run
+from helix_conformance.report.stream import save_trace
+from helix_conformance.report.text import failure_text, replay_text
+from helix_conformance.session import (
+    SessionError,
+    default_examples,
+    drawn_sizes,
+    layout_run,
+    refuse_unknown,
+)
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
-from helix_spec.trace import Trace, dump_trace
+from helix_spec.trace import Trace
 
 TRACES: Final = "traces"
 """Name of the test that no smallest failing trace has an event of a feature."""
@@ -31,22 +43,6 @@ EVERY: Final = "every"
 """Stands in SPEC.md for any profile that is declared."""
 _SHOWN_BY_NO_TRACE: Final = {("attention", "ATT-2")}
 """What no answer to a trace can break: it takes a repetition."""
-
-
-class SuiteError(ValueError):
-    """What was asked for cannot be checked; the message says why."""
-
-
-class Violated(Exception):
-    """The invariant was violated; the text is the whole report."""
-
-
-class NotChecked(Exception):
-    """It cannot be said whether the invariant held; the text says why."""
-
-
-class Tolerated(Exception):
-    """The invariant was violated as the engine's ledger says."""
 
 
 @dataclass
@@ -77,7 +73,7 @@ class _Verdicts:
 class Suite:
     """The verdicts on one engine; each layout is played when its first verdict is asked for.
 
-    `options` are the plugin's. Raises SuiteError.
+    `options` are the plugin's. Raises SessionError.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -85,48 +81,37 @@ class Suite:
         self.engine: str = options.helix_engine
         self.layouts: Sequence[str] = options.helix_layouts or LAYOUT_NAMES
         self.asked: Sequence[str] = options.helix_profiles or ()
-        for what, given, allowed in (
-            ("layout", self.layouts, LAYOUT_NAMES),
-            ("profile", self.asked, PROFILES),
-        ):
-            for name in given:
-                if name not in allowed:
-                    raise SuiteError(f"--helix-{what}: {name!r} is none of {', '.join(allowed)}.")
+        names = ("--helix-layout", "--helix-profile", "--helix-driver")
+        refuse_unknown(self.layouts, self.asked, options.helix_driver, names)
         try:
             self.known = Known.read(options.helix_known) if options.helix_known else Known()
         except LedgerError as error:
-            raise SuiteError(f"--helix-known: {error}") from error
+            raise SessionError(f"--helix-known: {error}") from error
         if not any(map(self.known.runs, self.layouts)):
-            raise SuiteError("--helix-known: the ledger says that none of the layouts may be run.")
-        driver = options.helix_driver
-        # Others are launched around the whole command, which pytest is not.
-        inside = [name for name in DRIVERS if name not in LAUNCHED]
-        if driver is not None and driver not in inside:
-            raise SuiteError(f"--helix-driver: {driver!r} is none of {', '.join(inside)}.")
+            raise SessionError(
+                "--helix-known: the ledger says that none of the layouts may be run."
+            )
         try:
             default_driver(self.engine)
         except EngineSpecError as error:
-            raise SuiteError(f"--helix-engine: {error}") from error
-        self._driver: Driver | None = None
+            raise SessionError(f"--helix-engine: {error}") from error
         self._verdicts: dict[str, _Verdicts] = {}
 
-    @property
+    @cached_property
     def driver(self) -> Driver:
         """The ranks, started when first needed. Raises EngineFailure."""
-        if self._driver is None:
-            self._driver = open_driver(
-                self.engine,
-                self.options.helix_driver,
-                ranks=self.options.helix_ranks,
-                deadline_s=self.options.helix_deadline,
-            )
-        return self._driver
+        return open_driver(
+            self.engine,
+            self.options.helix_driver,
+            ranks=self.options.helix_ranks,
+            deadline_s=self.options.helix_deadline,
+        )
 
     def close(self) -> None:
         """End the ranks."""
-        if self._driver is not None:
-            self._driver.close()
-            self._driver = None
+        if "driver" in vars(self):
+            self.driver.close()
+            del self.driver
 
     @property
     def tests(self) -> list[tuple[str, list[str]]]:
@@ -144,15 +129,12 @@ class Suite:
     def examples(self) -> int:
         """Random traces for each layout."""
         given: int | None = self.options.helix_examples
-        return given or (400 if self.driver.name == "local" else 40)
+        return given or default_examples(self.driver.name)
 
     @property
     def cp_sizes(self) -> list[int]:
         """The cp_sizes to draw from."""
-        if self.options.helix_cps:
-            return sorted(set(self.options.helix_cps))
-        world = self.driver.largest_world
-        return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+        return drawn_sizes(self.driver, self.options.helix_cps or ())
 
     def header(self) -> Iterator[str]:
         """The engine and every setting that was read."""
@@ -176,10 +158,10 @@ class Suite:
     # Verdicts
 
     def demand(self, layout: str, profile: str, name: str) -> None:
-        """Return when the test passes. Raises Violated, NotChecked or Tolerated."""
+        """Return when the test passes; else fail, skip or xfail it."""
         try:
             self._demand_checked(layout, profile, name)
-        except NotChecked:
+        except pytest.skip.Exception:
             self._demand_unseen(layout, name)
             raise
         verdicts = self._verdicts_of(layout)
@@ -187,60 +169,61 @@ class Suite:
         if name == TRACES:
             failure = next((f for f in verdicts.failures.values() if _has(f.trace, profile)), None)
         if failure is not None:
-            raise Violated(self._report(layout, name, failure))
+            pytest.fail(self._report(layout, name, failure))
         if verdicts.ended_early is not None and name != "LIVE-1":
-            raise NotChecked(f"not judged to the end: {verdicts.ended_early}")
+            pytest.skip(f"not judged to the end: {verdicts.ended_early}")
         if layout in verdicts.known.void:
-            raise NotChecked("every trace ended at a known difference")
+            pytest.skip("every trace ended at a known difference")
         for difference in verdicts.known.of_layout(layout):
             reasoned = difference.reason is not None and name in ("REF-1", "REF-2")
             if difference.kind == "answers_wrongly" and (difference.invariant == name or reasoned):
-                raise Tolerated(_known(difference))
+                pytest.xfail(_known(difference))
 
     def demand_entry(self, index: int) -> None:
-        """Return when an entry of the ledger is true. Raises Violated or NotChecked."""
+        """Return when an entry of the ledger is true; else fail or skip its test."""
         difference = self.known.differences[index]
         ledgers = [
             self._verdicts_of(layout).known for layout in self.layouts if self.known.runs(layout)
         ]
         for layout in (layout for ledger in ledgers for layout in ledger.void):
             if difference.covers(layout):
-                raise Violated(void_sentence(layout))
+                pytest.fail(void_sentence(layout))
         if difference.kind == "must_not_run":
-            raise NotChecked(_known(difference))
+            pytest.skip(_known(difference))
         if any(index in ledger.met for ledger in ledgers):
             return
         if not any(index in ledger.tried for ledger in ledgers):
-            raise NotChecked("no layout and profile that was judged to the end could show it")
-        raise Violated(
+            pytest.skip("no layout and profile that was judged to the end could show it")
+        pytest.fail(
             f"The known difference of {difference.subject} no longer shows: no trace of this "
             f"session broke it; take its entry ({difference.link}) out of the ledger."
         )
 
     def _demand_checked(self, layout: str, profile: str, name: str) -> None:
         if (profile, name) in _SHOWN_BY_NO_TRACE:
-            raise NotChecked("not checked: no answer to a trace can show it")
+            pytest.skip("not checked: no answer to a trace can show it")
         for difference in self.known.differences:
             if difference.covers(layout) and difference.subject == f"layout {layout}":
-                raise NotChecked(_known(difference))
+                pytest.skip(_known(difference))
         if profile == EVERY:
             return
         declared = self.driver.profiles
         if profile not in declared:
-            raise NotChecked(f"not checked: the engine does not declare profile {profile}")
+            pytest.skip(f"not checked: the engine does not declare profile {profile}")
         if profile not in profiles_to_check(declared, self.asked):
-            raise NotChecked(f"not checked: profile {profile} was not asked for")
+            pytest.skip(f"not checked: profile {profile} was not asked for")
         if profile not in self.known.left_out(layout):
             return
         for difference in self.known.suspended(layout):
             if difference.profile == profile:
                 index = self.known.differences.index(difference)
                 if index in self._verdicts_of(layout).known.met:
-                    raise Tolerated(_known(difference))
-        raise NotChecked(f"not checked: the ledger of known differences leaves out {profile}")
+                    pytest.xfail(_known(difference))
+                    return  # only with --runxfail
+        pytest.skip(f"not checked: the ledger of known differences leaves out {profile}")
 
     def _demand_unseen(self, layout: str, name: str) -> None:
-        """Raises Violated of what was broken though no profile that checks it is declared.
+        """Fail of what was broken though no profile that checks it is declared.
 
         LEN-3 is such: it is judged wherever an engine reports `visible`.
         """
@@ -248,7 +231,7 @@ class Suite:
             return
         verdicts = self._verdicts_of(layout)
         if name in verdicts.failures and not verdicts.checked.intersection(profiles_of(name)):
-            raise Violated(self._report(layout, name, verdicts.failures[name]))
+            pytest.fail(self._report(layout, name, verdicts.failures[name]))
 
     def _verdicts_of(self, layout: str) -> _Verdicts:
         if layout not in self._verdicts:
@@ -273,7 +256,7 @@ class Suite:
                     known=known,
                 )
             except EngineFailure as died:
-                raise Violated(f"The engine did not start. {died}") from died
+                pytest.fail(f"The engine did not start. {died}")
             if failure is None:
                 return _Verdicts(checked, known, tally, failures)
             failures |= {n: failure for n in failure.invariants if n not in failures}
@@ -291,15 +274,8 @@ class Suite:
         lines = list(failure_text(failure))
         if name in NUMBERS and others:
             lines.append(f"The same trace also breaks {', '.join(others)}.")
-        folder = self.options.helix_traces
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{layout}-{name}.json"
-        path.write_bytes(dump_trace(failure.trace))
-        lines.append(f"The trace is in {path}; replay it with:")
-        lines.append(
-            f"  helix-conformance replay {path} --engine {self.engine} --driver {self.driver.name}"
-        )
-        return "\n".join(lines)
+        path = save_trace(self.options.helix_traces, f"{layout}-{name}", failure.trace)
+        return "\n".join([*lines, *replay_text(path, self.engine, self.driver.name)])
 
 
 def _has(trace: Trace, feature: str) -> bool:

@@ -13,12 +13,12 @@ from rich.console import Console
 from helix_conformance.report.certificate import CertificateRefused, badge, certificate
 from helix_conformance.report.html import run_page
 from helix_conformance.report.junit import junit
-from helix_conformance.report.stream import Record, StreamError, read_stream
+from helix_conformance.report.stream import Record, read_stream
 from helix_conformance.report.text import failure_text, print_lines, print_table
 
 
-class BadFile(click.ClickException):
-    """A file that is no stream, or cannot be written."""
+class BadInput(click.ClickException):
+    """Something the user gave cannot be used."""
 
     exit_code = 2
 
@@ -46,10 +46,7 @@ def report(streams: tuple[Path, ...], **paths: Path | None) -> None:
     (`zoo --stream`) make one report. The exit status is 0 when all was written, 1 when a
     certificate was refused, 2 when a file is no stream or cannot be written.
     """
-    try:
-        record = read_stream(streams)
-    except StreamError as error:
-        raise BadFile(str(error)) from error
+    record = read_stream(streams)
     _print(record)
     for name, (_, view) in VIEWS.items():
         path = paths[name]
@@ -79,13 +76,13 @@ def write_file(path: Path, data: bytes) -> None:
 
     Raises
     ------
-    BadFile
+    BadInput
         When it cannot be written: a sentence, and exit status 2.
     """
     try:
         path.write_bytes(data)
     except OSError as error:
-        raise BadFile(f"{path}: cannot be written: {error.strerror}.") from error
+        raise BadInput(f"{path}: cannot be written: {error.strerror}.") from error
 
 
 def _print(record: Record) -> None:

@@ -140,8 +140,8 @@ def diagram(
     """
     chosen = _chosen(len(trace.events), at)
     recorder, layout = Recorder(trace.config, declared), trace.config.layout
-    state = recorder.state
-    stops, frames = [Stop(None, "before the first event")], [_states(state, None, layout)]
+    state, t = recorder.state, layout.tokens_per_block
+    stops, frames = [Stop(None, "before the first event")], [_states(state, None, t)]
     free = [state.free_pages]
     seen: dict[int, None] = {}
     for index, event in enumerate(trace.events):
@@ -149,7 +149,8 @@ def diagram(
         seen |= dict.fromkeys(state.requests)
         if index in chosen:
             stops.append(Stop(index, event_text(event), expected.refused))
-            frames.append(_states(state, index if isinstance(event, Decode) else None, layout))
+            decode = index if isinstance(event, Decode) else None
+            frames.append(_states(state, decode, t))
             free.append(state.free_pages)
     drawn = _drawn(list(seen), wrong, None if at is None else trace.events[at])
     shown = len(stops) - 1 if at is None else [stop.event for stop in stops].index(at)
@@ -224,33 +225,24 @@ _identity = id
 """By it pages are told apart; `id` is a request's everywhere else."""
 
 
-def _states(state: ModelState, decode: int | None, layout: Layout) -> dict[int, _State]:
+def _states(state: ModelState, decode: int | None, t: int) -> dict[int, _State]:
     """Return what there is of each request; tokens made by the event `decode` are fresh."""
-    holders = defaultdict[int, list[int]](list)
+    holders, found = defaultdict[int, list[int]](list), dict[int, _State]()
     for id, request in state.requests.items():
         for page in chain.from_iterable(request.tables):
             holders[_identity(page)].append(id)
-    return {
-        id: _state(id, request, holders, decode, layout.tokens_per_block)
-        for id, request in state.requests.items()
-    }
-
-
-def _state(
-    id: int, request: Request, holders: Mapping[int, list[int]], decode: int | None, t: int
-) -> _State:
-    ranks = []
-    for positions, table in zip(request.ranks, request.tables, strict=True):
-        pages = []
-        for place, page in enumerate(table):
-            others = [str(other) for other in holders[_identity(page)] if other != id]
-            runs = _runs(request, positions[place * t : (place + 1) * t], decode, t)
-            pages.append(_Page(page.number, ", ".join(others), list(runs)))
-        ranks.append(pages)
-    words = f"{_tokens(len(request.tokens))}: prompt {request.prompt_len}, decoded {request.steps}"
-    if request.preempted:
-        words += "; preempted"
-    return _State(ranks, [len(positions) for positions in request.ranks], words)
+    for id, request in state.requests.items():
+        ranks = list[list[_Page]]()
+        for positions, table in zip(request.ranks, request.tables, strict=True):
+            ranks.append([])
+            for place, page in enumerate(table):
+                others = [str(other) for other in holders[_identity(page)] if other != id]
+                runs = _runs(request, positions[place * t : (place + 1) * t], decode, t)
+                ranks[-1].append(_Page(page.number, ", ".join(others), list(runs)))
+        words = f"{_tokens(len(request.tokens))}: prompt {request.prompt_len}, "
+        words += f"decoded {request.steps}" + ("; preempted" if request.preempted else "")
+        found[id] = _State(ranks, [len(positions) for positions in request.ranks], words)
+    return found
 
 
 def _tokens(count: int) -> str:

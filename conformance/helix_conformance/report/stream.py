@@ -9,25 +9,21 @@ The format is published as `stream.schema.json` beside this file, generated from
 from __future__ import annotations
 
 import json
-import platform
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from helix_conformance.judge.coverage import SITUATIONS, Coverage, Tally
 from helix_conformance.judge.failure import Failure
-from helix_conformance.judge.xfail import LAYOUTS, Difference, Known
-from helix_conformance.version import __version__
+from helix_conformance.judge.xfail import LAYOUTS
 from helix_spec.config import decode_layout, encode_layout, layout_schema
 from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Merge
 from helix_spec.invariants import NUMBERS, profiles_of
-from helix_spec.trace import dump_trace, unindented
+from helix_spec.trace import Trace, dump_trace, unindented
 
 SCHEMA_FILE: Final = "stream.schema.json"
 CONFIRMED: Final = "confirmed"
@@ -214,6 +210,7 @@ class MutationRun(_Line, frozen=True, kw_only=True, tag="zoo"):
 
 
 Line: TypeAlias = Settings | Row | FailureLine | CoverageLine | Summary | Proofs | MutationRun
+Kind = TypeVar("Kind", bound=Line)
 
 
 # Writing
@@ -231,20 +228,11 @@ class Stream:
     ----------
     lines : list of Line
         All lines so far.
-    rows : list of Row
-        The rows so far.
-    coverage : list of Coverage
-        That of each driver whose traces were all played.
-    dead : bool
-        Whether an engine did not start, so that nothing of it was played.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.rows: list[Row] = []
-        self.dead = False
         self.lines: list[Line] = []
-        self.coverage: list[Coverage] = []
         if path is not None:
             path.write_bytes(b"")
 
@@ -260,189 +248,23 @@ class Stream:
         if self.path is not None:
             append_line(self.path, line)
 
-    def settings(
-        self, command: str, engine: str, restrictions: Sequence[str] = (), **options: Any
-    ) -> None:
-        """Write the first line: everything that was set, and the machine.
+    def of(self, kind: type[Kind]) -> list[Kind]:
+        """Return the lines so far that are of one type.
 
         Parameters
         ----------
-        command : str
-            The command's name, such as `run`.
-        engine : str
-            The engine as it was named to the command.
-        restrictions : sequence of str
-            Why the run is not a whole one, a sentence each; see `restrictions`.
-        **options
-            All other options of the command, by name.
-        """
-        self.write(
-            Settings(
-                command=command,
-                engine=engine,
-                suite_version=__version__,
-                started=datetime.now(UTC).isoformat(timespec="seconds"),
-                python=platform.python_version(),
-                machine=platform.machine(),
-                options={k: str(v) if isinstance(v, Path) else v for k, v in options.items()},
-                restrictions=list(restrictions),
-            )
-        )
-
-    def row(self, row: Row) -> None:
-        """Write the row of a layout that is finished.
-
-        Parameters
-        ----------
-        row : Row
-            See `make_row`.
-        """
-        self.rows.append(row)
-        self.write(row)
-
-    def failure(self, row: Row, failure: Failure, path: Path) -> None:
-        """Write the failure of a row.
-
-        Parameters
-        ----------
-        row : Row
-            The row that fails.
-        failure : Failure
-            What is wrong.
-        path : Path
-            Where its trace is stored.
-        """
-        self.write(
-            FailureLine(
-                layout=row.layout,
-                engine=row.engine,
-                driver=row.driver,
-                declared=row.declared,
-                trace_file=str(path),
-                **{k: v for k, v in msgspec.structs.asdict(failure).items() if k != "drawn"},
-            )
-        )
-
-    def covered(self, engine: str, driver: str, coverage: Coverage) -> None:
-        """Write the coverage of one driver, when all its traces were played.
-
-        Parameters
-        ----------
-        engine, driver : str
-            Their names.
-        coverage : Coverage
-            What its traces visited.
-        """
-        self.coverage.append(coverage)
-        counts, missed, impossible = coverage.counts, coverage.missed, coverage.impossible
-        self.write(
-            CoverageLine(
-                engine=engine, driver=driver, counts=counts, missed=missed, impossible=impossible
-            )
-        )
-
-    def summary(self, engine: str, known: Known | None = None, seed: int | None = None) -> Verdict:
-        """Write the last line.
-
-        Parameters
-        ----------
-        engine : str
-            The engine as it was named to the command.
-        known : Known or None
-            Its expected failures; one that no longer fails, fails the run.
-        seed : int or None
-            Seed of the random traces.
+        kind : type
+            Such as `Row`.
 
         Returns
         -------
-        Verdict
-            `error` when an engine did not start or did not finish, `fail` for a difference.
+        list of kind
+            In the order in which they were written.
         """
-        known = known or Known()
-        ranked: tuple[Verdict, ...] = ("error", "fail", "pass")
-        verdicts = [row.verdict for row in self.rows]
-        verdict: Verdict = min(verdicts, key=ranked.index, default="error")
-        if self.dead:
-            verdict = "error"
-        if verdict == "pass" and not known.holds:
-            verdict = "fail"
-        checked = {profile for row in self.rows for profile in row.profiles}
-        events, seconds = sum(r.events for r in self.rows), sum(r.seconds for r in self.rows)
-        counts = {name: sum(one.counts[name] for one in self.coverage) for name in SITUATIONS}
-        missed = dict.fromkeys(name for one in self.coverage for name in one.missed)
-        self.write(
-            Summary(
-                engine=engine,
-                verdict=verdict,
-                layouts=list(dict.fromkeys(row.layout for row in self.rows)),
-                profiles_checked=[p for p in PROFILES if p in checked],
-                profiles_not_checked=[p for p in PROFILES if p not in checked],
-                traces=sum(row.traces for row in self.rows),
-                events=events,
-                events_per_s=round(events / seconds, 1) if seconds else None,
-                known_differences=msgspec.convert(known.summary(), list[KnownDifference]),
-                coverage=counts,
-                missed=[name for name in missed if not counts[name]],
-                seed=seed,
-            )
-        )
-        return verdict
+        return [line for line in self.lines if isinstance(line, kind)]
 
 
-def make_row(
-    layout: str,
-    engine: str,
-    driver: str,
-    cp_sizes: Iterable[int],
-    profiles: Collection[str],
-    declared: Collection[str],
-    tally: Tally,
-    failure: Failure | None,
-    known: Iterable[Difference] = (),
-    settings: Mapping[str, str] | None = None,
-) -> Row:
-    """Return the row of a finished layout.
-
-    Parameters
-    ----------
-    layout, engine, driver : str
-        Their names.
-    cp_sizes : iterable of int
-        Numbers of ranks that share a cache; repeated ones count once.
-    profiles, declared : collection of str
-        Profiles that were checked, and those that the engine declares.
-    tally : Tally
-        How much was played.
-    failure : Failure or None
-        What is wrong; None when all answers were right.
-    known : iterable of Difference
-        Expected failures of the engine on this layout.
-    settings : mapping or None
-        What the engine says about how it is set up.
-
-    Returns
-    -------
-    Row
-        Profiles in the order of `PROFILES`, cp_sizes and identifiers rising.
-    """
-    return Row(
-        layout=layout,
-        engine=engine,
-        driver=driver,
-        cp_sizes=sorted(set(cp_sizes)),
-        profiles=[profile for profile in PROFILES if profile in profiles],
-        declared=[profile for profile in PROFILES if profile in declared],
-        identifiers=sorted(tally.layouts),
-        traces=tally.traces,
-        events=tally.events,
-        seconds=round(tally.seconds, 3),
-        verdict="pass" if failure is None else failure.verdict,
-        known=[difference.subject for difference in known],
-        settings=dict(settings or {}),
-    )
-
-
-def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> list[str]:
+def restrictions(options: Mapping[str, Any], examples: int) -> list[str]:
     """Return why a run with these options is not a whole one.
 
     Parameters
@@ -451,8 +273,6 @@ def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> 
         Those of `run`: layouts, cp_sizes, asked (profiles), examples, workload.
     examples : int
         Random traces that a whole run plays of each layout.
-    layouts : int
-        Layouts that a whole run plays.
 
     Returns
     -------
@@ -463,8 +283,9 @@ def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> 
     found = []
     if options["workload"]:
         found.append("A workload was replayed; no random traces were played.")
-    elif named and len(named) < layouts:
-        found.append(f"Only {len(named)} of {layouts} layouts were played: {', '.join(named)}.")
+    elif named and len(named) < len(LAYOUTS):
+        of = f"{len(named)} of {len(LAYOUTS)}"
+        found.append(f"Only {of} layouts were played: {', '.join(named)}.")
     some = {"cp_size was played": options["cp_sizes"], "profile was asked for": options["asked"]}
     found += [f"Not every {what}, but {', '.join(map(str, v))}." for what, v in some.items() if v]
     if fewer and fewer < examples:
@@ -473,17 +294,17 @@ def restrictions(options: Mapping[str, Any], *, examples: int, layouts: int) -> 
     return found
 
 
-def save_failure(folder: Path, row: Row, failure: Failure) -> Path:
-    """Write the failing trace of a row.
+def save_trace(folder: Path, name: str, trace: Trace) -> Path:
+    """Write a failing trace.
 
     Parameters
     ----------
     folder : Path
         Where it goes; the folder is made.
-    row : Row
-        The row that fails: its layout and driver name the file.
-    failure : Failure
-        What is wrong.
+    name : str
+        What failed, such as a layout and a driver: it names the file.
+    trace : Trace
+        The trace.
 
     Returns
     -------
@@ -491,8 +312,8 @@ def save_failure(folder: Path, row: Row, failure: Failure) -> Path:
         The file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{re.sub('[/:]', '-', row.layout)}-{row.driver}.json"
-    path.write_bytes(dump_trace(failure.trace))
+    path = folder / f"{re.sub('[/:]', '-', name)}.json"
+    path.write_bytes(dump_trace(trace))
     return path
 
 

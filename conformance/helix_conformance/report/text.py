@@ -6,6 +6,7 @@ Everything that is shown is in the stream first; the tables and texts are views 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
@@ -14,13 +15,21 @@ from typing import Any
 import msgspec
 from msgspec import NODEFAULT
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Column, Table
 
 from helix_conformance.expect.expectation import Request
 from helix_conformance.expect.recorder import Recorder
-from helix_conformance.judge.coverage import SITUATIONS, Coverage
+from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Failure
-from helix_conformance.report.stream import Row
+from helix_conformance.report.stream import CoverageLine, Row
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import LADDER
 from helix_spec.events import Event, Merge
@@ -28,6 +37,26 @@ from helix_spec.invariants import sentence
 from helix_spec.trace import Trace
 
 # A run
+
+
+def progress_bar(console: Console, *more: ProgressColumn) -> Progress:
+    """Return a bar that counts what is done, gone when it ends.
+
+    Parameters
+    ----------
+    console : Console
+        Where it is drawn.
+    *more : ProgressColumn
+        Columns behind the count and the time.
+
+    Returns
+    -------
+    Progress
+        To be entered.
+    """
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    what = TextColumn("{task.description}")
+    return Progress(what, *columns, *more, console=console, transient=True)
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
@@ -76,18 +105,14 @@ def print_table(console: Console, rows: Iterable[Row]) -> None:
     console.print(table)
 
 
-def print_coverage(
-    console: Console, drivers: Sequence[str], coverage: Sequence[Coverage], *, failed: bool
-) -> None:
+def print_coverage(console: Console, coverage: Sequence[CoverageLine], *, failed: bool) -> None:
     """Print how often each situation was visited, and what was missed.
 
     Parameters
     ----------
     console : Console
         Where to.
-    drivers : sequence of str
-        A column's name each.
-    coverage : sequence of Coverage
+    coverage : sequence of CoverageLine
         What each driver's traces visited.
     failed : bool
         Whether a layout failed: coverage ends there, and no table is printed.
@@ -96,26 +121,27 @@ def print_coverage(
     if failed:
         console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
         return
-    columns = [Column(driver, justify="right") for driver in drivers]
+    columns = [Column(f"{one.engine} {one.driver}", justify="right") for one in coverage]
     table = Table("situation", *columns, box=None, pad_edge=False)
     for name in SITUATIONS:
         table.add_row(name, *(_count(one, name) for one in coverage))
     console.print(table)
-    for driver, one in zip(drivers, coverage, strict=True):
-        print_lines(console, _coverage_text(driver, one))
+    for one in coverage:
+        print_lines(console, _coverage_text(one))
 
 
-def _count(coverage: Coverage, name: str) -> str:
+def _count(coverage: CoverageLine, name: str) -> str:
     if name in coverage.impossible:
         return "[dim]impossible[/]"
     return f"{coverage.counts[name]:,}" if coverage.counts[name] else "[yellow]missed[/]"
 
 
-def _coverage_text(driver: str, coverage: Coverage) -> Iterator[str]:
+def _coverage_text(coverage: CoverageLine) -> Iterator[str]:
     """Yield what the traces of a driver missed, and what they could not have met."""
     if coverage.missed:
         needs = {name: ", ".join(SITUATIONS[name]) for name in coverage.missed}
         names = [f"{name} ({need})" if need else name for name, need in needs.items()]
+        driver = f"{coverage.engine} {coverage.driver}"
         yield f"Missed by the traces of {driver}: {'; '.join(names)}."
     lacking: dict[str, list[str]] = {}
     for name, need in coverage.impossible.items():
@@ -127,22 +153,26 @@ def _coverage_text(driver: str, coverage: Coverage) -> Iterator[str]:
 # A failure
 
 
-def print_failure(console: Console, failure: Failure, path: Path, replay: str) -> None:
-    """Print a failure, where its trace is stored, and the command that plays it again.
+def replay_text(path: Path | str, engine: str, driver: str | None = None) -> list[str]:
+    """Return where a failing trace is stored, and the command that plays it again.
 
     Parameters
     ----------
-    console : Console
-        Where to.
-    failure : Failure
-        What is wrong.
-    path : Path
-        Where its trace is stored.
-    replay : str
-        The command.
+    path : Path or str
+        Where the trace is stored.
+    engine : str
+        The engine's name.
+    driver : str or None
+        The driver's; None for what the engine needs.
+
+    Returns
+    -------
+    list of str
+        A line each.
     """
-    where = [f"The trace is in {path}; replay it with:", f"  {replay}"]
-    print_lines(console, [*failure_text(failure), *where])
+    words = ["helix-conformance", "replay", str(path), "--engine", engine]
+    words += ["--driver", driver] if driver else []
+    return [f"The trace is in {path}; replay it with:", f"  {shlex.join(words)}"]
 
 
 def failure_text(failure: Failure) -> Iterator[str]:

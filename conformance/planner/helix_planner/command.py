@@ -12,8 +12,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance.cli import BadInput
 from helix_conformance.generate.configs import LAYOUT_NAMES
+from helix_conformance.report.command import BadInput
 from helix_planner.plans import (
     HARDWARE,
     MODELS,
