@@ -52,7 +52,24 @@ def draw_layout(
     cp_sizes: Sequence[int] = CP_SIZES,
     block_sizes: Sequence[int] = BLOCK_SIZES,
 ) -> Layout:
-    """Return a legal layout; see `strategies.layouts`."""
+    """Return a legal layout.
+
+    Parameters
+    ----------
+    choices
+        What it depends on.
+    names
+        Named layouts; `custom` is any other legal combination of rules.
+    cp_sizes
+        Numbers of ranks that share a sequence.
+    block_sizes
+        Numbers of tokens in a page.
+
+    Raises
+    ------
+    ValueError
+        If there is no layout of such a name.
+    """
     unknown = set(names) - set(LAYOUT_NAMES)
     if unknown:
         raise ValueError(f"There is no layout named {sorted(unknown)[0]!r}.")
@@ -94,7 +111,25 @@ def draw_model_shape(
     latents: Sequence[LatentShape] = LATENTS,
     max_layers: int = 3,
 ) -> ModelShape:
-    """Return a shape whose heads divide over these ranks; see `strategies.model_shapes`."""
+    """Return a shape whose heads divide over these ranks: MHA, GQA, MQA or MLA, 8-bit caches too.
+
+    A wide one has a single layer, so that no trace takes long.
+
+    Parameters
+    ----------
+    choices
+        What it depends on.
+    cp_size, tp_size
+        Numbers of ranks.
+    dtypes
+        Element types of the model.
+    head_dims
+        Elements of a head.
+    latents
+        Shapes of latent caches (MLA), of which one shape in four has one.
+    max_layers
+        The most layers.
+    """
     latent = choices.pick(latents) if choices.one_in(4) else None
     kv_heads = tp_size * choices.pick((1, 2, 3, 1, 2, 4)) if latent is None else 1
     world = tp_size * cp_size
@@ -129,7 +164,30 @@ def draw_config(
     max_pages: int = 12,
     contents: bool = True,
 ) -> Config:
-    """Return a legal configuration; see `strategies.configs`."""
+    """Return a legal configuration; pools are ample, or often too small, alike or unlike.
+
+    Parameters
+    ----------
+    choices
+        What it depends on.
+    names, cp_sizes
+        See `draw_layout`.
+    tp_sizes
+        Numbers of ranks over which KV heads are split.
+    max_world
+        The most ranks in all; as many as the sizes allow when None.
+    features
+        Only with `overlap` among them some configurations overlap.
+    max_pages
+        The most pages of a small pool.
+    contents
+        Without it nothing is drawn that only caches and outputs depend on.
+
+    Raises
+    ------
+    ValueError
+        If no cp_size fits the world, or there is no layout of such a name.
+    """
     world = max_world or max(cp_sizes) * max(tp_sizes)
     fitting = [c for c in cp_sizes if c <= world]
     if not fitting:

@@ -8,29 +8,25 @@ small pages and few events. Bounds are keyword-only; impossible ones raise Value
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar, get_args
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from hypothesis import strategies as st
 
 from helix_conformance.generate.actions import ACTIONS, SHORT, Action, Scope
 from helix_conformance.generate.choices import Choices
 from helix_conformance.generate.configs import (
-    BLOCK_SIZES,
-    CP_SIZES,
-    HEAD_DIMS,
-    LATENTS,
-    LAYOUT_NAMES,
     draw_config,
     draw_illegal_config,
     draw_layout,
     draw_model_shape,
 )
 from helix_conformance.generate.traces import MAX_ACTIONS, draw_merge_trace, draw_trace
-from helix_spec.config import Config, DType, LatentShape, ModelShape
+from helix_spec.config import Config
 from helix_spec.events import FEATURES
-from helix_spec.layouts import Layout
 from helix_spec.trace import Trace
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -59,116 +55,25 @@ def drawn(draw: st.DrawFn, function: Callable[[Choices], T]) -> T:
     return function(_Drawn(draw))
 
 
-@st.composite
-def layouts(
-    draw: st.DrawFn,
-    *,
-    names: Sequence[str] = LAYOUT_NAMES,
-    cp_sizes: Sequence[int] = CP_SIZES,
-    block_sizes: Sequence[int] = BLOCK_SIZES,
-) -> Layout:
-    """Draw legal layouts.
+def _strategy(
+    function: Callable[Concatenate[Choices, P], T],
+) -> Callable[P, st.SearchStrategy[T]]:
+    """Return a function of the same arguments, whose choices Hypothesis makes."""
 
-    Parameters
-    ----------
-    names
-        Named layouts; `custom` is any other legal combination of rules.
-    cp_sizes
-        Numbers of ranks that share a sequence.
-    block_sizes
-        Numbers of tokens in a page.
+    @st.composite
+    @wraps(function)
+    def strategy(draw: st.DrawFn, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return function(_Drawn(draw), *args, **kwargs)
 
-    Raises
-    ------
-    ValueError
-        If there is no layout of such a name.
-    """
-    return draw_layout(_Drawn(draw), names=names, cp_sizes=cp_sizes, block_sizes=block_sizes)
+    return strategy
 
 
-@st.composite
-def model_shapes(
-    draw: st.DrawFn,
-    *,
-    cp_size: int,
-    tp_size: int = 1,
-    dtypes: Sequence[DType] = get_args(DType),
-    head_dims: Sequence[int] = HEAD_DIMS,
-    latents: Sequence[LatentShape] = LATENTS,
-    max_layers: int = 3,
-) -> ModelShape:
-    """Draw shapes whose heads divide over these ranks: MHA, GQA, MQA and MLA, 8-bit caches too.
-
-    A wide one has a single layer, so that no trace takes long.
-
-    Parameters
-    ----------
-    cp_size, tp_size
-        Numbers of ranks.
-    dtypes
-        Element types of the model.
-    head_dims
-        Elements of a head.
-    latents
-        Shapes of latent caches (MLA), of which one shape in four has one.
-    max_layers
-        The most layers.
-    """
-    return draw_model_shape(
-        _Drawn(draw),
-        cp_size=cp_size,
-        tp_size=tp_size,
-        dtypes=dtypes,
-        head_dims=head_dims,
-        latents=latents,
-        max_layers=max_layers,
-    )
-
-
-@st.composite
-def configs(
-    draw: st.DrawFn,
-    *,
-    names: Sequence[str] = LAYOUT_NAMES,
-    cp_sizes: Sequence[int] = CP_SIZES,
-    tp_sizes: Sequence[int] = (1,),
-    max_world: int | None = None,
-    features: Collection[str] = FEATURES,
-    max_pages: int = 12,
-    contents: bool = True,
-) -> Config:
-    """Draw legal configurations; pools are ample, or often too small, alike or one for each rank.
-
-    Parameters
-    ----------
-    names, cp_sizes
-        See `layouts`.
-    tp_sizes
-        Numbers of ranks over which KV heads are split.
-    max_world
-        The most ranks in all; as many as the sizes allow when None.
-    features
-        Only with `overlap` among them some configurations overlap.
-    max_pages
-        The most pages of a small pool.
-    contents
-        Without it nothing is drawn that only caches and outputs depend on.
-
-    Raises
-    ------
-    ValueError
-        If no cp_size fits the world, or there is no layout of such a name.
-    """
-    return draw_config(
-        _Drawn(draw),
-        names=names,
-        cp_sizes=cp_sizes,
-        tp_sizes=tp_sizes,
-        max_world=max_world,
-        features=features,
-        max_pages=max_pages,
-        contents=contents,
-    )
+layouts = _strategy(draw_layout)
+"""Draw legal layouts; see `draw_layout`."""
+model_shapes = _strategy(draw_model_shape)
+"""Draw shapes whose heads divide over these ranks; see `draw_model_shape`."""
+configs = _strategy(draw_config)
+"""Draw legal configurations; see `draw_config`."""
 
 
 @st.composite
