@@ -72,13 +72,6 @@ def token_columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
     return Tokens(*np.array(tokens, dtype=np.int64).reshape(-1, 3).T)
 
 
-def tokens_of(identities: Sequence[tuple[int, int]], first: int) -> Tokens:
-    """Tokens at consecutive positions from `first`."""
-    columns = np.array(identities, dtype=np.int64).reshape(-1, 2)
-    positions = np.arange(first, first + len(columns), dtype=np.int64)
-    return Tokens(columns[:, 0], columns[:, 1], positions)
-
-
 def entries(
     seed: int, tokens: Tokens, layers: int, tensor: Tensor, heads: Sequence[int], dim: int
 ) -> Array:
@@ -413,13 +406,6 @@ def as_array(rows: Any) -> Array:
             flat = np.frombuffer(rows["data"], dtype=rows["dtype"])
             return flat.reshape(rows["shape"]).astype(np.float64)
         return np.asarray(rows, dtype=np.float64)
-
-
-def encode_array(x: Any) -> Any:
-    """The form in which arrays travel between processes; the inverse of `as_array`."""
-    if isinstance(x, np.ndarray):
-        return {"dtype": x.dtype.str, "shape": list(x.shape), "data": x.tobytes()}
-    raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
 
 
 def _propagated(effects: Array, dtype: CacheDType) -> Array:

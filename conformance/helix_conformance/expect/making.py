@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from helix_conformance.expect.arrays import (
     cached_keys,
@@ -36,6 +37,7 @@ from helix_conformance.expect.vectors import (
 )
 from helix_conformance.version import __version__
 from helix_spec.config import config_problem
+from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Event, Merge, Reason, features_of
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -76,17 +78,7 @@ def _needed(case: Case, steps: Sequence[Step]) -> list[str]:
             needed |= {"lengths", "pages"}
     if case.config.overlap:
         needed.add("overlap")
-    order = (
-        "placement",
-        "lengths",
-        "pages",
-        "speculative",
-        "fork",
-        "preempt",
-        "padding",
-        "overlap",
-    )
-    return [profile for profile in order if profile in needed]
+    return [profile for profile in PROFILES if profile in needed]
 
 
 class _Writer:
@@ -186,8 +178,8 @@ class _Writer:
                     event=event,
                     place=place,
                     position=position,
-                    least_keys=_each(_down, keys.lower[:, 0].tolist()),
-                    most_keys=_each(_up, keys.upper[:, 0].tolist()),
+                    least_keys=_cut_each(keys.lower[:, 0], math.floor, DIGITS).tolist(),
+                    most_keys=_cut_each(keys.upper[:, 0], math.ceil, DIGITS).tolist(),
                     values=values[:, 0].tolist(),
                 )
             )
@@ -207,24 +199,9 @@ def _outputs(expected: Expectation) -> list[list[list[Output]]]:
 
 
 def _output(exact: Sequence[float], bound: float) -> Output:
-    return Output([_digits(x) for x in exact], _bound(bound, math.hypot(*exact)))
-
-
-def _digits(x: float) -> float:
-    return float(f"{x:.{DIGITS}g}")
-
-
-def _bound(bound: float, size: float) -> float:
-    """A bound around numbers of this size whose digits are cut: rounded up, to few digits."""
-    return _cut(bound + size * 10.0 ** (1 - DIGITS), math.ceil, 3)
-
-
-def _down(x: float) -> float:
-    return _cut(x, math.floor, DIGITS)
-
-
-def _up(x: float) -> float:
-    return _cut(x, math.ceil, DIGITS)
+    """An output with its digits cut, and its bound with what that changes, to few digits."""
+    lost = math.hypot(*exact) * 10.0 ** (1 - DIGITS)
+    return Output([float(f"{x:.{DIGITS}g}") for x in exact], _cut(bound + lost, math.ceil, 3))
 
 
 def _cut(x: float, rounding: Callable[[float], int], digits: int) -> float:
@@ -235,11 +212,7 @@ def _cut(x: float, rounding: Callable[[float], int], digits: int) -> float:
     return float(f"{rounding(x / 10.0**step)}e{step}")
 
 
-def _each(change: Callable[[float], float], entries: Any) -> Any:
-    """Nested lists with each number changed."""
-    if isinstance(entries, list):
-        return [_each(change, entry) for entry in entries]
-    return change(entries)
+_cut_each = np.vectorize(_cut)
 
 
 def make_all() -> dict[str, bytes]:
