@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from helix_gpu.cache import Backend, DecodeStep, PromptKV
+    from helix_gpu.cache import Backend, DecodeStep, HelixCache, PromptKV
     from helix_gpu.comm.exchange import Exchange, MakeExchange
     from helix_gpu.comm.hop_b import Costs
 
@@ -69,22 +69,12 @@ class LedgerEngine:
                     self.book.admit(id, prompt_len)
                 case Decode(ids, query_lens, pad):
                     return _outcome(self.book.decode_step(ids, query_lens, pad))
-                case Skip(ids, query_lens):
-                    self.book.skip(ids, query_lens)
-                case Accept(id, kept):
-                    self.book.accept(id, kept)
-                case Sampled(ids):
-                    self.book.sampled(ids)
-                case Fork(parent, child):
-                    self.book.fork(parent, child)
-                case Release(id):
-                    self.book.release(id)
-                case Preempt(id):
-                    self.book.preempt(id)
                 case Resume(id):
                     self.book.resume(id)
                 case Merge():
                     return Outcome(Reason.UNSUPPORTED)
+                case _:
+                    _follow(self.book, event)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -97,16 +87,14 @@ class LedgerEngine:
 class GpuEngine:
     """One rank of `HelixCache`, fed with the suite's Q, K and V."""
 
-    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {
-        "cache",
-        "attention",
-        MERGE,
-    }
+    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {"cache", "attention", MERGE}
     needs_processes: ClassVar[bool] = True
     cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
     """By cp_size, the group of each tp_rank."""
     exchange: Exchange | None = None
     """Stands in for the group's all-to-all, where the ranks are threads of one process."""
+    travel: ClassVar[str] = "all_to_all"
+    """How partials travel in the group: a function of `helix_gpu.comm.exchange`."""
     backend: ClassVar[Backend | None] = None
     """What attends, where it is not the device's default."""
 
@@ -127,9 +115,10 @@ class GpuEngine:
     @classmethod
     def make_exchange(cls) -> MakeExchange:
         """How partials travel in the group."""
-        from helix_gpu.comm.exchange import all_to_all
+        from helix_gpu.comm import exchange
 
-        return all_to_all
+        make: MakeExchange = getattr(exchange, cls.travel)
+        return make
 
     @staticmethod
     def hop_b() -> Costs | None:
@@ -176,24 +165,17 @@ class GpuEngine:
                     self._admit(id, prompt_len)
                 case Decode(ids, query_lens, pad):
                     return self._decode(ids, query_lens, pad)
-                case Skip(ids, query_lens):
-                    self.cache.skip(ids, query_lens)
-                case Accept(id, kept):
-                    self.cache.accept(id, kept)
-                case Sampled(ids):
-                    self.cache.sampled(ids)
-                case Fork(parent, child):
-                    self.cache.fork(parent, child)
-                    self.tokens[child] = list(self.tokens[parent])
-                case Release(id):
-                    self.cache.release(id)
-                    del self.tokens[id]
-                case Preempt(id):
-                    self.cache.preempt(id)
                 case Resume(id):
                     self._resume(id)
                 case Merge():
                     return self._merge(event)
+                case _:
+                    _follow(self.cache, event)
+            match event:
+                case Fork(parent, child):
+                    self.tokens[child] = list(self.tokens[parent])
+                case Release(id):
+                    del self.tokens[id]
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -288,9 +270,8 @@ class GpuEngine:
         """K, not rotated, and V of this rank's heads; a latent row has no V of its own."""
         shape, seed = self.config.model, self.config.seed
         k = entries(seed, tokens, shape.layers, "k", self.kv_heads, shape.key_dim)
-        if shape.latent is not None:
-            return self._tensor(k), None
-        return self._tensor(k), self._tensor(values(shape, seed, tokens, self.kv_heads))
+        v = None if shape.latent else self._tensor(values(shape, seed, tokens, self.kv_heads))
+        return self._tensor(k), v
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         import torch
@@ -299,8 +280,9 @@ class GpuEngine:
 
     def _padded(self, rows: torch.Tensor, pad: int) -> torch.Tensor:
         """Rows of dummy requests behind the real ones, NaN: they must influence nothing."""
-        shape = (rows.shape[0], pad, *rows.shape[2:])
-        return rows if pad == 0 else _cat(rows, rows.new_full(shape, float("nan")))
+        import torch
+
+        return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, pad), value=float("nan"))
 
     def _rows(self, table: list[int]) -> np.ndarray:
         """Cached rows of these pages: (layers, parts, slots, kv_heads, dim)."""
@@ -311,23 +293,13 @@ class GpuEngine:
 class AllGatherEngine(GpuEngine):
     """Partials travel by all-gather."""
 
-    @classmethod
-    def make_exchange(cls) -> MakeExchange:
-        """How partials travel in the group."""
-        from helix_gpu.comm.exchange import all_gather
-
-        return all_gather
+    travel = "all_gather"
 
 
 class ReduceScatterEngine(GpuEngine):
     """Log-sum-exps travel by all-gather, weighted outputs by reduce-scatter, in float32 always."""
 
-    @classmethod
-    def make_exchange(cls) -> MakeExchange:
-        """How partials travel in the group."""
-        from helix_gpu.comm.exchange import reduce_scatter
-
-        return reduce_scatter
+    travel = "reduce_scatter"
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
@@ -378,6 +350,25 @@ class PushEngine(GpuEngine):
         return lambda group, model: cls.windows.get(group.size()) or push(group, model)
 
 
+def _follow(
+    book: RankBook | HelixCache, event: Skip | Accept | Sampled | Fork | Release | Preempt
+) -> None:
+    """Let an event happen that asks for no K, V or attention."""
+    match event:
+        case Skip(ids, query_lens):
+            book.skip(ids, query_lens)
+        case Accept(id, kept):
+            book.accept(id, kept)
+        case Sampled(ids):
+            book.sampled(ids)
+        case Fork(parent, child):
+            book.fork(parent, child)
+        case Release(id):
+            book.release(id)
+        case Preempt(id):
+            book.preempt(id)
+
+
 def _outcome(step: RankStep) -> Outcome:
     return Outcome(
         None,
@@ -406,12 +397,6 @@ def _device() -> str:
 
     nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     return f"cuda:{torch.cuda.current_device()}" if nccl else "cpu"
-
-
-def _cat(rows: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.cat([rows, more], dim=1)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
