@@ -17,7 +17,14 @@ from helix_spec.events import Event, ids_of
 
 
 class MalformedAnswer(Exception):
-    """An answer that cannot be read as one, or answers something else than was asked."""
+    """An answer that cannot be read as one, or answers something else than was asked.
+
+    Where the answers of all ranks are read at once, it says which `rank` gave it.
+    """
+
+    def __init__(self, message: str, rank: int = 0) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class ReportedError(Exception):
@@ -76,10 +83,15 @@ def words(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {text}"
 
 
-def ill_typed(answers: Sequence[Answer]) -> tuple[int, str] | None:
-    """Return the first rank whose answer holds values of wrong types, and which; None if none.
+def check_types(answers: Sequence[Answer]) -> None:
+    """Check that the answers of all ranks hold values of the types that they must be of.
 
     Looked at only when something is wrong: values that compare equal are as good as right.
+
+    Raises
+    ------
+    MalformedAnswer
+        When one does not.
     """
     for rank, answer in enumerate(answers):
         try:
@@ -87,8 +99,7 @@ def ill_typed(answers: Sequence[Answer]) -> tuple[int, str] | None:
             if answer.view is not None:
                 _check(msgspec.structs.replace(answer.view, keys={}, values={}), RankView)
         except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
-            return rank, str(error)
-    return None
+            raise MalformedAnswer(str(error), rank) from error
 
 
 def _check(answer: Outcome | RankView, kind: type[Any]) -> None:

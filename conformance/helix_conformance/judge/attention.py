@@ -9,10 +9,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.expect.arrays import Array
 from helix_conformance.expect.expectation import Expectation, Output
 from helix_conformance.judge.cache import array_of
-from helix_conformance.judge.failure import MalformedAnswer, Violation
+from helix_conformance.judge.failure import Violation
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
 from helix_spec.events import Decode, Merge
@@ -70,8 +71,7 @@ class AttentionJudge:
         slices = [array_of(rank, "output", o.output) for rank, o in enumerate(outcomes)]
         for rank, array in enumerate(slices):
             if array.shape != wanted:
-                what = f"its output has shape {array.shape}, not {wanted}"
-                raise MalformedAnswer(rank, what)
+                raise MalformedAnswer(f"its output has shape {array.shape}, not {wanted}", rank)
         wrong = _outside(np.concatenate(slices, axis=2), expected.outputs())
         if not wrong:
             return

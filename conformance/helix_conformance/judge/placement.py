@@ -6,8 +6,9 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.expect.expectation import Expectation
-from helix_conformance.judge.failure import MalformedAnswer, Violation
+from helix_conformance.judge.failure import Violation
 from helix_spec import invariants
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
@@ -57,7 +58,7 @@ class Columns:
 
 def _check_size(rank: int, name: str, column: Sequence[Any], right: int) -> None:
     if len(column) != right:
-        raise MalformedAnswer(rank, f"its {name} has {len(column)} entries, not {right}")
+        raise MalformedAnswer(f"its {name} has {len(column)} entries, not {right}", rank)
 
 
 class PlacementJudge:
