@@ -5,7 +5,7 @@ What an engine does instead of answering is put in `words` for people; nothing e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -42,19 +42,18 @@ def start(engine: Engine, config: Config, profiles: frozenset[str]) -> Answer:
     return Answer(checked_outcome(engine.start(config, profiles)))
 
 
-def apply(engine: Engine, index: int, event: Event, watch: Watch) -> Answer:
-    """Return the answer to an event, with the state that `watch` looks at after it.
+def apply(index: int, event: Event, watch: Watch) -> Callable[[Engine], Answer]:
+    """Return what gives a rank's answer to an event, with the state that `watch` looks at then.
 
-    Raises
-    ------
-    MalformedAnswer
-        When the engine returns no Outcome or no RankView.
+    It raises MalformedAnswer when the engine returns no Outcome or no RankView.
     """
-    outcome = checked_outcome(engine.apply(event))
-    if not watch.looks(index):
-        return Answer(outcome)
-    ids = None if watch.whole(index) else ids_of(event)
-    return Answer(outcome, checked_view(engine.observe(ids), ids))
+    looks, ids = watch.looks(index), None if watch.whole(index) else ids_of(event)
+
+    def answer(engine: Engine) -> Answer:
+        outcome = checked_outcome(engine.apply(event))
+        return Answer(outcome, checked_view(engine.observe(ids), ids) if looks else None)
+
+    return answer
 
 
 def finish(engine: Engine) -> Answer:
