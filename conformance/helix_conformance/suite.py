@@ -208,9 +208,9 @@ class Suite:
                 raise Violated(void_sentence(layout))
         if difference.kind == "must_not_run":
             raise NotChecked(_known(difference))
-        if any(index in ledger.met for ledger in ledgers):
+        if any(difference in ledger.met for ledger in ledgers):
             return
-        if not any(index in ledger.tried for ledger in ledgers):
+        if not any(difference in ledger.tried for ledger in ledgers):
             raise NotChecked("no layout and profile that was judged to the end could show it")
         raise Violated(
             f"The known difference of {difference.subject} no longer shows: no trace of this "
@@ -233,10 +233,8 @@ class Suite:
         if profile not in self.known.left_out(layout):
             return
         for difference in self.known.suspended(layout):
-            if difference.profile == profile:
-                index = self.known.differences.index(difference)
-                if index in self._verdicts_of(layout).known.met:
-                    raise Tolerated(_known(difference))
+            if difference.profile == profile and difference in self._verdicts_of(layout).known.met:
+                raise Tolerated(_known(difference))
         raise NotChecked(f"not checked: the ledger of known differences leaves out {profile}")
 
     def _demand_unseen(self, layout: str, name: str) -> None:
