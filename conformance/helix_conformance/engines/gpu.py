@@ -11,24 +11,10 @@ import numpy as np
 from helix_conformance.expect.arrays import Tokens, entries, partial_of, queries, values
 from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused, check_config
+from helix_spec import events as ev
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import Outcome, RankView
-from helix_spec.events import (
-    FEATURES,
-    MERGE,
-    Accept,
-    Admit,
-    Decode,
-    Event,
-    Fork,
-    Merge,
-    Preempt,
-    Reason,
-    Release,
-    Resume,
-    Sampled,
-    Skip,
-)
+from helix_spec.events import FEATURES, MERGE, Event, Reason
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +51,13 @@ class LedgerEngine:
         """Let one event happen on this rank."""
         try:
             match event:
-                case Admit(id, prompt_len):
+                case ev.Admit(id, prompt_len):
                     self.book.admit(id, prompt_len)
-                case Decode(ids, query_lens, pad):
+                case ev.Decode(ids, query_lens, pad):
                     return _outcome(self.book.decode_step(ids, query_lens, pad))
-                case Resume(id):
+                case ev.Resume(id):
                     self.book.resume(id)
-                case Merge():
+                case ev.Merge():
                     return Outcome(Reason.UNSUPPORTED)
                 case _:
                     _follow(self.book, event)
@@ -161,20 +147,20 @@ class GpuEngine:
         self.events += 1
         try:
             match event:
-                case Admit(id, prompt_len):
+                case ev.Admit(id, prompt_len):
                     self._admit(id, prompt_len)
-                case Decode(ids, query_lens, pad):
+                case ev.Decode(ids, query_lens, pad):
                     return self._decode(ids, query_lens, pad)
-                case Resume(id):
+                case ev.Resume(id):
                     self._resume(id)
-                case Merge():
+                case ev.Merge():
                     return self._merge(event)
                 case _:
                     _follow(self.cache, event)
             match event:
-                case Fork(parent, child):
+                case ev.Fork(parent, child):
                     self.tokens[child] = list(self.tokens[parent])
-                case Release(id):
+                case ev.Release(id):
                     del self.tokens[id]
         except Refused as refused:
             return Outcome(refused.reason)
@@ -193,7 +179,7 @@ class GpuEngine:
             values={id: parts[:, -1, ..., :value_dim] for id, parts in rows.items()},
         )
 
-    def _merge(self, event: Merge) -> Outcome:
+    def _merge(self, event: ev.Merge) -> Outcome:
         """The partials of this rank through the exchange and the merge that attention uses."""
         import torch
 
@@ -351,21 +337,22 @@ class PushEngine(GpuEngine):
 
 
 def _follow(
-    book: RankBook | HelixCache, event: Skip | Accept | Sampled | Fork | Release | Preempt
+    book: RankBook | HelixCache,
+    event: ev.Skip | ev.Accept | ev.Sampled | ev.Fork | ev.Release | ev.Preempt,
 ) -> None:
     """Let an event happen that asks for no K, V or attention."""
     match event:
-        case Skip(ids, query_lens):
+        case ev.Skip(ids, query_lens):
             book.skip(ids, query_lens)
-        case Accept(id, kept):
+        case ev.Accept(id, kept):
             book.accept(id, kept)
-        case Sampled(ids):
+        case ev.Sampled(ids):
             book.sampled(ids)
-        case Fork(parent, child):
+        case ev.Fork(parent, child):
             book.fork(parent, child)
-        case Release(id):
+        case ev.Release(id):
             book.release(id)
-        case Preempt(id):
+        case ev.Preempt(id):
             book.preempt(id)
 
 
