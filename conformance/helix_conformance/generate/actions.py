@@ -123,7 +123,8 @@ class Admit(Action, frozen=True):
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
         copies = choices.pick((1, 1, 1, 1, 1, 1, 1, 2, 9, 17))
-        return cls(_prompt_len(choices, scope), copies, _first_id(choices))
+        prompt_len = choices.pick(choices.pick(scope.prompt_lens))
+        return cls(prompt_len, copies, _first_id(choices))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
         copies = self.copies if self.prompt_len <= LONG else 1
@@ -445,10 +446,6 @@ def draw_action(choices: Choices, scope: Scope) -> Action:
 
 def _lists(choices: Choices, options: Sequence[int], low: int, high: int) -> tuple[int, ...]:
     return tuple(choices.lists(lambda more: more.pick(options), low, high))
-
-
-def _prompt_len(choices: Choices, scope: Scope) -> int:
-    return choices.pick(choices.pick(scope.prompt_lens))
 
 
 def _first_id(choices: Choices) -> int:
