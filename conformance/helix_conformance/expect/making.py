@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -40,6 +40,7 @@ from helix_spec.config import config_problem
 from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Event, Merge, Reason, features_of
 
+T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "shipped"
 """The set as it is shipped with this package."""
 DIGITS = 9
@@ -139,24 +140,21 @@ class _Writer:
     def _state(self) -> State:
         state, ranks = self.recorder.state, range(len(self.labels))
         live, deep = sorted(state.live), self.case.depth != "pages" and self.case.rows
+
+        def by_rank(of: Callable[[int, int], T]) -> dict[int, list[T]]:
+            return {id: [of(id, rank) for rank in ranks] for id in live}
+
         return State(
             local_len={id: list(state.lengths(id)) for id in live},
-            block_tables={
-                id: [
-                    [self._label(rank, page) for page in table]
-                    for rank, table in enumerate(state.tables(id))
-                ]
-                for id in live
-            },
+            block_tables=by_rank(self._table),
             free_pages=state.free_pages,
             preempted=state.preempted,
-            cached={id: [self._cached(id, rank) for rank in ranks] for id in live}
-            if deep
-            else None,
-            unwritten_from={id: [state.contents(id, rank)[1] for rank in ranks] for id in live}
-            if deep
-            else None,
+            cached=by_rank(self._cached) if deep else None,
+            unwritten_from=by_rank(lambda *of: state.contents(*of)[1]) if deep else None,
         )
+
+    def _table(self, id: int, rank: int) -> list[int]:
+        return [self._label(rank, page) for page in self.recorder.state.tables(id)[rank]]
 
     def _cached(self, id: int, rank: int) -> list[int]:
         held, _ = self.recorder.state.contents(id, rank)

@@ -214,16 +214,7 @@ def check_workload(
     coverage: Coverage | None = None,
 ) -> Failure | None:
     """Play a workload through the scheduler; state is looked at every 100 events."""
-    recorder = Recorder(config, driver.profiles)
-    # A driver that draws ahead of the answers needs a recorder of its own to draw with.
-    ahead = recorder if driver.streams else Recorder(config, driver.profiles)
-    reason: Reason | None = None
-
-    def expect(event: Event) -> Expectation:
-        nonlocal reason
-        expected = recorder.next(event)
-        reason = expected.refused
-        return expected
+    recorder, drawn = Recorder(config, driver.profiles), list[Expectation]()
 
     def events() -> Iterator[Event]:
         schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)
@@ -231,13 +222,16 @@ def check_workload(
         while True:
             if isinstance(event, Release):
                 released()
-            refused = None if ahead is recorder else ahead.next(event).refused
+            drawn[:] = [recorder.next(event)]
             yield event
             try:
-                event = schedule_of.send(reason if ahead is recorder else refused)
+                event = schedule_of.send(drawn[0].refused)
             except StopIteration:
                 return
 
+    # A driver that draws ahead of the answers is judged by a recorder that does not.
+    behind = Recorder(config, driver.profiles)
+    expect = (lambda _: drawn[0]) if driver.streams else behind.next
     player, watch = Player(driver, profiles, tally), Watch(every=100, touched=False)
     return player.played(config, events(), expect, watch, coverage)
 
