@@ -27,12 +27,10 @@ from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import (
+    Player,
     check_trace,
     check_vector,
     check_workload,
-    judged,
-    made_small,
-    made_sure,
     profiles_of_vector,
     profiles_to_check,
 )
@@ -100,38 +98,30 @@ def random_traces(
     Failure | None
         The first failure, its trace made small where the engine can be asked again.
     """
-    known = known or Known()
+    player = Player(driver, profiles, tally, known or Known())
     began = time.perf_counter()
     for number in range(examples):
         trace = draw(Seeded(f"{seed} {number}"))
-        failure = judged(driver, trace, profiles, tally, known, coverage=coverage)
+        failure = player.judged(trace, coverage=coverage)
         progress()
         if failure is not None:
             tally.needed = tally.needed or Needed(tally.traces, time.perf_counter() - began)
-            return _explained(driver, trace, failure, profiles, tally, known)
+            return _explained(player, trace, failure)
     return None
 
 
-def _explained(
-    driver: Driver,
-    trace: Trace,
-    failure: Failure,
-    profiles: frozenset[str],
-    tally: Tally,
-    known: Known,
-) -> Failure:
+def _explained(player: Player, trace: Trace, failure: Failure) -> Failure:
     """Return the failure of a random trace, made small and sure if it repeats."""
-    if _is_lost(driver, failure):
+    if _is_lost(player.driver, failure):
         return failure
-    again = judged(driver, trace, profiles, tally, known)
+    again = player.judged(trace)
     if again is None:
         note = "This failure did not repeat when the same trace was played again."
         noted = msgspec.structs.replace(failure.trace, note=note)
         return msgspec.structs.replace(failure, trace=noted)
-    if _is_lost(driver, again):
+    if _is_lost(player.driver, again):
         return again
-    small = made_small(driver, trace, again, profiles, tally, known)
-    sure = made_sure(driver, small, profiles, tally, known)
+    sure = player.made_sure(player.made_small(trace, again))
     return msgspec.structs.replace(sure, drawn=trace)
 
 

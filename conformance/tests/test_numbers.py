@@ -24,6 +24,12 @@ CACHED = (None, "float8_e4m3fn")
 LATENT = LatentShape(latent_dim=32, rope_dim=16)
 
 
+def tokens_of(identities, first):
+    """Tokens at consecutive positions from `first`."""
+    places = enumerate(identities, first)
+    return numbers.token_columns([(*identity, position) for position, identity in places])
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     x=st.floats(-1e4, 1e4) | st.floats(-500, 500) | st.floats(-0.05, 0.05),
@@ -51,7 +57,7 @@ def test_rounding_is_torchs(x, dtype):
 )
 def test_entries_are_those_of_the_specification(seed, identities, first, tensor, heads):
     """The array hash gives, entry by entry, what the plain one gives."""
-    found = numbers.entries(seed, numbers.tokens_of(identities, first), 2, tensor, heads, 4)
+    found = numbers.entries(seed, tokens_of(identities, first), 2, tensor, heads, 4)
     expected = [
         [
             [
@@ -107,8 +113,8 @@ def test_exact_attention_is_the_references(dtype, cached, q_heads, kv_heads, lat
 
 
 def _exact(shape, identities, ranks, seed=5):
-    tokens = numbers.tokens_of(identities, 0)
-    last = numbers.tokens_of(identities[-1:], len(identities) - 1)
+    tokens = tokens_of(identities, 0)
+    last = tokens_of(identities[-1:], len(identities) - 1)
     q = numbers.rotated_queries(shape, seed, last, range(shape.q_heads))
     k = numbers.cached_keys(shape, seed, tokens, range(shape.kv_heads))
     v = numbers.cached_values(shape, seed, tokens, range(shape.kv_heads))
@@ -127,7 +133,7 @@ def test_cached_keys_have_no_room_but_for_rounding(dtype, cached, latent):
     """
     kv_heads = 1 if latent else 2
     shape = ModelShape(q_heads=4, kv_heads=kv_heads, latent=latent, dtype=dtype, cache_dtype=cached)
-    tokens = numbers.tokens_of([(0, place) for place in range(2000)], 5000)
+    tokens = tokens_of([(0, place) for place in range(2000)], 5000)
     k = numbers.cached_keys(shape, 3, tokens, range(kv_heads))
     rows = torch.from_numpy(numbers.entries(3, tokens, 1, "k", range(kv_heads), shape.key_dim))
     positions = torch.from_numpy(tokens.positions)
@@ -178,8 +184,8 @@ class Sharded:
 
     def errors(self, *, missing=None, lse=lambda lse: lse):
         shape, torch_type = self.shape, getattr(torch, self.shape.dtype)
-        tokens = numbers.tokens_of(self.identities, 0)
-        last = numbers.tokens_of(self.identities[-1:], len(self.identities) - 1)
+        tokens = tokens_of(self.identities, 0)
+        last = tokens_of(self.identities[-1:], len(self.identities) - 1)
         heads, cached = range(shape.kv_heads), getattr(torch, shape.cached_dtype)
         q = self._tensor(numbers.queries(shape, self.seed, last, range(8)))[0]
         k = self._tensor(numbers.entries(self.seed, tokens, 1, "k", heads, shape.key_dim))[0]
@@ -261,6 +267,7 @@ def test_one_missing_key_of_4096_is_caught_at_the_probe(dtype):
 def test_memory_that_nobody_wrote_to_is_read_without_a_warning() -> None:
     """A signalling NaN, which any bits may be, is a NaN like others."""
     bits = np.array([0x7FA00000, 0x3F800000], dtype=np.uint32).view(np.float32)
-    for told in (bits, numbers.encode_array(bits)):
+    encoded = {"dtype": bits.dtype.str, "shape": list(bits.shape), "data": bits.tobytes()}
+    for told in (bits, encoded):
         with np.errstate(invalid="raise"):
             assert [True, False] == np.isnan(numbers.as_array(told)).tolist()

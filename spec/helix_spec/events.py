@@ -172,6 +172,18 @@ def ids_of(event: Event) -> list[int]:
             return [event.id]
 
 
+def ids_by_token(event: Decode) -> list[int]:
+    """Return the id of each new token of a batch whose ids and query_lens fit each other.
+
+    Examples
+    --------
+    >>> ids_by_token(Decode([5, 3], [2, 1]))
+    [5, 5, 3]
+    """
+    pairs = zip(event.ids, event.query_lens, strict=True)
+    return [id for id, query_len in pairs for _ in range(query_len)]
+
+
 class Reason(StrEnum):
     """Why an event was refused, in the order in which they are tried; `bad_config` at start."""
 

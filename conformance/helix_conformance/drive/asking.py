@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,7 +17,14 @@ from helix_spec.events import Event, ids_of
 
 
 class MalformedAnswer(Exception):
-    """An answer that cannot be read as one, or that answers something else than was asked."""
+    """An answer that cannot be read as one, or answers something else than was asked.
+
+    Where the answers of all ranks are read at once, it says which `rank` gave it.
+    """
+
+    def __init__(self, message: str, rank: int = 0) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class ReportedError(Exception):
@@ -49,13 +56,11 @@ def start(engine: Engine, config: Config, profiles: frozenset[str]) -> Answer:
     return Answer(checked_outcome(engine.start(config, profiles)))
 
 
-def apply(engine: Engine, index: int, event: Event, watch: Watch) -> Answer:
-    """Return the answer to an event, with the state that `watch` looks at after it.
+def apply(index: int, event: Event, watch: Watch) -> Callable[[Engine], Answer]:
+    """Return what gives a rank's answer to an event, with the state that `watch` looks at then.
 
     Parameters
     ----------
-    engine : Engine
-        One rank of the engine, started.
     index : int
         Index of the event in the trace, from 0.
     event : Event
@@ -65,19 +70,22 @@ def apply(engine: Engine, index: int, event: Event, watch: Watch) -> Answer:
 
     Returns
     -------
-    Answer
-        The outcome; its view is None where `watch` does not look.
+    callable
+        Takes one rank of the engine, started, and returns its Answer; the answer's view is None
+        where `watch` does not look.
 
     Raises
     ------
     MalformedAnswer
         When the engine returns no Outcome or no RankView.
     """
-    outcome = checked_outcome(engine.apply(event))
-    if not watch.looks(index):
-        return Answer(outcome)
-    ids = None if watch.whole(index) else ids_of(event)
-    return Answer(outcome, checked_view(engine.observe(ids), ids))
+    looks, ids = watch.looks(index), None if watch.whole(index) else ids_of(event)
+
+    def answer(engine: Engine) -> Answer:
+        outcome = checked_outcome(engine.apply(event))
+        return Answer(outcome, checked_view(engine.observe(ids), ids) if looks else None)
+
+    return answer
 
 
 def finish(engine: Engine) -> Answer:
@@ -134,25 +142,20 @@ def words(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {text}"
 
 
-def ill_typed(answers: Sequence[Answer]) -> tuple[int, str] | None:
-    """Return the first rank whose answer holds values of wrong types, and which; None if none.
+def check_types(answers: Sequence[Answer]) -> None:
+    """Check that the answers of all ranks hold values of the types that they must be of.
 
     It is called only when something is wrong: values that compare equal are as good as right.
 
     Parameters
     ----------
     answers : sequence of Answer
-        The answers of all ranks, by rank.
+        The answers of all ranks, by rank. Arrays are not looked at.
 
-    Returns
-    -------
-    tuple of int and str, or None
-        The rank, and what msgspec says of the value. Arrays are not looked at.
-
-    Examples
-    --------
-    >>> ill_typed([Answer(Outcome()), Answer(Outcome(past_len=[1.5]))])
-    (1, 'Expected `int`, got `float` - at `$.past_len[0]`')
+    Raises
+    ------
+    MalformedAnswer
+        When one does not; it names the rank.
     """
     for rank, answer in enumerate(answers):
         try:
@@ -160,8 +163,7 @@ def ill_typed(answers: Sequence[Answer]) -> tuple[int, str] | None:
             if answer.view is not None:
                 _check(msgspec.structs.replace(answer.view, keys={}, values={}), RankView)
         except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
-            return rank, str(error)
-    return None
+            raise MalformedAnswer(str(error), rank) from error
 
 
 def _check(answer: Outcome | RankView, kind: type[Any]) -> None:

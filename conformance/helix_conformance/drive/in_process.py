@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import timed_out
-from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
+from helix_conformance.drive.driver import EngineFailure, Played, Watch
 from helix_conformance.engines import engine_settings
 from helix_spec.config import Config
 from helix_spec.engine import Engine
@@ -78,11 +78,7 @@ class LocalDriver:
             ranks = self._each(range(config.world_size), None, self.engine)
             yield None, self._each(ranks, None, lambda engine: start(engine, config, profiles))
             for index, event in enumerate(events):
-
-                def step(engine: Engine, index: int = index, event: Event = event) -> Answer:
-                    return apply(engine, index, event, watch)
-
-                yield event, self._each(ranks, index, step)
+                yield event, self._each(ranks, index, apply(index, event, watch))
             yield None, self._each(ranks, None, finish)
 
     def close(self) -> None:

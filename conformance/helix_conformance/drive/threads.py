@@ -123,11 +123,7 @@ class ThreadDriver:
 
         yield None, all_ranks(None, lambda engine: start(engine, config, profiles))
         for index, event in enumerate(events):
-
-            def step(engine: Engine, index: int = index, event: Event = event) -> Answer:
-                return apply(engine, index, event, watch)
-
-            yield event, all_ranks(index, step)
+            yield event, all_ranks(index, apply(index, event, watch))
         yield None, all_ranks(None, finish)
 
     def close(self) -> None:

@@ -11,30 +11,16 @@ import numpy as np
 from helix_conformance.expect.arrays import Tokens, entries, partial_of, queries, values
 from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused, check_config
+from helix_spec import events as ev
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import Outcome, RankView
-from helix_spec.events import (
-    FEATURES,
-    MERGE,
-    Accept,
-    Admit,
-    Decode,
-    Event,
-    Fork,
-    Merge,
-    Preempt,
-    Reason,
-    Release,
-    Resume,
-    Sampled,
-    Skip,
-)
+from helix_spec.events import FEATURES, MERGE, Event, Reason
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-    from helix_gpu.cache import Backend, DecodeStep, PromptKV
+    from helix_gpu.cache import Backend, DecodeStep, HelixCache, PromptKV
     from helix_gpu.comm.exchange import Exchange, MakeExchange
     from helix_gpu.comm.hop_b import Costs
 
@@ -97,26 +83,16 @@ class LedgerEngine:
         """Apply one event on this rank; see `Engine.apply`."""
         try:
             match event:
-                case Admit(id, prompt_len):
+                case ev.Admit(id, prompt_len):
                     self.book.admit(id, prompt_len)
-                case Decode(ids, query_lens, pad):
+                case ev.Decode(ids, query_lens, pad):
                     return _outcome(self.book.decode_step(ids, query_lens, pad))
-                case Skip(ids, query_lens):
-                    self.book.skip(ids, query_lens)
-                case Accept(id, kept):
-                    self.book.accept(id, kept)
-                case Sampled(ids):
-                    self.book.sampled(ids)
-                case Fork(parent, child):
-                    self.book.fork(parent, child)
-                case Release(id):
-                    self.book.release(id)
-                case Preempt(id):
-                    self.book.preempt(id)
-                case Resume(id):
+                case ev.Resume(id):
                     self.book.resume(id)
-                case Merge():
+                case ev.Merge():
                     return Outcome(Reason.UNSUPPORTED)
+                case _:
+                    _follow(self.book, event)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -135,16 +111,14 @@ class GpuEngine:
         The global rank, tp_rank * cp_size + cp_rank (MAP-1).
     """
 
-    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {
-        "cache",
-        "attention",
-        MERGE,
-    }
+    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {"cache", "attention", MERGE}
     needs_processes: ClassVar[bool] = True
     cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
     """By cp_size, the group of each tp_rank."""
     exchange: Exchange | None = None
     """Stands in for the group's all-to-all, where the ranks are threads of one process."""
+    travel: ClassVar[str] = "all_to_all"
+    """How partials travel in the group: a function of `helix_gpu.comm.exchange`."""
     backend: ClassVar[Backend | None] = None
     """What attends, where it is not the device's default."""
 
@@ -167,10 +141,11 @@ class GpuEngine:
 
     @classmethod
     def make_exchange(cls) -> MakeExchange:
-        """Return what makes the exchange by which partials travel in a group."""
-        from helix_gpu.comm.exchange import all_to_all
+        """How partials travel in the group."""
+        from helix_gpu.comm import exchange
 
-        return all_to_all
+        make: MakeExchange = getattr(exchange, cls.travel)
+        return make
 
     @staticmethod
     def hop_b() -> Costs | None:
@@ -226,28 +201,21 @@ class GpuEngine:
         self.events += 1
         try:
             match event:
-                case Admit(id, prompt_len):
+                case ev.Admit(id, prompt_len):
                     self._admit(id, prompt_len)
-                case Decode(ids, query_lens, pad):
+                case ev.Decode(ids, query_lens, pad):
                     return self._decode(ids, query_lens, pad)
-                case Skip(ids, query_lens):
-                    self.cache.skip(ids, query_lens)
-                case Accept(id, kept):
-                    self.cache.accept(id, kept)
-                case Sampled(ids):
-                    self.cache.sampled(ids)
-                case Fork(parent, child):
-                    self.cache.fork(parent, child)
-                    self.tokens[child] = list(self.tokens[parent])
-                case Release(id):
-                    self.cache.release(id)
-                    del self.tokens[id]
-                case Preempt(id):
-                    self.cache.preempt(id)
-                case Resume(id):
+                case ev.Resume(id):
                     self._resume(id)
-                case Merge():
+                case ev.Merge():
                     return self._merge(event)
+                case _:
+                    _follow(self.cache, event)
+            match event:
+                case ev.Fork(parent, child):
+                    self.tokens[child] = list(self.tokens[parent])
+                case ev.Release(id):
+                    del self.tokens[id]
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -268,7 +236,7 @@ class GpuEngine:
             values={id: parts[:, -1, ..., :value_dim] for id, parts in rows.items()},
         )
 
-    def _merge(self, event: Merge) -> Outcome:
+    def _merge(self, event: ev.Merge) -> Outcome:
         """The partials of this rank through the exchange and the merge that attention uses."""
         import torch
 
@@ -345,9 +313,8 @@ class GpuEngine:
         """K, not rotated, and V of this rank's heads; a latent row has no V of its own."""
         shape, seed = self.config.model, self.config.seed
         k = entries(seed, tokens, shape.layers, "k", self.kv_heads, shape.key_dim)
-        if shape.latent is not None:
-            return self._tensor(k), None
-        return self._tensor(k), self._tensor(values(shape, seed, tokens, self.kv_heads))
+        v = None if shape.latent else self._tensor(values(shape, seed, tokens, self.kv_heads))
+        return self._tensor(k), v
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
         import torch
@@ -356,8 +323,9 @@ class GpuEngine:
 
     def _padded(self, rows: torch.Tensor, pad: int) -> torch.Tensor:
         """Rows of dummy requests behind the real ones, NaN: they must influence nothing."""
-        shape = (rows.shape[0], pad, *rows.shape[2:])
-        return rows if pad == 0 else _cat(rows, rows.new_full(shape, float("nan")))
+        import torch
+
+        return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, pad), value=float("nan"))
 
     def _rows(self, table: list[int]) -> np.ndarray:
         """Cached rows of these pages: (layers, parts, slots, kv_heads, dim)."""
@@ -368,12 +336,7 @@ class GpuEngine:
 class AllGatherEngine(GpuEngine):
     """A `GpuEngine` whose partials travel by all-gather."""
 
-    @classmethod
-    def make_exchange(cls) -> MakeExchange:
-        """See `GpuEngine.make_exchange`."""
-        from helix_gpu.comm.exchange import all_gather
-
-        return all_gather
+    travel = "all_gather"
 
 
 class ReduceScatterEngine(GpuEngine):
@@ -382,12 +345,7 @@ class ReduceScatterEngine(GpuEngine):
     Its partials are float32, whatever the configuration says.
     """
 
-    @classmethod
-    def make_exchange(cls) -> MakeExchange:
-        """See `GpuEngine.make_exchange`."""
-        from helix_gpu.comm.exchange import reduce_scatter
-
-        return reduce_scatter
+    travel = "reduce_scatter"
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """See `GpuEngine.start`."""
@@ -442,6 +400,26 @@ class PushEngine(GpuEngine):
         return lambda group, model: cls.windows.get(group.size()) or push(group, model)
 
 
+def _follow(
+    book: RankBook | HelixCache,
+    event: ev.Skip | ev.Accept | ev.Sampled | ev.Fork | ev.Release | ev.Preempt,
+) -> None:
+    """Let an event happen that asks for no K, V or attention."""
+    match event:
+        case ev.Skip(ids, query_lens):
+            book.skip(ids, query_lens)
+        case ev.Accept(id, kept):
+            book.accept(id, kept)
+        case ev.Sampled(ids):
+            book.sampled(ids)
+        case ev.Fork(parent, child):
+            book.fork(parent, child)
+        case ev.Release(id):
+            book.release(id)
+        case ev.Preempt(id):
+            book.preempt(id)
+
+
 def _outcome(step: RankStep) -> Outcome:
     return Outcome(
         None,
@@ -470,12 +448,6 @@ def _device() -> str:
 
     nccl = dist.is_initialized() and dist.get_backend() == "nccl"
     return f"cuda:{torch.cuda.current_device()}" if nccl else "cpu"
-
-
-def _cat(rows: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.cat([rows, more], dim=1)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:

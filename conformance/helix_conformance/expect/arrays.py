@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,24 +23,19 @@ Singles = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
 
-_PRECISION: dict[CacheDType, int] = {
-    "float32": 24,
-    "float16": 11,
-    "bfloat16": 8,
-    "float8_e4m3fn": 4,
+_FORMATS: dict[CacheDType, tuple[int, int]] = {
+    "float32": (24, -125),
+    "float16": (11, -13),
+    "bfloat16": (8, -125),
+    "float8_e4m3fn": (4, -5),
 }
-_LEAST_EXPONENT: dict[CacheDType, int] = {
-    "float32": -125,
-    "float16": -13,
-    "bfloat16": -125,
-    "float8_e4m3fn": -5,
-}
+"""Of each type the bits of precision, and the least exponent of a normal number."""
 
 
 def round_to(x: Array, dtype: CacheDType) -> Array:
     """Each entry rounded to the type, ties to even, subnormals included."""
-    exponent = np.maximum(np.frexp(x)[1], _LEAST_EXPONENT[dtype])
-    step = np.ldexp(1.0, exponent - _PRECISION[dtype])
+    precision, least_exponent = _FORMATS[dtype]
+    step = np.ldexp(1.0, np.maximum(np.frexp(x)[1], least_exponent) - precision)
     rounded: Array = np.rint(x / step) * step
     return rounded
 
@@ -70,13 +65,6 @@ class Tokens:
 def token_columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
     """Return tokens given by event, place in it and global position as columns."""
     return Tokens(*np.array(tokens, dtype=np.int64).reshape(-1, 3).T)
-
-
-def tokens_of(identities: Sequence[tuple[int, int]], first: int) -> Tokens:
-    """Tokens at consecutive positions from `first`."""
-    columns = np.array(identities, dtype=np.int64).reshape(-1, 2)
-    positions = np.arange(first, first + len(columns), dtype=np.int64)
-    return Tokens(columns[:, 0], columns[:, 1], positions)
 
 
 def entries(
@@ -117,8 +105,7 @@ def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -
     return entries(seed, tokens, model.layers, tensor, heads, model.value_dim)
 
 
-@dataclass(frozen=True)
-class Rotated:
+class Rotated(NamedTuple):
     """Rows after RoPE: `exact` float64, `stored` as they are kept.
 
     Correct roundings lie between `lower` and `upper`, which are kept in the same types.
@@ -136,16 +123,12 @@ class Rotated:
 
     def between(self, first: int, end: int) -> Rotated:
         """The rows of some of the tokens."""
-        return Rotated(*(part[:, first:end] for part in self._parts))
+        return Rotated(*(part[:, first:end] for part in self))
 
     def followed_by(self, rows: Rotated) -> Rotated:
         """The rows of these tokens, and those of others behind them."""
-        pairs = zip(self._parts, rows._parts, strict=True)
+        pairs = zip(self, rows, strict=True)
         return Rotated(*(np.concatenate(pair, axis=1) for pair in pairs))
-
-    @property
-    def _parts(self) -> tuple[Array, Array, Array, Array]:
-        return self.exact, self.stored, self.lower, self.upper
 
 
 def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
@@ -413,13 +396,6 @@ def as_array(rows: Any) -> Array:
             flat = np.frombuffer(rows["data"], dtype=rows["dtype"])
             return flat.reshape(rows["shape"]).astype(np.float64)
         return np.asarray(rows, dtype=np.float64)
-
-
-def encode_array(x: Any) -> Any:
-    """The form in which arrays travel between processes; the inverse of `as_array`."""
-    if isinstance(x, np.ndarray):
-        return {"dtype": x.dtype.str, "shape": list(x.shape), "data": x.tobytes()}
-    raise TypeError(f"An engine answered with a {type(x).__name__}, which cannot be sent.")
 
 
 def _propagated(effects: Array, dtype: CacheDType) -> Array:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from helix_conformance.expect.arrays import (
     cached_keys,
@@ -36,8 +37,10 @@ from helix_conformance.expect.vectors import (
 )
 from helix_conformance.version import __version__
 from helix_spec.config import config_problem
+from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Event, Merge, Reason, features_of
 
+T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "shipped"
 """The set as it is shipped with this package."""
 DIGITS = 9
@@ -76,17 +79,7 @@ def _needed(case: Case, steps: Sequence[Step]) -> list[str]:
             needed |= {"lengths", "pages"}
     if case.config.overlap:
         needed.add("overlap")
-    order = (
-        "placement",
-        "lengths",
-        "pages",
-        "speculative",
-        "fork",
-        "preempt",
-        "padding",
-        "overlap",
-    )
-    return [profile for profile in order if profile in needed]
+    return [profile for profile in PROFILES if profile in needed]
 
 
 class _Writer:
@@ -147,24 +140,21 @@ class _Writer:
     def _state(self) -> State:
         state, ranks = self.recorder.state, range(len(self.labels))
         live, deep = sorted(state.live), self.case.depth != "pages" and self.case.rows
+
+        def by_rank(of: Callable[[int, int], T]) -> dict[int, list[T]]:
+            return {id: [of(id, rank) for rank in ranks] for id in live}
+
         return State(
             local_len={id: list(state.lengths(id)) for id in live},
-            block_tables={
-                id: [
-                    [self._label(rank, page) for page in table]
-                    for rank, table in enumerate(state.tables(id))
-                ]
-                for id in live
-            },
+            block_tables=by_rank(self._table),
             free_pages=state.free_pages,
             preempted=state.preempted,
-            cached={id: [self._cached(id, rank) for rank in ranks] for id in live}
-            if deep
-            else None,
-            unwritten_from={id: [state.contents(id, rank)[1] for rank in ranks] for id in live}
-            if deep
-            else None,
+            cached=by_rank(self._cached) if deep else None,
+            unwritten_from=by_rank(lambda *of: state.contents(*of)[1]) if deep else None,
         )
+
+    def _table(self, id: int, rank: int) -> list[int]:
+        return [self._label(rank, page) for page in self.recorder.state.tables(id)[rank]]
 
     def _cached(self, id: int, rank: int) -> list[int]:
         held, _ = self.recorder.state.contents(id, rank)
@@ -186,8 +176,8 @@ class _Writer:
                     event=event,
                     place=place,
                     position=position,
-                    least_keys=_each(_down, keys.lower[:, 0].tolist()),
-                    most_keys=_each(_up, keys.upper[:, 0].tolist()),
+                    least_keys=_cut_each(keys.lower[:, 0], math.floor, DIGITS).tolist(),
+                    most_keys=_cut_each(keys.upper[:, 0], math.ceil, DIGITS).tolist(),
                     values=values[:, 0].tolist(),
                 )
             )
@@ -207,24 +197,9 @@ def _outputs(expected: Expectation) -> list[list[list[Output]]]:
 
 
 def _output(exact: Sequence[float], bound: float) -> Output:
-    return Output([_digits(x) for x in exact], _bound(bound, math.hypot(*exact)))
-
-
-def _digits(x: float) -> float:
-    return float(f"{x:.{DIGITS}g}")
-
-
-def _bound(bound: float, size: float) -> float:
-    """A bound around numbers of this size whose digits are cut: rounded up, to few digits."""
-    return _cut(bound + size * 10.0 ** (1 - DIGITS), math.ceil, 3)
-
-
-def _down(x: float) -> float:
-    return _cut(x, math.floor, DIGITS)
-
-
-def _up(x: float) -> float:
-    return _cut(x, math.ceil, DIGITS)
+    """An output with its digits cut, and its bound with what that changes, to few digits."""
+    lost = math.hypot(*exact) * 10.0 ** (1 - DIGITS)
+    return Output([float(f"{x:.{DIGITS}g}") for x in exact], _cut(bound + lost, math.ceil, 3))
 
 
 def _cut(x: float, rounding: Callable[[float], int], digits: int) -> float:
@@ -235,11 +210,7 @@ def _cut(x: float, rounding: Callable[[float], int], digits: int) -> float:
     return float(f"{rounding(x / 10.0**step)}e{step}")
 
 
-def _each(change: Callable[[float], float], entries: Any) -> Any:
-    """Nested lists with each number changed."""
-    if isinstance(entries, list):
-        return [_each(change, entry) for entry in entries]
-    return change(entries)
+_cut_each = np.vectorize(_cut)
 
 
 def make_all() -> dict[str, bytes]:

@@ -53,11 +53,6 @@ class Recorder:
         self.model = Model(msgspec.structs.replace(config, pages=pools))
         self.state = ModelState(self.model)
 
-    @property
-    def events_seen(self) -> int:
-        """Number of events so far."""
-        return self.model.events_seen
-
     def next(self, event: Event) -> Expectation:
         """Return the expectation of the next event; its state is good until the one after."""
         model, index = self.model, self.model.events_seen

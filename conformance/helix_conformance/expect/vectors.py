@@ -377,13 +377,11 @@ def expectations(vector: Vector) -> Iterator[Expectation]:
         shown = state if step.state is not None else None
         decoded, outputs = None, list[Expected]()
         if step.decoded is not None:
+            columns = step.decoded
             slots = [
                 (state.page(owner, label), offset)
-                for owner, (label, offset) in zip(
-                    step.decoded.owners, step.decoded.slots, strict=True
-                )
+                for owner, (label, offset) in zip(columns.owners, columns.slots, strict=True)
             ]
-            columns = step.decoded
             decoded = expectation.Decoded(
                 columns.past_len, columns.position_ids, columns.owners, slots, columns.visible
             )

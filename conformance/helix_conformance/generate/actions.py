@@ -62,7 +62,7 @@ class Scope:
         return [
             kind
             for kind in ACTIONS
-            if kind.needs is None or kind.needs in self.features
+            if kind.needs in (None, *self.features)
             for _ in range(kind.weight)
         ]
 
@@ -142,7 +142,8 @@ class Admit(Action, frozen=True):
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
         """See `Action.drawn`."""
         copies = choices.pick((1, 1, 1, 1, 1, 1, 1, 2, 9, 17))
-        return cls(_prompt_len(choices, scope), copies, _first_id(choices))
+        prompt_len = choices.pick(choices.pick(scope.prompt_lens))
+        return cls(prompt_len, copies, _first_id(choices))
 
     def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
         """See `Action.events`."""
@@ -173,9 +174,8 @@ class Decode(Action, frozen=True):
         ids = _picked(_live(recorder), self.picks)
         if not ids:
             return []
-        return _repeated(
-            recorder, ev.Decode(ids, _lens(ids, self.query_lens), self.pad), self.times
-        )
+        decode = ev.Decode(ids, _lens(ids, self.query_lens), self.pad)
+        return _repeated(recorder, decode, self.times)
 
 
 class Leap(Decode, frozen=True):
@@ -432,18 +432,8 @@ class Wrong(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
-        """See `Action.drawn`."""
-        kind = choices.pick(
-            [
-                "decode",
-                "decode",
-                *(
-                    kind
-                    for kind, needs in EVENTS.items()
-                    if needs is None or needs in scope.askable
-                ),
-            ]
-        )
+        askable = [kind for kind, needs in EVENTS.items() if needs in (None, *scope.askable)]
+        kind = choices.pick(["decode", "decode", *askable])
         picks = _lists(choices, (0, 1, 2, -1), 0, 3)
         query_lens, number = tuple[int, ...](), 0
         if kind in ("decode", "skip"):
@@ -468,23 +458,19 @@ class Wrong(Action, frozen=True):
         ids = [anyone[pick % len(anyone)] for pick in self.picks]
         first, last = (ids[0], ids[-1]) if ids else (anyone[-1], anyone[-1])
         lens = list(self.query_lens)
-        match self.kind:
-            case "admit":
-                return [ev.Admit(first, self.number)]
-            case "decode":
-                return [ev.Decode(ids, lens, self.number)]
-            case "skip":
-                return [ev.Skip(ids, lens)]
-            case "accept":
-                return [ev.Accept(first, self.number)]
-            case "fork":
-                return [ev.Fork(first, last)]
-            case "sampled":
-                return [ev.Sampled(ids)]
-            case "merge":
-                return [ev.Merge([[0]] * c, list(range(c)))]
-            case kind:
-                return [_OF_ONE[kind](first)]
+        events: dict[str, Event] = {
+            "admit": ev.Admit(first, self.number),
+            "decode": ev.Decode(ids, lens, self.number),
+            "release": ev.Release(first),
+            "skip": ev.Skip(ids, lens),
+            "accept": ev.Accept(first, self.number),
+            "fork": ev.Fork(first, last),
+            "preempt": ev.Preempt(first),
+            "resume": ev.Resume(first),
+            "sampled": ev.Sampled(ids),
+            MERGE: ev.Merge([[0]] * c, list(range(c))),
+        }
+        return [events[self.kind]]
 
 
 ACTIONS: Final[tuple[type[Action], ...]] = (
@@ -532,10 +518,6 @@ def draw_action(choices: Choices, scope: Scope) -> Action:
 
 def _lists(choices: Choices, options: Sequence[int], low: int, high: int) -> tuple[int, ...]:
     return tuple(choices.lists(lambda more: more.pick(options), low, high))
-
-
-def _prompt_len(choices: Choices, scope: Scope) -> int:
-    return choices.pick(choices.pick(scope.prompt_lens))
 
 
 def _first_id(choices: Choices) -> int:

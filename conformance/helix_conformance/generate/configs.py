@@ -6,7 +6,7 @@ pools. Bounds are keyword-only; impossible ones raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final, get_args
 
 import msgspec
@@ -268,47 +268,41 @@ def _pages(choices: Choices, layout: Layout, max_len: int, max_pages: int) -> li
     return [longest + choices.integer(1, max_pages)] * c
 
 
-_SPOILED: Final[list[Callable[[Config], dict[str, Any]]]] = [
-    lambda config: {"pages": config.pages[:-1]},
-    lambda config: {"pages": [*config.pages, 1]},
-    lambda config: {"pages": [*config.pages[:-1], 0]},
-    lambda config: {"pages": [0, *config.pages[1:]]},
-    lambda config: {"layout": _relaid(config, pages="lockstep")},
-    lambda config: {"layout": _relaid(config, prompt_interleave=2, owner_interleave=2)},
-    lambda config: {
-        "layout": _relaid(config, prompt_interleave=1 + config.layout.tokens_per_block)
-    },
-    lambda config: {"model": _reshaped(config, kv_heads=config.model.q_heads + 1)},
-    lambda config: {"model": _reshaped(config, q_heads=config.model.kv_heads)},
-    lambda config: {"model": _reshaped(config, q_heads=config.model.q_heads + 1)},
-    lambda config: {"model": _reshaped(config, q_heads=config.world_size, kv_heads=1)},
-    lambda config: {
-        "model": _reshaped(
-            config,
-            kv_heads=config.tp_size + 1,
-            q_heads=(config.tp_size + 1) * config.world_size,
-        )
-    },
-    lambda config: {"model": _reshaped(config, head_dim=7)},
-    lambda config: {"model": _reshaped(config, kv_heads=1, latent=LatentShape(latent_dim=33))},
-    lambda config: {"model": _reshaped(config, kv_heads=1, latent=LatentShape(rope_dim=7))},
-    lambda config: {"model": _reshaped(config, kv_heads=2, latent=LatentShape())},
-    lambda config: {"model": _reshaped(config, rope_base=1.0)},
-    lambda config: {"model": _reshaped(config, rope_base=1e12)},
-]
-"""Changes that make most configurations illegal, whose ranks are the same."""
+def _spoiled(config: Config) -> Iterator[Config]:
+    """Yield changes that make most configurations illegal; their numbers of ranks stay."""
+    pages, model, per_block = config.pages, config.model, config.layout.tokens_per_block
+    for pools in (pages[:-1], [*pages, 1], [*pages[:-1], 0], [0, *pages[1:]]):
+        yield msgspec.structs.replace(config, pages=pools)
+    layouts: list[dict[str, Any]] = [
+        {"pages": "lockstep"},
+        {"prompt_interleave": 2, "owner_interleave": 2},
+        {"prompt_interleave": 1 + per_block},
+    ]
+    for changes in layouts:
+        yield msgspec.structs.replace(config, layout=_relaid(config.layout, changes))
+    kv_heads = config.tp_size + 1
+    shapes: list[dict[str, Any]] = [
+        {"kv_heads": model.q_heads + 1},
+        {"q_heads": model.kv_heads},
+        {"q_heads": model.q_heads + 1},
+        {"q_heads": config.world_size, "kv_heads": 1},
+        {"q_heads": kv_heads * config.world_size, "kv_heads": kv_heads},
+        {"head_dim": 7},
+        {"kv_heads": 1, "latent": LatentShape(latent_dim=33)},
+        {"kv_heads": 1, "latent": LatentShape(rope_dim=7)},
+        {"kv_heads": 2, "latent": LatentShape()},
+        {"rope_base": 1.0},
+        {"rope_base": 1e12},
+    ]
+    for changes in shapes:
+        yield msgspec.structs.replace(config, model=msgspec.structs.replace(model, **changes))
 
 
-def _relaid(config: Config, **changes: Any) -> Layout:
-    layout = config.layout
-    for part in ("prompt_interleave", "owner_interleave"):
-        if getattr(layout, part) is None:
-            changes.pop(part, None)
-    return layout.replace(**changes)
-
-
-def _reshaped(config: Config, **changes: Any) -> ModelShape:
-    return msgspec.structs.replace(config.model, **changes)
+def _relaid(layout: Layout, changes: dict[str, Any]) -> Layout:
+    """Return a layout with these changes, interleaves only where it has one."""
+    parts = ("prompt_interleave", "owner_interleave")
+    absent = {part for part in parts if getattr(layout, part) is None}
+    return layout.replace(**{part: to for part, to in changes.items() if part not in absent})
 
 
 def draw_illegal_config(choices: Choices, config: Config) -> Config:
@@ -333,5 +327,4 @@ def draw_illegal_config(choices: Choices, config: Config) -> Config:
     >>> config_problem(draw_illegal_config(Seeded("0"), legal)) is None
     False
     """
-    changed = [msgspec.structs.replace(config, **spoil(config)) for spoil in _SPOILED]
-    return choices.pick([one for one in changed if config_problem(one) is not None])
+    return choices.pick([one for one in _spoiled(config) if config_problem(one) is not None])

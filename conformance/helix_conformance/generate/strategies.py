@@ -64,8 +64,10 @@ def drawn(draw: st.DrawFn, function: Callable[[Choices], T]) -> T:
     return function(_Drawn(draw))
 
 
-def _strategy(function: Callable[Concatenate[Choices, P], T]) -> Callable[P, st.SearchStrategy[T]]:
-    """Return the strategy of a function of choices; it takes the function's other parameters."""
+def _strategy(
+    function: Callable[Concatenate[Choices, P], T],
+) -> Callable[P, st.SearchStrategy[T]]:
+    """Return a function of the same arguments, whose choices Hypothesis makes."""
 
     @st.composite
     @wraps(function)
@@ -76,11 +78,11 @@ def _strategy(function: Callable[Concatenate[Choices, P], T]) -> Callable[P, st.
 
 
 layouts = _strategy(draw_layout)
-"""Draw legal layouts; `configs.draw_layout` says what the parameters are."""
+"""Draw legal layouts; see `draw_layout`."""
 model_shapes = _strategy(draw_model_shape)
-"""Draw model shapes; `configs.draw_model_shape` says what the parameters are."""
+"""Draw shapes whose heads divide over these ranks; see `draw_model_shape`."""
 configs = _strategy(draw_config)
-"""Draw legal configurations; `configs.draw_config` says what the parameters are."""
+"""Draw legal configurations; see `draw_config`."""
 
 
 @st.composite

@@ -9,13 +9,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.expect.arrays import Array
 from helix_conformance.expect.expectation import Expectation, Output
 from helix_conformance.judge.cache import array_of
-from helix_conformance.judge.failure import MalformedAnswer, Violation
+from helix_conformance.judge.failure import Violation
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
-from helix_spec.events import Decode, Merge
+from helix_spec.events import Decode, Merge, ids_by_token
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class AttentionJudge:
         slices = [array_of(rank, "output", o.output) for rank, o in enumerate(outcomes)]
         for rank, array in enumerate(slices):
             if array.shape != wanted:
-                what = f"its output has shape {array.shape}, not {wanted}"
-                raise MalformedAnswer(rank, what)
+                raise MalformedAnswer(f"its output has shape {array.shape}, not {wanted}", rank)
         wrong = _outside(np.concatenate(slices, axis=2), expected.outputs())
         if not wrong:
             return
@@ -81,13 +81,13 @@ class AttentionJudge:
         elif all_else_right and all(0 in decoded.visible[one.token] for one in wrong):
             numbers.append("ATT-3")  # nothing but the empty rank sets the wrong ones apart
         token = wrong[0].token
-        of_token = [id for id, n in zip(event.ids, event.query_lens, strict=True) for _ in range(n)]
+        id = ids_by_token(event)[token]
         what = (
-            f"attention output of request {of_token[token]} at position "
+            f"attention output of request {id} at position "
             f"{decoded.position_ids[token]}, layer {{layer}}, query head {{head}}; keys seen on "
             f"each cp_rank: {list(decoded.visible[token])}"
         )
-        yield from wrong[0].violations(what, numbers, self.heads_per_rank, of_token[token])
+        yield from wrong[0].violations(what, numbers, self.heads_per_rank, id)
 
     def merged(
         self, event: Merge, outputs: Sequence[Output], outcomes: Sequence[Outcome]

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.expect.arrays import Array, as_array
 from helix_conformance.expect.expectation import State
-from helix_conformance.judge.failure import MalformedAnswer, Violation
+from helix_conformance.judge.failure import Violation
 from helix_spec.config import Config
 from helix_spec.engine import RankView
 
@@ -83,7 +84,7 @@ class CacheJudge:
     def _array(self, rank: int, name: str, rows: Any) -> Array:
         """Cached rows (layers, slots, heads, dim), however many slots there are."""
         if rows is None:
-            raise MalformedAnswer(rank, f"its view lacks the {name} of a live request")
+            raise MalformedAnswer(f"its view lacks the {name} of a live request", rank)
         shape = self.config.model
         heads = len(self.config.kv_heads_of(rank // self.cp))
         dim = shape.key_dim if name == "keys" else shape.value_dim
@@ -92,9 +93,8 @@ class CacheJudge:
             return np.zeros((shape.layers, 0, heads, dim))
         rest = (shape.layers, heads, dim)
         if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != rest:
-            raise MalformedAnswer(
-                rank, f"its {name} have shape {array.shape}; layers, heads and dim are {rest}"
-            )
+            what = f"its {name} have shape {array.shape}; layers, heads and dim are {rest}"
+            raise MalformedAnswer(what, rank)
         return array
 
 
@@ -103,7 +103,7 @@ def array_of(rank: int, name: str, rows: Any) -> Array:
     try:
         return as_array(rows)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
-        raise MalformedAnswer(rank, f"its {name} is no array of numbers: {error}") from error
+        raise MalformedAnswer(f"its {name} is no array of numbers: {error}", rank) from error
 
 
 def _at_least(rows: Array, slots: int) -> Array:

@@ -47,9 +47,12 @@ def _padded(event: Event) -> bool:
     return isinstance(event, Decode) and event.pad > 0
 
 
+def _changed(trace: Trace, change: Callable[[Event], Event]) -> Trace:
+    return _set(trace, events=list(map(change, trace.events)))
+
+
 def _without_dummies(trace: Trace) -> Trace:
-    events = [_set(event, pad=0) if _padded(event) else event for event in trace.events]
-    return _set(trace, events=events)
+    return _changed(trace, lambda event: _set(event, pad=0) if _padded(event) else event)
 
 
 def _without_empty_ranks(trace: Trace) -> Trace:
@@ -59,20 +62,18 @@ def _without_empty_ranks(trace: Trace) -> Trace:
     """
     layout = trace.config.layout
     more = layout.cp_size * layout.tokens_per_block
-    events = [
-        _set(event, prompt_len=event.prompt_len + more)
-        if isinstance(event, Admit) and 0 < event.prompt_len <= trace.config.max_len
-        else _with_keys(event)
-        for event in trace.events
-    ]
+
+    def longer(event: Event) -> Event:
+        if isinstance(event, Admit) and 0 < event.prompt_len <= trace.config.max_len:
+            return _set(event, prompt_len=event.prompt_len + more)
+        return _with_keys(event) if isinstance(event, Merge) else event
+
     longest = min(MAX_REQUEST_LEN, trace.config.max_len + more)
     config = _set(with_room(trace).config, max_len=longest)
-    return _set(trace, config=config, events=events)
+    return _changed(_set(trace, config=config), longer)
 
 
-def _with_keys(event: Event) -> Event:
-    if not isinstance(event, Merge):
-        return event
+def _with_keys(event: Merge) -> Merge:
     tokens = zip(*event.levels, strict=True)
     top = [max((level for level in token if level is not None), default=0) for token in tokens]
     levels = [
@@ -83,8 +84,7 @@ def _with_keys(event: Event) -> Event:
 
 
 def _in_rank_order(trace: Trace) -> Trace:
-    events = [
-        _set(event, order=sorted(event.order)) if isinstance(event, Merge) else event
-        for event in trace.events
-    ]
-    return _set(trace, events=events)
+    def ordered(event: Event) -> Event:
+        return Merge(event.levels, sorted(event.order)) if isinstance(event, Merge) else event
+
+    return _changed(trace, ordered)

@@ -16,21 +16,9 @@ from typing import Final
 import msgspec
 
 from helix_conformance.expect.expectation import Expectation, Page, Request, State
+from helix_spec import events as ev
 from helix_spec.config import Config
-from helix_spec.events import (
-    FEATURES,
-    Accept,
-    Admit,
-    Decode,
-    Event,
-    Fork,
-    Preempt,
-    Reason,
-    Release,
-    Resume,
-    Skip,
-    ids_of,
-)
+from helix_spec.events import FEATURES, Decode, Event, Reason, ids_of
 from helix_spec.layouts import NAMED_LAYOUTS
 
 HIGH_PAGE: Final = 16
@@ -187,20 +175,20 @@ class _Trace:
                     found.add("skip, then decode")
                     self.skipped.difference_update(ids)
                 self._stepped(event, expected, found)
-            case Admit(id, prompt_len):
+            case ev.Admit(id, prompt_len):
                 found.update(self._admitted(id, prompt_len))
-            case Accept(id):
+            case ev.Accept(id):
                 found.update(self._rewound(id))
-            case Skip(ids):
+            case ev.Skip(ids):
                 self.skipped.update(ids)
                 return found
-            case Fork(parent, child):
+            case ev.Fork(parent, child):
                 for id in (parent, child):
                     self.shared[id] = self._tables(id)
-            case Release(id) | Preempt(id):
+            case ev.Release(id) | ev.Preempt(id):
                 self.shared.pop(id, None)
                 self.grown.pop(id, None)
-            case Resume():
+            case ev.Resume():
                 found.add("resumed")
             case _:
                 return found

@@ -1,4 +1,4 @@
-"""What a failing run is made of: invariants that failed, and answers that are none."""
+"""What a failing run is made of: the trace, and the invariants that failed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,6 @@ class Violation(msgspec.Struct, frozen=True):
     observed: Any = None
     rank: int | None = None
     request: int | None = None
-
-
-class MalformedAnswer(Exception):
-    """An answer that cannot be read as one: wrong columns, wrong shapes. It names the rank."""
-
-    def __init__(self, rank: int, message: str) -> None:
-        super().__init__(message)
-        self.rank = rank
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from helix_conformance.expect.expectation import Request, State
 from helix_conformance.judge.failure import Violation
-from helix_conformance.judge.placement import Columns, RankOrder
+from helix_conformance.judge.placement import Columns, swapped_ranks
 from helix_spec import invariants
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
@@ -18,10 +18,9 @@ class LengthsJudge:
     """LEN-1 to LEN-3, BAL-1, BAL-3, and MAP-1 of what the ranks hold."""
 
     def __init__(self, config: Config, profiles: frozenset[str]) -> None:
+        self.config, self.profiles = config, profiles
         self.layout = config.layout
         self.cp = config.layout.cp_size
-        self.profiles = profiles
-        self.rank_order = RankOrder(config, profiles)
         self.admitted: deque[tuple[int, Request]] = deque(maxlen=4 * self.cp)
         """The latest admissions, in order (BAL-3)."""
 
@@ -56,9 +55,10 @@ class LengthsJudge:
         """LEN-1, BAL-1 and MAP-1 of these requests, in each group of cp_size ranks."""
         for id in ids:
             expected = list(state.lengths(id))
-            yield from self.rank_order.check(expected, [view.local_len.get(id) for view in views])
+            lengths = [view.local_len.get(id) for view in views]
+            yield from swapped_ranks(self.config, self.profiles, expected, lengths)
             for first in range(0, len(views), self.cp):
-                observed = [view.local_len.get(id) for view in views[first : first + self.cp]]
+                observed = lengths[first : first + self.cp]
                 if observed == expected:
                     continue
                 what = f"tokens of request {id} on each rank, {sum(expected)} in all"

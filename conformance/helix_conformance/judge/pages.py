@@ -15,7 +15,7 @@ from helix_conformance.judge.failure import Violation
 from helix_spec import invariants
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
-from helix_spec.events import Decode
+from helix_spec.events import Decode, ids_by_token
 
 UNMAPPED: Final = -(2**62)
 """Number of a model page that no physical page is mapped to yet: no slot is in it."""
@@ -133,9 +133,9 @@ class PagesJudge:
         """OWN-1: each new token is written once, at its local index, in a page of its request."""
         event, decoded = expected.event, expected.decoded
         assert isinstance(event, Decode) and decoded is not None
-        of_token = [id for id, n in zip(event.ids, event.query_lens, strict=True) for _ in range(n)]
-        columns = zip(of_token, decoded.position_ids, decoded.owners, decoded.slots, strict=True)
-        for token, (id, position, owner, (page, offset)) in enumerate(columns):
+        columns = decoded.position_ids, decoded.owners, decoded.slots
+        tokens = zip(ids_by_token(event), *columns, strict=True)
+        for token, (id, position, owner, (page, offset)) in enumerate(tokens):
             for first in range(0, len(outcomes), self.cp):
                 slots = [o.slots[token] for o in outcomes[first : first + self.cp]]
                 if [rank for rank, slot in enumerate(slots) if slot >= 0] != [owner]:

@@ -6,8 +6,9 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.expect.expectation import Expectation
-from helix_conformance.judge.failure import MalformedAnswer, Violation
+from helix_conformance.judge.failure import Violation
 from helix_spec import invariants
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
@@ -57,16 +58,15 @@ class Columns:
 
 def _check_size(rank: int, name: str, column: Sequence[Any], right: int) -> None:
     if len(column) != right:
-        raise MalformedAnswer(rank, f"its {name} has {len(column)} entries, not {right}")
+        raise MalformedAnswer(f"its {name} has {len(column)} entries, not {right}", rank)
 
 
 class PlacementJudge:
     """OWN-2, OWN-3, POS-1, PAGE-4, BAL-2, and MAP-1 of what the ranks claim."""
 
     def __init__(self, config: Config, profiles: frozenset[str]) -> None:
-        self.layout = config.layout
+        self.config, self.profiles = config, profiles
         self.cp = config.layout.cp_size
-        self.rank_order = RankOrder(config, profiles)
 
     def columns(self, columns: Columns, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
         """POS-1, and PAGE-4 by the slots that ranks name."""
@@ -96,7 +96,8 @@ class PlacementJudge:
                 if active != right[token]:
                     what = f"ranks that claim {where}, and the layout's owner"
                     yield Violation("OWN-3", what, list(right[token]), list(active))
-        yield from self.rank_order.check(columns.active, [o.active for o in outcomes])
+        observed = [outcome.active for outcome in outcomes]
+        yield from swapped_ranks(self.config, self.profiles, columns.active, observed)
 
     def balance(self, expected: Expectation, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
         """BAL-2 of each request of the batch, by what the ranks claim; right until now."""
@@ -116,22 +117,17 @@ class PlacementJudge:
                     claims[rank] += outcome.active[place]
             token += query_len
             logical = [claims[(rank + request.shift) % self.cp] for rank in range(self.cp)]
-            if not invariants.bal_2(self.layout, logical):
+            if not invariants.bal_2(self.config.layout, logical):
                 what = f"decoded tokens of request {id} on each rank"
                 yield Violation("BAL-2", what, "a spread of one chunk at most", claims)
 
 
-class RankOrder:
-    """MAP-1 where what the ranks say is right for ranks with tp_rank fastest."""
-
-    def __init__(self, config: Config, profiles: frozenset[str]) -> None:
-        self.tp, self.cp = config.tp_size, config.layout.cp_size
-        self.checked = "attention" in profiles and config.tp_size > 1
-
-    def check(self, expected: Sequence[Any], observed: Sequence[Any]) -> Iterator[Violation]:
-        """Compare what all ranks say with what the cp_ranks should say."""
-        world = self.tp * self.cp
-        right = [expected[rank % self.cp] for rank in range(world)]
-        swapped = [expected[rank // self.tp] for rank in range(world)]
-        if self.checked and observed == swapped != right:
+def swapped_ranks(
+    config: Config, profiles: frozenset[str], expected: Sequence[Any], observed: Sequence[Any]
+) -> Iterator[Violation]:
+    """MAP-1 where what all ranks say is what the cp_ranks should say with tp_rank fastest."""
+    ranks, cp, tp = range(config.world_size), config.layout.cp_size, config.tp_size
+    if "attention" in profiles and tp > 1:
+        right = [expected[rank % cp] for rank in ranks]
+        if observed == [expected[rank // tp] for rank in ranks] != right:
             yield Violation("MAP-1", "what the ranks hold, tp_rank fastest", right, observed)

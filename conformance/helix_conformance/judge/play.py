@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
-from helix_conformance.drive.asking import ill_typed
-from helix_conformance.drive.driver import Answer, Driver, EngineFailure, Watch
+from helix_conformance.drive.asking import MalformedAnswer, check_types, words
+from helix_conformance.drive.driver import Driver, EngineFailure, Watch
 from helix_conformance.expect.expectation import Expectation
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, expectations
 from helix_conformance.generate.workload import Request, schedule
 from helix_conformance.judge.causes import tried
 from helix_conformance.judge.coverage import Coverage, Tally
-from helix_conformance.judge.failure import Failure, MalformedAnswer, engine_failure, shown
+from helix_conformance.judge.failure import Failure, engine_failure, shown
 from helix_conformance.judge.judge import Judge, wrong_reasons
 from helix_conformance.judge.shrink import gone_on, reduced, with_room
 from helix_conformance.judge.xfail import Known, parted
@@ -32,6 +32,153 @@ REDUCTION_LIMIT_S: Final = 120.0
 """How long an engine that fails is started again for a smaller trace; a difference has no limit."""
 EVERYTHING = Watch()
 """All state is looked at after every event."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """Plays traces on one engine, and judges the answers.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    profiles
+        Profiles to check.
+    tally
+        What is played is added to it.
+    known
+        Differences that are not wrong.
+    """
+
+    driver: Driver
+    profiles: frozenset[str]
+    tally: Tally
+    known: Known = field(default_factory=Known)
+
+    def judged(
+        self, trace: Trace, watch: Watch = EVERYTHING, coverage: Coverage | None = None
+    ) -> Failure | None:
+        """Play and judge one trace, and leave its failure as it is seen first."""
+        allowed = self.known.runnable(trace, self.driver.profiles)
+        self.tally.cut += allowed != trace
+        if allowed is None:
+            return None
+        if config_problem(trace.config) is not None:
+            return self.refused(trace.config)
+        recorder = Recorder(trace.config, self.driver.profiles)
+        return self.played(trace.config, allowed.events, recorder.next, watch, coverage)
+
+    def refused(self, config: Config) -> Failure | None:
+        """Judge the answers to a configuration with which no engine may start."""
+        self.tally.traces += 1
+        trace = Trace(config=config, events=[])
+        try:
+            _, answers = next(iter(self.driver.play(config, self.profiles, [], EVERYTHING)))
+        except EngineFailure as error:
+            return engine_failure(trace, error)
+        found = wrong_reasons(Reason.BAD_CONFIG, [answer.outcome for answer in answers])
+        found = self.known.unknown(layout_name(config.layout), found)
+        told = list(map(shown, answers))
+        return Failure(trace=trace, event=None, violations=found, answers=told) if found else None
+
+    def played(
+        self,
+        config: Config,
+        events: Iterable[Event],
+        expect: Callable[[Event], Expectation],
+        watch: Watch = EVERYTHING,
+        coverage: Coverage | None = None,
+    ) -> Failure | None:
+        """Judge events as they are played; None when all answers were right, or wrong as known."""
+        judge, seen, began = Judge(config, self.profiles), list[Event](), time.perf_counter()
+        drawn = list[Event]()
+        """Events that the driver asked for: the one that an engine does not survive is not seen."""
+
+        def drawing() -> Iterator[Event]:
+            for event in events:
+                drawn.append(event)
+                yield event
+
+        try:
+            for event, answers in self.driver.play(config, self.profiles, drawing(), watch):
+                try:
+                    if event is not None:
+                        seen.append(event)
+                        expected = expect(event)
+                        violations = judge.event(expected, answers)
+                        if coverage is not None:
+                            coverage.saw(config, expected)
+                    else:
+                        violations = judge.finished(answers) if seen else judge.started(answers)
+                except MalformedAnswer:
+                    raise
+                except Exception:  # what fails because of the answers' types is the engine's fault
+                    check_types(answers)
+                    raise
+                if not violations:
+                    continue
+                check_types(answers)
+                unknown = self.known.unknown(layout_name(config.layout), violations)
+                if unknown:
+                    return Failure(
+                        trace=Trace(config=config, events=seen),
+                        event=None if event is None else len(seen) - 1,
+                        violations=unknown,
+                        answers=list(map(shown, answers)),
+                    )
+                if parted(violations):
+                    self.tally.cut += 1
+                    return None
+            return None
+        except EngineFailure as error:
+            lived = drawn if error.event is None else drawn[: error.event + 1]
+            return engine_failure(Trace(config=config, events=lived), error)
+        except MalformedAnswer as error:
+            at = len(seen) - 1 if seen else None
+            died = EngineFailure(error.rank, at, words(error))
+            return engine_failure(Trace(config=config, events=seen), died)
+        finally:
+            self.tally.traces += 1
+            self.tally.events += len(seen)
+            self.tally.layouts.add(str(config.layout))
+            self.tally.seconds += time.perf_counter() - began
+
+    def made_sure(self, failure: Failure) -> Failure:
+        """The failure, its suspicions tried."""
+        if failure.engine_failure is not None:
+            return failure
+
+        def named_by(trace: Trace) -> set[str]:
+            again = self.judged(trace)
+            return set() if again is None else again.invariants
+
+        violations = tried(failure.trace, failure.violations, named_by)
+        return msgspec.structs.replace(failure, violations=violations)
+
+    def made_small(self, whole: Trace, failure: Failure) -> Failure:
+        """The failure with the smallest trace that shows some of the same violations."""
+        smallest, alive = failure, True
+        until = time.perf_counter() + REDUCTION_LIMIT_S
+
+        def fails(trace: Trace, named: Collection[str]) -> Trace | None:
+            nonlocal smallest, alive
+            again = self.judged(trace) if alive else None
+            if again is not None and again.verdict == "error":
+                alive = self.driver.survives_failure and time.perf_counter() < until
+            if again is None or not again.invariants.intersection(named):
+                return None
+            smallest = again
+            return again.trace
+
+        # What also fails where no pool runs dry is told without refusals, whatever else it breaks:
+        # ranks that disagree about room alone may disagree about more, a few tokens on.
+        roomy = with_room(whole)
+        untold = fails(roomy, NUMBERS) is None and config_problem(roomy.config) is None
+        if untold and failure.invariants <= {"REF-1", "REF-2"}:
+            fails(gone_on(roomy), NUMBERS)
+        named = smallest.invariants
+        reduced(smallest.trace, lambda trace: fails(trace, named))
+        return smallest
 
 
 def check_trace(
@@ -49,174 +196,9 @@ def check_trace(
     A configuration with which no engine may start must be refused; its events are not played.
     What the engine's ledger of known differences covers is not wrong.
     """
-    tally, known = tally or Tally(), known or Known()
-    failure = judged(driver, trace, profiles, tally, known, watch, coverage)
-    return failure and made_sure(driver, failure, profiles, tally, known)
-
-
-def judged(
-    driver: Driver,
-    trace: Trace,
-    profiles: frozenset[str],
-    tally: Tally,
-    known: Known,
-    watch: Watch = EVERYTHING,
-    coverage: Coverage | None = None,
-) -> Failure | None:
-    """Play and judge one trace, and leave its failure as it is seen first."""
-    allowed = known.runnable(trace, driver.profiles)
-    tally.cut += allowed != trace
-    if allowed is None:
-        return None
-    if config_problem(trace.config) is not None:
-        return _check_bad_config(driver, trace.config, profiles, tally, known)
-    recorder = Recorder(trace.config, driver.profiles)
-    judge = Judge(trace.config, profiles)
-    return _played(driver, judge, allowed.events, recorder.next, watch, tally, known, coverage)
-
-
-def made_sure(
-    driver: Driver, failure: Failure, profiles: frozenset[str], tally: Tally, known: Known
-) -> Failure:
-    """The failure, its suspicions tried."""
-    if failure.engine_failure is not None:
-        return failure
-
-    def named_by(trace: Trace) -> set[str]:
-        again = judged(driver, trace, profiles, tally, known)
-        return set() if again is None else again.invariants
-
-    violations = tried(failure.trace, failure.violations, named_by)
-    return msgspec.structs.replace(failure, violations=violations)
-
-
-def _check_bad_config(
-    driver: Driver, config: Config, profiles: frozenset[str], tally: Tally, known: Known
-) -> Failure | None:
-    tally.traces += 1
-    trace = Trace(config=config, events=[])
-    try:
-        _, answers = next(iter(driver.play(config, profiles, [], EVERYTHING)))
-    except EngineFailure as error:
-        return engine_failure(trace, error)
-    outcomes = [answer.outcome for answer in answers]
-    found = wrong_reasons(Reason.BAD_CONFIG, outcomes)
-    found = known.unknown(layout_name(config.layout), found)
-    told = list(map(shown, answers))
-    return Failure(trace=trace, event=None, violations=found, answers=told) if found else None
-
-
-def _played(
-    driver: Driver,
-    judge: Judge,
-    events: Iterable[Event],
-    expect: Callable[[Event], Expectation],
-    watch: Watch,
-    tally: Tally,
-    known: Known,
-    coverage: Coverage | None = None,
-) -> Failure | None:
-    """Judge events as they are played; None when all answers were right, or wrong as is known."""
-    config, seen, began = judge.config, list[Event](), time.perf_counter()
-    drawn = list[Event]()
-    """Events that the driver has asked for: the one that an engine does not survive is not seen."""
-
-    def drawing() -> Iterator[Event]:
-        for event in events:
-            drawn.append(event)
-            yield event
-
-    try:
-        for event, answers in driver.play(config, judge.profiles, drawing(), watch):
-            with typed(answers):
-                if event is not None:
-                    seen.append(event)
-                    expected = expect(event)
-                    violations = judge.event(expected, answers)
-                    if coverage is not None:
-                        coverage.saw(config, expected)
-                else:
-                    violations = judge.finished(answers) if seen else judge.started(answers)
-                if violations:
-                    check_types(answers)
-            if not violations:
-                continue
-            unknown = known.unknown(layout_name(config.layout), violations)
-            if unknown:
-                return Failure(
-                    trace=Trace(config=config, events=seen),
-                    event=None if event is None else len(seen) - 1,
-                    violations=unknown,
-                    answers=list(map(shown, answers)),
-                )
-            if parted(violations):
-                tally.cut += 1
-                return None
-        return None
-    except EngineFailure as error:
-        lived = drawn if error.event is None else drawn[: error.event + 1]
-        return engine_failure(Trace(config=config, events=lived), error)
-    except MalformedAnswer as error:
-        at = len(seen) - 1 if seen else None
-        died = EngineFailure(error.rank, at, f"gave a malformed answer: {error}")
-        return engine_failure(Trace(config=config, events=seen), died)
-    finally:
-        tally.traces += 1
-        tally.events += len(seen)
-        tally.layouts.add(str(config.layout))
-        tally.seconds += time.perf_counter() - began
-
-
-@contextmanager
-def typed(answers: Sequence[Answer]) -> Iterator[None]:
-    """While answers are judged: what fails because of their types is the engine's fault."""
-    try:
-        yield
-    except MalformedAnswer:
-        raise
-    except Exception:
-        check_types(answers)
-        raise
-
-
-def check_types(answers: Sequence[Answer]) -> None:
-    """Raises MalformedAnswer when an answer holds values of types that it must not hold."""
-    found = ill_typed(answers)
-    if found is not None:
-        raise MalformedAnswer(*found)
-
-
-def made_small(
-    driver: Driver,
-    whole: Trace,
-    failure: Failure,
-    profiles: frozenset[str],
-    tally: Tally,
-    known: Known,
-) -> Failure:
-    """The failure with the smallest trace that shows some of the same violations."""
-    smallest, alive = failure, True
-    until = time.perf_counter() + REDUCTION_LIMIT_S
-
-    def fails(trace: Trace, named: Collection[str]) -> Trace | None:
-        nonlocal smallest, alive
-        again = judged(driver, trace, profiles, tally, known) if alive else None
-        if again is not None and again.verdict == "error":
-            alive = driver.survives_failure and time.perf_counter() < until
-        if again is None or not again.invariants.intersection(named):
-            return None
-        smallest = again
-        return again.trace
-
-    # What also fails where no pool runs dry is told without refusals, whatever else it breaks:
-    # ranks that disagree about room alone may disagree about more, a few tokens on.
-    roomy = with_room(whole)
-    untold = fails(roomy, NUMBERS) is None and config_problem(roomy.config) is None
-    if untold and failure.invariants <= {"REF-1", "REF-2"}:
-        fails(gone_on(roomy), NUMBERS)
-    named = smallest.invariants
-    reduced(smallest.trace, lambda trace: fails(trace, named))
-    return smallest
+    player = Player(driver, profiles, tally or Tally(), known or Known())
+    failure = player.judged(trace, watch, coverage)
+    return failure and player.made_sure(failure)
 
 
 def check_workload(
@@ -232,16 +214,7 @@ def check_workload(
     coverage: Coverage | None = None,
 ) -> Failure | None:
     """Play a workload through the scheduler; state is looked at every 100 events."""
-    recorder, judge = Recorder(config, driver.profiles), Judge(config, profiles)
-    # A driver that draws ahead of the answers needs a recorder of its own to draw with.
-    ahead = recorder if driver.streams else Recorder(config, driver.profiles)
-    reason: Reason | None = None
-
-    def expect(event: Event) -> Expectation:
-        nonlocal reason
-        expected = recorder.next(event)
-        reason = expected.refused
-        return expected
+    recorder, drawn = Recorder(config, driver.profiles), list[Expectation]()
 
     def events() -> Iterator[Event]:
         schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)
@@ -249,15 +222,18 @@ def check_workload(
         while True:
             if isinstance(event, Release):
                 released()
-            refused = None if ahead is recorder else ahead.next(event).refused
+            drawn[:] = [recorder.next(event)]
             yield event
             try:
-                event = schedule_of.send(reason if ahead is recorder else refused)
+                event = schedule_of.send(drawn[0].refused)
             except StopIteration:
                 return
 
-    watch = Watch(every=100, touched=False)
-    return _played(driver, judge, events(), expect, watch, tally, Known(), coverage)
+    # A driver that draws ahead of the answers is judged by a recorder that does not.
+    behind = Recorder(config, driver.profiles)
+    expect = (lambda _: drawn[0]) if driver.streams else behind.next
+    player, watch = Player(driver, profiles, tally), Watch(every=100, touched=False)
+    return player.played(config, events(), expect, watch, coverage)
 
 
 def check_vector(
@@ -268,13 +244,11 @@ def check_vector(
     `profiles` are those that are to be checked, all that the engine declares when None.
     """
     profiles = profiles_of_vector(vector, driver.profiles if profiles is None else profiles)
+    player, stored = Player(driver, profiles, tally), expectations(vector)
     if vector.refused is not None:
-        return _check_bad_config(driver, vector.config, profiles, tally, Known())
-    stored, events = expectations(vector), vector.trace.events
-    judge = Judge(vector.config, profiles)
-    expect = lambda _: next(stored)  # noqa: E731
-    failure = _played(driver, judge, events, expect, EVERYTHING, tally, Known())
-    return failure and made_sure(driver, failure, profiles, tally, Known())
+        return player.refused(vector.config)
+    failure = player.played(vector.config, vector.trace.events, lambda _: next(stored))
+    return failure and player.made_sure(failure)
 
 
 def profiles_of_vector(vector: Vector, profiles: frozenset[str]) -> frozenset[str]:

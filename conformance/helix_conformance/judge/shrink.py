@@ -8,7 +8,8 @@ faster than to draw a smaller trace from a strategy, and works for traces from a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -19,6 +20,7 @@ from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled
 from helix_spec.layouts import Layout
 from helix_spec.trace import Trace
 
+T = TypeVar("T")
 StillFails = Callable[[Trace], Trace | None]
 """Plays a trace; where it still fails in the same way, the trace up to its failure."""
 
@@ -95,10 +97,8 @@ class _Search:
         place = 0
         while place < len(self.trace.events):
             events = self.trace.events
-            if not self.first(
-                _set(self.trace, events=[*events[:place], simpler, *events[place + 1 :]])
-                for simpler in _simpler_events(events[place])
-            ):
+            simpler = (_with(events, place, one) for one in _simpler_events(events[place]))
+            if not self.first(_set(self.trace, events=fewer) for fewer in simpler):
                 place += 1
 
     def renamed(self) -> None:
@@ -158,8 +158,7 @@ def _merged(events: list[Event], super_block: int) -> Iterator[list[Event]]:
             if isinstance(event, Admit) and isinstance(other, Admit) and source != target:
                 for more in (event.prompt_len, -(-event.prompt_len // super_block) * super_block):
                     longer = _set(other, prompt_len=more + other.prompt_len)
-                    merged = [longer if place == target else e for place, e in enumerate(events)]
-                    yield _without(merged, range(source, source + 1))
+                    yield _with(_with(events, target, longer), source)
 
 
 def _smaller_configs(config: Config) -> Iterator[Config]:
@@ -194,7 +193,7 @@ def _smaller_configs(config: Config) -> Iterator[Config]:
         yield _set(config, layout=smaller_layout)
     for rank, pages in enumerate(config.pages if config.pages != ample else ()):
         for fewer in _fewer(pages):
-            yield _set(config, pages=[*config.pages[:rank], fewer, *config.pages[rank + 1 :]])
+            yield _set(config, pages=_with(config.pages, rank, fewer))
 
 
 def _smaller_pages(layout: Layout) -> Iterator[Layout]:
@@ -228,33 +227,31 @@ def _simpler_events(event: Event) -> Iterator[Event]:
                 pairs = sorted(zip(ids, query_lens, strict=True))
                 yield _set(event, ids=[id for id, _ in pairs], query_lens=[n for _, n in pairs])
             for place in range(len(ids) if len(ids) == len(query_lens) > 1 else 0):
-                yield _set(
-                    event,
-                    ids=ids[:place] + ids[place + 1 :],
-                    query_lens=query_lens[:place] + query_lens[place + 1 :],
-                )
+                yield _set(event, ids=_with(ids, place), query_lens=_with(query_lens, place))
             for place, query_len in enumerate(query_lens):
                 for shorter in _fewer(query_len):
-                    yield _set(
-                        event, query_lens=[*query_lens[:place], shorter, *query_lens[place + 1 :]]
-                    )
+                    yield _set(event, query_lens=_with(query_lens, place, shorter))
         case Fork(_, child):
             yield Admit(child, 1)  # where it does not matter what the child begins with
         case Sampled(ids):
             for place in range(len(ids) if len(ids) > 1 else 0):
-                yield Sampled(ids[:place] + ids[place + 1 :])
+                yield Sampled(_with(ids, place))
         case Merge(levels, order):
             if order != sorted(order):
                 yield Merge(levels, sorted(order))
             for token in range(len(levels[0]) if len(levels[0]) > 1 else 0):
-                yield Merge([row[:token] + row[token + 1 :] for row in levels], order)
+                yield Merge([_with(row, token) for row in levels], order)
             for number, row in enumerate(levels):
                 for token, level in enumerate(row):
                     if level != 0:
-                        simpler = [*row[:token], 0, *row[token + 1 :]]
-                        yield Merge([*levels[:number], simpler, *levels[number + 1 :]], order)
+                        yield Merge(_with(levels, number, _with(row, token, 0)), order)
         case _:
             pass
+
+
+def _with(entries: Sequence[T], place: int, *others: T) -> list[T]:
+    """The entries with others in place of one of them."""
+    return [*entries[:place], *others, *entries[place + 1 :]]
 
 
 def _fewer(count: int, least: int = 1) -> list[int]:

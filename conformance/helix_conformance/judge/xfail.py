@@ -116,10 +116,10 @@ class Known:
 
     def __init__(self, differences: Iterable[Difference] = ()) -> None:
         self.differences = list(differences)
-        self.met: set[int] = set()
-        """Index of each difference that has shown."""
-        self.tried: set[int] = set()
-        """Index of each difference that a layout and the profiles of a run could have shown."""
+        self.met: set[Difference] = set()
+        """Differences that have shown."""
+        self.tried: set[Difference] = set()
+        """Differences that a layout and the profiles of a run could have shown."""
         self.void: list[str] = []
         """Layouts of which nothing was judged but known differences."""
         self.found: set[str] = set()
@@ -149,17 +149,17 @@ class Known:
 
     def runs(self, layout: str) -> bool:
         """Whether anything may be run on this layout."""
-        return not any(d.subject == f"layout {layout}" for _, d in self._of(layout, "must_not_run"))
+        return not any(d.subject == f"layout {layout}" for d in self._of(layout, "must_not_run"))
 
     def left_out(self, layout: str) -> frozenset[str]:
         """Profiles that are not checked with the others, and those that build on them."""
-        named = {d.profile for _, d in self._of(layout) if d.profile is not None}
+        named = {d.profile for d in self._of(layout) if d.profile is not None}
         depth = min((LADDER.index(p) for p in named if p in LADDER), default=len(LADDER))
         return frozenset(named - set(LADDER)) | frozenset(LADDER[depth:])
 
     def suspended(self, layout: str) -> list[Difference]:
         """The profiles among them that are checked apart: each must still fail by itself."""
-        return [d for _, d in self._of(layout, "answers_wrongly") if d.profile is not None]
+        return [d for d in self._of(layout, "answers_wrongly") if d.profile is not None]
 
     def played(self, layout: str, profiles: frozenset[str], *, void: bool) -> None:
         """A layout was played with these profiles: what it can show should have shown.
@@ -168,24 +168,23 @@ class Known:
         """
         if void:
             self.void.append(layout)
-        for index, difference in self._of(layout, "answers_wrongly"):
-            holders = profiles_of(difference.invariant) if difference.invariant else profiles
-            if difference.profile is None and profiles.intersection(holders):
-                self.tried.add(index)
+        for d in self._of(layout, "answers_wrongly"):
+            holders = profiles_of(d.invariant) if d.invariant else profiles
+            if d.profile is None and profiles.intersection(holders):
+                self.tried.add(d)
 
     def confirmed(self, difference: Difference, *, failed: bool) -> None:
         """A profile was checked apart."""
-        index = self.differences.index(difference)
-        self.tried.add(index)
+        self.tried.add(difference)
         if failed:
-            self.met.add(index)
+            self.met.add(difference)
 
     # While it is played
 
     def runnable(self, trace: Trace, declared: frozenset[str]) -> Trace | None:
         """The trace up to the first event that must not be run; None when it may not even start."""
         layout = layout_name(trace.config.layout)
-        forbidden = [d for _, d in self._of(layout, "must_not_run")]
+        forbidden = list(self._of(layout, "must_not_run"))
         if not forbidden:
             return trace
         reasons = {d.reason for d in forbidden if d.reason is not None}
@@ -209,10 +208,9 @@ class Known:
         rest = []
         for violation in violations:
             entries = [
-                index
-                for index, d in self._of(layout, "answers_wrongly")
-                if d.invariant == violation.invariant
-                or (d.reason is not None and d.reason in _reasons(violation))
+                d
+                for d in self._of(layout, "answers_wrongly")
+                if d.invariant == violation.invariant or d.reason in _reasons(violation)
             ]
             self.met.update(entries)
             if not entries and violation.invariant not in self.found:
@@ -232,24 +230,21 @@ class Known:
     @property
     def stale(self) -> list[Difference]:
         """Differences that should have shown and have not."""
-        return [self.differences[index] for index in sorted(self.tried - self.met)]
+        return [d for d in self.differences if d in self.tried - self.met]
 
     def of_layout(self, layout: str) -> list[Difference]:
         """The differences that this run has met, or has not run, on a layout."""
-        return [d for index, d in self._of(layout) if index in self.met or d.kind == "must_not_run"]
+        return [d for d in self._of(layout) if d in self.met or d.kind == "must_not_run"]
 
     def summary(self) -> list[dict[str, Any]]:
         """Every difference with what became of it, for the JSON stream."""
-        return [
-            msgspec.to_builtins(d) | {"status": self._status(index, d)}
-            for index, d in enumerate(self.differences)
-        ]
+        return [msgspec.to_builtins(d) | {"status": self._status(d)} for d in self.differences]
 
     def sentences(self) -> Iterator[str]:
         """The same for people, one line each; what is wrong with the ledger last."""
-        for index, d in enumerate(self.differences):
-            if self._status(index, d) != "no longer fails":
-                yield f"known ({self._status(index, d)}): {d.subject}: {d.does} ({d.link})"
+        for d in self.differences:
+            if self._status(d) != "no longer fails":
+                yield f"known ({self._status(d)}): {d.subject}: {d.does} ({d.link})"
         for d in self.stale:
             yield (
                 f"The known difference of {d.subject} no longer shows: no trace of this run broke "
@@ -257,17 +252,18 @@ class Known:
             )
         yield from map(void_sentence, self.void)
 
-    def _status(self, index: int, difference: Difference) -> str:
+    def _status(self, difference: Difference) -> str:
         if difference.kind == "must_not_run":
             return "not run"
-        if index in self.met:
+        if difference in self.met:
             return "still fails"
-        return "no longer fails" if index in self.tried else "not tried"
+        return "no longer fails" if difference in self.tried else "not tried"
 
-    def _of(self, layout: str, kind: str | None = None) -> Iterator[tuple[int, Difference]]:
-        for index, difference in enumerate(self.differences):
-            if difference.covers(layout) and kind in (None, difference.kind):
-                yield index, difference
+    def _of(self, layout: str, kind: str | None = None) -> Iterator[Difference]:
+        """The differences of this layout, and of this kind."""
+        for d in self.differences:
+            if d.covers(layout) and kind in (None, d.kind):
+                yield d
 
 
 def void_sentence(layout: str) -> str:
