@@ -431,7 +431,7 @@ def exact_attention(
 
     Examples
     --------
-    >>> model, tokens = ModelShape(), tokens_of([(0, place) for place in range(5)], 0)
+    >>> model, tokens = ModelShape(), token_columns([(0, place, place) for place in range(5)])
     >>> q = rotated_queries(model, 0, tokens, heads=range(4)).between(4, 5)
     >>> k, v = (make(model, 0, tokens, range(2)) for make in (cached_keys, cached_values))
     >>> kv = KeysValues(k.stored[0], k.uncertainty[0], v[0])
