@@ -12,6 +12,7 @@ and, beside them:
 - `sabotage`: signals to worker processes, once they are in a step;
 - `inputs`: every parser, with valid and hostile inputs;
 - `index`: the page that lists what holds each invariant, and its check;
+- `docstrings`: what a package's docstrings lack, for the tests of all packages;
 - `marks`: the invariants that profiles check, for the marker `holds`;
 - `kernel_cases`: tests of the suite on the interpreted kernels, run in a process of their own.
 """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 
 import pytest
 
-from helix_conformance.expect import notation
 from helix_conformance.expect.cases import CASES
 from helix_conformance.expect.notation import parse_events
 from helix_spec.events import (
@@ -88,11 +86,6 @@ def test_a_text_that_is_no_event_is_named_with_the_reason(text: str, error: str)
     """Only the part at fault is named."""
     with pytest.raises(ValueError, match=f"^{re.escape(f'`{text}` is no event: {error}')}$"):
         parse_events(f"admit 0 2; {text}; release 0")
-
-
-def test_the_examples_in_the_docstring_hold() -> None:
-    """They are run as they stand."""
-    assert doctest.testmod(notation).failed == 0
 
 
 def test_every_case_has_a_name_of_its_own() -> None:

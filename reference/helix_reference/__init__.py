@@ -1,8 +1,9 @@
 """The reference: what every rank must hold after every event, written to be read.
 
 - `dealing`: which rank gets which token, by dealing lists of tokens;
-- `model`: all ranks of one sharded cache, one event at a time;
+- `state`: what all ranks of one sharded cache hold;
 - `refusals`: when an event is refused, and why;
+- `model`: the state, changed by one event at a time;
 - `attention`: exact attention in float64, and when two outputs are equal;
 - `engine`: the model behind the engine protocol, as one more engine under test.
 

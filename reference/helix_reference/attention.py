@@ -25,7 +25,29 @@ _SMALLEST_NORMAL_EXPONENT: dict[CacheDType, int] = {
 
 
 def round_to(x: float, dtype: CacheDType) -> float:
-    """The nearest number of this type, ties to even (subnormals included; none is too large)."""
+    """Return the nearest number of a dtype, ties to even.
+
+    Subnormals are included. Overflow is not: all numbers here are far below each dtype's largest.
+
+    Parameters
+    ----------
+    x
+        The number, float64.
+    dtype
+        The dtype whose numbers are meant.
+
+    Returns
+    -------
+    float
+        A number of that dtype, as float64.
+
+    Examples
+    --------
+    >>> round_to(1 / 3, "float16"), round_to(1 / 3, "bfloat16")
+    (0.333251953125, 0.333984375)
+    >>> round_to(1.0625, "float8_e4m3fn")  # a tie of 1.0 and 1.125
+    1.0
+    """
     precision = -int(math.log2(UNIT_ROUNDOFF[dtype]))
     exponent = max(math.frexp(x)[1], _SMALLEST_NORMAL_EXPONENT[dtype])
     step = math.ldexp(1.0, exponent - precision)
@@ -34,22 +56,57 @@ def round_to(x: float, dtype: CacheDType) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """A vector after RoPE: `exact` in float64, `stored` as it is kept."""
+    """A vector after RoPE, and how uncertain its rounding is (SPEC.md sections 8 and 9).
+
+    Parameters
+    ----------
+    exact
+        W entries in float64.
+    stored
+        The same entries, rounded as they are kept.
+    """
 
     exact: Vector
     stored: Vector
     uncertainty: Vector
-    """Per entry, how far apart two honest roundings may lie; 0 where all agree."""
+    """Per entry, how far apart two correct roundings may lie; 0 where all agree."""
 
 
 def rope(
     x: Sequence[float], position: int, base: float, *dtypes: CacheDType, still: int = 0
 ) -> Rotated:
-    """RoPE of one head's vector at a global position (POS-2), kept in these types in turn.
+    """Return one head's vector rotated to a global position (POS-2, SPEC.md section 8).
 
-    The first `still` entries are not turned. Of the D others, entry d turns with entry d + D/2 by
-    the angle position * base**(-2d/D). Cosine and sine are rounded to float32; float32 arithmetic
-    may then be off by 3 units of roundoff of |a| + |b|.
+    Of the R = W - still last elements, element d < R/2 is rotated with element d + R/2, by the
+    angle position * base**(-2d/R). Cosine and sine are rounded to float32. Float32 arithmetic may
+    be off by 3 * 2**-24 * (abs(a) + abs(b)) for a pair (a, b).
+
+    Parameters
+    ----------
+    x
+        W elements.
+    position
+        Global position of the token.
+    base
+        The model's `rope_base`.
+    *dtypes
+        Dtypes to which the rotated elements are rounded, one after the other.
+    still
+        How many of the first elements are not rotated; the others are even in number.
+
+    Returns
+    -------
+    Rotated
+        W elements.
+
+    References
+    ----------
+    J. Su et al., "RoFormer", arXiv 2104.09864, section 3.4; the pairs are those of GPT-NeoX.
+
+    Examples
+    --------
+    >>> rope([1.0, 0.0], 1, 10000.0, "bfloat16").stored  # cosine and sine of 1
+    [0.5390625, 0.83984375]
     """
     turned = len(x) - still
     half = turned // 2
@@ -78,7 +135,17 @@ def _kept(x: float, dtypes: Sequence[CacheDType]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Where one token's Q, K and V come from: its identity and its global position."""
+    """What the Q, K and V of one token depend on: its identity and its global position.
+
+    Parameters
+    ----------
+    event
+        Index in the trace of the event that created the token.
+    place
+        The token's number in that event, from 0.
+    position
+        Its global position.
+    """
 
     event: int
     place: int
@@ -86,13 +153,58 @@ class Token:
 
 
 def raw(seed: int, token: Token, layer: int, tensor: Tensor, head: int, dim: int) -> Vector:
-    """One head's Q, K or V before RoPE, `dim` entries."""
+    """Return one head's Q, K or V before RoPE (SPEC.md section 8).
+
+    Parameters
+    ----------
+    seed
+        The configuration's seed, 32 bits.
+    token
+        The token.
+    layer
+        The layer, from 0.
+    tensor
+        Which of its tensors.
+    head
+        The head, numbered over the whole model.
+    dim
+        Number of elements.
+
+    Returns
+    -------
+    list of float
+        `dim` elements: multiples of 1/16 within +-4.
+
+    Examples
+    --------
+    >>> raw(7, Token(event=3, place=2, position=16), layer=1, tensor="k", head=0, dim=4)
+    [-3.625, -0.1875, 0.875, -2.9375]
+    """
     state = token_state(seed, token.event, token.place, token.position, layer, tensor)
     return [entry(state, head, d) for d in range(dim)]
 
 
 def query(model: ModelShape, seed: int, token: Token, layer: int, q_head: int) -> Rotated:
-    """One query head after RoPE; all zero where it is a probe."""
+    """Return one query head after RoPE, rounded to `dtype`; zero where it is a probe.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    token
+        The token.
+    layer
+        The layer, from 0.
+    q_head
+        The query head, numbered over the whole model.
+
+    Returns
+    -------
+    Rotated
+        key_dim elements.
+    """
     group = model.q_heads // model.kv_heads
     x = raw(seed, token, layer, "q", q_head, model.key_dim)
     if is_probe(q_head, group, token.position):
@@ -104,7 +216,28 @@ def query(model: ModelShape, seed: int, token: Token, layer: int, q_head: int) -
 def key(
     model: ModelShape, seed: int, token: Token, layer: int, kv_head: int, at: int | None = None
 ) -> Rotated:
-    """One cached key, turned to its own position or to `at`."""
+    """Return one cached key: rotated, rounded to `dtype`, then to the dtype of the cache.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    token
+        The token.
+    layer
+        The layer, from 0.
+    kv_head
+        The KV head, numbered over the whole model.
+    at
+        The position to which the key is rotated; None for the token's own.
+
+    Returns
+    -------
+    Rotated
+        key_dim elements.
+    """
     x = raw(seed, token, layer, "k", kv_head, model.key_dim)
     position = token.position if at is None else at
     still = model.key_dim - model.rope_dim
@@ -112,7 +245,28 @@ def key(
 
 
 def value(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) -> Vector:
-    """One cached value; with a latent cache, the latent part of the key."""
+    """Return one cached value, rounded to the dtype of the cache.
+
+    With a latent cache it is the latent part of the key (SPEC.md section 4.1).
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    token
+        The token.
+    layer
+        The layer, from 0.
+    kv_head
+        The KV head, numbered over the whole model.
+
+    Returns
+    -------
+    list of float
+        value_dim elements.
+    """
     tensor: Tensor = "v" if model.latent is None else "k"
     x = raw(seed, token, layer, tensor, kv_head, model.value_dim)
     return [round_to(entry, model.cached_dtype) for entry in x]
@@ -120,16 +274,47 @@ def value(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """Attention over some of the keys: normalised output, natural-log log-sum-exp."""
+    """Attention over some of the keys: what one rank contributes to one token and query head.
+
+    Parameters
+    ----------
+    output
+        D elements, normalised over these keys; 0 without keys.
+    lse
+        Natural log-sum-exp of the scores; -inf without keys.
+    """
 
     output: Vector
     lse: float
 
 
 def attend(q: Vector, keys: list[Vector], values: list[Vector], dim: int, scale: float) -> Partial:
-    """Softmax attention of one query over these keys; `dim` is that of a value.
+    """Return the softmax attention of one query over these keys; (0, -inf) without keys (ATT-3).
 
-    Without keys it is (0, -inf) (ATT-3).
+    Parameters
+    ----------
+    q
+        W elements.
+    keys
+        S keys of W elements.
+    values
+        S values of D elements.
+    dim
+        D, elements of a value.
+    scale
+        Factor of the scores: 1 / sqrt(head_dim).
+
+    Returns
+    -------
+    Partial
+        D elements and the log-sum-exp.
+
+    Examples
+    --------
+    >>> attend([0.0], [[1.0], [2.0]], [[4.0, 0.0], [8.0, 2.0]], dim=2, scale=1.0)  # a probe: a mean
+    Partial(output=[6.0, 1.0], lse=0.6931471805599453)
+    >>> attend([0.0], [], [], dim=2, scale=1.0)
+    Partial(output=[0.0, 0.0], lse=-inf)
     """
     if not keys:
         return Partial([0.0] * dim, -math.inf)
@@ -145,7 +330,32 @@ def attend(q: Vector, keys: list[Vector], values: list[Vector], dim: int, scale:
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
-    """Partials of disjoint sets of keys combined (ATT-1); empty ones count for nothing."""
+    """Return the attention over the union of disjoint sets of keys (ATT-1).
+
+    Each output is weighted by exp(lse_r - lse). A partial without keys counts for nothing (ATT-3).
+
+    Parameters
+    ----------
+    partials
+        At least one partial, of any number of keys each.
+
+    Returns
+    -------
+    Partial
+        That of all keys; (0, -inf) when none has a key.
+
+    References
+    ----------
+    Helix Parallelism, arXiv 2507.07120, section 2.1.
+
+    Examples
+    --------
+    >>> one = attend([1.0], [[0.5]], [[4.0]], dim=1, scale=1.0)
+    >>> two = attend([1.0], [[1.5], [0.0]], [[8.0], [2.0]], dim=1, scale=1.0)
+    >>> both = attend([1.0], [[0.5], [1.5], [0.0]], [[4.0], [8.0], [2.0]], dim=1, scale=1.0)
+    >>> math.isclose(merge([one, two]).output[0], both.output[0])
+    True
+    """
     dim = len(partials[0].output)
     held = [partial for partial in partials if partial.lse != -math.inf]
     if not held:
@@ -163,9 +373,43 @@ def merge(partials: Sequence[Partial]) -> Partial:
 def error_bound(
     model: ModelShape, q: Rotated, keys: list[Rotated], values: list[Vector], ranks: list[int]
 ) -> tuple[Vector, float]:
-    """The exact output of one query and head, and the bound E around it (ATT-4).
+    """Return the exact output of one token and query head, and the bound E around it (ATT-4).
 
-    `ranks[j]` is the cp_rank that holds key j. SPEC.md section 9 derives each term.
+    An output is correct when its Euclidean distance to the exact one is at most E. SPEC.md
+    section 9 has the formula and derives each term.
+
+    Parameters
+    ----------
+    model
+        The model's attention: the scale, and the dtypes that roundings come from.
+    q
+        The query: W elements.
+    keys
+        S keys that it sees, at least one: W elements each.
+    values
+        Their S values: D elements each.
+    ranks
+        The cp_rank that holds each of the S keys.
+
+    Returns
+    -------
+    output : list of float
+        D elements.
+    bound : float
+        E, a Euclidean length.
+
+    Examples
+    --------
+    >>> model, tokens = ModelShape(), [Token(0, place, place) for place in range(5)]
+    >>> q = query(model, 0, tokens[-1], layer=0, q_head=1)
+    >>> keys = [key(model, 0, token, layer=0, kv_head=0) for token in tokens]
+    >>> values = [value(model, 0, token, layer=0, kv_head=0) for token in tokens]
+    >>> output, bound = error_bound(model, q, keys, values, ranks=[0, 0, 1, 1, 0])
+    >>> for dtype in ("float32", "bfloat16"):
+    ...     rounded = [round_to(x, dtype) for x in output]
+    ...     print(dtype, math.dist(rounded, output) <= bound)
+    float32 True
+    bfloat16 False
     """
     width, dim, scale = model.key_dim, model.value_dim, model.scale
     whole = attend(q.stored, [k.stored for k in keys], values, dim, scale)
@@ -215,7 +459,28 @@ def error_bound(
 def supplied(
     model: ModelShape, seed: int, number: int, token: int, head: int, level: int | None
 ) -> Partial:
-    """One token and head of partial `number` that a `merge` supplies; of no keys (0, -inf)."""
+    """Return one token and query head of a partial that a `merge` supplies (SPEC.md section 8).
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    number
+        Number of the partial, from 0 to C - 1.
+    token
+        Number of the token in the event, from 0.
+    head
+        The query head, numbered over the whole model.
+    level
+        The event's `levels[number][token]`: about the log-sum-exp; None without keys.
+
+    Returns
+    -------
+    Partial
+        value_dim elements and the log-sum-exp; (0, -inf) without keys.
+    """
     if level is None:
         return Partial([0.0] * model.value_dim, -math.inf)
     source = Token(number, token, 0)
@@ -224,9 +489,23 @@ def supplied(
 
 
 def merge_bound(model: ModelShape, partials: Sequence[Partial]) -> tuple[Vector, float]:
-    """The exact merge of one token and head, and the bound E around it (ATT-4).
+    """Return the exact merge of one token and query head, and the bound E around it (ATT-4).
 
-    SPEC.md section 9 derives each term.
+    SPEC.md section 9, "Merges of supplied partials", has the formula and derives each term.
+
+    Parameters
+    ----------
+    model
+        The model's attention: the dtypes that roundings come from.
+    partials
+        C partials of D elements; they are exact.
+
+    Returns
+    -------
+    output : list of float
+        D elements; 0 when no partial has keys.
+    bound : float
+        E, a Euclidean length; 0 when no partial has keys.
     """
     whole = merge(partials)
     held = [partial for partial in partials if partial.lse != -math.inf]

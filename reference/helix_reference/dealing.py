@@ -9,7 +9,34 @@ from helix_spec.layouts import Layout
 
 
 def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[list[int]]:
-    """The prompt's positions on each cp_rank, in local order."""
+    """Return the prompt's positions on each cp_rank, in local order (SPEC.md section 3.1).
+
+    Parameters
+    ----------
+    layout
+        The layout; its prompt split is `contiguous`, `round_robin` or `interleave(I)`.
+    prompt_len
+        Tokens of the prompt.
+    shift
+        The request's shift, from 0 to C - 1 (SPEC.md section 3.5): logical rank x is cp_rank
+        (x + shift) mod C.
+
+    Returns
+    -------
+    list of list of int
+        For each of the C cp_ranks, rising global positions from 0 to prompt_len - 1. Each position
+        is on one rank.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> deal_prompt(parse_layout("pr9757/1:C=2,T=2"), prompt_len=7, shift=0)  # contiguous
+    [[0, 1, 2, 3], [4, 5, 6]]
+    >>> deal_prompt(parse_layout("pr13180/1:C=2,T=2"), prompt_len=7, shift=0)  # round_robin
+    [[0, 1, 4, 5], [2, 3, 6]]
+    >>> deal_prompt(parse_layout("balanced/1:C=2,T=2"), prompt_len=7, shift=1)
+    [[2, 3, 6], [0, 1, 4, 5]]
+    """
     positions = list(range(prompt_len))
     if layout.prompt == "contiguous":
         hands = _consecutive(_chunks(positions, layout.tokens_per_block), layout.cp_size)
@@ -22,7 +49,33 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[list[int]]:
 
 
 def decode_owner(layout: Layout, prompt_len: int, step: int, shift: int) -> int:
-    """The cp_rank that owns the token of a step."""
+    """Return the cp_rank that owns the token of a decode step (SPEC.md section 3.2).
+
+    Parameters
+    ----------
+    layout
+        The layout; its decode owner is `last_rank`, `step`, `position` or `interleave(I)`.
+    prompt_len
+        Tokens of the prompt, or of a resumed request when it was resumed.
+    step
+        Tokens decoded before this one, from 0.
+    shift
+        The request's shift, from 0 to C - 1 (SPEC.md section 3.5).
+
+    Returns
+    -------
+    int
+        A cp_rank, from 0 to C - 1.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> by_step, by_position = parse_layout("pr9757/1:C=2,T=2"), parse_layout("pr17866/1:C=2,T=2")
+    >>> [decode_owner(by_step, 7, step, 0) for step in range(6)]
+    [0, 0, 1, 1, 0, 0]
+    >>> [decode_owner(by_position, 7, step, 0) for step in range(6)]
+    [1, 0, 0, 1, 1, 0]
+    """
     c, t = layout.cp_size, layout.tokens_per_block
     if layout.owner == "last_rank":
         rank = c - 1

@@ -30,7 +30,25 @@ Rows = list[list[list[Vector]]]
 
 
 class ReferenceEngine:
-    """One rank of the reference. See `helix_spec.engine.Engine`."""
+    """One rank of the reference, behind the protocol of `helix_spec.engine.Engine`.
+
+    Parameters
+    ----------
+    rank
+        The global rank: tp_rank * cp_size + cp_rank (MAP-1).
+
+    Examples
+    --------
+    >>> from helix_spec.events import Admit
+    >>> engine = ReferenceEngine(rank=1)
+    >>> config = Config(layout="pr9757/1:C=2,T=2", pages=[9] * 2, max_len=100)
+    >>> engine.start(config, frozenset({"placement"})).reason is None
+    True
+    >>> engine.apply(Admit(0, 3)).reason is None
+    True
+    >>> engine.observe().local_len
+    {0: 1}
+    """
 
     profiles: ClassVar[frozenset[str]] = frozenset(
         {
@@ -45,7 +63,21 @@ class ReferenceEngine:
         self.rank = rank
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-        """Ready, or refused with `bad_config`."""
+        """Begin anew with an empty cache, or refuse the configuration.
+
+        Parameters
+        ----------
+        config
+            What every rank is started with; it may be illegal.
+        profiles
+            The profiles that will be checked: outputs are computed for `attention` alone, cached
+            rows for `cache`.
+
+        Returns
+        -------
+        Outcome
+            With `reason` None, or `bad_config`.
+        """
         if config_problem(config) is not None:
             return Outcome(Reason.BAD_CONFIG)
         self.config = config
@@ -56,7 +88,20 @@ class ReferenceEngine:
         return Outcome()
 
     def apply(self, event: Event) -> Outcome:
-        """Let one event happen on every rank of the model, and answer for this one."""
+        """Let one event happen on every rank of the model, and answer for this one.
+
+        Parameters
+        ----------
+        event
+            The next event of the trace.
+
+        Returns
+        -------
+        Outcome
+            Why the event is refused; after an accepted decode the columns, and with `attention`
+            the output by layer, new token, query head of this rank and element; after a merge its
+            output by token, query head and element. Outputs are float64 and unrounded.
+        """
         reason = self.model.apply(event)
         if isinstance(event, Merge) and reason is None:
             return Outcome(output=self._merged(event))
@@ -74,7 +119,19 @@ class ReferenceEngine:
         )
 
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
-        """This rank's state."""
+        """Return this rank's state, and change nothing.
+
+        Parameters
+        ----------
+        ids
+            The requests that are observed; None for all. Those that are not live are left out.
+
+        Returns
+        -------
+        RankView
+            With `cache`, keys and values too, by layer, slot, KV head and element: as they are
+            cached, and NaN in slots that hold no token.
+        """
         view = self.model.view(self.cp_rank, ids)
         if "cache" not in self.checked:
             return view

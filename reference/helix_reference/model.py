@@ -53,7 +53,19 @@ class Model(State):
         """One for each request of the last event, when that was an accepted decode."""
 
     def apply(self, event: Event) -> Reason | None:
-        """Let the event happen, or return why it is refused and change nothing."""
+        """Let the event happen, or return why it is refused and change nothing.
+
+        Parameters
+        ----------
+        event
+            The next event of the trace. A refused one counts, too: tokens are identified by the
+            index of their event.
+
+        Returns
+        -------
+        Reason or None
+            None when the event has happened.
+        """
         reason = self.refusal(event)
         self.last_steps = []
         if reason is None:
@@ -182,7 +194,28 @@ class Model(State):
     # What a rank reports.
 
     def outcome(self, rank: int, reason: Reason | None) -> Outcome:
-        """Return what cp_rank `rank` answers to the last event, without the attention output."""
+        """Return what a rank answers to the last event, without the attention output.
+
+        Parameters
+        ----------
+        rank
+            Its cp_rank.
+        reason
+            What `apply` returned for the event.
+
+        Returns
+        -------
+        Outcome
+            After an accepted decode with its columns; else with the reason alone.
+
+        Examples
+        --------
+        >>> model = Model(Config(layout="pr9757/1:C=2,T=2", pages=[9] * 2, max_len=100))
+        >>> model.apply(Admit(0, 3))
+        >>> reason = model.apply(Decode([0], [3]))
+        >>> [model.outcome(rank, reason).active for rank in range(2)]
+        [[True, True, False], [False, False, True]]
+        """
         if reason is not None or not self.last_steps:
             return Outcome(reason)
         columns = Outcome(None, [], [], [], [], [])
@@ -200,12 +233,48 @@ class Model(State):
         return columns
 
     def slot(self, id: int, rank: int, index: int) -> int:
-        """Return the slot of a request's local index on a rank."""
+        """Return the slot of a token on a rank: physical page * T + offset in the page.
+
+        Parameters
+        ----------
+        id
+            A live request.
+        rank
+            The cp_rank that holds the token.
+        index
+            The token's local index on that rank.
+
+        Returns
+        -------
+        int
+            A slot of the rank's pool, from 0.
+        """
         t = self.layout.tokens_per_block
         return self.requests[id].tables[rank][index // t].number * t + index % t
 
     def view(self, rank: int, ids: Sequence[int] | None = None) -> RankView:
-        """Return what cp_rank `rank` observes of these requests or of all, without cached rows."""
+        """Return what a rank observes, without cached rows.
+
+        Parameters
+        ----------
+        rank
+            Its cp_rank.
+        ids
+            The requests that are observed; None for all. Those that are not live are left out.
+
+        Returns
+        -------
+        RankView
+            Lengths and block tables of these requests; all preempted ids, rising; free pages.
+
+        Examples
+        --------
+        >>> model = Model(Config(layout="pr9757/1:C=2,T=2", pages=[9] * 2, max_len=100))
+        >>> model.apply(Admit(0, 3))
+        >>> view = model.view(1)
+        >>> view.local_len, view.free_pages
+        ({0: 1}, 8)
+        """
         live = {id: request for id, request in self.requests.items() if not request.preempted}
         asked = live if ids is None else {id: live[id] for id in ids if id in live}
         return RankView(

@@ -28,7 +28,29 @@ from helix_spec.events import (
 
 
 def refusal(state: State, event: Event) -> Reason | None:
-    """Return why this event is refused; None when it may happen."""
+    """Return why this event is refused; None when it may happen (SPEC.md section 6).
+
+    Parameters
+    ----------
+    state
+        What all ranks hold before the event; it is not changed.
+    event
+        The event.
+
+    Returns
+    -------
+    Reason or None
+        The first reason that applies, in the order of SPEC.md section 6.
+
+    Examples
+    --------
+    >>> from helix_spec.config import Config
+    >>> state = State(Config(layout="pr9757/1:C=2,T=2", pages=[1, 1], max_len=8))
+    >>> refusal(state, Admit(0, 4)) is None
+    True
+    >>> refusal(state, Admit(0, 5)).value, refusal(state, Decode([0], [1])).value
+    ('out_of_pages', 'unknown_request')
+    """
     match event:
         case Admit(id, prompt_len):
             return _admit(state, id, prompt_len)

@@ -19,14 +19,38 @@ Identity = tuple[int, int]
 
 @dataclass(eq=False, slots=True)
 class Page:
-    """A physical page of one rank's pool, while requests hold it."""
+    """A physical page of one rank's pool, while requests hold it.
+
+    Two pages are equal only when they are one object.
+
+    Parameters
+    ----------
+    number
+        The page's number in its pool, from 0.
+    holders
+        Requests whose block table has the page; forks share pages (SPEC.md section 5.4).
+    """
 
     number: int
     holders: int = 1
 
 
 class Pool:
-    """The pages of one rank. Pages that came back are given out before others."""
+    """The pages of one rank. Returned pages are taken before those never taken, last in, first out.
+
+    Parameters
+    ----------
+    size
+        Pages of the pool, numbered from 0.
+
+    Examples
+    --------
+    >>> pool = Pool(4)
+    >>> first, second = pool.take(), pool.take()
+    >>> pool.give_back(first)
+    >>> pool.free, pool.take().number == first.number
+    (3, True)
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -40,14 +64,14 @@ class Pool:
         return len(self.returned) + self.untouched
 
     def take(self) -> Page:
-        """Take a free page, held once."""
+        """Return a free page, now held once; there must be one."""
         if self.returned:
             return Page(self.returned.pop())
         self.untouched -= 1
         return Page(self.untouched)
 
     def give_back(self, page: Page) -> None:
-        """Let one holder go; the page is free when the last one has gone."""
+        """Remove one holder of the page; it is free when that was the last one."""
         page.holders -= 1
         if page.holders == 0:
             self.returned.append(page.number)
@@ -55,7 +79,23 @@ class Pool:
 
 @dataclass(slots=True)
 class Request:
-    """One request; `tokens` is by global position, the other lists are by cp_rank."""
+    """One request. `tokens` is by global position; the lists after it are by cp_rank.
+
+    Parameters
+    ----------
+    prompt_len
+        Tokens that were placed as a prompt: at admission, or when the request was last resumed.
+    shift
+        From 0 to C - 1: logical rank x is cp_rank (x + shift) mod C (SPEC.md section 3.5).
+    tokens
+        Identity of the token at each global position.
+    ranks
+        Positions whose KV is on each cp_rank, in local order.
+    tables
+        Pages that hold them on each cp_rank: the block table, in local order.
+    preempted
+        Whether it is preempted; it then has tokens and no pages.
+    """
 
     prompt_len: int
     shift: int
@@ -72,7 +112,7 @@ class Request:
 
     @property
     def steps(self) -> int:
-        """Tokens decoded so far."""
+        """Number of tokens decoded since its prompt was placed."""
         return len(self.tokens) - self.prompt_len
 
 
@@ -89,7 +129,13 @@ class Step(NamedTuple):
 
 
 class State:
-    """All ranks of one sharded KV cache. The configuration must be legal."""
+    """What all ranks of one sharded KV cache hold; `Model` changes it.
+
+    Parameters
+    ----------
+    config
+        A legal configuration (`helix_spec.config.config_problem` returns None).
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -99,7 +145,20 @@ class State:
         self.admissions = 0
 
     def owners(self, request: Request, query_len: int) -> list[int]:
-        """Return the cp_rank of each of the next tokens."""
+        """Return the cp_rank of each of a request's next tokens.
+
+        Parameters
+        ----------
+        request
+            A request that is not preempted.
+        query_len
+            How many tokens.
+
+        Returns
+        -------
+        list of int
+            query_len cp_ranks.
+        """
         steps, prompt_len, shift = request.steps, request.prompt_len, request.shift
         return [
             decode_owner(self.layout, prompt_len, step, shift)
@@ -107,17 +166,49 @@ class State:
         ]
 
     def pages_of(self, ranks: list[list[int]]) -> list[int]:
-        """Return the pages that each rank holds for these positions (PAGE-1)."""
+        """Return how many pages each rank holds for these positions (PAGE-1, SPEC.md section 3.4).
+
+        Parameters
+        ----------
+        ranks
+            Positions of one request on each cp_rank; only their number counts.
+
+        Returns
+        -------
+        list of int
+            A number of pages for each cp_rank.
+
+        Examples
+        --------
+        >>> lazy = State(Config(layout="pr9757/1:C=2,T=2", pages=[9, 9], max_len=100))
+        >>> lockstep = State(Config(layout="pr17866/1:C=2,T=2", pages=[9, 9], max_len=100))
+        >>> ranks = [[0, 1, 4], [2, 3]]
+        >>> lazy.pages_of(ranks), lockstep.pages_of(ranks)
+        ([2, 1], [2, 2])
+        """
         t, c = self.layout.tokens_per_block, self.layout.cp_size
         if self.layout.pages == "lockstep":
             return [_blocks(sum(map(len, ranks)), t * c)] * c
         return [_blocks(len(positions), t) for positions in ranks]
 
     def writers(self, owner: int, held: int, total: int) -> list[tuple[int, bool]]:
-        """Return the ranks that need a page of the request's own for a token of this owner.
+        """Return the ranks that need a page of the request's own for a token (SPEC.md section 5.5).
 
-        The request has `total` tokens before it, `held` of them on the owner. Each rank comes
-        with whether the token opens a page there.
+        Under `lazy` that is the token's owner. Under `lockstep` it is every rank.
+
+        Parameters
+        ----------
+        owner
+            The cp_rank that owns the token.
+        held
+            Tokens of the request on its owner, before this one.
+        total
+            Tokens of the request on all ranks, before this one.
+
+        Returns
+        -------
+        list of tuple (int, bool)
+            Each cp_rank, and whether the token opens a page there: is the first in it.
         """
         t, c = self.layout.tokens_per_block, self.layout.cp_size
         if self.layout.pages == "lockstep":

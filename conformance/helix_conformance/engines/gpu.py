@@ -141,7 +141,7 @@ class GpuEngine:
 
     @classmethod
     def make_exchange(cls) -> MakeExchange:
-        """How partials travel in the group."""
+        """Return what makes the exchange by which partials travel in a group."""
         from helix_gpu.comm import exchange
 
         make: MakeExchange = getattr(exchange, cls.travel)

@@ -2,12 +2,12 @@
 
 - `arrays`: Q, K and V as arrays, the exact attention and its error bound;
 - `expectation`: what every rank must answer to an event, and hold after it;
-- `recorder`: plays the reference; the one module that knows it;
+- `recorder`: plays the reference; the one module that imports it;
 - `notation`, `cases`: the traces of which vectors are made, in words, each with its reason;
-- `vectors`: a stored list of expectations, its JSON form and schema; `shipped/FORMAT.md` says it
-  for people;
-- `making`: what the recorder says to the cases, as vectors: `python -m helix_conformance.expect`
-  writes the shipped set anew.
+- `vectors`: a stored list of expectations, its JSON form and schema; `shipped/FORMAT.md` describes
+  it for readers;
+- `making`: what the recorder expects of the cases, as vectors; `python -m
+  helix_conformance.expect` writes the shipped set anew.
 
 The set is generated and never edited. It lies in this package (`shipped/`), so that installed
 copies have it too; `conformance/vectors` leads there.

@@ -33,7 +33,25 @@ _FORMATS: dict[CacheDType, tuple[int, int]] = {
 
 
 def round_to(x: Array, dtype: CacheDType) -> Array:
-    """Each entry rounded to the type, ties to even, subnormals included."""
+    """Return each entry rounded to a dtype, ties to even, subnormals included.
+
+    Parameters
+    ----------
+    x : Array, float64 of any shape
+        Numbers that do not overflow in the dtype.
+    dtype
+        The dtype whose numbers are meant.
+
+    Returns
+    -------
+    Array, float64, of the shape of x
+        Numbers of that dtype.
+
+    Examples
+    --------
+    >>> round_to(np.array([1 / 3, 1.0625]), "float8_e4m3fn").tolist()
+    [0.34375, 1.0]
+    """
     precision, least_exponent = _FORMATS[dtype]
     step = np.ldexp(1.0, np.maximum(np.frexp(x)[1], least_exponent) - precision)
     rounded: Array = np.rint(x / step) * step
@@ -55,7 +73,17 @@ def _fold(state: Words, field: Ints) -> Words:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Identity and global position of n tokens, as columns."""
+    """Identity and global position of n tokens, as columns.
+
+    Parameters
+    ----------
+    events : Ints, int64 (n)
+        Index in the trace of the event that created each token.
+    places : Ints, int64 (n)
+        Each token's number in its event.
+    positions : Ints, int64 (n)
+        Global positions.
+    """
 
     events: Ints
     places: Ints
@@ -63,14 +91,51 @@ class Tokens:
 
 
 def token_columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
-    """Return tokens given by event, place in it and global position as columns."""
+    """Return tokens as columns.
+
+    Parameters
+    ----------
+    tokens
+        For each token its event, its number in that event and its global position.
+
+    Examples
+    --------
+    >>> token_columns([(0, 0, 0), (0, 1, 1), (3, 0, 2)]).positions.tolist()
+    [0, 1, 2]
+    """
     return Tokens(*np.array(tokens, dtype=np.int64).reshape(-1, 3).T)
 
 
 def entries(
     seed: int, tokens: Tokens, layers: int, tensor: Tensor, heads: Sequence[int], dim: int
 ) -> Array:
-    """Q, K or V before RoPE: shape (layers, n, heads, dim), multiples of 1/16 within +-4."""
+    """Return Q, K or V before RoPE (SPEC.md section 8).
+
+    Parameters
+    ----------
+    seed
+        The configuration's seed, 32 bits.
+    tokens
+        n tokens.
+    layers
+        Number of layers.
+    tensor
+        Which of the tokens' tensors.
+    heads
+        Numbers of the heads, over the whole model.
+    dim
+        Elements of a head.
+
+    Returns
+    -------
+    Array, float64 (layers, n, heads, dim)
+        Multiples of 1/16 within +-4.
+
+    Examples
+    --------
+    >>> entries(7, token_columns([(3, 2, 16)]), 2, "k", heads=[0], dim=4)[1, 0, 0].tolist()
+    [-3.625, -0.1875, 0.875, -2.9375]
+    """
     with np.errstate(over="ignore"):  # sums and products wrap
         state = _fold(np.zeros(1, dtype=np.uint32), np.array([seed - 0x9E3779B9], dtype=np.int64))
         for column in (tokens.events, tokens.places, tokens.positions):
@@ -84,7 +149,23 @@ def entries(
 
 
 def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
-    """Q before RoPE, all zero where a head is a probe: shape (layers, n, heads, dim)."""
+    """Return Q before RoPE; a head is zero where it is a probe.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    tokens
+        n tokens.
+    heads
+        Numbers of the query heads, over the whole model.
+
+    Returns
+    -------
+    Array, float64 (layers, n, heads, key_dim)
+    """
     q = entries(seed, tokens, model.layers, "q", heads, model.key_dim)
     group = model.q_heads // model.kv_heads
     columns = np.array(heads)
@@ -97,18 +178,38 @@ def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) 
 
 
 def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
-    """V before it is cached: shape (layers, n, heads, value_dim).
+    """Return V before it is cached; with a latent cache, the latent part of K.
 
-    With a latent cache it is the latent part of K.
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    tokens
+        n tokens.
+    heads
+        Numbers of the KV heads, over the whole model.
+
+    Returns
+    -------
+    Array, float64 (layers, n, heads, value_dim)
     """
     tensor: Tensor = "v" if model.latent is None else "k"
     return entries(seed, tokens, model.layers, tensor, heads, model.value_dim)
 
 
 class Rotated(NamedTuple):
-    """Rows after RoPE: `exact` float64, `stored` as they are kept.
+    """Rows of n tokens after RoPE: four arrays, float64 (layers, n, heads, dim).
 
-    Correct roundings lie between `lower` and `upper`, which are kept in the same types.
+    Parameters
+    ----------
+    exact
+        Entries before they are rounded.
+    stored
+        Entries as they are kept.
+    lower, upper
+        Between these, correct roundings lie; both are numbers of the dtype of `stored`.
     """
 
     exact: Array
@@ -118,23 +219,52 @@ class Rotated(NamedTuple):
 
     @property
     def uncertainty(self) -> Array:
-        """Per entry, how far apart two correct roundings may lie."""
+        """How far apart two correct roundings may lie, for each entry."""
         return self.upper - self.lower
 
     def between(self, first: int, end: int) -> Rotated:
-        """The rows of some of the tokens."""
+        """Return the rows of the tokens number `first` up to `end`, without `end`."""
         return Rotated(*(part[:, first:end] for part in self))
 
     def followed_by(self, rows: Rotated) -> Rotated:
-        """The rows of these tokens, and those of others behind them."""
+        """Return the rows of these tokens, and behind them those of others."""
         pairs = zip(self, rows, strict=True)
         return Rotated(*(np.concatenate(pair, axis=1) for pair in pairs))
 
 
 def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
-    """RoPE of rows (layers, n, heads, dim) at global positions (n), kept in these types in turn.
+    """Return rows rotated to global positions (POS-2, SPEC.md section 8).
 
-    The first `still` entries of a row are not turned.
+    Of the R = dim - still last elements, element d < R/2 is rotated with element d + R/2, by the
+    angle position * base**(-2d/R).
+
+    Parameters
+    ----------
+    x : Array, float64 (layers, n, heads, dim)
+        Rows before RoPE.
+    positions : Ints, int64 (n)
+        Global positions.
+    base
+        The model's `rope_base`.
+    *dtypes
+        Dtypes to which the rotated elements are rounded, one after the other.
+    still
+        How many of the first elements are not rotated.
+
+    Returns
+    -------
+    Rotated
+        Rows of the shape of x.
+
+    References
+    ----------
+    J. Su et al., "RoFormer", arXiv 2104.09864, section 3.4; the pairs are those of GPT-NeoX.
+
+    Examples
+    --------
+    >>> row = np.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> rope(row, np.array([1]), 10000.0, "bfloat16").stored.tolist()  # cosine and sine of 1
+    [[[[0.5390625, 0.83984375]]]]
     """
     turned = x[..., still:]
     half = turned.shape[-1] // 2
@@ -155,26 +285,86 @@ def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int
 
 
 def rotated_queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
-    """Q as it meets the keys: shape (layers, n, heads, key_dim)."""
+    """Return Q after RoPE, rounded to `dtype`.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    tokens
+        n tokens.
+    heads
+        Numbers of the query heads, over the whole model.
+
+    Returns
+    -------
+    Rotated
+        Arrays (layers, n, heads, key_dim).
+    """
     q, still = queries(model, seed, tokens, heads), model.key_dim - model.rope_dim
     return rope(q, tokens.positions, model.rope_base, model.dtype, still=still)
 
 
 def cached_keys(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
-    """K as it is cached: shape (layers, n, heads, key_dim)."""
+    """Return K as it is cached: rotated, rounded to `dtype`, then to the dtype of the cache.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    tokens
+        n tokens.
+    heads
+        Numbers of the KV heads, over the whole model.
+
+    Returns
+    -------
+    Rotated
+        Arrays (layers, n, heads, key_dim).
+    """
     k = entries(seed, tokens, model.layers, "k", heads, model.key_dim)
     types, still = (model.dtype, model.cached_dtype), model.key_dim - model.rope_dim
     return rope(k, tokens.positions, model.rope_base, *types, still=still)
 
 
 def cached_values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
-    """V as it is cached: shape (layers, n, heads, value_dim)."""
+    """Return V as it is cached: rounded to the dtype of the cache.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    tokens
+        n tokens.
+    heads
+        Numbers of the KV heads, over the whole model.
+
+    Returns
+    -------
+    Array, float64 (layers, n, heads, value_dim)
+    """
     return round_to(values(model, seed, tokens, heads), model.cached_dtype)
 
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of S tokens in one layer: arrays (S, kv_heads, key_dim or value_dim)."""
+    """Cached keys and values of S tokens in one layer.
+
+    Parameters
+    ----------
+    stored : Array, float64 (S, kv_heads, key_dim)
+        Keys as they are cached.
+    uncertainty : Array, float64 (S, kv_heads, key_dim)
+        How far apart two correct roundings of each entry of a key may lie.
+    values : Array, float64 (S, kv_heads, value_dim)
+        Values as they are cached.
+    """
 
     stored: Array
     uncertainty: Array
@@ -184,10 +374,45 @@ class KeysValues:
 def exact_attention(
     model: ModelShape, q: Array, q_uncertainty: Array, kv: KeysValues, ranks: Ints
 ) -> tuple[Array, Array]:
-    """Attention of one token over S keys: output (q_heads, value_dim), bound E (q_heads) (ATT-4).
+    """Return the attention of one token over S keys, and its bound E for each head (ATT-4).
 
-    q and q_uncertainty have shape (q_heads, key_dim); `ranks[j]` is the cp_rank that holds key j.
-    The terms are those of `helix_reference.attention.error_bound`.
+    SPEC.md section 9 has the formula and derives each term; `helix_reference.attention.error_bound`
+    has the same terms for one head.
+
+    Parameters
+    ----------
+    model
+        The model's attention: head counts, the scale, and the dtypes that roundings come from.
+    q : Array, float64 (q_heads, key_dim)
+        The token's query, after RoPE, as it is stored.
+    q_uncertainty : Array, float64 (q_heads, key_dim)
+        How far apart two correct roundings of each of its entries may lie.
+    kv
+        The S keys and values that the query sees; S is at least 1.
+    ranks : Ints, int64 (S)
+        The cp_rank that holds each key.
+
+    Returns
+    -------
+    output : Array, float64 (q_heads, value_dim)
+    bound : Array, float64 (q_heads)
+        E of each head, a Euclidean length over its value_dim elements.
+
+    Examples
+    --------
+    >>> model, tokens = ModelShape(), token_columns([(0, place, place) for place in range(5)])
+    >>> q = rotated_queries(model, 0, tokens, heads=range(4)).between(4, 5)
+    >>> k, v = (make(model, 0, tokens, range(2)) for make in (cached_keys, cached_values))
+    >>> kv = KeysValues(k.stored[0], k.uncertainty[0], v[0])
+    >>> ranks = np.array([0, 0, 1, 1, 0])
+    >>> output, bound = exact_attention(model, q.stored[0, 0], q.uncertainty[0, 0], kv, ranks)
+    >>> output.shape, bound.shape
+    ((4, 16), (4,))
+    >>> for dtype in ("float32", "bfloat16"):
+    ...     distance = np.linalg.norm(round_to(output, dtype) - output, axis=-1)
+    ...     print(dtype, (distance <= bound).tolist())
+    float32 [True, True, True, True]
+    bfloat16 [False, False, False, False]
     """
     width, scale, heads = model.key_dim, model.scale, model.kv_heads
     # The query heads of a group share a KV head: they are the rows of one matrix product.
@@ -229,7 +454,16 @@ def exact_attention(
 
 @dataclass(frozen=True)
 class Kept:
-    """K and V of a request's tokens as they are cached: arrays (layers, S, kv_heads, dim)."""
+    """K and V of the S tokens of one request, as they are cached.
+
+    Parameters
+    ----------
+    tokens
+        Identity of the token at each global position: its event and its number in that event.
+    keys
+        Arrays (layers, S, kv_heads, key_dim).
+    values : Array, float64 (layers, S, kv_heads, value_dim)
+    """
 
     tokens: list[tuple[int, int]]
     keys: Rotated
@@ -237,23 +471,51 @@ class Kept:
 
 
 class KeptRows:
-    """K and V of requests, worked out for new tokens and kept while the tokens stay the same."""
+    """K and V of requests: computed for new tokens, kept for those that stay the same.
+
+    Parameters
+    ----------
+    config
+        A legal configuration.
+
+    Examples
+    --------
+    >>> rows = KeptRows(Config(layout="pr9757/1:C=1,T=2", pages=[9], max_len=100))
+    >>> rows.of(0, [(0, 0), (0, 1), (0, 2)]).values.shape
+    (1, 3, 2, 16)
+    >>> rows.of(0, [(0, 0), (4, 0)]).keys.stored.shape  # position 1 was rewound and decoded again
+    (1, 2, 2, 16)
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.kept: dict[int, Kept] = {}
 
     def of(self, id: int, tokens: list[tuple[int, int]]) -> Kept:
-        """Return K and V of all tokens of a request."""
+        """Return K and V of all tokens of a request, by global position.
+
+        Parameters
+        ----------
+        id
+            The request.
+        tokens
+            Identity of the token at each global position: its event and its number in that event.
+        """
         self.work_out({id: tokens})
         return self.kept[id]
 
     def forget(self, id: int) -> None:
-        """Forget a request that was released."""
+        """Drop the rows of a request that was released."""
         self.kept.pop(id, None)
 
     def work_out(self, tokens_of: Mapping[int, list[tuple[int, int]]]) -> None:
-        """Work out K and V of the tokens of these requests that are new, of all in one go."""
+        """Compute K and V of the new tokens of several requests at once, and keep them.
+
+        Parameters
+        ----------
+        tokens_of
+            Of each request, the identity of the token at each global position.
+        """
         shape, heads = self.config.model, range(self.config.model.kv_heads)
         changed = {
             id: tokens
@@ -296,10 +558,25 @@ def _alike(some: Sequence[Any], others: Sequence[Any]) -> int:
 def token_attention(
     model: ModelShape, query: Rotated, kept: Kept, holders: Ints
 ) -> tuple[Array, Array]:
-    """Return the exact output of one token, and its bound E: arrays by layer and query head.
+    """Return the exact output of one token in every layer, and its bound E (ATT-4).
 
-    `query` is of this token alone, (layers, 1, q_heads, key_dim). The token sees the first
-    len(holders) tokens of its request; `holders[p]` is the cp_rank that holds position p.
+    The token sees the first S = len(holders) tokens of its request.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    query
+        The query of this token alone: arrays (layers, 1, q_heads, key_dim).
+    kept
+        K and V of the token's request: of S tokens or more.
+    holders : Ints, int64 (S)
+        The cp_rank that holds each global position.
+
+    Returns
+    -------
+    output : Array, float64 (layers, q_heads, value_dim)
+    bound : Array, float64 (layers, q_heads)
     """
     seen = slice(0, len(holders))
     layers = [
@@ -320,10 +597,32 @@ def token_attention(
 
 
 def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tuple[Array, Array]:
-    """What a merge supplies, by partial: outputs (C, n, heads, dim), log-sum-exps (C, n, heads).
+    """Return all C partials that a merge of n tokens supplies (SPEC.md sections 5.6 and 8).
 
-    The log-sum-exp is the natural one, -inf where the partial is of no keys; the output is 0
-    there. Every entry is exact in float32, those of outputs in every type.
+    Every entry is exact in float32, those of outputs in every dtype.
+
+    Parameters
+    ----------
+    config
+        The configuration: its seed and its model.
+    event
+        The merge.
+    heads
+        Numbers of the query heads, over the whole model.
+
+    Returns
+    -------
+    outputs : Array, float64 (C, n, heads, value_dim)
+        0 where a partial has no keys.
+    lses : Array, float64 (C, n, heads)
+        Natural log-sum-exps; -inf where a partial has no keys.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=2,T=1", pages=[1, 1], max_len=1)
+    >>> outputs, lses = supplied_partials(config, Merge([[0], [None]], order=[1, 0]), range(4))
+    >>> outputs.shape, lses[1, 0].tolist()
+    ((2, 1, 4, 16), [-inf, -inf, -inf, -inf])
     """
     n, outputs, lses = len(event.levels[0]), [], []
     for number, row in enumerate(event.levels):
@@ -337,11 +636,31 @@ def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tup
 
 
 def partial_of(config: Config, event: Merge, rank: int) -> tuple[Singles, Singles]:
-    """What a merge hands to a global rank: its output and log-sum-exp, both float32.
+    """Return what a merge of n tokens supplies to a rank: a partial for its query heads (MAP-1).
 
-    Output (n, heads, dim) and log-sum-exp (n, heads) of the query heads of its tensor-parallel
-    shard. Where the partial is of no keys the log-sum-exp is -inf, and the output NaN under
-    `config.poison`: memory that nothing was written to.
+    Parameters
+    ----------
+    config
+        The configuration. Under `config.poison` the output is NaN where the partial has no keys, as
+        memory is that was never written.
+    event
+        The merge.
+    rank
+        The global rank: tp_rank * C + cp_rank.
+
+    Returns
+    -------
+    output : Singles, float32 (n, heads, value_dim)
+        Of the q_heads / tp_size query heads of the rank's tp_rank.
+    lse : Singles, float32 (n, heads)
+        Natural log-sum-exps; -inf where the partial has no keys.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=2,T=1", pages=[1, 1], max_len=1)
+    >>> output, lse = partial_of(config, Merge([[0], [None]], order=[1, 0]), rank=0)
+    >>> bool(np.isnan(output).all()), lse.tolist()
+    (True, [[-inf, -inf, -inf, -inf]])
     """
     tp_rank, cp_rank = divmod(rank, config.layout.cp_size)
     per_shard = config.model.q_heads // config.tp_size
@@ -355,10 +674,34 @@ def partial_of(config: Config, event: Merge, rank: int) -> tuple[Singles, Single
 
 
 def exact_merge(model: ModelShape, outputs: Array, lses: Array) -> tuple[Array, Array]:
-    """The merge of partials (C, n, heads, dim) with log-sum-exps (C, n, heads), and its bound E.
+    """Return the merge of C partials of n tokens, and its bound E (ATT-4).
 
-    Returns (n, heads, dim) and (n, heads). The terms are those of
-    `helix_reference.attention.merge_bound`.
+    SPEC.md section 9, "Merges of supplied partials", has the formula and derives each term;
+    `helix_reference.attention.merge_bound` has the same terms for one head.
+
+    Parameters
+    ----------
+    model
+        The model's attention: the dtypes that roundings come from.
+    outputs : Array, float64 (C, n, heads, value_dim)
+        Finite numbers, also where a partial has no keys.
+    lses : Array, float64 (C, n, heads)
+        Natural log-sum-exps; -inf where a partial has no keys.
+
+    Returns
+    -------
+    output : Array, float64 (n, heads, value_dim)
+        0 where no partial has keys.
+    bound : Array, float64 (n, heads)
+        E, a Euclidean length over value_dim elements.
+
+    Examples
+    --------
+    >>> outputs = np.array([1.0, 4.0, 0.0]).reshape(3, 1, 1, 1)
+    >>> lses = np.array([np.log(2), 0.0, -np.inf]).reshape(3, 1, 1)
+    >>> output, bound = exact_merge(ModelShape(), outputs, lses)
+    >>> bool(abs(output.item() - 2) < 1e-15), output.shape, bound.shape
+    (True, (1, 1, 1), (1, 1))
     """
     top = lses.max(0)
     top = np.where(np.isinf(top), 0.0, top)
@@ -385,9 +728,26 @@ _NUMBERS: Final = re.compile("[<>|=]?[fiub][1248]")
 
 
 def as_array(rows: Any) -> Array:
-    """What an engine handed over (an array, nested lists, or an encoded array) as float64.
+    """Return what an engine handed over as a float64 array.
 
-    Raises TypeError, ValueError, KeyError or OverflowError when it is no array of numbers.
+    Parameters
+    ----------
+    rows
+        An array, nested lists of numbers, or what `encode_array` returns.
+
+    Returns
+    -------
+    Array, float64 of the shape of rows
+
+    Raises
+    ------
+    TypeError, ValueError, KeyError, OverflowError
+        When it is no array of numbers.
+
+    Examples
+    --------
+    >>> as_array(encode_array(np.float32([[0.5, 1.5]]))).tolist()
+    [[0.5, 1.5]]
     """
     with np.errstate(invalid="ignore"):  # memory that nobody wrote to may hold signalling NaNs
         if isinstance(rows, dict):

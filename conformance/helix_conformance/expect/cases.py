@@ -15,7 +15,29 @@ from helix_spec.layouts import layout_name, parse_layout
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """A trace, what it is there for, and how deep its expectations go."""
+    """A trace, what it exercises, and how deep its expectations go.
+
+    Parameters
+    ----------
+    name
+        Name of the case, and of its vector's file.
+    config
+        What every rank is started with; it may be illegal.
+    events
+        The trace.
+    invariants
+        Numbers of the invariants that it exercises.
+    notes
+        Sentences for whoever reads the vector.
+    depth
+        What the vector shows: lengths and block tables; cached rows too; outputs too.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=2,T=2", pages=[9] * 2, max_len=100)
+    >>> Case(name="tiny", config=config).plays("admit 0 3; decode 0", "OWN-3", "One step.").events
+    [Admit(id=0, prompt_len=3), Decode(ids=[0], query_lens=[1], pad=0)]
+    """
 
     name: str
     config: Config
@@ -29,7 +51,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     """State is written down after every so many events."""
 
     def shows_state(self, count: int) -> bool:
-        """Whether state is written down after so many events."""
+        """Return whether state is written down after the first `count` events."""
         return count % self.state_every == 0 or count == len(self.events)
 
     def plays(self, events: str, invariants: str, *notes: str) -> Case:
@@ -43,6 +65,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
             Numbers of the invariants that it exercises, with spaces between them.
         *notes
             Sentences for whoever reads the vector.
+
+        Returns
+        -------
+        Case
+            A new case; this one is not changed.
 
         Raises
         ------

@@ -17,7 +17,7 @@ from helix_spec.layouts import Layout
 
 
 class Page(Protocol):
-    """A page of one rank, whatever number an engine gives it."""
+    """A page of one rank, whatever number an engine gives it; equal only to itself."""
 
     @property
     def number(self) -> int:
@@ -25,11 +25,14 @@ class Page(Protocol):
 
     @property
     def holders(self) -> int:
-        """Requests that hold it; 0 when it is free."""
+        """Number of requests that hold it; 0 when it is free."""
 
 
 class Request(Protocol):
-    """A request as the recorder knows it; lists are by cp_rank but for `tokens`."""
+    """A request as the recorder knows it: what `helix_reference.state.Request` has.
+
+    The lists are by cp_rank, except for `tokens`.
+    """
 
     prompt_len: int
     shift: int
@@ -45,14 +48,20 @@ class Request(Protocol):
 
     @property
     def steps(self) -> int:
-        """Tokens decoded so far."""
+        """Number of tokens decoded since its prompt was placed."""
 
 
 class Rows(NamedTuple):
-    """Cached rows of one request on one rank, in local order.
+    """Cached rows of n tokens of one request on one rank, in local order.
 
-    `min_keys`, `max_keys` (layers, n, heads, key_dim): between which the rounded K must lie.
-    `values` (layers, n, heads, value_dim): V, exactly. `positions`: n global positions.
+    Parameters
+    ----------
+    positions
+        n global positions.
+    min_keys, max_keys : Array, float64 (layers, n, heads, key_dim)
+        The rounded K must lie between them.
+    values : Array, float64 (layers, n, heads, value_dim)
+        V, exactly.
     """
 
     positions: Sequence[int]
@@ -62,42 +71,71 @@ class Rows(NamedTuple):
 
 
 class State(Protocol):
-    """What all ranks hold, by live request and cp_rank. It is that of the latest expectation."""
+    """What all ranks hold, by live request and cp_rank, after the latest expectation.
+
+    One object is updated from event to event, so it must be read before the next expectation.
+    """
 
     @property
     def requests(self) -> Mapping[int, Request] | None:
-        """All requests, preempted ones too; None where a vector tells less."""
+        """All requests, preempted ones too; None of a vector, which shows less."""
 
     @property
     def live(self) -> Collection[int]:
-        """Requests that are not preempted."""
+        """Ids of the requests that are not preempted."""
 
     @property
     def preempted(self) -> list[int]:
-        """Preempted requests, rising."""
+        """Ids of the preempted requests, rising."""
 
     @property
     def free_pages(self) -> list[int]:
-        """Free pages of each cp_rank."""
+        """Number of free pages of each cp_rank."""
 
     def lengths(self, id: int) -> Sequence[int]:
-        """Return the tokens of a request on each cp_rank."""
+        """Return how many tokens of request `id` each cp_rank holds."""
 
     def tables(self, id: int) -> Sequence[Sequence[Page]]:
-        """Return the pages of a request on each cp_rank."""
+        """Return the pages of request `id` on each cp_rank, in local order."""
 
     def contents(self, id: int, rank: int) -> tuple[Any, int] | None:
         """Return what cached rows depend on, and how many slots were ever written.
 
-        Equal returns mean equal rows. None where a vector tells nothing of rows.
+        Equal returns mean equal rows.
+
+        Parameters
+        ----------
+        id
+            A live request.
+        rank
+            The cp_rank.
+
+        Returns
+        -------
+        tuple or None
+            Something to compare, and a number of slots: those from this local index on were never
+            written. None where a vector shows no rows.
         """
 
     def rows(self, id: int, rank: int, heads: range) -> Rows:
-        """Return the cached rows of a request on a cp_rank, for these KV heads."""
+        """Return the cached rows of a request on a rank.
+
+        Parameters
+        ----------
+        id
+            A live request.
+        rank
+            The cp_rank.
+        heads
+            Consecutive KV heads, numbered over the whole model.
+        """
 
 
 class Decoded(NamedTuple):
-    """What the ranks answer to an accepted decode; new tokens stand request after request."""
+    """What the ranks answer to an accepted decode; new tokens are in the order of its batch.
+
+    `position_ids` are the global positions of new tokens.
+    """
 
     past_len: Sequence[Sequence[int]]
     """Of each request of the batch, by cp_rank: tokens held before the step."""
@@ -111,9 +149,13 @@ class Decoded(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The exact output of one new token, and the bound E: (layers, q_heads, D), (layers, q_heads).
+    """The exact output of one new token, and its bound E (ATT-4); of a merge there is one layer.
 
-    Of a merge there is one layer.
+    Parameters
+    ----------
+    exact : Array, float64 (layers, q_heads, value_dim)
+    bound : Array, float64 (layers, q_heads)
+        E, a Euclidean length over value_dim elements.
     """
 
     exact: Array
@@ -122,22 +164,48 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """What every rank must answer to one event, and hold after it."""
+    """What every rank must answer to one event, and hold after it.
+
+    `event` is refused with the reason `refused`, or accepted where that is None.
+    """
 
     index: int
-    """Place of the event in its trace."""
+    """Index of the event in its trace."""
     event: Event
     refused: Reason | None = None
     decoded: Decoded | None = None
     """Of an accepted decode."""
     state: State | None = None
-    """State after the event; None where a vector says nothing of it."""
+    """State after the event; None where a vector does not show it."""
     outputs: Callable[[], Sequence[Output]] | None = None
-    """Outputs of an accepted decode or merge, worked out when asked for."""
+    """Outputs of an accepted decode or merge, computed when they are read."""
 
 
 def outcome_of(expected: Expectation | None, rank: int, layout: Layout) -> Outcome:
-    """Return what a cp_rank answers, without the output, its pages numbered as the model's."""
+    """Return what one rank must answer, without the attention output.
+
+    Parameters
+    ----------
+    expected
+        The expectation of the event; None before the first one, of a start that is not refused.
+    rank
+        The cp_rank.
+    layout
+        The layout; a slot is page * tokens_per_block + offset.
+
+    Returns
+    -------
+    Outcome
+        Its pages have the model's own numbers.
+
+    Examples
+    --------
+    >>> from helix_spec.events import Admit
+    >>> from helix_spec.layouts import parse_layout
+    >>> expected = Expectation(3, Admit(0, 99), refused=Reason.OUT_OF_PAGES)
+    >>> outcome_of(expected, rank=0, layout=parse_layout("pr9757/1:C=2,T=2")).reason.value
+    'out_of_pages'
+    """
     if expected is None or expected.decoded is None:
         return Outcome(None if expected is None else expected.refused)
     decoded, t = expected.decoded, layout.tokens_per_block

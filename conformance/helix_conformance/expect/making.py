@@ -1,4 +1,4 @@
-"""What the reference answers to a case, as a vector."""
+"""Makes vectors: what the recorder expects of each case, written down."""
 
 from __future__ import annotations
 
@@ -48,7 +48,24 @@ DIGITS = 9
 
 
 def make_vector(case: Case) -> Vector:
-    """The vector of a case: what the reference model answers, step by step."""
+    """Return the vector of a case: what the recorder expects, step by step.
+
+    Parameters
+    ----------
+    case
+        The case. Where its configuration is illegal, the vector says that no engine may start.
+
+    Returns
+    -------
+    Vector
+        Numbers that are not exact have 9 significant digits; bounds are rounded up.
+
+    Examples
+    --------
+    >>> case = next(case for case in CASES if case.name == "spec-11-2-step")
+    >>> make_vector(case).steps[0].state.local_len
+    {0: [4, 4, 3, 2]}
+    """
     legal = config_problem(case.config) is None
     writer = _Writer(case) if legal else None
     steps = [] if writer is None else [writer.step(event) for event in case.events]
@@ -214,7 +231,7 @@ _cut_each = np.vectorize(_cut)
 
 
 def make_all() -> dict[str, bytes]:
-    """Every file of the set, by name."""
+    """Return the content of every file of the set, by its name."""
     schema = msgspec.json.format(msgspec.json.encode(vector_schema()), indent=1) + b"\n"
     files = {f"{case.name}.json": dump_vector(make_vector(case)) for case in CASES}
     page = (SHIPPED / FORMAT_PAGE).read_bytes()
@@ -222,7 +239,20 @@ def make_all() -> dict[str, bytes]:
 
 
 def export(folder: Path) -> list[Path]:
-    """Write the set; returns where. Raises VectorError when the folder holds something else."""
+    """Write the set into a folder, and return the paths of its files.
+
+    Parameters
+    ----------
+    folder
+        An empty folder, one that this version wrote, or one that is not there yet.
+
+    Raises
+    ------
+    VectorError
+        When the folder holds a file that is not of the set; nothing is written.
+    OSError
+        When the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = make_all()
     strange = sorted(path.name for path in folder.iterdir() if path.name not in files)

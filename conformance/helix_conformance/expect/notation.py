@@ -33,6 +33,11 @@ def parse_events(text: str) -> list[Event]:
 
         and may be followed by `*N`: it happens N times in a row. An empty text lists none.
 
+    Returns
+    -------
+    list of Event
+        In the order of the text.
+
     Raises
     ------
     ValueError

@@ -1,4 +1,4 @@
-"""Plays the reference and says what must be answered; nothing else of the suite knows it."""
+"""Records what every rank must answer, by playing the reference; only this module imports it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,19 @@ class Recorder:
         self.state = ModelState(self.model)
 
     def next(self, event: Event) -> Expectation:
-        """Return the expectation of the next event; its state is good until the one after."""
+        """Return the expectation of the next event; its state must be read before the one after.
+
+        Parameters
+        ----------
+        event
+            The next event of the trace. A refused one counts, too: tokens are identified by the
+            index of their event.
+
+        Returns
+        -------
+        Expectation
+            Outputs are computed when they are read, which must be before the next event.
+        """
         model, index = self.model, self.model.events_seen
         if self._supports(event):
             refused = model.apply(event)
@@ -102,7 +114,13 @@ class Recorder:
 
 
 class ModelState:
-    """The state of the reference's model; see `expectation.State`."""
+    """The state of the reference's model; see `expectation.State`.
+
+    Parameters
+    ----------
+    model
+        The model; it is read anew at each call.
+    """
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -127,7 +145,7 @@ class ModelState:
         return [pool.free for pool in self._model.pools]
 
     def keep(self, event: Event) -> None:
-        """Forget the rows of a request that this event released."""
+        """Drop the kept rows of a request that this event released."""
         if isinstance(event, Release):
             self._kept.forget(event.id)
 
@@ -140,13 +158,13 @@ class ModelState:
         return self.requests[id].tables
 
     def contents(self, id: int, rank: int) -> tuple[list[tuple[int, tuple[int, int]]], int]:
-        """See `State.contents`."""
+        """Return what rows of request `id` on cp_rank `rank` depend on; see `State.contents`."""
         request = self.requests[id]
         held = [(position, request.tokens[position]) for position in request.ranks[rank]]
         return held, request.written[rank]
 
     def rows(self, id: int, rank: int, heads: range) -> Rows:
-        """See `State.rows`."""
+        """Return rows of request `id` on cp_rank `rank`, for KV heads `heads`; see `State.rows`."""
         request = self.requests[id]
         positions, mine = request.ranks[rank], slice(heads.start, heads.stop)
         kept = self._kept.of(id, request.tokens)
@@ -184,7 +202,25 @@ class ModelState:
 
 
 def record(trace: Trace, declared: Collection[str] = PROFILES) -> Iterator[Expectation]:
-    """Yield the expectation of each event of a trace whose configuration is legal."""
+    """Yield the expectation of each event of a trace.
+
+    Each must be read before the next is asked for: they share one state.
+
+    Parameters
+    ----------
+    trace
+        A trace whose configuration is legal.
+    declared
+        Profiles that the engine declares, as in `Recorder`.
+
+    Examples
+    --------
+    >>> from helix_spec.events import Admit, Decode
+    >>> config = Config(layout="pr9757/1:C=2,T=2", pages=[2, 2], max_len=9)
+    >>> trace = Trace(note="", config=config, events=[Admit(7, 3), Decode([7], [1]), Admit(7, 1)])
+    >>> [expected.refused and expected.refused.value for expected in record(trace)]
+    [None, None, 'duplicate_request']
+    """
     recorder = Recorder(trace.config, declared)
     for event in trace.events:
         yield recorder.next(event)

@@ -150,7 +150,13 @@ class Vector(_Part, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def dump_vector(vector: Vector) -> bytes:
-    """The JSON form: a header, then one row and one step a line."""
+    """Return the JSON form of a vector: a header, then each row and each step on a line of its own.
+
+    Returns
+    -------
+    bytes
+        UTF-8, of which `load_vector` reads the same vector.
+    """
     head = msgspec.to_builtins(vector, str_keys=True, enc_hook=encode_layout)
     head["config"] = _sparse(head["config"])
     parts = [
@@ -180,7 +186,24 @@ def _line(value: Any) -> str:
 
 
 def load_vector(path: Path) -> Vector:
-    """The vector in a file. Raises VectorError, naming file, line and field."""
+    """Return the vector in a file.
+
+    Parameters
+    ----------
+    path
+        A file that is named after its vector.
+
+    Raises
+    ------
+    VectorError
+        When it cannot be read or is no vector; the message names file, line and field.
+
+    Examples
+    --------
+    >>> path = Path(__file__).parent / "shipped/spec-11-2-step.json"
+    >>> load_vector(path).layout
+    'pr13180/1:C=4,T=2'
+    """
     try:
         data = path.read_bytes()
         vector = msgspec.json.decode(data, type=Vector, dec_hook=decode_layout)
@@ -197,9 +220,17 @@ def load_vector(path: Path) -> Vector:
 
 
 def load_vectors(folder: Path) -> list[Vector]:
-    """Return all vectors in a folder, by name.
+    """Return all vectors in a folder, sorted by the names of their files.
 
-    Raises VectorError when there is none, or a wrong one.
+    Parameters
+    ----------
+    folder
+        A folder; its `.json` files are vectors, except for the schema.
+
+    Raises
+    ------
+    VectorError
+        When there is none, or one is wrong; the message names file, line and field.
     """
     if not folder.is_dir():
         raise VectorError(f"{folder} is not a folder of vectors.")
@@ -296,7 +327,13 @@ class _LabelledPage:
 
 
 class VectorState:
-    """The state after a vector's latest step that tells of it; see `expectation.State`."""
+    """The state after a vector's latest step that shows one; see `expectation.State`.
+
+    Parameters
+    ----------
+    vector
+        The vector. Before its first step every page is free.
+    """
 
     requests: Mapping[int, Request] | None = None
 
@@ -307,7 +344,7 @@ class VectorState:
         """Of each cp_rank, the pages by their labels."""
 
     def show(self, state: State) -> None:
-        """Take the state after a step. Labels in no block table are not used any more."""
+        """Take over the state after a step; a label in no block table is that of a free page."""
         self.shown = state
         for rank, pages in enumerate(self.pages):
             held = Counter(label for t in state.block_tables.values() for label in t[rank])
@@ -317,7 +354,7 @@ class VectorState:
                 page.holders = held[label]
 
     def page(self, rank: int, label: int) -> _LabelledPage:
-        """Return the page that a label stands for on a cp_rank."""
+        """Return the page that `label` stands for on cp_rank `rank`."""
         return self.pages[rank].setdefault(label, _LabelledPage(label))
 
     @property
@@ -345,13 +382,13 @@ class VectorState:
         return [[self.page(rank, label) for label in t] for rank, t in enumerate(tables)]
 
     def contents(self, id: int, rank: int) -> tuple[list[int], int] | None:
-        """See `expectation.State.contents`."""
+        """Return what rows of request `id` on cp_rank `rank` depend on; see `State.contents`."""
         if self.shown.cached is None or self.shown.unwritten_from is None:
             return None
         return self.shown.cached[id][rank], self.shown.unwritten_from[id][rank]
 
     def rows(self, id: int, rank: int, heads: range) -> Rows:
-        """See `expectation.State.rows`."""
+        """Return rows of request `id` on cp_rank `rank`, for KV heads `heads`; see `State.rows`."""
         cached = (self.shown.cached or {})[id][rank]
         held = [self.vector.rows[row] for row in cached]
         mine, shape = slice(heads.start, heads.stop), self.vector.config.model
@@ -369,7 +406,22 @@ class VectorState:
 
 
 def expectations(vector: Vector) -> Iterator[Expectation]:
-    """Yield what a vector expects, step by step: its state is good until the next."""
+    """Yield what a vector expects of each of its steps.
+
+    Each must be read before the next is asked for: they share one state.
+
+    Parameters
+    ----------
+    vector
+        A vector; one that says that no engine may start has no steps.
+
+    Examples
+    --------
+    >>> path = Path(__file__).parent / "shipped/spec-11-2-step.json"
+    >>> first, second, *_ = expectations(load_vector(path))
+    >>> second.decoded.position_ids, second.decoded.owners
+    ([13], [0])
+    """
     state = VectorState(vector)
     for index, step in enumerate(vector.steps):
         if step.state is not None:
@@ -401,6 +453,6 @@ def _outputs(layers: Sequence[Sequence[Output]]) -> Expected:
 
 
 def vector_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a vector, generated from the types."""
+    """Return the JSON Schema (2020-12) of a vector, generated from the types."""
     schema: dict[str, Any] = unindented(msgspec.json.schema(Vector, schema_hook=layout_schema))
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,66 @@
+"""What the packages' tests of their docstrings share."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+
+def module_files(package: ModuleType) -> dict[str, Path]:
+    """Return the file of each module of a package, by the module's full name."""
+    folder = Path(next(iter(package.__path__)))
+    name = package.__name__
+    return {
+        ".".join((name, *file.relative_to(folder).with_suffix("").parts)): file
+        for file in sorted(folder.rglob("*.py"))
+    }
+
+
+def with_examples(files: dict[str, Path]) -> list[str]:
+    """Return the modules that have examples; `doctest.testmod` runs them."""
+    return [name for name, file in files.items() if ">>>" in file.read_text()]
+
+
+def undescribed(file: Path, fewest: int = 1) -> list[str]:
+    """Return the parameters that are in no docstring of a module's public functions.
+
+    Parameters
+    ----------
+    file
+        The module.
+    fewest
+        Functions with fewer parameters beside self are left out: their summary may say all.
+
+    Returns
+    -------
+    list of str
+        Function and parameter, where neither the section of parameters nor the first line names it.
+    """
+    missing = []
+    for function, node in _public(ast.parse(file.read_text())):
+        text = ast.get_docstring(node) or ""
+        first, _, rest = text.partition("\n")
+        described = re.split(r"\n[A-Z]\w+\n-+\n", rest.partition("Parameters\n---")[2])[0]
+        names = [one.arg for one in (*node.args.args, *node.args.kwonlyargs)]
+        names = [name for name in names if name not in ("self", "cls")]
+        missing += [
+            f"{function}: {name}"
+            for name in names
+            if len(names) >= fewest and not re.search(rf"\b{name}\b", f"{first}\n{described}")
+        ]
+    return missing
+
+
+def _public(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions and methods that others may call; kernels are launched by one that is."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            yield from _public(child, f"{prefix}{child.name}.")
+        if not isinstance(child, ast.FunctionDef):
+            continue
+        kernel = any("triton.jit" in ast.unparse(one) for one in child.decorator_list)
+        if (child.name == "__call__" or not child.name.startswith("_")) and not kernel:
+            yield f"{prefix}{child.name}", child
