@@ -23,7 +23,7 @@ from helix_conformance.generate.workload import WorkloadError, read_workload, sc
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.prove import ProveError
 from helix_conformance.prove import prove as prove_theorems
-from helix_conformance.report.command import BadInput, report, write_file
+from helix_conformance.report.command import FILE, BadInput, report, write_file
 from helix_conformance.report.html import show_page
 from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Stream, StreamError
 from helix_conformance.report.text import (
@@ -116,8 +116,6 @@ def main() -> None:
     """  # noqa: D301  # click keeps the lines of a paragraph that begins with a real backspace
 
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 _ENGINE_OPTIONS = [
     click.option(
         "--engine",
@@ -163,7 +161,7 @@ _ENGINE_OPTIONS = [
     click.option(
         "--json",
         "json_path",
-        type=_FILE,
+        type=FILE,
         help="Write the run as JSON lines; the last is the summary.",
     ),
 ]
@@ -232,7 +230,7 @@ def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--known",
     "known_path",
-    type=_FILE,
+    type=FILE,
     help="The engine's expected failures (TOML): they are named and do not fail the run; one that "
     "no longer fails does.",
 )
@@ -286,7 +284,7 @@ main.add_command(report)
 @click.option(
     "--html",
     "html_path",
-    type=_FILE,
+    type=FILE,
     help="Write a self-contained page instead, with a slider over the events.",
 )
 def show(trace_path: Path, html_path: Path | None) -> None:
@@ -345,13 +343,13 @@ def vectors_check(**options: Any) -> None:
 @click.option(
     "--json",
     "json_path",
-    type=_FILE,
+    type=FILE,
     help="Write the theorems, their verdicts, witnesses and kills as one JSON object.",
 )
 @click.option(
     "--stream",
     "stream_path",
-    type=_FILE,
+    type=FILE,
     help="Append the result to a run's JSON stream, for `helix-conformance report`.",
 )
 def prove(**options: Any) -> None:

@@ -74,7 +74,7 @@ def random_traces(
     coverage: Coverage | None = None,
     known: Known | None = None,
 ) -> Failure | None:
-    """Play random traces until one fails.
+    """Play random traces until one fails, and make that one small and sure if it fails again.
 
     Parameters
     ----------
@@ -107,20 +107,10 @@ def random_traces(
         failure = judged(driver, trace, profiles, tally, known, coverage=coverage)
         progress()
         if failure is not None:
-            tally.needed = tally.needed or Needed(tally.traces, time.perf_counter() - began)
-            return _explained(driver, trace, failure, profiles, tally, known)
-    return None
-
-
-def _explained(
-    driver: Driver,
-    trace: Trace,
-    failure: Failure,
-    profiles: frozenset[str],
-    tally: Tally,
-    known: Known,
-) -> Failure:
-    """Return the failure of a random trace, made small and sure if it repeats."""
+            break
+    else:
+        return None
+    tally.needed = tally.needed or Needed(tally.traces, time.perf_counter() - began)
     if _is_lost(driver, failure):
         return failure
     again = judged(driver, trace, profiles, tally, known)
