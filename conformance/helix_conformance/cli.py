@@ -248,8 +248,7 @@ def run(**options: Any) -> None:
         if options["workload"]:
             _play_workload(session, options)
         else:
-            names = ("layouts", "cp_sizes", "examples", "seed")
-            session.random(**{name: options[name] for name in names})
+            session.random(options["layouts"], options["cp_sizes"], options["examples"])
     console = _show(session, coverage=True)
     if left_out:
         print_lines(console, [f"This is a part of a run, not a whole one. {' '.join(left_out)}"])
@@ -419,13 +418,13 @@ def _show(session: Session, *, coverage: bool = False) -> Console:
 def _play_workload(session: Session, options: dict[str, Any]) -> None:
     """A workload on each layout and cp_size asked for."""
     requests = scaled(read_workload(options["workload"])[: options["limit"]], options["scale"])
-    workload_configs = [
+    configs = [
         _workload_config(name, cp_size, options)
         for name in options["layouts"] or ["pr9757"]
         for cp_size in options["cp_sizes"] or [4]
     ]
     batch, steps = options["batch"], options["max_steps"]
-    session.workload(requests, workload_configs, batch_limit=batch, max_steps=steps)
+    session.workload(requests, configs, batch_limit=batch, max_steps=steps)
 
 
 def _cases(folder: Path, layouts: tuple[str, ...]) -> list[tuple[Path, Vector]]:
