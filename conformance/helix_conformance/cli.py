@@ -376,6 +376,7 @@ def serve(engine: str) -> None:
 @contextmanager
 def _session(options: dict[str, Any]) -> Iterator[Session]:
     """A session with these options, a bar on the terminal's error stream beside it."""
+    known = Known.read(options["known_path"]) if options.get("known_path") else Known()
     names = {"ranks": "ranks", "backend": "backend", "deadline": "deadline_s"}
     setup = {name: options[option] for option, name in names.items()}
     if options["driver_name"] in LAUNCHED:  # goes on as rank 0 of the processes that are launched
@@ -393,7 +394,7 @@ def _session(options: dict[str, Any]) -> Iterator[Session]:
         options["driver_name"],
         options["asked"],
         **setup,
-        known=Known.read(options["known_path"]) if options.get("known_path") else Known(),
+        known=known,
         stream=Stream(options["json_path"]),
         folder=options.get("folder"),
         progress=bar,
