@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.report.html import seed_example, show_page
+from helix_conformance.report.html import show_page
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Fork
 from helix_spec.trace import Trace
+from suite_testing.picture import seed_example
 
 if TYPE_CHECKING:
     from selenium.webdriver.remote.webdriver import WebDriver

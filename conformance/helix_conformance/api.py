@@ -132,14 +132,8 @@ def check(
     'pass'
     """
     refuse_unknown(layouts, profiles, driver)
-    session = Session(
-        engine,
-        driver,
-        profiles,
-        ranks=ranks,
-        deadline_s=deadline_s,
-        known=Known.read(Path(known)) if known else Known(),
-    )
+    ledger = Known.read(Path(known)) if known else Known()
+    session = Session(engine, driver, profiles, ranks=ranks, deadline_s=deadline_s, known=ledger)
     options = {
         "layouts": list(layouts),
         "cp_sizes": list(cp),
@@ -149,6 +143,6 @@ def check(
         "seed": seed,
     }
     session.begin("check", options)
-    session.random(layouts, cp, examples, seed)
+    session.random(layouts, cp, examples)
     session.summary()
     return Report(session)

@@ -23,7 +23,7 @@ from helix_conformance.generate.workload import WorkloadError, read_workload, sc
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.prove import ProveError
 from helix_conformance.prove import prove as prove_theorems
-from helix_conformance.report.command import BadInput, report, write_file
+from helix_conformance.report.command import FILE, BadInput, report, write_file
 from helix_conformance.report.html import show_page
 from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Stream, StreamError
 from helix_conformance.report.text import (
@@ -116,8 +116,6 @@ def main() -> None:
     """  # noqa: D301  # click keeps the lines of a paragraph that begins with a real backspace
 
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
 _ENGINE_OPTIONS = [
     click.option(
         "--engine",
@@ -163,7 +161,7 @@ _ENGINE_OPTIONS = [
     click.option(
         "--json",
         "json_path",
-        type=_FILE,
+        type=FILE,
         help="Write the run as JSON lines; the last is the summary.",
     ),
 ]
@@ -232,7 +230,7 @@ def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--known",
     "known_path",
-    type=_FILE,
+    type=FILE,
     help="The engine's expected failures (TOML): they are named and do not fail the run; one that "
     "no longer fails does.",
 )
@@ -250,8 +248,7 @@ def run(**options: Any) -> None:
         if options["workload"]:
             _play_workload(session, options)
         else:
-            names = ("layouts", "cp_sizes", "examples", "seed")
-            session.random(**{name: options[name] for name in names})
+            session.random(options["layouts"], options["cp_sizes"], options["examples"])
     console = _show(session, coverage=True)
     if left_out:
         print_lines(console, [f"This is a part of a run, not a whole one. {' '.join(left_out)}"])
@@ -286,7 +283,7 @@ main.add_command(report)
 @click.option(
     "--html",
     "html_path",
-    type=_FILE,
+    type=FILE,
     help="Write a self-contained page instead, with a slider over the events.",
 )
 def show(trace_path: Path, html_path: Path | None) -> None:
@@ -345,13 +342,13 @@ def vectors_check(**options: Any) -> None:
 @click.option(
     "--json",
     "json_path",
-    type=_FILE,
+    type=FILE,
     help="Write the theorems, their verdicts, witnesses and kills as one JSON object.",
 )
 @click.option(
     "--stream",
     "stream_path",
-    type=_FILE,
+    type=FILE,
     help="Append the result to a run's JSON stream, for `helix-conformance report`.",
 )
 def prove(**options: Any) -> None:
@@ -379,6 +376,7 @@ def serve(engine: str) -> None:
 @contextmanager
 def _session(options: dict[str, Any]) -> Iterator[Session]:
     """A session with these options, a bar on the terminal's error stream beside it."""
+    known = Known.read(options["known_path"]) if options.get("known_path") else Known()
     names = {"ranks": "ranks", "backend": "backend", "deadline": "deadline_s"}
     setup = {name: options[option] for option, name in names.items()}
     if options["driver_name"] in LAUNCHED:  # goes on as rank 0 of the processes that are launched
@@ -396,7 +394,7 @@ def _session(options: dict[str, Any]) -> Iterator[Session]:
         options["driver_name"],
         options["asked"],
         **setup,
-        known=Known.read(options["known_path"]) if options.get("known_path") else Known(),
+        known=known,
         stream=Stream(options["json_path"]),
         folder=options.get("folder"),
         progress=bar,
@@ -421,13 +419,13 @@ def _show(session: Session, *, coverage: bool = False) -> Console:
 def _play_workload(session: Session, options: dict[str, Any]) -> None:
     """A workload on each layout and cp_size asked for."""
     requests = scaled(read_workload(options["workload"])[: options["limit"]], options["scale"])
-    workload_configs = [
+    configs = [
         _workload_config(name, cp_size, options)
         for name in options["layouts"] or ["pr9757"]
         for cp_size in options["cp_sizes"] or [4]
     ]
     batch, steps = options["batch"], options["max_steps"]
-    session.workload(requests, workload_configs, batch_limit=batch, max_steps=steps)
+    session.workload(requests, configs, batch_limit=batch, max_steps=steps)
 
 
 def _cases(folder: Path, layouts: tuple[str, ...]) -> list[tuple[Path, Vector]]:

@@ -72,7 +72,7 @@ def random_traces(
     coverage: Coverage | None = None,
     known: Known | None = None,
 ) -> Failure | None:
-    """Play random traces until one fails.
+    """Play random traces until one fails, and make that one small and sure if it fails again.
 
     Parameters
     ----------
@@ -318,13 +318,7 @@ class Session:
         )
         return left_out
 
-    def random(
-        self,
-        layouts: Sequence[str] = (),
-        cp_sizes: Sequence[int] = (),
-        examples: int | None = None,
-        seed: int | str = 0,
-    ) -> None:
+    def random(self, layouts: Sequence[str], cp_sizes: Sequence[int], examples: int | None) -> None:
         """Play random traces of each layout, on each driver; all layouts and sizes when empty."""
         names = layouts or LAYOUT_NAMES
         for engine, driver in self._drivers():
@@ -342,7 +336,7 @@ class Session:
                     cp_sizes=sizes,
                     tp_sizes=(1,) if cp_sizes else (1, 2),
                     examples=count,
-                    seed=seed,
+                    seed=self.seed or 0,
                     tally=tally,
                     known=self.known,
                     progress=self.progress(f"{name} ({driver.name})", count),
@@ -355,23 +349,21 @@ class Session:
             self._cover(engine, driver, coverage)
 
     def workload(
-        self,
-        requests: Sequence[Request],
-        workload_configs: Sequence[Config],
-        *,
-        batch_limit: int,
-        max_steps: int,
+        self, requests: Sequence[Request], configs: Sequence[Config], **limits: int
     ) -> None:
-        """Play a workload with each of these configurations. Raises WorkloadError."""
+        """Play a workload with each of these configurations, in the limits of `check_workload`.
+
+        Raises WorkloadError.
+        """
         # Playing makes no cycles; a collector that walks millions of tokens costs a quarter more.
         gc.set_threshold(1_000_000)
         for engine, driver in self._drivers():
             profiles = profiles_to_check(driver.profiles, self.profiles)
-            layouts = [layout_name(config.layout) for config in workload_configs]
-            sizes = [config.layout.cp_size for config in workload_configs]
+            layouts = [layout_name(config.layout) for config in configs]
+            sizes = [config.layout.cp_size for config in configs]
             needs = at_hand(driver.profiles, layouts=layouts, cp_sizes=sizes, random=False)
             coverage = Coverage(needs)
-            for config in workload_configs:
+            for config in configs:
                 check_world(driver, config.world_size)
                 name, tally = str(config.layout), Tally()
                 failure = check_workload(
@@ -379,8 +371,7 @@ class Session:
                     config,
                     requests,
                     profiles,
-                    batch_limit=batch_limit,
-                    max_steps=max_steps,
+                    **limits,
                     tally=tally,
                     released=self.progress(name, len(requests)),
                     coverage=coverage,

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 import pytest
 
+from helix_conformance import session
 from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.opening import default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
@@ -25,13 +26,6 @@ from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.judge.xfail import PARTING, Difference, Known, LedgerError, void_sentence
 from helix_conformance.report.stream import save_trace
 from helix_conformance.report.text import failure_text, replay_text
-from helix_conformance.session import (
-    SessionError,
-    default_examples,
-    drawn_sizes,
-    layout_run,
-    refuse_unknown,
-)
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
@@ -82,19 +76,19 @@ class Suite:
         self.layouts: Sequence[str] = options.helix_layouts or LAYOUT_NAMES
         self.asked: Sequence[str] = options.helix_profiles or ()
         names = ("--helix-layout", "--helix-profile", "--helix-driver")
-        refuse_unknown(self.layouts, self.asked, options.helix_driver, names)
+        session.refuse_unknown(self.layouts, self.asked, options.helix_driver, names)
         try:
             self.known = Known.read(options.helix_known) if options.helix_known else Known()
         except LedgerError as error:
-            raise SessionError(f"--helix-known: {error}") from error
+            raise session.SessionError(f"--helix-known: {error}") from error
         if not any(map(self.known.runs, self.layouts)):
-            raise SessionError(
+            raise session.SessionError(
                 "--helix-known: the ledger says that none of the layouts may be run."
             )
         try:
             default_driver(self.engine)
         except EngineSpecError as error:
-            raise SessionError(f"--helix-engine: {error}") from error
+            raise session.SessionError(f"--helix-engine: {error}") from error
         self._verdicts: dict[str, _Verdicts] = {}
 
     @cached_property
@@ -116,25 +110,22 @@ class Suite:
     @property
     def tests(self) -> list[tuple[str, list[str]]]:
         """By profile, the names of its tests: its invariants, and for a feature its traces."""
-        by_profile = [
-            (profile, [number for number in NUMBERS if profile in profiles_of(number)])
-            for profile in (*PROFILES, EVERY)
-        ]
-        return [
-            (profile, [*names, TRACES] if profile in FEATURES else names)
-            for profile, names in by_profile
-        ]
+        found = []
+        for profile in (*PROFILES, EVERY):
+            names = [number for number in NUMBERS if profile in profiles_of(number)]
+            found.append((profile, [*names, TRACES] if profile in FEATURES else names))
+        return found
 
     @property
     def examples(self) -> int:
         """Random traces for each layout."""
         given: int | None = self.options.helix_examples
-        return given or default_examples(self.driver.name)
+        return given or session.default_examples(self.driver.name)
 
     @property
     def cp_sizes(self) -> list[int]:
         """The cp_sizes to draw from."""
-        return drawn_sizes(self.driver, self.options.helix_cps or ())
+        return session.drawn_sizes(self.driver, self.options.helix_cps or ())
 
     def header(self) -> Iterator[str]:
         """The engine and every setting that was read."""
@@ -243,7 +234,7 @@ class Suite:
             known, tally = Known(self.known.differences), Tally()
             known.found = set(failures)
             try:
-                checked, failure = layout_run(
+                checked, failure = session.layout_run(
                     self.driver,
                     layout,
                     self.asked,

@@ -15,13 +15,14 @@ from helix_conformance.drive.driver import Answer
 from helix_conformance.generate.strategies import configs, traces
 from helix_conformance.judge.failure import Violation
 from helix_conformance.report.diagram import MAX_REQUESTS, MAX_STOPS, Box, Panel, diagram, scene
-from helix_conformance.report.html import picture, seed_example
+from helix_conformance.report.html import picture
 from helix_conformance.report.stream import FailureLine
 from helix_reference.model import Model
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Accept, Admit, Decode, Fork, Reason
 from helix_spec.trace import Trace, dump_trace
+from suite_testing.picture import seed_example
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,6 +220,6 @@ def test_show_writes_a_page(tmp_path):
 
 
 def test_the_readmes_picture_is_drawn_by_this_code():
-    """`python -m helix_conformance.report.html` was run after the last change of the drawing."""
+    """`python -m suite_testing.picture` was run after the last change of the drawing."""
     assert picture(seed_example()) == (ROOT / "conformance" / "placement.svg").read_text()
     assert "conformance/placement.svg" in (ROOT / "README.md").read_text()

@@ -34,8 +34,9 @@ VIEWS: Final[dict[str, tuple[str, Callable[[Record], object]]]] = {
 _STREAMS = click.Argument(
     ["streams"], metavar="STREAM.jsonl...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
-_FILE = click.Path(dir_okay=False, path_type=Path)
-_OPTIONS = [click.Option([f"--{name}"], type=_FILE, help=what) for name, (what, _) in VIEWS.items()]
+FILE: Final = click.Path(dir_okay=False, path_type=Path)
+"""A file that a command reads or writes."""
+_OPTIONS = [click.Option([f"--{name}"], type=FILE, help=what) for name, (what, _) in VIEWS.items()]
 
 
 @click.command(params=[_STREAMS, *_OPTIONS])

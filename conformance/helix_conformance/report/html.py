@@ -7,7 +7,6 @@ rest. Everything that comes from a trace or a stream is escaped by the templates
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -16,11 +15,8 @@ from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.report.diagram import diagram, scene
 from helix_conformance.report.stream import Record
 from helix_conformance.report.text import event_text, trace_text, value_text
-from helix_spec.config import Config
 from helix_spec.engine import PROFILES
-from helix_spec.events import Admit, Decode, Event
 from helix_spec.invariants import sentence
-from helix_spec.layouts import named_layout
 from helix_spec.trace import Trace
 
 _ENVIRONMENT = jinja2.Environment(
@@ -94,31 +90,3 @@ def picture(panels: Sequence[tuple[str, Trace]]) -> str:
         SVG.
     """
     return _render("picture.svg.j2", stills=[(head, diagram(trace)) for head, trace in panels])
-
-
-def seed_example() -> list[tuple[str, Trace]]:
-    """Return pull request 9757's own example: 400 prompt tokens, pages of 100, 4 ranks, 400 steps.
-
-    Returns
-    -------
-    list of (str, Trace)
-        What `picture` takes: the prompt alone, and both layouts 400 steps later.
-    """
-
-    def trace(layout: str, steps: int) -> Trace:
-        rule = named_layout(layout, cp_size=4, tokens_per_block=100)
-        config = Config(layout=rule, pages=[9] * 4, max_len=1000)
-        decodes: list[Event] = [Decode([0], [1])] * steps
-        return Trace(config=config, events=[Admit(0, 400), *decodes])
-
-    return [
-        ("The prompt", trace("pr9757", 0)),
-        ("400 steps later, before pull request 9757", trace("before_9757", 400)),
-        ("400 steps later, since pull request 9757", trace("pr9757", 400)),
-    ]
-
-
-if __name__ == "__main__":
-    target = Path(__file__).parents[2] / "placement.svg"
-    target.write_text(picture(seed_example()), encoding="utf-8")
-    print(f"wrote {target}")

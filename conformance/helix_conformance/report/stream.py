@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
@@ -626,18 +625,6 @@ def stream_schema() -> dict[str, Any]:
         unread += [types[name] for name in new]
     schema["$defs"] = {name: types[name] for name in types if name in named}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def published_schema() -> dict[str, Any]:
-    """Return the JSON Schema as it is shipped with this package.
-
-    Returns
-    -------
-    dict
-        The content of `stream.schema.json`.
-    """
-    text = files("helix_conformance.report").joinpath(SCHEMA_FILE).read_bytes()
-    return msgspec.json.decode(text, type=dict[str, Any])
 
 
 if __name__ == "__main__":

@@ -14,15 +14,8 @@ from typing import Any
 
 import msgspec
 from msgspec import NODEFAULT
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Column, Table
 
 from helix_conformance.expect.expectation import Request
@@ -39,7 +32,7 @@ from helix_spec.trace import Trace
 # A run
 
 
-def progress_bar(console: Console, *more: ProgressColumn) -> Progress:
+def progress_bar(console: Console, *more: progress.ProgressColumn) -> progress.Progress:
     """Return a bar that counts what is done, gone when it ends.
 
     Parameters
@@ -54,9 +47,9 @@ def progress_bar(console: Console, *more: ProgressColumn) -> Progress:
     Progress
         To be entered.
     """
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    what = TextColumn("{task.description}")
-    return Progress(what, *columns, *more, console=console, transient=True)
+    what = progress.TextColumn("{task.description}")
+    counts = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
+    return progress.Progress(what, *counts, *more, console=console, transient=True)
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
