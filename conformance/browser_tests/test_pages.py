@@ -117,7 +117,7 @@ def test_the_slider_moves_by_keyboard(browser, tmp_path):
     opened(browser, page_of(tmp_path, seed_example()[2][1]))
     slider = browser.find_element(CSS, "input[type=range]")
     tokens = ".diagram .scroll .token"
-    assert {"0\u201399", "400\u2013499"} <= {e.text for e in shown(browser, f"{tokens} text")}
+    assert {e.text for e in shown(browser, f"{tokens} text")} >= {"0\u201399", "400\u2013499"}
     slider.send_keys(Keys.HOME)
     assert shown(browser, tokens) == []
     slider.send_keys(Keys.ARROW_RIGHT)

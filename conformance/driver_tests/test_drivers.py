@@ -51,7 +51,7 @@ def environment(monkeypatch):
     left = processes_of(token)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    assert [] == left, "a run has left processes behind"
+    assert left == [], "a run has left processes behind"
 
 
 def processes_of(token, *, within_s=10):
@@ -120,14 +120,14 @@ def test_one_seed_has_one_verdict(helix, tmp_path, driver):
     words = ["run", "--engine", "suite_testing.broken:Liar", "--cp", 2, "--examples", 20]
     words += ["--ranks", 2, "--layout", "pr9757", "--layout", "balanced", "--seed", 3]
     status, output, lines = helix(*words, "--driver", driver)
-    assert 1 == status, output
-    assert "fail" == lines[-1]["verdict"]
+    assert status == 1, output
+    assert lines[-1]["verdict"] == "fail"
     failures = [line for line in lines if line["kind"] == "failure"]
-    assert [["LEN-2"]] * 2 == [[v["invariant"] for v in f["violations"]] for f in failures]
+    assert [[v["invariant"] for v in f["violations"]] for f in failures] == [["LEN-2"]] * 2
     for name in ("pr9757", "balanced"):
         trace = load_trace(tmp_path / "helix-failures" / f"{name}-{driver}.json")
-        assert f"{name}/1:C=2,T=1" == str(trace.config.layout)
-        assert [Admit(0, 1), Decode([0], [1])] == trace.events
+        assert str(trace.config.layout) == f"{name}/1:C=2,T=1"
+        assert trace.events == [Admit(0, 1), Decode([0], [1])]
 
 
 MISCHIEF = {
@@ -154,13 +154,13 @@ def test_rank_in_trouble_is_named(helix, stored, driver, mischief):
     path = stored(mischief)
     words = ["replay", path, "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
-    assert 3 == status, output
-    assert "error" == lines[-1]["verdict"]
+    assert status == 3, output
+    assert lines[-1]["verdict"] == "error"
     (failure,) = (line for line in lines if line["kind"] == "failure")
     assert failure["engine_failure"].startswith("Rank 1 ")
     assert MISCHIEF[mischief] in failure["engine_failure"]
     assert failure["engine_failure"].endswith("(at event 1).")
-    assert ["admit", "decode"] == [event["event"] for event in failure["trace"]["events"]]
+    assert [event["event"] for event in failure["trace"]["events"]] == ["admit", "decode"]
 
 
 @pytest.mark.parametrize("driver", PROCESSES)
@@ -168,7 +168,7 @@ def test_flood_that_answers_is_no_failure(helix, stored, driver):
     """An engine that prints 20 MB and then answers passes."""
     words = ["replay", stored(7), "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, _ = helix(*words, "--ranks", 2, "--deadline", 20)
-    assert 0 == status, output
+    assert status == 0, output
 
 
 @pytest.mark.holds("LIVE-1")
@@ -177,10 +177,10 @@ def test_killed_supervisor(helix, stored, driver):
     """A killed supervisor ends the run, which names its rank and the event."""
     words = ["replay", stored(9), "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
-    assert 3 == status, output
+    assert status == 3, output
     assert "Rank 1 has a supervisor that was ended (at event 1)." in output
-    assert ["settings", "summary"] == [lines[0]["kind"], lines[-1]["kind"]]
-    assert "error" == lines[-1]["verdict"]
+    assert [lines[0]["kind"], lines[-1]["kind"]] == ["settings", "summary"]
+    assert lines[-1]["verdict"] == "error"
 
 
 @pytest.mark.parametrize("driver", TORN)
@@ -188,9 +188,9 @@ def test_killed_supervisor_of_rank_0(helix, stored, driver):
     """When the judge itself is killed the others leave, and what it knew is on disk."""
     words = ["replay", stored(10), "--engine", "suite_testing.broken:Mischief", "--driver", driver]
     status, output, lines = helix(*words, "--ranks", 2, "--deadline", 5)
-    assert 3 == status, output
+    assert status == 3, output
     assert "have ended without a verdict" in output
-    assert ["settings"] == [line["kind"] for line in lines]
+    assert [line["kind"] for line in lines] == ["settings"]
 
 
 @pytest.mark.parametrize("driver", TORN)
@@ -205,7 +205,7 @@ def test_launched_from_outside(helix, stored, driver, mischief, verdict):
     )
     assert (verdict == "pass") == (status == 0), output
     if driver == "mpi" and verdict == "error":
-        assert 3 == status
+        assert status == 3
     assert verdict == lines[-1].get("verdict")
 
 
@@ -214,11 +214,11 @@ def test_bad_input_under_mpiexec(helix, environment):
     """What rank 0 alone finds wrong ends all processes, with status 2."""
     words = ["run", "--engine", "suite_testing.broken:Mischief", "--driver", "mpi", "--cp", 3]
     status, output, _ = helix(*words, launched_by=LAUNCHERS["mpi"])
-    assert 2 == status, output
+    assert status == 2, output
     assert "3 ranks are needed, and the mpi has 2" in output
     words = ["run", "--workload", __file__, "--engine", "suite_testing.broken:Mischief"]
     status, output, _ = helix(*words, "--driver", "mpi", launched_by=LAUNCHERS["mpi"])
-    assert 2 == status, output
+    assert status == 2, output
 
 
 @pytest.mark.holds("LIVE-1")
@@ -227,7 +227,7 @@ def test_crash_among_engines_that_wait(helix, stored):
     """Of four things that fail at once, the rank that died is named, not those that miss it."""
     words = ["replay", stored(1), "--engine", "suite_testing.broken:Trouble", "--driver", "mpi"]
     status, output, _ = helix(*words, "--ranks", 2, "--deadline", 5)
-    assert 3 == status, output
+    assert status == 3, output
     assert "Rank 1 died with signal SIGKILL" in output
 
 
@@ -237,7 +237,7 @@ def test_whole_implementation(helix, driver):
     """This project's implementation passes on 4 ranks, with all profiles."""
     words = ["run", "--driver", driver, "--layout", "pr9757", "--cp", 4, "--examples", 10]
     status, output, lines = helix(*words)
-    assert 0 == status, output
+    assert status == 0, output
     assert "attention" in lines[-1]["profiles_checked"]
 
 
@@ -246,7 +246,7 @@ def test_killed_suite_leaves_no_children(tmp_path, environment):
     words = ["run", "--engine", "reference", "--driver", "stdio", "--examples", "10000"]
     suite = subprocess.Popen([BESIDE / "helix-conformance", *words], cwd=tmp_path, env=environment)
     while len(processes_of(environment["HELIX_TEST"], within_s=0)) < 3:
-        assert None is suite.poll()
+        assert suite.poll() is None
         time.sleep(0.1)
     suite.kill()
     suite.wait()

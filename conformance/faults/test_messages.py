@@ -58,7 +58,7 @@ def test_a_served_engine_is_sent_no_request(line: bytes) -> None:
     command = [sys.executable, "-m", "helix_conformance.drive.serve", "gpu-ledger"]
     told = line_of(Hello(1)) + line_of(Observe(2)) + line + b"\n" + line_of(Hello(3))
     done = subprocess.run(command, input=told, capture_output=True, timeout=60)
-    assert 1 == done.returncode
+    assert done.returncode == 1
     ready, early = done.stdout.splitlines()
     assert b'"type":"ready","seq":1' in ready
     assert b'"seq":2,"what":"was asked before it was started"' in early
@@ -86,7 +86,7 @@ def test_a_supervisor_sends_rubbish(line: tuple[Lines, socket.socket]) -> None:
     rank.ask(b"", [Due(1, Ready, 5)])
     with pytest.raises(EngineFailure, match="gave a malformed answer: ") as failure:
         collect([rank], 1, 5)
-    assert (2, 5) == (failure.value.rank, failure.value.event)
+    assert (failure.value.rank, failure.value.event) == (2, 5)
 
 
 @pytest.mark.parametrize("rubbish", NONE)

@@ -28,8 +28,8 @@ def test_each_mistake_meets_its_fate() -> None:
     ]
     trials = mutation.Trials("transfer", [])
     fates = {mistake.becomes: how for mistake, how in trials.of(mistakes)}
-    assert [None, "tests", "tests", "time", "tests"] == [fates[m.becomes] for m in mistakes]
-    assert 3 == trials.noticed.total()
+    assert [fates[m.becomes] for m in mistakes] == [None, "tests", "tests", "time", "tests"]
+    assert trials.noticed.total() == 3
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,11 +46,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: object, monkeypatch: pytest.Mo
             return [(mistake, None) for mistake in mistakes]
 
     monkeypatch.setattr(mutation, "Trials", Untried)
-    assert 2 == len(list(mutation.fates_of("transfer", found[:2], [])))
+    assert len(list(mutation.fates_of("transfer", found[:2], []))) == 2
     with mutation.KEPT.open("ab") as cut_off:
         cut_off.write(b'{"state": "0123')
     assert {*found} == {mistake for mistake, _ in mutation.fates_of("transfer", found, [])}
     assert found == tried
     monkeypatch.setattr(mutation, "state_of", lambda module: "other sources")
     list(mutation.fates_of("transfer", found, []))
-    assert 6 == len(tried)
+    assert len(tried) == 6

@@ -83,7 +83,7 @@ def test_a_resumed_run_reaches_the_same_state(pool: PoolDriver, tmp_path: Path) 
     part = Trace(config=trace.config, events=trace.events[:begun])
     assert final_state(pool, part) == final_state(pool, again)
     rest = Trace(config=again.config, events=[*again.events, *trace.events[begun:]])
-    assert expected == final_state(pool, rest)
+    assert final_state(pool, rest) == expected
     assert check_trace(pool, again, pool.profiles) is None
 
 
@@ -103,6 +103,6 @@ def test_under_torchrun(
     with once_it_is_at(1, AT, act) as acted:
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert acted, done.stdout + done.stderr
-    assert 3 == done.returncode, done.stdout + done.stderr
+    assert done.returncode == 3, done.stdout + done.stderr
     assert "Rank 1" in done.stdout
     assert words in done.stdout

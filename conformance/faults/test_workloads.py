@@ -26,7 +26,7 @@ def test_a_workload_cut_off_mid_line(suffix: str, tmp_path: Path) -> None:
         done = subprocess.run(
             [*command, "--driver", "local"], capture_output=True, text=True, cwd=tmp_path
         )
-        assert 2 == done.returncode, done.stdout + done.stderr
+        assert done.returncode == 2, done.stdout + done.stderr
         said = " ".join(done.stderr.split())  # lines are wrapped
         assert f"{path.name}, line {lines}" in said
         assert "Traceback" not in done.stderr

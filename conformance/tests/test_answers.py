@@ -74,7 +74,7 @@ def test_answer_that_is_none(method, spoil, what):
     engine = type("Engine", (Spoiled,), {method: lambda self, answer: spoil(answer)})
     failure = check_trace(LocalDriver(engine), TRACE, LENGTHS)
     assert failure is not None
-    assert "error" == failure.verdict, failure
+    assert failure.verdict == "error", failure
     assert "Rank 1 gave a malformed answer: " in failure.engine_failure
     assert what in failure.engine_failure
     assert (1, TRACE.events[:2]) == (failure.event, failure.trace.events)
@@ -116,7 +116,7 @@ def test_placement_alone_needs_no_lengths():
         def observe(self, ids=None):
             return changed(super().observe(ids), local_len={}, block_tables={}, free_pages=0)
 
-    assert None is check_trace(LocalDriver(Placement), TRACE, Placement.profiles)
+    assert check_trace(LocalDriver(Placement), TRACE, Placement.profiles) is None
 
 
 @pytest.mark.holds("LIVE-1")
@@ -138,6 +138,6 @@ def test_hanging_engine_in_one_process(tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    assert 3 == done.returncode, done.stderr
+    assert done.returncode == 3, done.stderr
     text = "Rank 1 timed out: no answer within 0.5 s (at event 0)."
     assert text in done.stdout

@@ -38,6 +38,6 @@ def test_ffn_on_the_same_ranks(pool):
     """Two groups of experts over the ranks of tp 2 x cp 2 are the FFN on one rank."""
     answers = outputs(pool, Release(1), block.config(2, 2, "float32"))
     expected, bound = block.Experts("float32").expected(2, 2)
-    assert 4 == len(answers)
+    assert len(answers) == 4
     for answer in answers:
         assert ((answer - expected).abs() <= bound).all()

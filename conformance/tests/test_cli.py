@@ -275,4 +275,4 @@ def test_workload_on_the_ledger(tmp_path):
     assert result.exit_code == 0, result.output
     found = summary(tmp_path / "run.jsonl")
     assert found["layouts"] == ["pr9757/1:C=2,T=4"]
-    assert 12 < found["events"]
+    assert found["events"] > 12

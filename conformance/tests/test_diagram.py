@@ -116,7 +116,7 @@ def test_long_traces_are_thinned_around_the_failure():
     events = [*admissions, *[Decode([49], [1])] * 1200]
     drawn = diagram(Trace(config=config, events=events), at=600)
     assert len(drawn.stops) <= MAX_STOPS
-    assert {599, 600, 601, 1249} <= {stop.event for stop in drawn.stops}
+    assert {stop.event for stop in drawn.stops} >= {599, 600, 601, 1249}
     assert drawn.stops[drawn.first_shown].event == 600
     assert (len(drawn.panels), drawn.panels[-1].id) == (MAX_REQUESTS, 49)
 
@@ -197,7 +197,7 @@ def test_wrong_lengths_slots_and_refusals_are_marked():
     found = scene(failing(EVENTS, refused, Violation("REF-1", "alone", None, None, 1)))
     assert [row["answer"].wrong for row in found.ranks] == [False, True]
     found = scene(failing(EVENTS, refused[::-1], Violation("REF-1", "alone", None, None, 0)))
-    assert {"answer", "past_len", "active", "slots"} <= set(found.columns)
+    assert set(found.columns) >= {"answer", "past_len", "active", "slots"}
 
 
 def test_a_start_that_should_have_been_refused_has_no_diagram():

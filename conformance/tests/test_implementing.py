@@ -79,4 +79,4 @@ def test_every_profile_is_in_the_guide():
     from helix_spec.engine import PROFILES
 
     text = GUIDE.read_text()
-    assert [] == [profile for profile in PROFILES if f"`{profile}`" not in text]
+    assert [profile for profile in PROFILES if f"`{profile}`" not in text] == []

@@ -97,15 +97,15 @@ def test_a_known_difference_does_not_fail_and_the_rest_is_judged(tmp_path):
     """With LEN-2 known the run goes on to all its traces; it is met, and nothing is stale."""
     ledger = known(tmp_path, f'invariant = "LEN-2"\nlayout = "pr9757"\n{WRONG}')
     _, failed, tally = played(Liar, ledger)
-    assert (None, 30, 0, True) == (failed, tally.traces, tally.cut, ledger.holds)
-    assert ["LEN-2, layout pr9757"] == [d.subject for d in ledger.of_layout("pr9757")]
+    assert (failed, tally.traces, tally.cut, ledger.holds) == (None, 30, 0, True)
+    assert [d.subject for d in ledger.of_layout("pr9757")] == ["LEN-2, layout pr9757"]
 
 
 def test_a_known_difference_hides_no_other(tmp_path):
     """An invariant, or a layout, that is not in the ledger fails as ever."""
-    assert ["POS-1"] == played(TwiceWrong, known(tmp_path, f'invariant = "LEN-2"\n{WRONG}'))[1]
+    assert played(TwiceWrong, known(tmp_path, f'invariant = "LEN-2"\n{WRONG}'))[1] == ["POS-1"]
     elsewhere = known(tmp_path, f'invariant = "LEN-2"\nlayout = "balanced"\n{WRONG}')
-    assert ["LEN-2"] == played(Liar, elsewhere)[1]
+    assert played(Liar, elsewhere)[1] == ["LEN-2"]
 
 
 def test_an_entry_that_no_longer_fails_is_stale(tmp_path):
@@ -114,8 +114,8 @@ def test_an_entry_that_no_longer_fails_is_stale(tmp_path):
         tmp_path, f'invariant = "LEN-2"\n{WRONG}', f'invariant = "POS-2"\n{WRONG}',
         f'profile = "fork"\n{WRONG}', f'reason = "too_long"\nlayout = "balanced"\n{WRONG}',
     )  # fmt: skip
-    assert None is played(LedgerEngine, ledger)[1]
-    assert ["LEN-2", "fork"] == [d.subject for d in ledger.stale]
+    assert played(LedgerEngine, ledger)[1] is None
+    assert [d.subject for d in ledger.stale] == ["LEN-2", "fork"]
     assert not ledger.holds
     text = list(ledger.sentences())
     assert "known difference of LEN-2 no longer shows" in text[-2]
@@ -127,7 +127,7 @@ def test_a_refusal_that_is_known_ends_its_trace(tmp_path):
     """Refusals for a known wrong reason pass; what led elsewhere is not judged on."""
     ledger = known(tmp_path, f'reason = "empty_prompt"\n{WRONG}')
     _, failed, tally = played(Squeamish, ledger, examples=30)
-    assert (None, True) == (failed, ledger.holds)
+    assert (failed, ledger.holds) == (None, True)
     assert 0 < tally.cut < tally.traces
     assert played(Squeamish, known(tmp_path, f'reason = "too_long"\n{WRONG}'))[1] == ["REF-2"]
 
@@ -149,8 +149,8 @@ def test_what_follows_from_a_known_difference_is_not_told_as_another(tmp_path):
     entries = [f'invariant = "{number}"\n{WRONG}' for number in at_once]
     ledger = known(tmp_path, *entries, f'reason = "out_of_pages"\n{WRONG}')
     _, failed, tally = played(LastRank, ledger)
-    assert None is failed
-    assert 0 < tally.cut
+    assert failed is None
+    assert tally.cut > 0
     assert "LEN-2" not in at_once
 
 
@@ -159,23 +159,23 @@ def test_what_must_not_run_is_never_played(tmp_path):
     never = [f'profile = "speculative"\n{NEVER}', f'reason = "too_long"\n{NEVER}']
     ledger = known(tmp_path, *never)
     checked, failed, tally = played(Fragile, ledger)
-    assert (None, True) == (failed, ledger.holds)
+    assert (failed, ledger.holds) == (None, True)
     assert "speculative" not in checked and "fork" in checked
     assert 0 < tally.cut < tally.traces
-    assert ["LIVE-1"] == played(Fragile, known(tmp_path, never[1]))[1]
-    assert ["LIVE-1"] == played(Fragile, known(tmp_path, never[0]))[1]
+    assert played(Fragile, known(tmp_path, never[1]))[1] == ["LIVE-1"]
+    assert played(Fragile, known(tmp_path, never[0]))[1] == ["LIVE-1"]
 
 
 def test_a_profile_that_is_answered_wrongly_is_checked_apart(tmp_path):
     """The others must be right without it, and it must still fail."""
     ledger = known(tmp_path, f'profile = "speculative"\n{WRONG}')
     checked, failed, _ = played(SloppyGroups, ledger)
-    assert (None, True) == (failed, ledger.holds)
+    assert (failed, ledger.holds) == (None, True)
     assert "speculative" not in checked
-    assert ["speculative"] == [d.subject for d in ledger.of_layout("pr9757")]
+    assert [d.subject for d in ledger.of_layout("pr9757")] == ["speculative"]
     both = known(tmp_path, f'profile = "lengths"\n{WRONG}')
     checked, failed, _ = played(Liar, both)
-    assert ({"placement", *FEATURES}, None, True) == (checked, failed, both.holds)
+    assert (checked, failed, both.holds) == ({"placement", *FEATURES}, None, True)
 
 
 def test_a_ledger_that_leaves_nothing_to_judge_does_not_hold(tmp_path):
@@ -186,11 +186,11 @@ def test_a_ledger_that_leaves_nothing_to_judge_does_not_hold(tmp_path):
             return Outcome(Reason.BAD_CONFIG)
 
     ledger = known(tmp_path, f'reason = "bad_config"\n{WRONG}')
-    assert None is played(Refuser, ledger)[1]
-    assert (["pr9757"], False) == (ledger.void, ledger.holds)
+    assert played(Refuser, ledger)[1] is None
+    assert (ledger.void, ledger.holds) == (["pr9757"], False)
     assert "say that the layout must_not_run" in list(ledger.sentences())[-1]
     never = known(tmp_path, f'layout = "pr9757"\n{NEVER}')
-    assert (frozenset(), None) == played(Refuser, never)[:2]
+    assert played(Refuser, never)[:2] == (frozenset(), None)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_malformed_ledger_is_named_by_file_entry_and_field(tmp_path, text, sen
     assert str(tmp_path / "known.toml") in str(error.value)
     assert sentence in str(error.value)
     words = ["run", "--engine", "reference", "--known", str(tmp_path / "known.toml")]
-    assert 2 == CliRunner().invoke(main, words).exit_code
+    assert CliRunner().invoke(main, words).exit_code == 2
 
 
 def test_the_command_names_known_differences_and_stale_ones(tmp_path, monkeypatch):
@@ -241,11 +241,11 @@ def test_the_command_names_known_differences_and_stale_ones(tmp_path, monkeypatc
         return result, json.loads((tmp_path / "run.jsonl").read_text().splitlines()[-1])
 
     result, summary = run("suite_testing.broken:Liar")
-    assert (0, "pass") == (result.exit_code, summary["verdict"]), result.output
+    assert (result.exit_code, summary["verdict"]) == (0, "pass"), result.output
     assert "pass, 1 xfail" in result.output
     assert "known (still fails): LEN-2: it is wrong (https://example.org/" in result.output
-    assert ["still fails"] == [d["status"] for d in summary["known_differences"]]
+    assert [d["status"] for d in summary["known_differences"]] == ["still fails"]
     result, summary = run("gpu-ledger")
-    assert (1, "fail") == (result.exit_code, summary["verdict"]), result.output
+    assert (result.exit_code, summary["verdict"]) == (1, "fail"), result.output
     assert "The known difference of LEN-2 no longer shows" in result.output
     assert set(PROFILES) >= set(summary["profiles_checked"])

@@ -52,7 +52,7 @@ def trace(model: ModelShape, *, layout: str = "pr9757/1:C=2,T=2", tp_size: int =
 def test_deepseeks_dimensions_on_gloo(gpu_pool, cached) -> None:
     """512 + 64 over tp 2 and cp 2, in processes: every tp_rank caches the latents."""
     model = msgspec.structs.replace(DEEPSEEK, cache_dtype=cached)
-    assert None is check_trace(gpu_pool, trace(model), gpu_pool.profiles)
+    assert check_trace(gpu_pool, trace(model), gpu_pool.profiles) is None
 
 
 class Wrong(GpuEngine):

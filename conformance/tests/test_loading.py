@@ -49,7 +49,7 @@ def test_engine_of_an_installed_package(installed):
     installed(("theirs", theirs), ("gpu", engine()))
     assert load_engine("theirs") is theirs
     assert load_engine("reference") is ReferenceEngine
-    assert {"theirs", "reference"} <= set(engine_names())
+    assert set(engine_names()) >= {"theirs", "reference"}
     with pytest.raises(EngineSpecError, match="'gpu' names several engines"):
         load_engine("gpu")
 

@@ -170,7 +170,7 @@ def failure_of(engine, seed=3, examples=150):
 @pytest.mark.parametrize("engine", [ReferenceEngine, Merging])
 def test_right_merges_pass(engine):
     """Random merges of every type, poisoned and not, are right where nothing is wrong."""
-    assert None is failure_of(engine, examples=30)
+    assert failure_of(engine, examples=30) is None
 
 
 BROKEN = {
@@ -255,5 +255,5 @@ def test_the_implementation_merges_on_gloo(gpu_pool):
     """Four real ranks exchange and merge supplied partials, with TP and CP, in every type."""
     draw = layout_traces(gpu_pool, "custom", JUST_MERGE, cp_sizes=(1, 2, 3, 4, 4), tp_sizes=(1, 2))
     tally = Tally()
-    assert None is random_traces(gpu_pool, draw, JUST_MERGE, examples=12, seed=3, tally=tally)
+    assert random_traces(gpu_pool, draw, JUST_MERGE, examples=12, seed=3, tally=tally) is None
     assert 12 <= tally.traces < tally.events

@@ -114,13 +114,13 @@ def red(found):
 def test_a_right_engine_passes_what_it_declares_and_skips_the_rest(session):
     """One test per invariant and profile; each undeclared profile is skipped by name."""
     result, found = session("Right")
-    assert 0 == result.ret
-    assert [] == red(found)
+    assert result.ret == 0
+    assert red(found) == []
     for number in set(NUMBERS) - {"EQ-1", "LIVE-1"}:
         for profile in profiles_of(number):
             declared = profile not in ("cache", "attention", "merge")
             outcome = found[f"pr9757.{profile}.{number}"]
-            assert "passed" == outcome if declared else "skipped" in outcome, (profile, number)
+            assert outcome == "passed" if declared else "skipped" in outcome, (profile, number)
     assert "the engine does not declare profile cache" in found["pr9757.cache.POS-2"]
     assert "passed" == found["pr9757.every.LIVE-1"] == found["pr9757.fork.traces"]
     result.stdout.fnmatch_lines(
@@ -153,14 +153,14 @@ def test_a_right_engine_passes_what_it_declares_and_skips_the_rest(session):
 def test_precisely_the_violated_invariants_are_red(session, engine, expected):
     """Others pass where they were judged to the end; after a wrong owner they were not."""
     result, found = session(engine)
-    assert 1 == result.ret
+    assert result.ret == 1
     assert [f"pr9757.{name}" for name in expected] == red(found)
     others = {found["pr9757.pages.PAGE-1"], found["pr9757.fork.traces"]}
     if engine == "SloppyGroups":
         (why,) = others
         assert "traces ended where engine and reference part (OWN-2, OWN-3)" in why
     else:
-        assert {"passed"} == others
+        assert others == {"passed"}
 
 
 def test_a_failure_explains_itself(session, pytester):
@@ -179,13 +179,13 @@ def test_a_failure_explains_itself(session, pytester):
         ]
     )
     assert (pytester.path / "helix-failures/pr9757-LEN-2.json").exists()
-    assert 1 == result.parseoutcomes()["failed"]
+    assert result.parseoutcomes()["failed"] == 1
 
 
 def test_what_a_wrong_refusal_hides_is_not_passed(session):
     """Traces that ended at a wrong refusal were not judged to the end, and the tests say so."""
     _, found = session("Squeamish")
-    assert ["pr9757.placement.REF-2"] == red(found)
+    assert red(found) == ["pr9757.placement.REF-2"]
     assert "traces ended where engine and reference part (REF-2)" in found["pr9757.lengths.LEN-1"]
     assert "passed" not in {found["pr9757.fork.traces"], found["pr9757.placement.OWN-1"]}
 
@@ -194,7 +194,7 @@ def test_what_a_wrong_refusal_hides_is_not_passed(session):
 def test_an_engine_that_dies_fails_one_test_and_the_rest_is_not_passed(session):
     """LIVE-1 is red, with rank and event; nothing else is known."""
     result, found = session("Raiser")
-    assert ["pr9757.every.LIVE-1"] == red(found)
+    assert red(found) == ["pr9757.every.LIVE-1"]
     assert "the engine failed (LIVE-1): Rank 0 raised RuntimeError" in found["pr9757.pages.PAGE-1"]
     assert "passed" not in found.values()
     result.stdout.fnmatch_lines(["*Rank 0 raised RuntimeError: the adapter lost its way (at *"])
@@ -207,7 +207,7 @@ def test_profiles_that_are_not_declared_or_not_asked_for_are_skipped(session):
     assert "does not declare profile fork" in found["pr9757.fork.traces"]
     _, found = session("Right", "--helix-profile=lengths")
     assert "profile pages was not asked for" in found["pr9757.pages.PAGE-1"]
-    assert "passed" == found["pr9757.lengths.LEN-1"]
+    assert found["pr9757.lengths.LEN-1"] == "passed"
 
 
 LEDGER = """
@@ -223,12 +223,12 @@ def test_a_known_difference_is_an_expected_failure(session, pytester):
     """It is named with its link; what else is wrong fails as ever; a stale entry fails."""
     (pytester.path / "known.toml").write_text(LEDGER)
     _, found = session("TwiceWrong", "--helix-known=known.toml")
-    assert ["pr9757.placement.POS-1"] == red(found)
+    assert red(found) == ["pr9757.placement.POS-1"]
     assert "counts the new token (https://example.org/1)" in found["pr9757.lengths.LEN-2"]
     result, found = session("Right", "--helix-known=known.toml")
-    assert ["known difference 1: LEN-2"] == [name.rpartition(".")[2] for name in red(found)]
-    assert "passed" == found["pr9757.lengths.LEN-2"]
-    assert 1 == result.ret
+    assert [name.rpartition(".")[2] for name in red(found)] == ["known difference 1: LEN-2"]
+    assert found["pr9757.lengths.LEN-2"] == "passed"
+    assert result.ret == 1
 
 
 def test_a_ledger_that_leaves_nothing_to_judge_is_no_pass(session, pytester):
@@ -239,11 +239,11 @@ def test_a_ledger_that_leaves_nothing_to_judge_is_no_pass(session, pytester):
     result = pytester.runpytest_inprocess(
         "--helix-engine=wrong:Right", "--helix-layout=pr9757", "--helix-known=known.toml"
     )
-    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
     wrongly = LEDGER.replace('invariant = "LEN-2"', 'reason = "bad_config"')
     (pytester.path / "known.toml").write_text(wrongly)
     result, found = session("Refuser", "--helix-known=known.toml")
-    assert ["known difference 1: bad_config"] == [name.rpartition(".")[2] for name in red(found)]
+    assert [name.rpartition(".")[2] for name in red(found)] == ["known difference 1: bad_config"]
     assert "passed" not in found.values()
 
 
@@ -272,7 +272,7 @@ def test_three_lines_of_conftest(session, pytester, monkeypatch):
 def test_bad_usage_is_told_before_anything_runs(session, pytester, options, sentence):
     """It ends with pytest's status for bad usage and a sentence."""
     result = pytester.runpytest_inprocess("--helix-engine=wrong:Right", *options)
-    assert pytest.ExitCode.USAGE_ERROR == result.ret
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"*{sentence}*"])
 
 
@@ -294,4 +294,4 @@ def test_pytest_finds_the_plugin():
     """The project's entry point names this very module."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     points = project["project"]["entry-points"]["pytest11"]
-    assert ["helix_conformance.pytest_plugin"] == list(points.values())
+    assert list(points.values()) == ["helix_conformance.pytest_plugin"]

@@ -366,7 +366,7 @@ def test_examples_in_docstrings_run():
 
 def test_the_published_schema_is_the_generated_one():
     """`python -m helix_conformance.report.stream` was run after the last change of a type."""
-    assert PUBLISHED == stream_schema()
+    assert stream_schema() == PUBLISHED
 
 
 def test_every_line_is_as_the_schema_says(tmp_path, monkeypatch):

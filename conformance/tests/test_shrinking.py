@@ -242,10 +242,10 @@ def test_ranks_that_disagree_about_room_are_told_by_what_else_they_disagree_abou
     driver = LocalDriver(OwnerRulesMixed)
     profiles = frozenset({"placement", "lengths", "pages"})
     refused = check_trace(driver, trace, profiles)
-    assert refused is not None and {"REF-1", "REF-2"} == refused.invariants
+    assert refused is not None and refused.invariants == {"REF-1", "REF-2"}
     told = random_traces(driver, lambda _: trace, profiles, examples=1, seed=0, tally=Tally())
     assert told is not None and "OWN-2" in told.invariants
-    assert [100, 100] == told.trace.config.pages
+    assert told.trace.config.pages == [100, 100]
 
 
 def test_a_fault_on_rank_1_needs_no_more_tokens_than_reach_it() -> None:
@@ -270,7 +270,7 @@ def test_what_plays_no_part_is_left_out() -> None:
         [*noise, Release(9), Decode([3], [1])],
         lambda trace: any(isinstance(event, Release) for event in trace.events),
     )
-    assert ([Release(0)], "pr9757/1:C=1,T=1") == (trace.events, str(trace.config.layout))
+    assert (trace.events, str(trace.config.layout)) == ([Release(0)], "pr9757/1:C=1,T=1")
 
 
 def test_decodes_become_a_longer_prompt_where_only_the_length_matters() -> None:
@@ -278,12 +278,12 @@ def test_decodes_become_a_longer_prompt_where_only_the_length_matters() -> None:
     trace = smallest(
         [Admit(0, 1), *[Decode([0], [1])] * 20],
         lambda trace: (
-            15
-            <= sum(e.prompt_len for e in trace.events if isinstance(e, Admit))
+            sum(e.prompt_len for e in trace.events if isinstance(e, Admit))
             + sum(isinstance(e, Decode) for e in trace.events)
+            >= 15
         ),
     )
-    assert [Admit(0, 15)] == trace.events
+    assert trace.events == [Admit(0, 15)]
 
 
 def test_a_fork_is_told_as_an_admission_where_that_is_enough() -> None:
@@ -293,11 +293,11 @@ def test_a_fork_is_told_as_an_admission_where_that_is_enough() -> None:
         return any([expected.decoded is not None for expected in record(trace)])
 
     trace = smallest([Admit(0, 5), Fork(0, 1), Decode([1], [1])], some_decode_is_accepted)
-    assert [Admit(0, 1), Decode([0], [1])] == trace.events
+    assert trace.events == [Admit(0, 1), Decode([0], [1])]
 
 
 def test_pools_stay_small_only_where_that_matters() -> None:
     """Ample pools are simpler than exact ones."""
     [ample] = {*smallest([Admit(0, 1)], lambda trace: bool(trace.events)).config.pages}
     [tight] = {*smallest([], lambda trace: trace.config.pages[0] < 50).config.pages}
-    assert (100, 1) == (ample, tight)
+    assert (ample, tight) == (100, 1)

@@ -82,10 +82,10 @@ def astray(c_engine, opened):
 def test_c_engine_passes(opened, c_engine, layout):
     """The example in C keeps every bookkeeping invariant on random traces of each layout."""
     driver, tally = opened(c_engine), Tally()
-    assert BOOKKEEPING == driver.profiles
+    assert driver.profiles == BOOKKEEPING
     draw = layout_traces(driver, layout, BOOKKEEPING, cp_sizes=(1, 2, 3, 4, 8))
     failure = random_traces(driver, draw, BOOKKEEPING, examples=25, seed=11, tally=tally)
-    assert None is failure
+    assert failure is None
     assert 25 <= tally.traces < tally.events
 
 
@@ -94,12 +94,12 @@ def test_c_engine_on_the_command_line(c_engine, tmp_path):
     words = ["run", "--engine", f"stdio:{c_engine}", "--layout", "pr9757", "--cp", "2"]
     stream = tmp_path / "run.jsonl"
     result = CliRunner().invoke(main, [*words, "--examples", "5", "--json", str(stream)])
-    assert 0 == result.exit_code, result.output
+    assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in stream.read_text().splitlines()]
-    assert {"engine": "helix_engine.c", "version": "1", "language": "C"} == lines[1]["settings"]
+    assert lines[1]["settings"] == {"engine": "helix_engine.c", "version": "1", "language": "C"}
     found = lines[-1]
-    assert ["placement", "lengths", "pages"] == found["profiles_checked"]
-    assert ["cache", "attention", *FEATURES] == found["profiles_not_checked"][:7]
+    assert found["profiles_checked"] == ["placement", "lengths", "pages"]
+    assert found["profiles_not_checked"][:7] == ["cache", "attention", *FEATURES]
 
 
 @pytest.mark.holds("OWN-3")
@@ -109,11 +109,11 @@ def test_defect_in_the_c_engine_is_caught(tmp_path, monkeypatch):
     program = compiled(tmp_path, "-DPLANTED_DEFECT")
     words = ["run", "--engine", f"stdio:{program}", "--layout", "pr9757", "--cp", "2"]
     result = CliRunner().invoke(main, words)
-    assert 1 == result.exit_code, result.output
+    assert result.exit_code == 1, result.output
     assert "OWN-3" in result.output
     (trace,) = (tmp_path / "helix-failures").iterdir()
     events = [event["event"] for event in json.loads(trace.read_text())["events"]]
-    assert ["admit", "decode"] == events
+    assert events == ["admit", "decode"]
 
 
 @pytest.mark.holds("LIVE-1")
@@ -164,7 +164,7 @@ def test_stray_that_does_not_answer(astray, how):
     assert "Rank 1 timed out: no answer within 1 s; its stderr ends: '" in (failure.engine_failure)
     assert "(at event 1)." in failure.engine_failure
     assert not driver.survives_failure
-    assert [] == driver.ranks
+    assert driver.ranks == []
 
 
 @pytest.mark.holds("LIVE-1")
@@ -190,7 +190,7 @@ def test_a_trace_that_is_left_early(opened, c_engine):
         assert [None, events[0]] == [event for event, _ in (next(played), next(played))]
         played.close()
         children = list(driver.ranks)
-        assert None is check_trace(driver, TRACE, BOOKKEEPING)
+        assert check_trace(driver, TRACE, BOOKKEEPING) is None
         assert children == driver.ranks
 
 
@@ -201,10 +201,10 @@ def test_a_failure_that_nobody_waits_for(astray, monkeypatch, how):
     driver = astray(how)
     for _ in range(2):
         played = driver.play(TRACE.config, BOOKKEEPING, TRACE.events, Watch())
-        assert [None, TRACE.events[0]] == [event for event, _ in (next(played), next(played))]
+        assert [event for event, _ in (next(played), next(played))] == [None, TRACE.events[0]]
         played.close()
         rest = msgspec.structs.replace(TRACE, events=[Admit(4, 3), Release(4)])
-        assert None is check_trace(driver, rest, BOOKKEEPING)
+        assert check_trace(driver, rest, BOOKKEEPING) is None
 
 
 @pytest.mark.parametrize(
@@ -243,19 +243,19 @@ def test_lines_that_no_pipe_holds(opened, c_engine):
     batch = list(range(4, 10_004))
     events = [*TRACE.events[:1], Decode(batch, [1] * len(batch)), *TRACE.events[1:]]
     trace = msgspec.structs.replace(TRACE, events=events)
-    assert 2**16 < len(messages.line_of(messages.Apply(1, events[1])))
-    assert None is check_trace(opened(c_engine), trace, BOOKKEEPING)
+    assert len(messages.line_of(messages.Apply(1, events[1]))) > 2**16
+    assert check_trace(opened(c_engine), trace, BOOKKEEPING) is None
 
 
 def test_ranks_end_when_they_are_let_go(opened, c_engine):
     """At the end the children see the end of their stdin, and none is left."""
     driver = opened(c_engine)
-    assert None is check_trace(driver, TRACE, BOOKKEEPING)
+    assert check_trace(driver, TRACE, BOOKKEEPING) is None
     children = list(driver.ranks)
     began = time.monotonic()
     driver.close()
-    assert [0, 0] == [child.process.returncode for child in children]
-    assert process.FAREWELL_S > time.monotonic() - began
+    assert [child.process.returncode for child in children] == [0, 0]
+    assert time.monotonic() - began < process.FAREWELL_S
 
 
 DECODED = messages.Outcome(1, None, [2], [3], [True], [5], [3], [[[[0.5]]]])
@@ -301,7 +301,7 @@ def test_merge_without_an_output():
     with pytest.raises(MalformedAnswer, match="lacks output, which profile merge asks for"):
         messages.spec_outcome(messages.Outcome(1), merge, {"merge"})
     refused = messages.Outcome(1, Reason.UNSUPPORTED)
-    assert Reason.UNSUPPORTED == messages.spec_outcome(refused, merge, {"merge"}).reason
+    assert messages.spec_outcome(refused, merge, {"merge"}).reason == Reason.UNSUPPORTED
 
 
 @pytest.mark.parametrize("field", ["block_tables", "keys", "values"])
@@ -318,7 +318,7 @@ def test_python_engine_as_a_command():
     """The reference, served over stdio, passes with its caches and outputs."""
     driver = StdioDriver("reference")
     try:
-        assert None is check_trace(driver, TRACE, driver.profiles)
+        assert check_trace(driver, TRACE, driver.profiles) is None
     finally:
         driver.close()
 

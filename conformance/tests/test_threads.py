@@ -59,7 +59,7 @@ def test_the_implementation_is_right_as_threads(driver_of) -> None:
     """Two groups of two ranks exchange and merge exactly, trace after trace."""
     driver = driver_of(GpuEngine)
     for _ in range(2):
-        assert None is check_trace(driver, TRACE, driver.profiles)
+        assert check_trace(driver, TRACE, driver.profiles) is None
 
 
 @pytest.mark.holds("LIVE-1")

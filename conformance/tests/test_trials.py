@@ -23,20 +23,20 @@ def names(trace, found, named_by) -> list[str]:
 @pytest.mark.holds("DUM-1")
 def test_padding_is_to_blame_where_the_trace_is_right_without_it() -> None:
     """DUM-1 is named though the judge saw damage inside the batch only."""
-    assert ["OWN-1", "DUM-1"] == names(PADDED, ["OWN-1"], lambda trace: set())
+    assert names(PADDED, ["OWN-1"], lambda trace: set()) == ["OWN-1", "DUM-1"]
 
 
 @pytest.mark.holds("DUM-1")
 def test_padding_is_not_to_blame_for_what_happens_without_it() -> None:
     """DUM-1 is withdrawn when the same invariant fails without dummies."""
-    assert ["OWN-1"] == names(PADDED, ["OWN-1", "DUM-1"], lambda trace: {"OWN-1"})
+    assert names(PADDED, ["OWN-1", "DUM-1"], lambda trace: {"OWN-1"}) == ["OWN-1"]
 
 
 def test_the_trial_plays_the_trace_without_its_dummies() -> None:
     """Nothing but the padding differs."""
     played = []
     names(PADDED, ["OWN-1"], lambda trace: played.append(trace) or set())
-    assert [PLAIN] == played
+    assert played == [PLAIN]
 
 
 @pytest.mark.holds("ATT-3")
@@ -44,12 +44,12 @@ def test_an_empty_rank_is_not_to_blame_for_what_happens_without_one() -> None:
     """ATT-3 is withdrawn when outputs are wrong though every rank holds keys."""
     found = ["ATT-1", "ATT-3", "ATT-4"]
     assert found == names(PLAIN, found, lambda trace: set())
-    assert ["ATT-1", "ATT-4"] == names(PLAIN, found, lambda trace: {"ATT-1", "ATT-4"})
+    assert names(PLAIN, found, lambda trace: {"ATT-1", "ATT-4"}) == ["ATT-1", "ATT-4"]
 
 
 def test_the_trial_gives_every_rank_keys_and_room() -> None:
     """Each prompt is a super-block longer, and fits."""
     played = []
     names(PLAIN, ["ATT-1", "ATT-3"], lambda trace: played.append(trace) or set())
-    assert [Admit(0, 9), Decode([0], [1])] == played[0].events
-    assert (18, [100, 100]) == (played[0].config.max_len, played[0].config.pages)
+    assert played[0].events == [Admit(0, 9), Decode([0], [1])]
+    assert (played[0].config.max_len, played[0].config.pages) == (18, [100, 100])

@@ -68,7 +68,7 @@ def test_what_is_shipped_is_what_is_generated():
     generated = make_all()
     assert sorted(generated) == sorted(path.name for path in SHIPPED.iterdir())
     stale = [name for name, data in generated.items() if data != (SHIPPED / name).read_bytes()]
-    assert [] == stale
+    assert stale == []
     assert sum(map(len, generated.values())) < 800_000
 
 
@@ -82,7 +82,7 @@ def test_every_vector_is_valid_by_the_published_schema():
     validator = jsonschema.Draft202012Validator(schema)
     for path in SHIPPED.glob("*.json"):
         if path.name != SCHEMA_FILE and "11-1-" not in path.name:
-            assert [] == list(validator.iter_errors(json.loads(path.read_text()))), path
+            assert list(validator.iter_errors(json.loads(path.read_text()))) == [], path
     assert not validator.is_valid(json.loads(path.read_text()) | {"extra": 1})
 
 
@@ -92,8 +92,8 @@ def test_the_format_page_names_every_field():
     for definition in vector_schema()["$defs"].values():
         if definition.get("title") in ("Vector", "Step", "Decoded", "Merged", "State", "Row"):
             names |= definition["properties"].keys()
-    assert 28 <= len(names)
-    assert set() == {name for name in names if f"`{name}`" not in page}
+    assert len(names) >= 28
+    assert {name for name in names if f"`{name}`" not in page} == set()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_format_page_names_every_field():
 def test_right_engines_pass(engine):
     """The reference, and counters that share no code with it, fail none of those meant for them."""
     driver = LocalDriver(engine)
-    assert {} == failing(driver, shipped())
+    assert failing(driver, shipped()) == {}
     merges = [vector.name for vector in shipped() if vector.profiles == ["merge"]]
     left_out = [
         vector.name for vector in shipped() if not driver.profiles.issuperset(vector.profiles)
@@ -124,8 +124,8 @@ DEEP = [vector for vector in shipped() if vector.rows or vector.name.startswith(
 def test_the_whole_implementation_passes():
     """Real caches and attention, all ranks as threads, on the vectors that look at them."""
     driver = ThreadDriver(GpuEngine)
-    assert 20 <= len(DEEP)
-    assert {} == failing(driver, DEEP)
+    assert len(DEEP) >= 20
+    assert failing(driver, DEEP) == {}
     driver.close()
 
 
@@ -180,7 +180,7 @@ def test_expectations_agree_with_the_closed_forms():
                     pages = placement.pages_needed(layout, prompt_len, steps, rank, shift)
                     assert len(table) == pages, vector.name
                 checked += 1
-    assert 1000 < checked
+    assert checked > 1000
 
 
 def _examples(name):
@@ -194,20 +194,20 @@ def test_worked_examples_are_in_the_set():
         name: [step.decoded.owners[0] for step in _examples(name).steps if step.decoded]
         for name in ("spec-11-2-step", "spec-11-2-position", "spec-11-1-pr9757")
     }
-    assert [0, 0, 1, 1, 2, 2, 3, 3] == owners["spec-11-2-step"]
-    assert [2, 3, 3, 0, 0, 1, 1, 2] == owners["spec-11-2-position"]
+    assert owners["spec-11-2-step"] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert owners["spec-11-2-position"] == [2, 3, 3, 0, 0, 1, 1, 2]
     assert [n // 100 for n in range(400)] == owners["spec-11-1-pr9757"]
     lens = {
         name: [step.state.local_len[0] for step in _examples(name).steps if step.state]
         for name in ("spec-11-2-step", "spec-11-2-position", "spec-11-1-before_9757")
     }
-    assert ([6, 4, 3, 2], [6, 6, 5, 4]) == (lens["spec-11-2-step"][2], lens["spec-11-2-step"][8])
-    assert [4, 4, 4, 3] == lens["spec-11-2-position"][2]
-    assert [100, 100, 100, 500] == lens["spec-11-1-before_9757"][-1]
+    assert (lens["spec-11-2-step"][2], lens["spec-11-2-step"][8]) == ([6, 4, 3, 2], [6, 6, 5, 4])
+    assert lens["spec-11-2-position"][2] == [4, 4, 4, 3]
+    assert lens["spec-11-1-before_9757"][-1] == [100, 100, 100, 500]
     capacity = [step.refused for step in _examples("spec-11-4-capacity").steps]
-    assert [Reason.OUT_OF_PAGES, None, Reason.OUT_OF_PAGES, None, None] == capacity
+    assert capacity == [Reason.OUT_OF_PAGES, None, Reason.OUT_OF_PAGES, None, None]
     rotated = _examples("spec-11-5-rotated-start").steps[4].state.local_len
-    assert {0: [2, 2, 0, 0], 1: [0, 2, 2, 0], 2: [0, 0, 2, 2], 3: [2, 0, 0, 2]} == rotated
+    assert rotated == {0: [2, 2, 0, 0], 1: [0, 2, 2, 0], 2: [0, 0, 2, 2], 3: [2, 0, 0, 2]}
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def test_vectors_alone_catch_the_mutants(tier):
         else:
             survivors.append(mutant.name)
         driver.close()
-    assert [] == survivors
-    assert 5 <= len(caught)
+    assert survivors == []
+    assert len(caught) >= 5
 
 
 class _LeansOnRankZero(LedgerEngine):
@@ -369,15 +369,15 @@ def folder(tmp_path):
 def test_export_and_check(tmp_path):
     """What is exported is the shipped set; an engine is checked on it, and verdicts have a row."""
     out = tmp_path / "vectors"
-    assert 0 == call("vectors", "export", out).exit_code
+    assert call("vectors", "export", out).exit_code == 0
     assert {path.name for path in SHIPPED.iterdir()} == {path.name for path in out.iterdir()}
     result = call("vectors", "check", out, "--engine", "gpu-ledger", "--json", tmp_path / "r")
-    assert 0 == result.exit_code, result.output
+    assert result.exit_code == 0, result.output
     summary = json.loads((tmp_path / "r").read_text().splitlines()[-1])
     assert ("pass", len(shipped()) - len(MERGES)) == (summary["verdict"], summary["traces"])
     (out / "mine.txt").write_text("")
     refused = call("vectors", "export", out)
-    assert 2 == refused.exit_code
+    assert refused.exit_code == 2
     assert "holds mine.txt, which is not of this set" in refused.output.replace("\n", " ")
 
 
@@ -385,11 +385,11 @@ def test_export_and_check(tmp_path):
 def test_a_wrong_engine_fails_the_check(folder):
     """Status 1, the file and its notes, the violated rule, expected and observed."""
     result = call("vectors", "check", folder, "--engine", "suite_testing.broken:Liar")
-    assert 1 == result.exit_code, result.output
+    assert result.exit_code == 1, result.output
     assert "spec-11-7-copy-on-write.json: SPEC.md, example 11.7" in result.output
     assert "LEN-2 violated at event 3" in result.output
     result = call("vectors", "check", folder, "--engine", "suite_testing.broken:Raiser")
-    assert 3 == result.exit_code, result.output
+    assert result.exit_code == 3, result.output
     assert "Rank 1 raised RuntimeError" in result.output
 
 
@@ -417,21 +417,21 @@ class _NumpyColumns(LedgerEngine):
 def test_slots_show_two_tokens_in_one_place_without_block_tables():
     """Without the profile pages the slots alone tell pages apart."""
     found = failing(LocalDriver(_OnePageForAll), [_examples("walk-pr9757-c3-t-2")])
-    assert {"walk-pr9757-c3-t-2": {"OWN-1", "PAGE-2"}} == found
+    assert found == {"walk-pr9757-c3-t-2": {"OWN-1", "PAGE-2"}}
 
 
 @pytest.mark.holds("LIVE-1")
 def test_values_of_wrong_types_are_garbage():
     """They end the vector as an error of the engine, not as one of the suite."""
     found = failing(LocalDriver(_NumpyColumns), [_examples("walk-pr9757-c3-t-2")])
-    assert {"walk-pr9757-c3-t-2": {"LIVE-1"}} == found
+    assert found == {"walk-pr9757-c3-t-2": {"LIVE-1"}}
 
 
 def test_the_vectors_of_one_layout(tmp_path):
     """An engine that knows one layout is checked on its vectors."""
     words = ("--engine", "gpu-ledger", "--layout", "balanced", "--json", tmp_path / "r")
-    assert 0 == call("vectors", "check", *words).exit_code
-    assert ["balanced"] == json.loads((tmp_path / "r").read_text().splitlines()[-1])["layouts"]
+    assert call("vectors", "check", *words).exit_code == 0
+    assert json.loads((tmp_path / "r").read_text().splitlines()[-1])["layouts"] == ["balanced"]
 
 
 def test_what_an_engine_does_not_declare_is_not_checked(monkeypatch, folder, tmp_path):
@@ -442,7 +442,7 @@ def test_what_an_engine_does_not_declare_is_not_checked(monkeypatch, folder, tmp
         "class Shallow(LedgerEngine):\n    profiles = frozenset({'placement'})\n"
     )
     result = call("vectors", "check", folder, "--engine", "shallow:Shallow")
-    assert 3 == result.exit_code, result.output
+    assert result.exit_code == 3, result.output
     assert "not checked: spec-11-7-copy-on-write: the engine does not declare fork" in result.output
 
 
@@ -471,12 +471,12 @@ def test_a_malformed_vector_is_named_by_file_line_and_field(folder, old, new, se
         load_vector(path)
     assert str(path) in str(error.value)
     assert sentence in str(error.value)
-    assert 2 == call("vectors", "check", folder, "--engine", "reference").exit_code
+    assert call("vectors", "check", folder, "--engine", "reference").exit_code == 2
 
 
 def test_a_folder_without_vectors_is_refused(tmp_path):
     """Status 2: nothing to check is not a pass."""
     result = call("vectors", "check", tmp_path, "--engine", "reference")
-    assert 2 == result.exit_code
+    assert result.exit_code == 2
     assert "holds no vector" in result.output
     assert "is not a folder" in call("vectors", "check", tmp_path / "none").output

@@ -180,9 +180,9 @@ def with_interval(steps: dict[str, Tensor], c: int) -> dict[str, Any]:
 def verdict(one: dict[str, Any]) -> str:
     """Whether the ratios are as near to the closed form as they should be."""
     intervals = list(zip(one["least"], one["most"], strict=True))
-    if all(-GOAL <= least and most <= GOAL for least, most in intervals):
+    if all(least >= -GOAL and most <= GOAL for least, most in intervals):
         return "yes"
-    if any(most < -GOAL or GOAL < least for least, most in intervals):
+    if any(most < -GOAL or least > GOAL for least, most in intervals):
         return "no"
     return f"not settled by {ROUNDS} rounds"
 

@@ -252,7 +252,7 @@ def test_a_prompt_in_chunks_is_every_token_once() -> None:
         chunks = list(book.prompt_chunks(plan, 3))
         assert [chunk.position_ids.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4, 5], [6]]
         for chunk in chunks:
-            assert {-1} >= set(chunk.slots[~chunk.active].tolist())
+            assert set(chunk.slots[~chunk.active].tolist()) <= {-1}
             assert (chunk.slots[chunk.active] >= 0).all()
             assert chunk.pad == 0
         owned += [p for chunk in chunks for p in chunk.position_ids[chunk.active].tolist()]

@@ -34,7 +34,7 @@ def model_of(layout: str, *events, pages=None, max_len=2000, **settings) -> Mode
     config = Config(layout=layout, pages=pages or [50] * cp_size, max_len=max_len, **settings)
     model = Model(config)
     for event in events:
-        assert None is model.apply(event), event
+        assert model.apply(event) is None, event
     return model
 
 
@@ -124,7 +124,7 @@ def test_group_over_a_boundary_and_its_rewind():
     assert (rank_0.position_ids, rank_1.position_ids) == ([5, 6, 7, 8], [5, 6, 7, 8])
     assert (rank_0.active, rank_0.visible) == ([True, False, False, True], [4, 4, 4, 5])
     assert (rank_1.active, rank_1.visible) == ([False, True, True, False], [2, 3, 4, 4])
-    assert None is model.apply(Accept(7, 2))
+    assert model.apply(Accept(7, 2)) is None
     assert model.requests[7].ranks == [[0, 1, 4, 5], [2, 3, 6]]
     assert [len(table) for table in tables(model, 7)] == [1, 1]
     model.apply(Decode([7], [1]))
@@ -206,12 +206,12 @@ def test_overlap_allows_one_outstanding_decode():
     """The third decode that nobody sampled is refused, and accept waits for its own sample."""
     model = model_of("pr9757/1:C=2,T=2", Admit(0, 2), Decode([0], [2]), overlap=True)
     assert model.apply(Accept(0, 1)) == Reason.NOTHING_OPEN
-    assert None is model.apply(Decode([0], [2]))
+    assert model.apply(Decode([0], [2])) is None
     assert model.apply(Decode([0], [1])) == Reason.BAD_COUNT
-    assert None is model.apply(Sampled([0]))
+    assert model.apply(Sampled([0])) is None
     assert model.apply(Accept(0, 1)) == Reason.NOTHING_OPEN
-    assert None is model.apply(Sampled([0]))
-    assert None is model.apply(Accept(0, 1))
+    assert model.apply(Sampled([0])) is None
+    assert model.apply(Accept(0, 1)) is None
     assert model.apply(Sampled([0])) == Reason.NOTHING_OPEN
 
 
@@ -292,5 +292,5 @@ def test_release_gives_every_page_back():
     """Forked, preempted and plain requests released in any order leave the pools full."""
     model = model_of("pr13180/1:C=3,T=2", Admit(0, 9), Fork(0, 1), Decode([1], [3]), Preempt(0))
     for event in (Release(0), Release(1)):
-        assert None is model.apply(event)
+        assert model.apply(event) is None
     assert free(model) == [50] * 3

@@ -25,25 +25,25 @@ def seen() -> MutationRun:
 @pytest.mark.holds(*{number: None for mutant in MUTANTS for number in mutant.expected})
 def test_every_mutant_is_killed_by_name(seen: MutationRun) -> None:
     """The run fails and names an invariant that is expected of the mutant."""
-    assert [] == [(kill.name, kill.by) for kill in seen.mutants if not kill.killed]
-    assert f"{len(seen.mutants)}/{len(seen.mutants)}" == seen.score
+    assert [(kill.name, kill.by) for kill in seen.mutants if not kill.killed] == []
+    assert seen.score == f"{len(seen.mutants)}/{len(seen.mutants)}"
 
 
 def test_unmutated_engines_stay_green(seen: MutationRun) -> None:
     """Under the same settings nothing is named for an engine that is right."""
-    assert 4 == len(seen.controls)
+    assert len(seen.controls) == 4
     assert not any(seen.controls.values())
 
 
 def test_minimal_traces_have_at_most_six_events(seen: MutationRun) -> None:
     """At least nine mutants in ten are told in six events or fewer."""
     small = [kill for kill in seen.mutants if kill.events <= 6]
-    assert 0.9 <= len(small) / len(seen.mutants)
+    assert len(small) / len(seen.mutants) >= 0.9
 
 
 def test_the_median_mutant_needs_few_examples(seen: MutationRun) -> None:
     """Half of the mutants fall within a hundred random traces."""
-    assert 100 >= median(kill.examples for kill in seen.mutants)
+    assert median(kill.examples for kill in seen.mutants) <= 100
 
 
 def test_every_mutant_is_on_record() -> None:

@@ -69,16 +69,16 @@ def test_kv_read_is_appendix_a():
 
 def test_more_tp_than_kv_heads_reads_no_less():
     """Beyond tp = K every rank still reads a whole KV head: why Helix shards along the context."""
-    assert [2048, 1024, 256, 256, 256] == [kv_row(LLAMA, tp) for tp in (1, 2, 8, 16, 64)]
-    assert {8, 4, 2, 1} == {tp for tp, _ in splits(LLAMA, 32)}
-    assert [(1, 64)] == splits(DEEPSEEK, 64)
+    assert [kv_row(LLAMA, tp) for tp in (1, 2, 8, 16, 64)] == [2048, 1024, 256, 256, 256]
+    assert {tp for tp, _ in splits(LLAMA, 32)} == {8, 4, 2, 1}
+    assert splits(DEEPSEEK, 64) == [(1, 64)]
 
 
 def test_exchange_does_not_depend_on_the_context():
     """Partials are as large after a thousand tokens as after a hundred million."""
     plans = [planned(load=Load(batch=8, prompt_len=n)) for n in (1000, 10**6, 10**8)]
-    assert 1 == len({(one.exchange, one.merge, one.reduce) for one in plans})
-    assert 100 == pytest.approx(plans[2].kv / plans[1].kv, rel=1e-3)
+    assert len({(one.exchange, one.merge, one.reduce) for one in plans}) == 1
+    assert pytest.approx(plans[2].kv / plans[1].kv, rel=1e-3) == 100
 
 
 @pytest.mark.parametrize("cp", [2, 8, 32])
@@ -104,8 +104,8 @@ def test_last_rank_is_slower_as_the_closed_form_says(c, decoded):
 def test_rotated_start_spreads_short_requests():
     """Requests of one block fill rank 0 under `rank_zero` and all ranks alike under `rotated`."""
     load = Load(batch=80, prompt_len=64)
-    assert (80, 80 * 64) == (planned(name="pr9757", load=load).pages, planned(load=load).tokens)
-    assert 10 == planned(name="balanced", load=load).pages
+    assert (planned(name="pr9757", load=load).pages, planned(load=load).tokens) == (80, 80 * 64)
+    assert planned(name="balanced", load=load).pages == 10
 
 
 @pytest.mark.parametrize("name", ["pr9757", "pr17866", "vllm_dcp", "balanced"])
@@ -119,8 +119,8 @@ def test_largest_sizes_are_the_largest(name):
     one = planned(name=name, hardware=small)
     batch, context = one.largest_batch, one.largest_context
     assert batch > 0 < context
-    assert [True, False] == [fits(Load(batch=b, prompt_len=2**20)) for b in (batch, batch + 1)]
-    assert [True, False] == [fits(Load(batch=8, prompt_len=n)) for n in (context, context + 1)]
+    assert [fits(Load(batch=b, prompt_len=2**20)) for b in (batch, batch + 1)] == [True, False]
+    assert [fits(Load(batch=8, prompt_len=n)) for n in (context, context + 1)] == [True, False]
 
 
 def test_best_fits():
@@ -133,7 +133,7 @@ def test_best_fits():
 def test_steps_count_what_a_layer_costs_anyway():
     """A fixed cost of each layer is added to every step."""
     slow = Hardware(*[getattr(GB200, name) for name in GB200.__struct_fields__[:4]], 1e-3)
-    assert 0.126 == pytest.approx(planned(hardware=slow).step - planned().step)
+    assert pytest.approx(planned(hardware=slow).step - planned().step) == 0.126
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_steps_count_what_a_layer_costs_anyway():
 def test_refusals_are_sentences(arguments, said):
     """What cannot be planned is refused with status 2 and a sentence."""
     result = CliRunner().invoke(main, ["plan", *arguments])
-    assert (2, True) == (result.exit_code, said in result.output)
+    assert (result.exit_code, said in result.output) == (2, True)
 
 
 def test_cards_from_files(tmp_path):
@@ -170,7 +170,7 @@ def test_command_prints_and_writes_every_split(tmp_path, context):
         main, ["plan", "--ranks", "64", "--context", str(context), "--json", str(path)]
     )
     written = json.loads(path.read_text())
-    assert 0 == result.exit_code
-    assert [[1, 64], [2, 32], [4, 16], [8, 8]] == [[p["tp"], p["cp"]] for p in written["plans"]]
+    assert result.exit_code == 0
+    assert [[p["tp"], p["cp"]] for p in written["plans"]] == [[1, 64], [2, 32], [4, 16], [8, 8]]
     assert (context == 1_000_000) == (written["best"] is not None)
     assert all(f"{p['tp']} x {p['cp']}" in result.output for p in written["plans"])

@@ -180,7 +180,7 @@ def test_right_rules_pass_under_the_layout_that_goes_with_them(checkout, parts, 
     place = checkout(**parts)
     engine = load_engine(f"trtllm:{place}")
     assert layout == engine.settings["layout"]
-    assert None is failure_of(engine, layout)
+    assert failure_of(engine, layout) is None
 
 
 def test_the_older_method_is_read_where_the_function_is_missing(checkout):
@@ -199,15 +199,15 @@ def test_the_older_method_is_read_where_the_function_is_missing(checkout):
     (place / FOLDER / "executor_request_queue.py").write_text(IMPORTS + method)
     engine = engine_of(str(place))
     assert "_merge_helix_requests" in engine.settings["prompt"]
-    assert None is failure_of(engine, "pr9757")
+    assert failure_of(engine, "pr9757") is None
 
 
 def test_a_short_prompt_that_is_refused_is_named(checkout):
     """A checkout that refuses a prompt of fewer blocks than ranks breaks REF-2, in one event."""
     failure = failure_of(engine_of(checkout(SHORT_REFUSED)), "pr9757")
     assert failure is not None
-    assert {"REF-2"} == {violation.invariant for violation in failure.violations}
-    assert [Admit(0, 1)] == failure.trace.events
+    assert {violation.invariant for violation in failure.violations} == {"REF-2"}
+    assert failure.trace.events == [Admit(0, 1)]
 
 
 def test_a_count_off_by_one_is_named(checkout):
@@ -231,9 +231,9 @@ def test_a_count_off_by_one_is_named(checkout):
 def test_the_newer_manager_decides_where_it_knows_helix(checkout, v2_file):
     """KVCacheManagerV2 is read at both its places, and passes with steps skipped and overlapped."""
     engine = load_engine(f"trtllm:{checkout(ROUND_ROBIN, v2=V2, v2_file=v2_file)}")
-    assert "pr17866" == engine.settings["layout"]
+    assert engine.settings["layout"] == "pr17866"
     assert "position, by KVCacheManagerV2.try_alloc" in engine.settings["owner"]
-    assert None is failure_of(engine, "pr17866", profiles=OVERLAP)
+    assert failure_of(engine, "pr17866", profiles=OVERLAP) is None
 
 
 def test_a_newer_manager_without_helix_leaves_the_rule_to_the_older(checkout):
@@ -274,11 +274,11 @@ def test_a_counter_that_lags_under_the_overlap_scheduler_is_named(
 ):
     """py_decoding_iter is one behind before sampling; without overlap who reads it passes."""
     engine = engine_of(checkout(**parts))
-    assert None is failure_of(engine, layout)
+    assert failure_of(engine, layout) is None
     failure = failure_of(engine, layout, profiles=OVERLAP)
     assert failure is not None
     assert invariants <= {violation.invariant for violation in failure.violations}
-    assert 3 == len(failure.trace.events)
+    assert len(failure.trace.events) == 3
 
 
 @pytest.mark.parametrize(
@@ -325,4 +325,4 @@ def test_the_real_rules_place_every_token():
     engine = engine_of(str(Path(os.environ["TRTLLM_SOURCE"])))
     known = Known.read(Path(__file__).parents[1] / "xfail.toml")
     layout = engine.settings["layout"]
-    assert None is failure_of(engine, layout, known, OVERLAP - known.left_out(layout))
+    assert failure_of(engine, layout, known, OVERLAP - known.left_out(layout)) is None

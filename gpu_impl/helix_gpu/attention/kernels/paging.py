@@ -59,6 +59,6 @@ def converted(cached, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """
     if cached.dtype.primitive_bitwidth == 8:
         cached = cached.to(tl.float16)
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             cached = cached.to(tl.float32)
     return cached.to(DTYPE)
