@@ -57,7 +57,7 @@ def draw_layout(
     Parameters
     ----------
     choices
-        What it depends on.
+        What it depends on. The strategy of the same arguments makes them itself.
     names
         Named layouts; `custom` is any other legal combination of rules.
     cp_sizes
@@ -118,7 +118,7 @@ def draw_model_shape(
     Parameters
     ----------
     choices
-        What it depends on.
+        What it depends on. The strategy of the same arguments makes them itself.
     cp_size, tp_size
         Numbers of ranks.
     dtypes
@@ -169,7 +169,7 @@ def draw_config(
     Parameters
     ----------
     choices
-        What it depends on.
+        What it depends on. The strategy of the same arguments makes them itself.
     names, cp_sizes
         See `draw_layout`.
     tp_sizes
