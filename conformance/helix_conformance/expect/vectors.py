@@ -277,10 +277,8 @@ def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str
             return
         tokens, ids = sum(step.event.query_lens), len(step.event.ids)
         for field in ("position_ids", "owners", "slots", "visible"):
-            if len(getattr(decoded, field)) != tokens:
-                yield f".decoded.{field}", f"it does not have {tokens} entries, one for each token"
-        if len(decoded.past_len) != ids:
-            yield ".decoded.past_len", f"it does not have {ids} entries, one for each request"
+            yield from _unlike(f".decoded.{field}", [getattr(decoded, field)], tokens, "token")
+        yield from _unlike(".decoded.past_len", [decoded.past_len], ids, "request")
         if any(len(row) != ranks for row in decoded.past_len + decoded.visible):
             yield ".decoded", f"a count is not given for each of {ranks} cp_ranks"
         if any(owner >= ranks for owner in decoded.owners):
@@ -289,16 +287,14 @@ def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str
         yield ".merged", "an accepted merge has it, and nothing else has"
     elif step.merged is not None and isinstance(step.event, Merge):
         tokens = len(step.event.levels[0])
-        if len(step.merged.output) != tokens:
-            yield ".merged.output", f"it does not have {tokens} entries, one for each token"
+        yield from _unlike(".merged.output", [step.merged.output], tokens, "token")
         if {len(by_token) for by_token in step.merged.partials} != {tokens}:
             yield ".merged.partials", f"one does not have {tokens} entries, one for each token"
         if len(step.event.levels) != ranks or len(step.merged.partials) != ranks:
             yield ".merged.partials", f"there are not {ranks}, one for each cp_rank"
     if state is None:
         return
-    if len(state.free_pages) != ranks:
-        yield ".state.free_pages", f"it does not have {ranks} entries, one for each cp_rank"
+    yield from _unlike(".state.free_pages", [state.free_pages], ranks, "cp_rank")
     live = state.local_len.keys()
     for field in ("local_len", "block_tables", "cached", "unwritten_from"):
         by_id = getattr(state, field)
@@ -306,16 +302,20 @@ def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str
             continue
         if by_id.keys() != live:
             yield f".state.{field}", "its requests are not those of local_len"
-        if any(len(by_rank) != ranks for by_rank in by_id.values()):
-            yield (
-                f".state.{field}",
-                f"a request does not have {ranks} entries, one for each cp_rank",
-            )
+        yield from _unlike(f".state.{field}", by_id.values(), ranks, "cp_rank", "a request")
     if (state.cached is None) != (state.unwritten_from is None):
         yield ".state", "`cached` and `unwritten_from` go together"
     for by_rank in (state.cached or {}).values():
         if any(row >= rows for held in by_rank for row in held):
             yield ".state.cached", f"a row is not below {rows}"
+
+
+def _unlike(
+    field: str, lists: Iterable[Sequence[Any]], right: int, each: str, one: str = "it"
+) -> Iterator[tuple[str, str]]:
+    """Where one of the lists is not of the right length."""
+    if any(len(entries) != right for entries in lists):
+        yield field, f"{one} does not have {right} entries, one for each {each}"
 
 
 @dataclass(eq=False, slots=True)

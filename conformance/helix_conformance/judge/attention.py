@@ -75,11 +75,9 @@ class AttentionJudge:
         wrong = _outside(np.concatenate(slices, axis=2), expected.outputs())
         if not wrong:
             return
-        numbers = ["ATT-1", "ATT-4"]
-        if all(one.has_other_heads() for one in wrong):
-            numbers.append("MAP-1")
-        elif all_else_right and all(0 in decoded.visible[one.token] for one in wrong):
-            numbers.append("ATT-3")  # nothing but the empty rank sets the wrong ones apart
+        # Where all else is right, nothing but the empty rank sets the wrong ones apart.
+        empty = all_else_right and all(0 in decoded.visible[one.token] for one in wrong)
+        numbers = _broken(wrong, empty)
         token = wrong[0].token
         id = ids_by_token(event)[token]
         what = (
@@ -106,11 +104,8 @@ class AttentionJudge:
         wrong = _outside(merged[None], outputs)
         if not wrong:
             return
-        numbers = ["ATT-1", "ATT-4"]
-        if all(one.has_other_heads() for one in wrong):
-            numbers.append("MAP-1")
-        elif all(None in (row[one.token] for row in event.levels) for one in wrong):
-            numbers.append("ATT-3")
+        empty = all(None in (row[one.token] for row in event.levels) for one in wrong)
+        numbers = _broken(wrong, empty)
         if event.order != sorted(event.order):
             numbers.append("ATT-2")
         token = wrong[0].token
@@ -136,6 +131,13 @@ def _outside(merged: Array, outputs: Sequence[Output]) -> list[_WrongOutput]:
         if not (error <= expected.bound).all():
             found.append(_WrongOutput(token, merged[:, token], expected, error))
     return found
+
+
+def _broken(wrong: Sequence[_WrongOutput], empty: bool) -> list[str]:
+    """Invariants that these outputs break; `empty`: a rank without keys is in all of them."""
+    if all(one.has_other_heads() for one in wrong):
+        return ["ATT-1", "ATT-4", "MAP-1"]
+    return ["ATT-1", "ATT-4", "ATT-3"] if empty else ["ATT-1", "ATT-4"]
 
 
 def _other_heads(output: Array, exact: Array, bound: Array, wrong: NDArray[np.bool_]) -> bool:
