@@ -25,13 +25,14 @@ test: .venv/installed ## All tests of a change
 # Closed forms, the reference, helix_gpu's bookkeeping, merge and cache, the judge and the vectors:
 # what notices a wrong owner, length, page, merge or refusal within a minute. Without what starts
 # processes, proves, compiles or interprets kernels, which `make test` runs too.
-FAST := spec/tests/test_invariants.py spec/tests/test_placement.py reference/tests \
-    $(patsubst %,gpu_impl/tests/test_%.py,allocator bookkeeping dealing ledger sharing transfer) \
-    $(patsubst %,gpu_impl/tests/test_%.py,attention cache exchange merge mesh rope) \
+FAST := spec/tests/test_invariants.py spec/tests/test_placement.py \
+    reference/tests/test_attention.py reference/tests/test_model.py \
+    $(patsubst %,gpu_impl/tests/test_%.py,allocator bookkeeping dealing ledger sharing) \
+    $(patsubst %,gpu_impl/tests/test_%.py,cache exchange merge mesh) \
     $(patsubst %,conformance/tests/test_%.py,judge recorder trials vector_runner) \
     conformance/tests/test_vectors.py::test_right_engines_pass
 test-fast: .venv/installed ## The tests of a minute, while writing
-	$(BIN)/pytest -k "not C++" $(FAST)
+	$(BIN)/pytest $(FAST)
 
 index: .venv/installed ## docs/INVARIANTS.md: what proves, breaks and tests each invariant
 	$(BIN)/python -m suite_testing.index

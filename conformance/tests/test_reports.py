@@ -372,7 +372,6 @@ def test_the_published_schema_is_the_generated_one():
 def test_every_line_is_as_the_schema_says(tmp_path, monkeypatch):
     """A stranger's validator takes what a failing run, proofs and the zoo write."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     words = "run --engine suite_testing.broken:Liar --layout pr9757 --json run.jsonl"
     assert CliRunner().invoke(main, words.split()).exit_code == 1
     with Path("run.jsonl").open("ab") as file:
