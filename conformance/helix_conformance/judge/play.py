@@ -378,7 +378,7 @@ def check_vector(
     driver
         The engine under test.
     vector
-        The vector; the reference is not asked.
+        The vector; what it expects is right, whatever the reference says.
     tally
         What is played is added to it.
     profiles
