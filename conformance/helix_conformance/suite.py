@@ -123,7 +123,7 @@ class Suite:
 
     @property
     def tests(self) -> list[tuple[str, list[str]]]:
-        """Return by profile the names of its tests: its invariants, and for a feature its traces."""
+        """Return each profile with its tests: its invariants, and for a feature its traces."""
         found = []
         for profile in (*PROFILES, EVERY):
             names = [number for number in NUMBERS if profile in profiles_of(number)]
