@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The options, which `helix-conformance run` has under the same names."""
+    """Add the options, which `helix-conformance run` has under the same names.
+
+    Parameters
+    ----------
+    parser
+        The parser of pytest's command line.
+    """
     group = parser.getgroup("helix", "conformance of an engine's sharded decode KV cache")
     add = group.addoption
     add("--helix-engine", metavar="ENGINE", help="module:Class of an engine: adds its tests.")
@@ -55,7 +61,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # a conftest.py may name the engine in its own hook
 def pytest_configure(config: pytest.Config) -> None:
-    """With an engine, check what was asked and add its tests."""
+    """Check what was asked and add the engine's tests, where an engine was named.
+
+    Parameters
+    ----------
+    config
+        The configuration of pytest, with its options read.
+
+    Raises
+    ------
+    pytest.UsageError
+        When an option stands for nothing, or the ledger cannot be read or leaves nothing to run.
+    """
     if config.option.helix_engine is not None:
         from helix_conformance.session import SessionError
         from helix_conformance.suite import Suite

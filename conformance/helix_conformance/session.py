@@ -95,8 +95,20 @@ def random_traces(
 
     Returns
     -------
-    Failure | None
-        The first failure, its trace made small where the engine can be asked again.
+    Failure or None
+        The first failure, its trace made small where the engine can be asked again; None when no
+        trace fails.
+
+    Examples
+    --------
+    >>> from helix_conformance.engines import load_engine
+    >>> driver, tally = LocalDriver(load_engine("reference")), Tally()
+    >>> profiles = profiles_to_check(driver.profiles, ["lengths"])
+    >>> draw = layout_traces(driver, "pr9757", profiles, cp_sizes=[2])
+    >>> random_traces(driver, draw, profiles, examples=3, seed=0, tally=tally) is None
+    True
+    >>> tally.traces
+    3
     """
     player = Player(driver, profiles, tally, known or Known())
     began = time.perf_counter()
@@ -133,9 +145,25 @@ def layout_traces(
     cp_sizes: Sequence[int],
     tp_sizes: Sequence[int] = (1,),
 ) -> Callable[[Choices], Trace]:
-    """Return a function that draws traces of one layout, for the features among these profiles.
+    """Return a function that draws traces of one layout, for the features among the profiles.
 
     With `merge` one trace in four merges supplied partials, or all without `placement`.
+
+    Parameters
+    ----------
+    driver
+        The engine under test: how many ranks it has, and which profiles it declares.
+    name
+        The layout's name.
+    profiles
+        Profiles to check; events of a feature are drawn where it is one of them.
+    cp_sizes, tp_sizes
+        The sizes to draw from.
+
+    Returns
+    -------
+    callable
+        Takes choices, and returns a trace.
     """
     features = [feature for feature in FEATURES if feature in profiles]
     contents = not {"cache", MERGE}.isdisjoint(profiles)
@@ -177,10 +205,38 @@ def layout_run(
     progress: Callable[[], None] = lambda: None,
     coverage: Coverage | None = None,
 ) -> tuple[frozenset[str], Failure | None]:
-    """Random traces of one layout: the profiles that were checked, and the failure.
+    """Play random traces of one layout; return the profiles that were checked, and the failure.
 
     Profiles that the ledger says are answered wrongly are left out, and then checked apart: each
     must still fail.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    name
+        The layout's name.
+    asked
+        Profiles to check, with those they build on; empty for all that the engine declares.
+    cp_sizes, tp_sizes
+        The sizes to draw from.
+    examples
+        Number of traces; as many again for each profile that is checked apart.
+    seed
+        With the layout's name and a trace's number, it decides what is drawn.
+    tally, coverage
+        What was played is added to them; not what is checked apart.
+    known
+        The ledger; what shows is marked in it.
+    progress
+        Called after each trace.
+
+    Returns
+    -------
+    frozenset of str
+        Profiles that were checked; empty when nothing of the layout may be run.
+    Failure or None
+        The first failure; None when there is none.
     """
 
     def played(
@@ -221,7 +277,15 @@ class SessionError(ValueError):
 
 
 def no_progress(description: str, total: int) -> Advance:
-    """Show nothing."""
+    """Return what shows nothing, at each step.
+
+    Parameters
+    ----------
+    description
+        What is played.
+    total
+        Number of steps.
+    """
     return lambda: None
 
 
@@ -278,7 +342,7 @@ class Session:
 
     @property
     def engine(self) -> str:
-        """The engine's name; of a class `module:Class`."""
+        """Return the engine's name; of a class `module:Class`."""
         if isinstance(self.given, str):
             return self.given
         return f"{self.given.__module__}:{self.given.__qualname__}"
@@ -296,6 +360,11 @@ class Session:
             All options of the command, by name.
         played
             What is played instead of random traces, in words; None for those.
+
+        Returns
+        -------
+        list of str
+            A sentence for each restriction; empty for a whole run.
         """
         if played is None:
             most = max(default_examples(driver) for _, driver in self.tiers)
@@ -319,7 +388,23 @@ class Session:
         return left_out
 
     def random(self, layouts: Sequence[str], cp_sizes: Sequence[int], examples: int | None) -> None:
-        """Play random traces of each layout, on each driver; all layouts and sizes when empty."""
+        """Play random traces of each layout, on each driver.
+
+        Parameters
+        ----------
+        layouts
+            Names of the layouts; empty for all.
+        cp_sizes
+            The cp_sizes to draw from; empty for all that the driver can hold.
+        examples
+            Random traces of each layout; None for those of a whole run.
+
+        Raises
+        ------
+        SessionError
+            When the engine does not declare a profile that was asked for, or the driver has fewer
+            ranks than a cp_size.
+        """
         names = layouts or LAYOUT_NAMES
         for engine, driver in self._drivers():
             for cp_size in cp_sizes:
@@ -351,9 +436,24 @@ class Session:
     def workload(
         self, requests: Sequence[Request], configs: Sequence[Config], **limits: int
     ) -> None:
-        """Play a workload with each of these configurations, in the limits of `check_workload`.
+        """Play a workload with each of several configurations.
 
-        Raises WorkloadError.
+        Parameters
+        ----------
+        requests
+            The workload, in the order of arrival.
+        configs
+            Legal configurations.
+        **limits
+            `batch_limit` and `max_steps` of `check_workload`.
+
+        Raises
+        ------
+        WorkloadError
+            When a request does not fit an empty pool, and for any other refusal.
+        SessionError
+            When the engine does not declare a profile that was asked for, or the driver has too few
+            ranks.
         """
         # Playing makes no cycles; a collector that walks millions of tokens costs a quarter more.
         gc.set_threshold(1_000_000)
@@ -383,7 +483,21 @@ class Session:
             self._cover(engine, driver, coverage)
 
     def replay(self, trace: Trace, path: Path) -> None:
-        """Play one stored trace, which lies at this path."""
+        """Play one stored trace.
+
+        Parameters
+        ----------
+        trace
+            The trace.
+        path
+            The file in which it lies; a failure names it.
+
+        Raises
+        ------
+        SessionError
+            When the engine does not declare a profile that was asked for, or the driver has too few
+            ranks.
+        """
         for engine, driver in self._drivers():
             check_world(driver, trace.config.world_size)
             profiles, tally = profiles_to_check(driver.profiles, self.profiles), Tally()
@@ -393,7 +507,23 @@ class Session:
             self._finish(driver, engine, str(layout), sizes, profiles, tally, failure, path)
 
     def vectors(self, cases: Sequence[tuple[Path, Vector]]) -> list[str]:
-        """Play vectors, a row for each layout's name; return why some were not, a line each."""
+        """Play vectors, a row for each layout's name; return why some were not played.
+
+        Parameters
+        ----------
+        cases
+            Vectors, each behind the file in which it lies.
+
+        Returns
+        -------
+        list of str
+            A line for each vector that was not checked; empty when all were.
+
+        Raises
+        ------
+        SessionError
+            When the engine does not declare a profile that was asked for.
+        """
         left_out, by_layout = list[str](), defaultdict[str, list[tuple[Path, Vector]]](list)
         for path, vector in cases:
             by_layout[layout_name(vector.config.layout)].append((path, vector))
@@ -579,6 +709,13 @@ def drawn_sizes(driver: Driver, asked: Collection[int]) -> list[int]:
     """Return the cp_sizes to draw from: those asked for, else what the driver can hold.
 
     The smallest come first; a pool's own size counts for most examples.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    asked
+        Sizes that were asked for; empty for all.
     """
     if asked:
         return sorted(set(asked))
@@ -592,7 +729,31 @@ def refuse_unknown(
     driver: str | None,
     names: Sequence[str] = ("layouts", "profiles", "driver"),
 ) -> None:
-    """Raise SessionError when one of these stands for nothing; `names` are those of the options."""
+    """Check that layouts, profiles and a driver stand for something.
+
+    Parameters
+    ----------
+    layouts
+        Names of layouts.
+    profiles
+        Names of profiles.
+    driver
+        Name of a driver that this process opens by itself; None for what the engine needs.
+    names
+        What the three options are called in the message.
+
+    Raises
+    ------
+    SessionError
+        When one of them stands for nothing.
+
+    Examples
+    --------
+    >>> refuse_unknown(["pr9757"], ["lengths"], "gpu")
+    Traceback (most recent call last):
+        ...
+    helix_conformance.session.SessionError: driver: 'gpu' is none of local, stdio, pool.
+    """
     given = (layouts, profiles, [driver] if driver else [])
     for option, some, known in zip(names, given, (LAYOUT_NAMES, PROFILES, INSIDE), strict=True):
         for name in some:
@@ -601,12 +762,31 @@ def refuse_unknown(
 
 
 def default_examples(driver: str) -> int:
-    """Return how many random traces of each layout a whole run plays on a driver."""
+    """Return how many random traces of each layout a whole run plays on a driver.
+
+    Parameters
+    ----------
+    driver
+        The driver's name.
+    """
     return 400 if driver == "local" else 40
 
 
 def check_world(driver: Driver, world: int) -> None:
-    """Raise SessionError when a driver holds fewer ranks than are needed."""
+    """Check that a driver holds enough ranks.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    world
+        Number of ranks that are needed.
+
+    Raises
+    ------
+    SessionError
+        When it holds fewer.
+    """
     if driver.largest_world is not None and world > driver.largest_world:
         raise SessionError(
             f"{world} ranks are needed, and the {driver.name} has {driver.largest_world}; "

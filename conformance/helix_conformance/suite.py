@@ -67,7 +67,15 @@ class _Verdicts:
 class Suite:
     """The verdicts on one engine; each layout is played when its first verdict is asked for.
 
-    `options` are the plugin's. Raises SessionError.
+    Parameters
+    ----------
+    options
+        The plugin's, which pytest has read: `helix_engine`, `helix_layouts` and the others.
+
+    Raises
+    ------
+    SessionError
+        When an option stands for nothing, or the ledger is unreadable or leaves nothing to run.
     """
 
     def __init__(self, options: Namespace) -> None:
@@ -93,7 +101,13 @@ class Suite:
 
     @cached_property
     def driver(self) -> Driver:
-        """The ranks, started when first needed. Raises EngineFailure."""
+        """Return the driver, whose ranks start when it is first needed.
+
+        Raises
+        ------
+        EngineFailure
+            When a rank does not start.
+        """
         return open_driver(
             self.engine,
             self.options.helix_driver,
@@ -102,14 +116,14 @@ class Suite:
         )
 
     def close(self) -> None:
-        """End the ranks."""
+        """End the ranks, if they were started; who asks for more verdicts starts them again."""
         if "driver" in vars(self):
             self.driver.close()
             del self.driver
 
     @property
     def tests(self) -> list[tuple[str, list[str]]]:
-        """By profile, the names of its tests: its invariants, and for a feature its traces."""
+        """Return each profile with its tests: its invariants, and for a feature its traces."""
         found = []
         for profile in (*PROFILES, EVERY):
             names = [number for number in NUMBERS if profile in profiles_of(number)]
@@ -118,17 +132,17 @@ class Suite:
 
     @property
     def examples(self) -> int:
-        """Random traces for each layout."""
+        """Return the number of random traces for each layout."""
         given: int | None = self.options.helix_examples
         return given or session.default_examples(self.driver.name)
 
     @property
     def cp_sizes(self) -> list[int]:
-        """The cp_sizes to draw from."""
+        """Return the cp_sizes to draw from."""
         return session.drawn_sizes(self.driver, self.options.helix_cps or ())
 
     def header(self) -> Iterator[str]:
-        """The engine and every setting that was read."""
+        """Yield the engine and every setting that was read, a line each."""
         declared = self.driver.profiles
         checked = profiles_to_check(declared, self.asked)
         yield f"helix: engine {self.engine}, driver {self.driver.name}"
@@ -149,7 +163,26 @@ class Suite:
     # Verdicts
 
     def demand(self, layout: str, profile: str, name: str) -> None:
-        """Return when the test passes; else fail, skip or xfail it."""
+        """Return when a test passes; else fail, skip or xfail it.
+
+        Parameters
+        ----------
+        layout
+            The layout's name.
+        profile
+            A profile, or EVERY.
+        name
+            An invariant's number, or TRACES: no smallest failing trace has an event of it.
+
+        Raises
+        ------
+        pytest.fail.Exception
+            When the invariant was violated, or the engine did not start.
+        pytest.skip.Exception
+            When it was not checked, or not judged to the end.
+        pytest.xfail.Exception
+            When it was violated as the ledger says.
+        """
         try:
             self._demand_checked(layout, profile, name)
         except pytest.skip.Exception:
@@ -171,7 +204,20 @@ class Suite:
                 pytest.xfail(_known(difference))
 
     def demand_entry(self, index: int) -> None:
-        """Return when an entry of the ledger is true; else fail or skip its test."""
+        """Return when an entry of the ledger is true; else fail or skip its test.
+
+        Parameters
+        ----------
+        index
+            Place of the entry in the ledger, from 0.
+
+        Raises
+        ------
+        pytest.fail.Exception
+            When the difference no longer shows, or leaves nothing of a layout to judge.
+        pytest.skip.Exception
+            When it must not be run, or nothing that was played could show it.
+        """
         difference = self.known.differences[index]
         ledgers = [
             self._verdicts_of(layout).known for layout in self.layouts if self.known.runs(layout)

@@ -36,7 +36,17 @@ from helix_spec.trace import Trace
 
 
 class EngineMachine(RuleBasedStateMachine):
-    """One engine under test; `engine_machine` fills in which, and the rules."""
+    """One engine under test, as a state machine; `engine_machine` fills in which, and the rules.
+
+    Attributes
+    ----------
+    engine
+        A class whose ranks live in one process.
+    profiles
+        Profiles to check.
+    names
+        Names of the layouts that it is started with.
+    """
 
     engine: ClassVar[type[Engine]]
     profiles: ClassVar[frozenset[str]]
@@ -44,7 +54,18 @@ class EngineMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
-        """Start all ranks with one configuration."""
+        """Start all ranks with one configuration.
+
+        Parameters
+        ----------
+        data
+            What the configuration is drawn from.
+
+        Raises
+        ------
+        AssertionError
+            When a rank refuses to start; the message is the failure's text.
+        """
         features = self.profiles.intersection(FEATURES)
         config = data.draw(configs(names=self.names, cp_sizes=(1, 2, 3, 4), features=features))
         self.judge = Judge(config, self.profiles)
@@ -57,13 +78,37 @@ class EngineMachine(RuleBasedStateMachine):
         self._demand(None, self.judge.started(next(self.play)[1]))
 
     def act(self, action: Action) -> None:
-        """Tell the events that the action means now, until one is refused."""
+        """Tell the events that an action means now, until one is refused.
+
+        Parameters
+        ----------
+        action
+            The action; one that `goes_on` is not ended by a refusal.
+
+        Raises
+        ------
+        AssertionError
+            When an answer is wrong; the message is the failure's text.
+        """
         for event in action.events(self.recorder, self.told):
             if not self.tell(event) and not action.goes_on:
                 break
 
     def tell(self, event: Event) -> bool:
-        """Play one event and judge all ranks; return whether it was accepted."""
+        """Play one event and judge all ranks; return whether it was accepted.
+
+        Parameters
+        ----------
+        event
+            The next event of the trace.
+
+        Raises
+        ------
+        AssertionError
+            When an answer is wrong; the message is the failure's text.
+        EngineFailure, MalformedAnswer
+            When a rank does not answer, or gives columns or arrays of another size.
+        """
         self.told.append(event)
         self.waiting.append(event)
         expected = self.recorder.next(event)
@@ -91,6 +136,19 @@ def engine_machine(
         Those of its profiles that are checked; all that it declares when empty.
     names
         Names of the layouts that it is started with.
+
+    Returns
+    -------
+    type of EngineMachine
+        A class of Hypothesis; its `TestCase` is a class of tests.
+
+    Examples
+    --------
+    >>> from helix_conformance.engines import load_engine
+    >>> machine = engine_machine(load_engine("reference"), ["lengths"])
+    >>> sorted(machine.profiles)
+    ['lengths', 'placement']
+    >>> TestMyEngine = machine.TestCase
     """
     profiles = profiles_to_check(engine.profiles, asked)
     features = profiles.intersection(FEATURES)

@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Final
+
+_GIVEN: Final = ("self", "cls", "draw")
+"""Parameters that no caller gives; Hypothesis gives `draw`."""
 
 
 def module_files(package: ModuleType) -> dict[str, Path]:
@@ -38,14 +42,17 @@ def undescribed(file: Path, fewest: int = 1) -> list[str]:
     -------
     list of str
         Function and parameter, where neither the section of parameters nor the first line names it.
+        A docstring that begins with "See `" leaves them to the function that it names.
     """
     missing = []
     for function, node in _public(ast.parse(file.read_text())):
         text = ast.get_docstring(node) or ""
+        if text.startswith("See `"):
+            continue
         first, _, rest = text.partition("\n")
         described = re.split(r"\n[A-Z]\w+\n-+\n", rest.partition("Parameters\n---")[2])[0]
         names = [one.arg for one in (*node.args.args, *node.args.kwonlyargs)]
-        names = [name for name in names if name not in ("self", "cls")]
+        names = [name for name in names if name not in _GIVEN]
         missing += [
             f"{function}: {name}"
             for name in names

@@ -46,7 +46,7 @@ class LedgerEngine:
     >>> config = Config(layout=layout, pages=[8, 8], max_len=24)
     >>> engine.start(config, engine.profiles).reason is None
     True
-    >>> engine.apply(Admit(1, prompt_len=5)).reason is None
+    >>> engine.apply(ev.Admit(1, prompt_len=5)).reason is None
     True
     >>> engine.observe().local_len
     {1: 4}

@@ -733,7 +733,7 @@ def as_array(rows: Any) -> Array:
     Parameters
     ----------
     rows
-        An array, nested lists of numbers, or what `encode_array` returns.
+        An array, nested lists of numbers, or a map of `dtype`, `shape` and `data`, its bytes.
 
     Returns
     -------
@@ -746,7 +746,8 @@ def as_array(rows: Any) -> Array:
 
     Examples
     --------
-    >>> as_array(encode_array(np.float32([[0.5, 1.5]]))).tolist()
+    >>> row = np.float32([0.5, 1.5])
+    >>> as_array({"dtype": row.dtype.str, "shape": [1, 2], "data": row.tobytes()}).tolist()
     [[0.5, 1.5]]
     """
     with np.errstate(invalid="ignore"):  # memory that nobody wrote to may hold signalling NaNs

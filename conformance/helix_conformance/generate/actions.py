@@ -432,6 +432,7 @@ class Wrong(Action, frozen=True):
 
     @classmethod
     def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
         askable = [kind for kind, needs in EVENTS.items() if needs in (None, *scope.askable)]
         kind = choices.pick(["decode", "decode", *askable])
         picks = _lists(choices, (0, 1, 2, -1), 0, 3)

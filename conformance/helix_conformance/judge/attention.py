@@ -53,7 +53,13 @@ class _WrongOutput:
 
 
 class AttentionJudge:
-    """ATT-1 to ATT-4, and MAP-1 of the heads."""
+    """ATT-1 to ATT-4, and MAP-1 of the heads.
+
+    Parameters
+    ----------
+    config
+        A legal configuration, with which the ranks were started.
+    """
 
     def __init__(self, config: Config) -> None:
         self.shape = config.model
@@ -64,7 +70,27 @@ class AttentionJudge:
     def decoded(
         self, expected: Expectation, outcomes: Sequence[Outcome], *, all_else_right: bool
     ) -> Iterator[Violation]:
-        """Yield what is wrong with the merged outputs of a decode."""
+        """Yield what is wrong with the merged outputs of a decode.
+
+        Parameters
+        ----------
+        expected
+            The expectation of an accepted decode, with its exact outputs.
+        outcomes
+            By global rank; outputs are (layers, tokens, heads of the rank, D).
+        all_else_right
+            Whether columns and states were right: then an empty rank may be to blame.
+
+        Yields
+        ------
+        Violation
+            ATT-1 and ATT-4, with MAP-1 or ATT-3 where they explain it; of the first wrong token.
+
+        Raises
+        ------
+        MalformedAnswer
+            When an output is no array, or has another shape.
+        """
         event, decoded = expected.event, expected.decoded
         assert isinstance(event, Decode) and decoded is not None and expected.outputs is not None
         wanted = (self.shape.layers, len(decoded.owners), self.heads_per_rank, self.shape.value_dim)
@@ -90,7 +116,27 @@ class AttentionJudge:
     def merged(
         self, event: Merge, outputs: Sequence[Output], outcomes: Sequence[Outcome]
     ) -> Iterator[Violation]:
-        """Yield what is wrong with the merge of supplied partials."""
+        """Yield what is wrong with the merge of supplied partials.
+
+        Parameters
+        ----------
+        event
+            The merge, with its partials' levels and the order in which they are given.
+        outputs
+            For each token, exact output (1, q_heads, D) and error bound (1, q_heads).
+        outcomes
+            Outcome of each rank, by global rank; its output is (tokens, heads of the rank, D).
+
+        Yields
+        ------
+        Violation
+            ATT-1 to ATT-4 and MAP-1; ATT-2 also when the same merge gives other bits than before.
+
+        Raises
+        ------
+        MalformedAnswer
+            When an output is no array of numbers.
+        """
         wanted = (len(event.levels[0]), self.heads_per_rank, self.shape.value_dim)
         slices = [array_of(rank, "output", o.output) for rank, o in enumerate(outcomes)]
         strange = [rank for rank, merged in enumerate(slices) if merged.shape != wanted]

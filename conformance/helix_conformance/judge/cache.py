@@ -17,7 +17,13 @@ from helix_spec.engine import RankView
 
 
 class CacheJudge:
-    """OWN-1, POS-2, PAGE-2 and PAGE-4, by cached rows."""
+    """OWN-1, POS-2, PAGE-2 and PAGE-4, by cached rows.
+
+    Parameters
+    ----------
+    config
+        A legal configuration, with which the ranks were started.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -27,14 +33,42 @@ class CacheJudge:
         """Per rank and request, rows that were found right, to look at what changed only."""
 
     def forget(self, id: int) -> None:
-        """Forget a request that was released."""
+        """Forget a request that was released.
+
+        Parameters
+        ----------
+        id
+            The request.
+        """
         for rank in range(self.config.world_size):
             self.right.pop((rank, id), None)
 
     def rows(
         self, state: State, rank: int, view: RankView, batch: Sequence[int]
     ) -> Iterator[Violation]:
-        """What is wrong with one rank's cached rows; `batch` are the requests that decoded."""
+        """Yield what is wrong with one rank's cached rows.
+
+        Parameters
+        ----------
+        state
+            The state that is expected.
+        rank
+            Global rank whose rows they are.
+        view
+            The rank's state; keys and values are (layers, slots, heads of the rank, dim) a request.
+        batch
+            Requests that decoded in this event; empty for another event.
+
+        Yields
+        ------
+        Violation
+            For each request and invariant, the first row that is wrong.
+
+        Raises
+        ------
+        MalformedAnswer
+            When a request's rows are missing, no array, or of another shape.
+        """
         for id in view.local_len:
             contents = state.contents(id, rank % self.cp)
             if contents is None:
@@ -99,7 +133,27 @@ class CacheJudge:
 
 
 def array_of(rank: int, name: str, rows: Any) -> Array:
-    """Return an array that a rank answered as float64. Raises MalformedAnswer."""
+    """Return an array that a rank answered, as float64.
+
+    Parameters
+    ----------
+    rank
+        Global rank that answered.
+    name
+        What the array is called in the message, such as `keys`.
+    rows
+        The answer: an array of an engine's own, or nested lists of numbers.
+
+    Returns
+    -------
+    Array
+        The same numbers in float64, in the same shape.
+
+    Raises
+    ------
+    MalformedAnswer
+        When it is no array of numbers.
+    """
     try:
         return as_array(rows)
     except (TypeError, ValueError, KeyError, OverflowError) as error:

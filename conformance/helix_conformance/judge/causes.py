@@ -23,9 +23,22 @@ _set = msgspec.structs.replace
 def tried(
     trace: Trace, violations: Sequence[Violation], named_by: Callable[[Trace], set[str]]
 ) -> list[Violation]:
-    """The violations of a failing trace, with DUM-1, ATT-2 and ATT-3 where trials bear them out.
+    """Return the violations of a trace, with DUM-1, ATT-2 and ATT-3 where trials bear them out.
 
-    `named_by` plays a trace and gives the invariants that fail then.
+    Parameters
+    ----------
+    trace
+        The trace that failed, up to the event that was answered wrongly.
+    violations
+        What was wrong.
+    named_by
+        Plays a trace, and returns the invariants that fail then.
+
+    Returns
+    -------
+    list of Violation
+        The violations in the order of SPEC.md, without suspicions that did not hold, and with DUM-1
+        where the same trace is right without its dummy requests.
     """
     names = {violation.invariant for violation in violations}
     if any(_padded(event) for event in trace.events):

@@ -75,9 +75,28 @@ def at_hand(
     cp_sizes: Collection[int],
     random: bool = True,
 ) -> frozenset[str]:
-    """Which needs of SITUATIONS a run meets that may draw these layouts and cp_sizes.
+    """Return which needs of SITUATIONS a run meets.
 
-    A workload is not random: all it does is to admit, decode and release.
+    Parameters
+    ----------
+    profiles
+        Profiles that the engine declares.
+    layouts
+        Names of the layouts that may be drawn.
+    cp_sizes
+        The cp_sizes that may be drawn; at least one.
+    random
+        Whether traces are random. A workload only admits, decodes and releases.
+
+    Returns
+    -------
+    frozenset of str
+        Needs as SITUATIONS names them.
+
+    Examples
+    --------
+    >>> sorted(at_hand(["placement", "pages"], layouts=["pr9757"], cp_sizes=[1, 2], random=False))
+    ['a cp_size of 2 or more', 'a layout whose ranks take turns', 'profile pages']
     """
     if not random:
         profiles = {"pages"}.intersection(profiles)
@@ -93,7 +112,13 @@ def at_hand(
 
 
 class Coverage:
-    """Counts of situations, over the traces of one run that has these needs at hand."""
+    """Counts of situations, over the traces of one run.
+
+    Parameters
+    ----------
+    needs
+        What the run has at hand, as `at_hand` returns it; all needs unless given.
+    """
 
     def __init__(self, needs: Collection[str] = ALL_NEEDS) -> None:
         self.needs = needs
@@ -101,7 +126,15 @@ class Coverage:
         self.trace: _Trace | None = None
 
     def saw(self, config: Config, expected: Expectation) -> None:
-        """Count one event of a trace of this configuration."""
+        """Count the situations of one event.
+
+        Parameters
+        ----------
+        config
+            Configuration of the trace.
+        expected
+            The event's expectation; index 0 begins a new trace. Its state must still be readable.
+        """
         if self.trace is None or expected.index == 0:
             assert expected.state is not None
             self.trace = _Trace(config, expected.state)
@@ -110,12 +143,12 @@ class Coverage:
 
     @property
     def missed(self) -> list[str]:
-        """The situations that could have occurred and never did."""
+        """Return the situations that could have occurred and never did."""
         return [name for name, count in self.counts.items() if not count and not self._lacks(name)]
 
     @property
     def impossible(self) -> dict[str, str]:
-        """The situations that could not occur, with what it would have taken."""
+        """Return the situations that could not occur, each with what it would have taken."""
         return {
             name: ", ".join(self._lacks(name))
             for name, count in self.counts.items()

@@ -41,31 +41,63 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def verdict(self) -> Literal["fail", "error"]:
-        """`fail` for a difference, `error` for an engine that failed."""
+        """Return `fail` for a difference, `error` for an engine that failed."""
         return "fail" if self.engine_failure is None else "error"
 
     @property
     def invariants(self) -> set[str]:
-        """The invariants that it names."""
+        """Return the invariants that it names; LIVE-1 alone when the engine failed."""
         if self.engine_failure is not None:
             return {"LIVE-1"}
         return {violation.invariant for violation in self.violations}
 
 
 def engine_failure(trace: Trace, error: EngineFailure) -> Failure:
-    """Return the failure of an engine that did not answer, at the end of this trace."""
+    """Return the failure of an engine that did not answer.
+
+    Parameters
+    ----------
+    trace
+        The trace up to the event that was not answered.
+    error
+        How the engine failed, on which rank and at which event.
+
+    Returns
+    -------
+    Failure
+        A failure of verdict `error`, without violations.
+    """
     return Failure(trace=trace, event=error.event, engine_failure=str(error), rank=error.rank)
 
 
 def shown(answer: Answer) -> Answer:
-    """Return an answer without its arrays: what can be shown."""
+    """Return an answer without its arrays, as a report shows it.
+
+    Parameters
+    ----------
+    answer
+        What one rank answered; it is left as it is.
+    """
     outcome = msgspec.structs.replace(answer.outcome, output=None)
     view = answer.view and msgspec.structs.replace(answer.view, keys={}, values={})
     return Answer(outcome, view)
 
 
 def in_order(violations: Iterable[Violation]) -> list[Violation]:
-    """Return the violations as SPEC.md numbers them, ranks rising."""
+    """Return the violations as SPEC.md numbers them, ranks rising.
+
+    Parameters
+    ----------
+    violations
+        Violations of one event, in any order; those of no rank come before those of rank 0.
+
+    Examples
+    --------
+    >>> late, early = Violation("POS-1", "", rank=1), Violation("POS-1", "", rank=0)
+    >>> found = [late, Violation("OWN-2", ""), early]
+    >>> [(violation.invariant, violation.rank) for violation in in_order(found)]
+    [('OWN-2', None), ('POS-1', 0), ('POS-1', 1)]
+    """
     return sorted(
         violations,
         key=lambda v: (invariants.NUMBERS.index(v.invariant), -1 if v.rank is None else v.rank),

@@ -31,6 +31,28 @@ class Judge:
         A legal configuration, with which the ranks were started.
     profiles
         Those that are checked.
+
+    Examples
+    --------
+    The reference answers; then rank 1 answers as rank 0 does, which owns the new token:
+
+    >>> from helix_conformance.drive.driver import Watch
+    >>> from helix_conformance.drive.in_process import LocalDriver
+    >>> from helix_conformance.engines import load_engine
+    >>> from helix_conformance.expect.recorder import Recorder
+    >>> config = Config(layout="pr9757/1:C=2,T=2", pages=[4, 4], max_len=9)
+    >>> driver, profiles = LocalDriver(load_engine("reference")), frozenset({"placement"})
+    >>> recorder, judge = Recorder(config), Judge(config, profiles)
+    >>> events = [Admit(7, 4), Decode([7], [1])]
+    >>> for event, answers in driver.play(config, profiles, events, Watch()):
+    ...     if event is not None:
+    ...         expected = recorder.next(event)
+    ...         print(judge.event(expected, answers))
+    ...         wrong = judge.event(expected, [answers[0], answers[0]])
+    []
+    []
+    >>> [violation.invariant for violation in wrong]
+    ['OWN-1', 'OWN-2', 'OWN-3']
     """
 
     def __init__(self, config: Config, profiles: frozenset[str]) -> None:
@@ -45,11 +67,41 @@ class Judge:
         """The latest state that was expected."""
 
     def started(self, answers: Sequence[Answer]) -> list[Violation]:
-        """Return what is wrong with the answers to a start with a legal configuration."""
+        """Return what is wrong with the answers to a start with a legal configuration.
+
+        Parameters
+        ----------
+        answers
+            Answer of each rank, by global rank.
+
+        Returns
+        -------
+        list of Violation
+            REF-1 and REF-2; empty when all ranks accepted.
+        """
         return wrong_reasons(None, [answer.outcome for answer in answers])
 
     def event(self, expected: Expectation, answers: Sequence[Answer]) -> list[Violation]:
-        """Return what is wrong with the answers to the next event of the trace."""
+        """Return what is wrong with the answers to the next event of the trace.
+
+        Parameters
+        ----------
+        expected
+            The event's expectation; its state must still be readable.
+        answers
+            Answer of each rank, by global rank. States are judged when every rank has told one.
+
+        Returns
+        -------
+        list of Violation
+            Every invariant that failed, in the order of SPEC.md. After a wrong refusal nothing else
+            is judged.
+
+        Raises
+        ------
+        MalformedAnswer
+            When a column or an array of an answer has another size than the event demands.
+        """
         event, outcomes = expected.event, [answer.outcome for answer in answers]
         found = wrong_reasons(expected.refused, outcomes)
         if found:
@@ -75,7 +127,23 @@ class Judge:
         return in_order(found + in_state) if found or in_state else []
 
     def finished(self, answers: Sequence[Answer]) -> list[Violation]:
-        """Return what is wrong with the state of all ranks at the end."""
+        """Return what is wrong with the states of all ranks at the end.
+
+        Parameters
+        ----------
+        answers
+            Answer of each rank, by global rank.
+
+        Returns
+        -------
+        list of Violation
+            Every invariant that failed; empty where no state was ever expected or told.
+
+        Raises
+        ------
+        MalformedAnswer
+            When an array of a state has another shape than it must have.
+        """
         if self.state is None:
             return []
         return in_order(self._views(self.state, [answer.view for answer in answers], None))
@@ -138,7 +206,26 @@ class Judge:
 
 
 def wrong_reasons(reason: Reason | str | None, outcomes: Sequence[Outcome]) -> list[Violation]:
-    """Return REF-1 and REF-2 of what the ranks answered, None standing for accepted."""
+    """Return REF-1 and REF-2 of what the ranks answered.
+
+    Parameters
+    ----------
+    reason
+        The refusal that is expected; None for an event that is accepted.
+    outcomes
+        Outcome of each rank, by global rank.
+
+    Returns
+    -------
+    list of Violation
+        REF-2 when a rank answers another reason, after REF-1 when the ranks disagree.
+
+    Examples
+    --------
+    >>> refused = Outcome(reason=Reason.TOO_LONG)
+    >>> [violation.invariant for violation in wrong_reasons(Reason.TOO_LONG, [refused, Outcome()])]
+    ['REF-1', 'REF-2']
+    """
     found, given = [], [outcome.reason for outcome in outcomes]
     if all(answer == reason for answer in given):
         return []

@@ -15,7 +15,15 @@ from helix_spec.engine import Outcome, RankView
 
 
 class LengthsJudge:
-    """LEN-1 to LEN-3, BAL-1, BAL-3, and MAP-1 of what the ranks hold."""
+    """LEN-1 to LEN-3, BAL-1, BAL-3, and MAP-1 of what the ranks hold.
+
+    Parameters
+    ----------
+    config
+        A legal configuration, with which the ranks were started.
+    profiles
+        Those that are checked.
+    """
 
     def __init__(self, config: Config, profiles: frozenset[str]) -> None:
         self.config, self.profiles = config, profiles
@@ -25,7 +33,15 @@ class LengthsJudge:
         """The latest admissions, in order (BAL-3)."""
 
     def columns(self, columns: Columns, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        """LEN-2, and LEN-3 wherever an engine reports what is visible."""
+        """Yield LEN-2, and LEN-3 wherever an engine reports what is visible.
+
+        Parameters
+        ----------
+        columns
+            What the ranks should answer.
+        outcomes
+            Outcome of each rank, by global rank.
+        """
         lengths, attention = "lengths" in self.profiles, "attention" in self.profiles
         for rank, outcome in enumerate(outcomes):
             past_len, visible = columns.past_len[rank % self.cp], columns.visible[rank % self.cp]
@@ -40,7 +56,19 @@ class LengthsJudge:
     def equal(
         self, state: State, views: Sequence[RankView], ids: list[int], preempted: list[int]
     ) -> bool:
-        """Whether all views tell of these requests, in this order, what is right, and no more."""
+        """Return whether all views tell of these requests what is right, and of no others.
+
+        Parameters
+        ----------
+        state
+            The state that is expected.
+        views
+            State of each rank, by global rank.
+        ids
+            Requests in the order in which the views should name them.
+        preempted
+            The preempted requests that every view should name.
+        """
         held = list(zip(*map(state.lengths, ids), strict=True))
         for rank, view in enumerate(views):
             if view.preempted != preempted or [*view.local_len] != ids:
@@ -52,7 +80,17 @@ class LengthsJudge:
     def held(
         self, state: State, views: Sequence[RankView], ids: Sequence[int]
     ) -> Iterator[Violation]:
-        """LEN-1, BAL-1 and MAP-1 of these requests, in each group of cp_size ranks."""
+        """Yield LEN-1, BAL-1 and MAP-1, in each group of cp_size ranks.
+
+        Parameters
+        ----------
+        state
+            The state that is expected.
+        views
+            State of each rank, by global rank.
+        ids
+            Live requests to look at.
+        """
         for id in ids:
             expected = list(state.lengths(id))
             lengths = [view.local_len.get(id) for view in views]
@@ -70,7 +108,15 @@ class LengthsJudge:
                     yield Violation("BAL-1", what, f"at most {bound}", observed, request=id)
 
     def rotation(self, state: State, views: Sequence[RankView]) -> Iterator[Violation]:
-        """BAL-3 of every C requests that were admitted in a row and stand alike."""
+        """Yield BAL-3 of every C requests that were admitted in a row and stand alike.
+
+        Parameters
+        ----------
+        state
+            The state that is expected.
+        views
+            State of each rank, by global rank, of all live requests.
+        """
         if self.layout.start != "rotated" or state.requests is None:
             return
         admitted = list(self.admitted)

@@ -24,7 +24,10 @@ UNMAPPED: Final = -(2**62)
 class PageMap:
     """Which physical page of one rank is which page of the model.
 
-    `pool` is the number of pages that the rank has, None for an engine that allocates none.
+    Parameters
+    ----------
+    pool
+        Number of pages that the rank has; None for an engine that allocates none.
     """
 
     def __init__(self, pool: int | None) -> None:
@@ -39,7 +42,17 @@ class PageMap:
     def knows(
         self, ids: list[int], tables: dict[int, list[int]], expected: Sequence[Sequence[Page]]
     ) -> bool:
-        """Whether these requests have the block tables that they had, and should have them."""
+        """Return whether requests have the block tables that they had, and should have them.
+
+        Parameters
+        ----------
+        ids
+            Requests in the order in which the rank should name them.
+        tables
+            The rank's block tables, page numbers by request.
+        expected
+            For each of the requests, the model's pages.
+        """
         return (
             [*tables] == ids
             and [*tables.values()] == [*map(self.tables.get, ids)]
@@ -49,7 +62,19 @@ class PageMap:
     def table(
         self, rank: int, id: int, table: list[int], expected: Sequence[Page]
     ) -> Iterator[Violation]:
-        """One request's block table: PAGE-1, PAGE-2 and GROW-1."""
+        """Yield PAGE-1, PAGE-2 and GROW-1 of one request's block table.
+
+        Parameters
+        ----------
+        rank
+            Global rank, to name in a violation.
+        id
+            The request.
+        table
+            Page numbers that the rank tells.
+        expected
+            The model's pages, in the same order.
+        """
         if self.tables.get(id) == table and self.expected.get(id) == expected:
             return
         if len(table) != len(expected):
@@ -67,7 +92,26 @@ class PageMap:
     def map(
         self, rank: int, id: int, number: int, page: Page, *, written: bool = False
     ) -> Iterator[Violation]:
-        """Map one page: in the pool, the same page as before, and nobody else's."""
+        """Map one page: it must be in the pool, the same page as before, and nobody else's.
+
+        Parameters
+        ----------
+        rank
+            Global rank, to name in a violation.
+        id
+            The request that holds the page.
+        number
+            The physical page.
+        page
+            The model's page.
+        written
+            Whether a token was written into it: then another request's page is overwritten (OWN-1).
+
+        Yields
+        ------
+        Violation
+            PAGE-1, GROW-1, PAGE-2 or OWN-1. A page that is somebody else's is not mapped.
+        """
         if number < 0 or (self.pool is not None and number >= self.pool):
             what = f"page of request {id}, in the rank's pool"
             right = f"at least 0 and below {self.pool}"
@@ -92,7 +136,13 @@ class PageMap:
         self.model_pages[number], self.numbers[page] = page, number
 
     def forget(self, id: int) -> None:
-        """Forget a request that was released."""
+        """Forget a request that was released.
+
+        Parameters
+        ----------
+        id
+            The request.
+        """
         self.tables.pop(id, None)
         self.expected.pop(id, None)
 
@@ -102,7 +152,15 @@ class PageMap:
 
 
 class PagesJudge:
-    """PAGE-1, PAGE-2, PAGE-3, GROW-1, and OWN-1 by the slots that ranks name."""
+    """PAGE-1, PAGE-2, PAGE-3, GROW-1, and OWN-1 by the slots that ranks name.
+
+    Parameters
+    ----------
+    config
+        A legal configuration, with which the ranks were started.
+    profiles
+        Those that are checked; without `pages` the pools have no end.
+    """
 
     def __init__(self, config: Config, profiles: frozenset[str]) -> None:
         self.t = config.layout.tokens_per_block
@@ -112,12 +170,30 @@ class PagesJudge:
         self.maps = [PageMap(pools[rank % self.cp]) for rank in range(config.world_size)]
 
     def forget(self, id: int) -> None:
-        """Forget a request that was released."""
+        """Forget a request that was released.
+
+        Parameters
+        ----------
+        id
+            The request.
+        """
         for page_map in self.maps:
             page_map.forget(id)
 
     def slots(self, expected: Expectation) -> list[list[int]]:
-        """Return the slots that each rank should name, as far as its pages are known."""
+        """Return the slots that each rank should name, as far as its pages are known.
+
+        Parameters
+        ----------
+        expected
+            The expectation of an accepted decode.
+
+        Returns
+        -------
+        list of list of int
+            By global rank and token, page number times T plus offset; -1 for a token of another
+            rank, below -1 where no physical page is mapped yet.
+        """
         assert expected.decoded is not None
         owners, places = expected.decoded.owners, expected.decoded.slots
         slots = [[-1] * len(owners) for _ in self.maps]
@@ -130,7 +206,17 @@ class PagesJudge:
     def written(
         self, expected: Expectation, state: State | None, outcomes: Sequence[Outcome]
     ) -> Iterator[Violation]:
-        """OWN-1: each new token is written once, at its local index, in a page of its request."""
+        """Yield OWN-1 unless each new token is written once, at its index, in its request's page.
+
+        Parameters
+        ----------
+        expected
+            The expectation of an accepted decode.
+        state
+            The latest state that is expected, to see whose token is overwritten; None for unknown.
+        outcomes
+            Outcome of each rank, by global rank.
+        """
         event, decoded = expected.event, expected.decoded
         assert isinstance(event, Decode) and decoded is not None
         columns = decoded.position_ids, decoded.owners, decoded.slots
@@ -175,7 +261,19 @@ class PagesJudge:
     def held(
         self, state: State, views: Sequence[RankView], ids: list[int], *, whole: bool
     ) -> Iterator[Violation]:
-        """PAGE-1, PAGE-2, GROW-1 of these requests' tables, and PAGE-3; `whole`: all live ones."""
+        """Yield PAGE-1, PAGE-2 and GROW-1 of block tables, and PAGE-3.
+
+        Parameters
+        ----------
+        state
+            The state that is expected.
+        views
+            State of each rank, by global rank.
+        ids
+            Live requests that the views should tell of.
+        whole
+            Whether they are all live ones: then their pages and the free ones make up the pool.
+        """
         tables = list(zip(*map(state.tables, ids), strict=True)) or [()] * self.cp
         free_pages = state.free_pages
         for rank, view in enumerate(views):

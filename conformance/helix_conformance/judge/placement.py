@@ -16,7 +16,17 @@ from helix_spec.events import Decode
 
 
 class Columns:
-    """What each rank should answer to one accepted decode; `slots` are by global rank."""
+    """What each rank should answer to one accepted decode.
+
+    Parameters
+    ----------
+    expected
+        The decode's expectation.
+    config
+        Configuration of the trace.
+    slots
+        By global rank and token, the slots that should be named; see `PagesJudge.slots`.
+    """
 
     def __init__(self, expected: Expectation, config: Config, slots: list[list[int]]) -> None:
         assert expected.decoded is not None
@@ -28,7 +38,15 @@ class Columns:
         self.slots = slots
 
     def are_those_of(self, rank: int, outcome: Outcome) -> bool:
-        """Whether all that a rank answers is right, the output left out."""
+        """Return whether all that a rank answers is right, the output left out.
+
+        Parameters
+        ----------
+        rank
+            Global rank.
+        outcome
+            What it answered.
+        """
         cp_rank = rank % self.cp
         return (
             outcome.slots == self.slots[rank]
@@ -39,15 +57,40 @@ class Columns:
         )
 
     def active_differs(self, outcomes: Sequence[Outcome]) -> bool:
-        """Whether a rank claims other tokens than it owns."""
+        """Return whether a rank claims other tokens than it owns.
+
+        Parameters
+        ----------
+        outcomes
+            Outcome of each rank, by global rank.
+        """
         return any(o.active != self.active[rank % self.cp] for rank, o in enumerate(outcomes))
 
     def slots_differ(self, outcomes: Sequence[Outcome]) -> bool:
-        """Whether a rank names other slots than are known."""
+        """Return whether a rank names other slots than are known.
+
+        Parameters
+        ----------
+        outcomes
+            Outcome of each rank, by global rank.
+        """
         return any(o.slots != self.slots[rank] for rank, o in enumerate(outcomes))
 
     def check_sizes(self, outcomes: Sequence[Outcome], profiles: frozenset[str]) -> None:
-        """Raise MalformedAnswer when a column has another length than the batch."""
+        """Check that every column is as long as the batch.
+
+        Parameters
+        ----------
+        outcomes
+            Outcome of each rank, by global rank.
+        profiles
+            Those that are checked; `past_len` is looked at with `lengths` alone.
+
+        Raises
+        ------
+        MalformedAnswer
+            When a column has another length.
+        """
         tokens = len(self.position_ids)
         for rank, outcome in enumerate(outcomes):
             if "lengths" in profiles:
@@ -62,14 +105,30 @@ def _check_size(rank: int, name: str, column: Sequence[Any], right: int) -> None
 
 
 class PlacementJudge:
-    """OWN-2, OWN-3, POS-1, PAGE-4, BAL-2, and MAP-1 of what the ranks claim."""
+    """OWN-2, OWN-3, POS-1, PAGE-4, BAL-2, and MAP-1 of what the ranks claim.
+
+    Parameters
+    ----------
+    config
+        A legal configuration, with which the ranks were started.
+    profiles
+        Those that are checked.
+    """
 
     def __init__(self, config: Config, profiles: frozenset[str]) -> None:
         self.config, self.profiles = config, profiles
         self.cp = config.layout.cp_size
 
     def columns(self, columns: Columns, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        """POS-1, and PAGE-4 by the slots that ranks name."""
+        """Yield POS-1, and PAGE-4 by the slots that ranks name.
+
+        Parameters
+        ----------
+        columns
+            What the ranks should answer.
+        outcomes
+            Outcome of each rank, by global rank.
+        """
         for rank, outcome in enumerate(outcomes):
             if outcome.position_ids != columns.position_ids:
                 what = "global positions of the new tokens"
@@ -84,7 +143,15 @@ class PlacementJudge:
                     yield Violation("PAGE-4", what, -1, slot, rank)
 
     def owners(self, columns: Columns, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        """OWN-2, OWN-3 and MAP-1 of each new token, in each group of cp_size ranks."""
+        """Yield OWN-2, OWN-3 and MAP-1 of each new token, in each group of cp_size ranks.
+
+        Parameters
+        ----------
+        columns
+            What the ranks should answer.
+        outcomes
+            Outcome of each rank, by global rank.
+        """
         right = list(zip(*columns.active, strict=True))
         for first in range(0, len(outcomes), self.cp):
             group = [outcome.active for outcome in outcomes[first : first + self.cp]]
@@ -100,7 +167,15 @@ class PlacementJudge:
         yield from swapped_ranks(self.config, self.profiles, columns.active, observed)
 
     def balance(self, expected: Expectation, outcomes: Sequence[Outcome]) -> Iterator[Violation]:
-        """BAL-2 of each request of the batch, by what the ranks claim; right until now."""
+        """Yield BAL-2 of each request of the batch, by what the ranks claim.
+
+        Parameters
+        ----------
+        expected
+            The expectation of an accepted decode, whose columns were right until now.
+        outcomes
+            Outcome of each rank, by global rank.
+        """
         event, decoded, state = expected.event, expected.decoded, expected.state
         assert isinstance(event, Decode) and decoded is not None
         if state is None or state.requests is None:
@@ -125,7 +200,19 @@ class PlacementJudge:
 def swapped_ranks(
     config: Config, profiles: frozenset[str], expected: Sequence[Any], observed: Sequence[Any]
 ) -> Iterator[Violation]:
-    """MAP-1 where what all ranks say is what the cp_ranks should say with tp_rank fastest."""
+    """Yield MAP-1 where the ranks answer what they should with tp_rank fastest.
+
+    Parameters
+    ----------
+    config
+        Configuration of the trace.
+    profiles
+        Those that are checked; MAP-1 is checked with `attention` alone.
+    expected
+        What each cp_rank should say, by cp_rank.
+    observed
+        What each rank says, by global rank.
+    """
     ranks, cp, tp = range(config.world_size), config.layout.cp_size, config.tp_size
     if "attention" in profiles and tp > 1:
         right = [expected[rank % cp] for rank in ranks]

@@ -58,7 +58,23 @@ class Player:
     def judged(
         self, trace: Trace, watch: Watch = EVERYTHING, coverage: Coverage | None = None
     ) -> Failure | None:
-        """Play and judge one trace, and leave its failure as it is seen first."""
+        """Play and judge one trace, and leave its failure as it is seen first.
+
+        Parameters
+        ----------
+        trace
+            The trace; it is played up to the first event that must not be run.
+        watch
+            Which state is looked at, and when.
+        coverage
+            Counts the situations that were visited, when given.
+
+        Returns
+        -------
+        Failure or None
+            The first wrong event, or a configuration that was wrongly accepted; None when all is
+            right, or wrong as known.
+        """
         allowed = self.known.runnable(trace, self.driver.profiles)
         self.tally.cut += allowed != trace
         if allowed is None:
@@ -69,7 +85,18 @@ class Player:
         return self.played(trace.config, allowed.events, recorder.next, watch, coverage)
 
     def refused(self, config: Config) -> Failure | None:
-        """Judge the answers to a configuration with which no engine may start."""
+        """Judge the answers to a configuration with which no engine may start.
+
+        Parameters
+        ----------
+        config
+            The illegal configuration.
+
+        Returns
+        -------
+        Failure or None
+            A failure at the start; None when every rank refused it as `bad_config`.
+        """
         self.tally.traces += 1
         trace = Trace(config=config, events=[])
         try:
@@ -89,7 +116,26 @@ class Player:
         watch: Watch = EVERYTHING,
         coverage: Coverage | None = None,
     ) -> Failure | None:
-        """Judge events as they are played; None when all answers were right, or wrong as known."""
+        """Judge events as they are played.
+
+        Parameters
+        ----------
+        config
+            A legal configuration.
+        events
+            The events; the next is drawn when the driver asks for it.
+        expect
+            Returns the expectation of the event that was played.
+        watch
+            Which state is looked at, and when.
+        coverage
+            Counts the situations that were visited, when given.
+
+        Returns
+        -------
+        Failure or None
+            The first wrong event; None when all answers were right, or wrong as known.
+        """
         judge, seen, began = Judge(config, self.profiles), list[Event](), time.perf_counter()
         drawn = list[Event]()
         """Events that the driver asked for: the one that an engine does not survive is not seen."""
@@ -144,7 +190,13 @@ class Player:
             self.tally.seconds += time.perf_counter() - began
 
     def made_sure(self, failure: Failure) -> Failure:
-        """The failure, its suspicions tried."""
+        """Return a failure with its suspicions tried (see `causes`).
+
+        Parameters
+        ----------
+        failure
+            A failure of this engine; one of an engine that failed comes back as it is.
+        """
         if failure.engine_failure is not None:
             return failure
 
@@ -156,7 +208,21 @@ class Player:
         return msgspec.structs.replace(failure, violations=violations)
 
     def made_small(self, whole: Trace, failure: Failure) -> Failure:
-        """The failure with the smallest trace that shows some of the same violations."""
+        """Return the failure with the smallest trace that shows some of the same violations.
+
+        Parameters
+        ----------
+        whole
+            The trace that failed, with the events after the wrong one.
+        failure
+            Its failure.
+
+        Returns
+        -------
+        Failure
+            The failure of the smallest trace found. An engine that fails ends the search when it
+            cannot be asked again, or after REDUCTION_LIMIT_S.
+        """
         smallest, alive = failure, True
         until = time.perf_counter() + REDUCTION_LIMIT_S
 
@@ -194,7 +260,39 @@ def check_trace(
     """Play one trace and judge every answer; the first event that is wrong ends it.
 
     A configuration with which no engine may start must be refused; its events are not played.
-    What the engine's ledger of known differences covers is not wrong.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    trace
+        The trace to play.
+    profiles
+        Profiles to check.
+    watch
+        Which state is looked at, and when; all of it after every event unless given.
+    tally
+        What is played is added to it, when given.
+    coverage
+        Counts the situations that were visited, when given.
+    known
+        Differences that are not wrong.
+
+    Returns
+    -------
+    Failure or None
+        What is wrong, its suspicions tried; None when nothing is.
+
+    Examples
+    --------
+    >>> from helix_conformance.drive.in_process import LocalDriver
+    >>> from helix_conformance.engines import load_engine
+    >>> from helix_spec.events import Admit, Decode
+    >>> config = Config(layout="pr9757/1:C=2,T=2", pages=[4, 4], max_len=9)
+    >>> trace = Trace(config=config, events=[Admit(7, 3), Decode([7], [1])])
+    >>> driver, tally = LocalDriver(load_engine("reference")), Tally()
+    >>> check_trace(driver, trace, driver.profiles, tally=tally) is None, tally.events
+    (True, 2)
     """
     player = Player(driver, profiles, tally or Tally(), known or Known())
     failure = player.judged(trace, watch, coverage)
@@ -213,7 +311,41 @@ def check_workload(
     released: Callable[[], None] = lambda: None,
     coverage: Coverage | None = None,
 ) -> Failure | None:
-    """Play a workload through the scheduler; state is looked at every 100 events."""
+    """Play a workload through the scheduler; state is looked at every 100 events.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    config
+        A legal configuration.
+    requests
+        The workload, in the order of arrival.
+    profiles
+        Profiles to check.
+    batch_limit
+        The most live requests, at least 1.
+    max_steps
+        The most tokens that are decoded of one request, at least 1.
+    tally
+        What is played is added to it.
+    released
+        Called when a request is released.
+    coverage
+        Counts the situations that were visited, when given.
+
+    Returns
+    -------
+    Failure or None
+        The first wrong event, with the whole trace until then; None when all answers were right.
+
+    Raises
+    ------
+    WorkloadError
+        When a request does not fit an empty pool, and for any other refusal.
+    ValueError
+        When a limit is less than 1.
+    """
     recorder, drawn = Recorder(config, driver.profiles), list[Expectation]()
 
     def events() -> Iterator[Event]:
@@ -241,7 +373,21 @@ def check_vector(
 ) -> Failure | None:
     """Play a vector and judge every answer by what it expects.
 
-    `profiles` are those that are to be checked, all that the engine declares when None.
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    vector
+        The vector; what it expects is right, whatever the reference says.
+    tally
+        What is played is added to it.
+    profiles
+        Profiles to check; all that the engine declares when None.
+
+    Returns
+    -------
+    Failure or None
+        What is wrong, its suspicions tried; None when nothing is.
     """
     profiles = profiles_of_vector(vector, driver.profiles if profiles is None else profiles)
     player, stored = Player(driver, profiles, tally), expectations(vector)
@@ -252,7 +398,15 @@ def check_vector(
 
 
 def profiles_of_vector(vector: Vector, profiles: frozenset[str]) -> frozenset[str]:
-    """Those of the profiles by which a vector checks: what it asks for, and as deep as it goes."""
+    """Return the profiles by which a vector checks: what it asks for, and as deep as it goes.
+
+    Parameters
+    ----------
+    vector
+        The vector.
+    profiles
+        Profiles to choose from.
+    """
     if vector.profiles == [MERGE]:
         return frozenset(vector.profiles)
     depth = ["placement", "lengths", "pages"]
@@ -264,9 +418,19 @@ def profiles_of_vector(vector: Vector, profiles: frozenset[str]) -> frozenset[st
 
 
 def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> frozenset[str]:
-    """What is checked: the declared profiles, or those of them that were asked for.
+    """Return what is checked: the declared profiles, or those of them that were asked for.
 
-    A profile of the ladder brings those before it.
+    Parameters
+    ----------
+    declared
+        Profiles that the engine declares.
+    asked
+        Profiles to check, each of the ladder with those before it; empty for all.
+
+    Examples
+    --------
+    >>> sorted(profiles_to_check(["placement", "lengths", "fork"], asked=["lengths"]))
+    ['lengths', 'placement']
     """
     wanted = set(asked or declared)
     for profile in LADDER:

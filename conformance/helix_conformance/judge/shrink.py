@@ -30,7 +30,17 @@ _set = msgspec.structs.replace
 
 
 def reduced(trace: Trace, still_fails: StillFails, *, tries: int = 1000) -> Trace:
-    """The smallest failing trace that is found in so many tries, starting from one that fails."""
+    """Return the smallest failing trace that is found, starting from one that fails.
+
+    Parameters
+    ----------
+    trace
+        A trace that fails.
+    still_fails
+        Plays a trace; returns it up to where it fails, None when it does not.
+    tries
+        Most traces that are played.
+    """
     search = _Search(trace, still_fails, tries)
     while search.left > 0 and search.round():
         pass
@@ -111,13 +121,25 @@ class _Search:
 
 
 def with_room(trace: Trace) -> Trace:
-    """The trace with pools that hardly run dry."""
+    """Return the trace with pools that hardly run dry.
+
+    Parameters
+    ----------
+    trace
+        The trace; its events stay.
+    """
     ample = [AMPLE] * len(trace.config.pages)
     return _set(trace, config=_set(trace.config, pages=ample))
 
 
 def gone_on(trace: Trace) -> Trace:
-    """The trace, and some who live at its end decoded until each rank has had its turn."""
+    """Return the trace with more decodes at its end, until each rank has had its turn.
+
+    Parameters
+    ----------
+    trace
+        The trace; up to four of the requests that live at its end are decoded.
+    """
     state = _played(trace).state
     ids = list(state.live)[:4]
     if not ids:

@@ -92,13 +92,19 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def subject(self) -> str:
-        """What it is a difference of, in few words."""
+        """Return what it is a difference of, in few words."""
         of = self.invariant or self.profile or self.reason
         where = "" if self.layout is None else f"layout {self.layout}"
         return f"{of}, {where}".strip(", ") if of else where
 
     def covers(self, layout: str) -> bool:
-        """Whether it is a difference of this layout, by name."""
+        """Return whether it is a difference of a layout.
+
+        Parameters
+        ----------
+        layout
+            The layout's name.
+        """
         return self.layout in (None, layout)
 
 
@@ -112,7 +118,24 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Known:
-    """The known differences of one engine, and which of them a run has met."""
+    """The known differences of one engine, and which of them a run has met.
+
+    Parameters
+    ----------
+    differences
+        The entries of the ledger, in its order; none unless given.
+
+    Examples
+    --------
+    >>> link = "https://example.org/1"
+    >>> entry = Difference(kind="answers_wrongly", does="errs", link=link, invariant="PAGE-1")
+    >>> known = Known([entry])
+    >>> found = [Violation("PAGE-1", "pages"), Violation("LEN-1", "tokens")]
+    >>> [violation.invariant for violation in known.unknown("pr9757", found)]
+    ['LEN-1']
+    >>> known.met == {entry}
+    True
+    """
 
     def __init__(self, differences: Iterable[Difference] = ()) -> None:
         self.differences = list(differences)
@@ -127,7 +150,18 @@ class Known:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The ledger in a TOML file. Raises LedgerError, naming file, entry and field."""
+        """Return the ledger in a TOML file.
+
+        Parameters
+        ----------
+        path
+            The file.
+
+        Raises
+        ------
+        LedgerError
+            When it cannot be read, is too large or no ledger; the message says where.
+        """
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -148,23 +182,48 @@ class Known:
     # Before a layout is played
 
     def runs(self, layout: str) -> bool:
-        """Whether anything may be run on this layout."""
+        """Return whether anything may be run on a layout.
+
+        Parameters
+        ----------
+        layout
+            The layout's name.
+        """
         return not any(d.subject == f"layout {layout}" for d in self._of(layout, "must_not_run"))
 
     def left_out(self, layout: str) -> frozenset[str]:
-        """Profiles that are not checked with the others, and those that build on them."""
+        """Return the profiles that are not checked with the others, and those that build on them.
+
+        Parameters
+        ----------
+        layout
+            The layout's name.
+        """
         named = {d.profile for d in self._of(layout) if d.profile is not None}
         depth = min((LADDER.index(p) for p in named if p in LADDER), default=len(LADDER))
         return frozenset(named - set(LADDER)) | frozenset(LADDER[depth:])
 
     def suspended(self, layout: str) -> list[Difference]:
-        """The profiles among them that are checked apart: each must still fail by itself."""
+        """Return the differences whose profile is checked apart: each must still fail by itself.
+
+        Parameters
+        ----------
+        layout
+            The layout's name.
+        """
         return [d for d in self._of(layout, "answers_wrongly") if d.profile is not None]
 
     def played(self, layout: str, profiles: frozenset[str], *, void: bool) -> None:
-        """A layout was played with these profiles: what it can show should have shown.
+        """Take in that a layout was played: what it can show should have shown.
 
-        It is void when every trace ended at a known difference before anything was judged.
+        Parameters
+        ----------
+        layout
+            The layout's name.
+        profiles
+            Profiles that were checked.
+        void
+            Whether every trace ended at a known difference before anything was judged.
         """
         if void:
             self.void.append(layout)
@@ -174,7 +233,15 @@ class Known:
                 self.tried.add(d)
 
     def confirmed(self, difference: Difference, *, failed: bool) -> None:
-        """A profile was checked apart."""
+        """Take in that a profile was checked apart.
+
+        Parameters
+        ----------
+        difference
+            The entry that names the profile.
+        failed
+            Whether it failed, as the entry says.
+        """
         self.tried.add(difference)
         if failed:
             self.met.add(difference)
@@ -182,7 +249,20 @@ class Known:
     # While it is played
 
     def runnable(self, trace: Trace, declared: frozenset[str]) -> Trace | None:
-        """The trace up to the first event that must not be run; None when it may not even start."""
+        """Return the trace up to the first event that must not be run.
+
+        Parameters
+        ----------
+        trace
+            The trace to play.
+        declared
+            Profiles that the engine declares.
+
+        Returns
+        -------
+        Trace or None
+            The trace, or its first events; None when it may not even start.
+        """
         layout = layout_name(trace.config.layout)
         forbidden = list(self._of(layout, "must_not_run"))
         if not forbidden:
@@ -204,7 +284,20 @@ class Known:
         return msgspec.structs.replace(trace, events=events)
 
     def unknown(self, layout: str, violations: Sequence[Violation]) -> list[Violation]:
-        """Those of the violations that no entry covers."""
+        """Return those of the violations that no entry covers; mark the entries that are met.
+
+        Parameters
+        ----------
+        layout
+            Name of the layout that was played.
+        violations
+            What is wrong with the answers to one event.
+
+        Returns
+        -------
+        list of Violation
+            What is left. DUM-1 and ATT-3 go with the known violation that they explain.
+        """
         rest = []
         for violation in violations:
             entries = [
@@ -224,24 +317,30 @@ class Known:
 
     @property
     def holds(self) -> bool:
-        """Whether the ledger is true of what was played."""
+        """Return whether the ledger is true of what was played."""
         return not self.stale and not self.void
 
     @property
     def stale(self) -> list[Difference]:
-        """Differences that should have shown and have not."""
+        """Return the differences that should have shown and have not."""
         return [d for d in self.differences if d in self.tried - self.met]
 
     def of_layout(self, layout: str) -> list[Difference]:
-        """The differences that this run has met, or has not run, on a layout."""
+        """Return the differences that this run has met, or has not run, on a layout.
+
+        Parameters
+        ----------
+        layout
+            The layout's name.
+        """
         return [d for d in self._of(layout) if d in self.met or d.kind == "must_not_run"]
 
     def summary(self) -> list[dict[str, Any]]:
-        """Every difference with what became of it, for the JSON stream."""
+        """Return every difference with what became of it, for the JSON stream."""
         return [msgspec.to_builtins(d) | {"status": self._status(d)} for d in self.differences]
 
     def sentences(self) -> Iterator[str]:
-        """The same for people, one line each; what is wrong with the ledger last."""
+        """Yield the same for people, one line each; what is wrong with the ledger last."""
         for d in self.differences:
             if self._status(d) != "no longer fails":
                 yield f"known ({self._status(d)}): {d.subject}: {d.does} ({d.link})"
@@ -267,7 +366,13 @@ class Known:
 
 
 def void_sentence(layout: str) -> str:
-    """What is wrong with a ledger that leaves nothing of a layout to judge."""
+    """Return what is wrong with a ledger that leaves nothing of a layout to judge.
+
+    Parameters
+    ----------
+    layout
+        The layout's name.
+    """
     return (
         f"Every trace of layout {layout} ended at a known difference before anything else was "
         "judged; say that the layout must_not_run."
@@ -281,7 +386,13 @@ PARTING: Final = frozenset(
 
 
 def parted(violations: Sequence[Violation]) -> bool:
-    """Whether engine and reference went different ways: all that follows follows from that."""
+    """Return whether engine and reference went different ways: all that follows follows from that.
+
+    Parameters
+    ----------
+    violations
+        What is wrong with the answers to one event.
+    """
     return any(violation.invariant in PARTING for violation in violations)
 
 
