@@ -43,6 +43,7 @@ def play(line):
         words = [sys.executable, "-m", *words, *plugin]
         done = subprocess.run(words, env=env, capture_output=True, text=True)
     else:
+        words = [sys.executable if word == "python" else word for word in words]
         done = subprocess.run(words, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
