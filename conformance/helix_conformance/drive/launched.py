@@ -444,6 +444,7 @@ class LaunchedDriver(ProcessDriver):
         switchboard = Switchboard(host)
         meeting = Meeting(switchboard.address)
         if load_engine(engine).needs_processes:
+            self.window = 1  # as in a pool: collectives of two events must not meet
             meeting = Meeting(switchboard.address, *self.launcher.store(host))
         self.launcher.tell(meeting)
         try:

@@ -604,6 +604,7 @@ class ProcessDriver:
         self.profiles: frozenset[str] = frozenset()
         self.settings: dict[str, str] = {}
         self.told_to_stop = False
+        self.window = WINDOW
 
     def start_ranks(self, world: int) -> list[Rank]:
         """Start the ranks that are missing for a world of `world` ranks, and return them.
@@ -661,7 +662,7 @@ class ProcessDriver:
         pending: deque[Request] = deque()
         drawn = False
         while pending or not drawn:
-            if not drawn and len(pending) <= WINDOW // 2:
+            if not drawn and len(pending) <= self.window // 2:
                 drawn = self._send_ahead(ranks, pending, events, watch)
             request = pending.popleft()
             yield request.event, self._answers(ranks, request, profiles)
@@ -688,7 +689,7 @@ class ProcessDriver:
     ) -> bool:
         """Fill the window; whether there are no more events."""
         drawn = False
-        while not drawn and len(pending) < WINDOW:
+        while not drawn and len(pending) < self.window:
             request = self._request(next(events, None), watch)
             drawn = request.event is None
             pending.append(request)
@@ -925,6 +926,7 @@ class PoolDriver(ProcessDriver):
         self.store: Any = None
         if load_engine(engine).needs_processes:
             self.store = hosted_store()  # it listens as long as this object lives
+            self.window = 1  # a rank that leaves out a collective must not meet the next one's
         self._have(size)
 
     def start_ranks(self, world: int) -> list[Rank]:
