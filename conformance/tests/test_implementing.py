@@ -62,7 +62,7 @@ def test_the_guide_is_true(folder):
                 if command.strip() and command.strip() != "set -e":
                     status, output = play(command)
                     right = int(remark.split()[-1]) if remark else 0
-                    assert right == status, f"{line}\n{output}"
+                    assert status == right, f"{line}\n{output}"
                     played[line] = output
     assert len(played) == 15
     red = next(output for line, output in played.items() if "Mistaken" in line)

@@ -12,7 +12,7 @@ import pytest
 from helix_conformance.drive import launched
 from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.launched import Remote, Supervised
-from helix_conformance.drive.meeting import Address, Switchboard, call
+from helix_conformance.drive.meeting import Address, Rendezvous, call
 from helix_conformance.drive.messages import (
     Apply,
     Ended,
@@ -328,14 +328,14 @@ def test_requests_go_out_ahead_of_answers():
 
 
 def test_only_those_with_the_key_are_let_in():
-    """A stranger is hung up on, a rank that comes gets its line, one that does not is named."""
-    board = Switchboard("127.0.0.1")
-    strange = Address(board.address.host, board.address.port, b"x" * 16)
+    """A stranger is disconnected, a rank that comes gets its line, one that does not is named."""
+    rendezvous = Rendezvous("127.0.0.1")
+    strange = Address(rendezvous.address.host, rendezvous.address.port, b"x" * 16)
     stranger = socket.socket(fileno=call(strange, 1, 5.0))
-    ours = socket.socket(fileno=call(board.address, 2, 5.0))
+    ours = socket.socket(fileno=call(rendezvous.address, 2, 5.0))
     with ours, stranger:
         with pytest.raises(EngineFailure, match="has no supervisor") as caught:
-            board.lines(3, 0.5)
+            rendezvous.lines(3, 0.5)
         assert caught.value.rank == 1
         stranger.settimeout(5)
         with suppress(ConnectionError):
@@ -344,16 +344,17 @@ def test_only_those_with_the_key_are_let_in():
 
 def test_lines_of_any_length_cross():
     """Short lines and long ones arrive whole, and then the end."""
-    board = Switchboard("127.0.0.1")
+    rendezvous = Rendezvous("127.0.0.1")
     here, there = (
-        Lines(end, os.dup(end)) for end in (call(board.address, 1, 5.0), board.lines(2, 5.0)[1])
+        Lines(end, os.dup(end))
+        for end in (call(rendezvous.address, 1, 5.0), rendezvous.lines(2, 5.0)[1])
     )
     sent, heard = [b"", b"{}", b"x" * 10_000_000, b"last"], []
     here.unsent += b"".join(text + b"\n" for text in sent)
     while len(heard) < len(sent):
         here.write()
         heard += there.read()
-    assert sent == heard
+    assert heard == sent
     here.close()
     with pytest.raises(EOFError):
         there.read()
@@ -414,7 +415,7 @@ def test_a_supervisor_relays_lines(supervised):
     thread.start()
     assert Stop(True) == supervisor.run()
     thread.join()
-    assert told == heard
+    assert heard == told
 
 
 def test_a_supervisor_tells_of_its_engines_end(supervised):
@@ -430,4 +431,4 @@ def test_a_supervisor_tells_of_its_engines_end(supervised):
     thread.start()
     assert supervisor.run() is None
     thread.join()
-    assert [line_of(Ended("exited with status 7; its stderr is empty", "died"))] == heard
+    assert heard == [line_of(Ended("exited with status 7; its stderr is empty", "died"))]

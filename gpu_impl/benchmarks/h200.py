@@ -1121,7 +1121,7 @@ class Shards:
         for id, length in enumerate(self.prompts):
             self.past[:, id, :length] = random(2, length, *self.past.shape[3:])
             for rank, book in enumerate(self.books):
-                positions = torch.from_numpy(book.plan_admit(id, length).hands[rank].positions())
+                positions = torch.from_numpy(book.plan_admit(id, length).shards[rank].positions())
                 book.admit(id, length)
                 local = torch.arange(len(positions))
                 pages = torch.tensor(book.block_table(id), dtype=torch.int64)[local // self.page]

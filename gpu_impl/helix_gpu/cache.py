@@ -677,20 +677,20 @@ class HelixCache:
 
     def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:
         """Ask for the KV of this rank's share of a prompt, then take pages and write it."""
-        hand = plan.hands[self.book.cp_rank]
-        if not hand.tokens:
+        shard = plan.shards[self.book.cp_rank]
+        if not shard.tokens:
             self._clear(self.book.place(plan))
             return
-        positions = torch.from_numpy(hand.positions()).to(self.device)
+        positions = torch.from_numpy(shard.positions()).to(self.device)
         k, v = prompt_kv(positions)
         model = self.config.model
-        shape = (model.layers, hand.tokens, self.kv_heads, model.key_dim)
+        shape = (model.layers, shard.tokens, self.kv_heads, model.key_dim)
         self._check_kv(k, v, shape, "The prompt's ")
         if not rotated:
             k = rotate(k, *rope_table(positions, model.rope_dim, model.rope_base))
         table = self.book.place(plan)
         self._clear(table)
-        pages, offsets = self._slots(table, np.arange(hand.tokens))
+        pages, offsets = self._slots(table, np.arange(shard.tokens))
         self.pool[:, pages, 0, offsets] = self._cached(k)
         if v is not None:
             self.pool[:, pages, 1, offsets] = self._cached(v)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helix_gpu.bookkeeping.dealing import Hand
+from helix_gpu.bookkeeping.dealing import PromptShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,14 @@ class Move:
     target_index: int
 
 
-def transfer(source: Sequence[Hand], target: Sequence[Hand]) -> list[Move]:
+def transfer(source: Sequence[PromptShard], target: Sequence[PromptShard]) -> list[Move]:
     """Return the moves that turn one split of a prompt into another, by rising position.
 
     A target rank finds its tokens in local order.
 
     Parameters
     ----------
-    source, target : sequence of Hand
+    source, target : sequence of PromptShard
         Prompt shard of each rank on either side, of the same prompt; see `dealing.deal_prompt`.
 
     Returns
@@ -48,8 +48,8 @@ def transfer(source: Sequence[Hand], target: Sequence[Hand]) -> list[Move]:
 
     Examples
     --------
-    >>> one = [Hand(range(2), chunk_tokens=2, prompt_len=4)]
-    >>> two = [Hand(range(1), 2, 4), Hand(range(1, 2), 2, 4)]
+    >>> one = [PromptShard(range(2), chunk_tokens=2, prompt_len=4)]
+    >>> two = [PromptShard(range(1), 2, 4), PromptShard(range(1, 2), 2, 4)]
     >>> [(move.target, move.position, move.tokens) for move in transfer(one, two)]
     [(0, 0, 2), (1, 2, 2)]
     """
@@ -72,16 +72,16 @@ def transfer(source: Sequence[Hand], target: Sequence[Hand]) -> list[Move]:
     return moves
 
 
-def _pieces(hands: Sequence[Hand]) -> list[tuple[int, int, int, int]]:
-    """The chunks of all hands: position, rank, local index, tokens; by falling position."""
+def _pieces(shards: Sequence[PromptShard]) -> list[tuple[int, int, int, int]]:
+    """The chunks of all shards: position, rank, local index, tokens; by falling position."""
     pieces = [
         (
-            chunk * hand.chunk_tokens,
+            chunk * shard.chunk_tokens,
             rank,
-            place * hand.chunk_tokens,
-            min(hand.chunk_tokens, hand.prompt_len - chunk * hand.chunk_tokens),
+            place * shard.chunk_tokens,
+            min(shard.chunk_tokens, shard.prompt_len - chunk * shard.chunk_tokens),
         )
-        for rank, hand in enumerate(hands)
-        for place, chunk in enumerate(hand.chunks)
+        for rank, shard in enumerate(shards)
+        for place, chunk in enumerate(shard.chunks)
     ]
     return sorted(pieces, reverse=True)

@@ -341,7 +341,7 @@ def test_a_whole_step_on_every_rank(layout: str, cp_size: int, values: Values) -
     ]  # fmt: skip
     for id, length in enumerate(prompts):
         for rank, book in enumerate(books):
-            positions = book.plan_admit(id, length).hands[rank].positions()
+            positions = book.plan_admit(id, length).shards[rank].positions()
             book.admit(id, length)
             for index, position in enumerate(positions.tolist()):
                 page = book.block_table(id)[index // t]

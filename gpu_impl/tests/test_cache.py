@@ -115,7 +115,7 @@ def spread(config: Config, steps: int) -> list[dict[int, list[list[int]]]]:
     for request, prompt_len in enumerate(PROMPTS):
         plan = ledger.plan_admit(request, prompt_len)
         ledger.admit(plan)
-        held[request] = [hand.positions().tolist() for hand in plan.hands]
+        held[request] = [shard.positions().tolist() for shard in plan.shards]
     after = []
     for _ in range(steps):
         step = ledger.plan_step([2, 0, 1], [1, 1, 1])
@@ -170,7 +170,7 @@ def test_outputs_equal_attention_over_the_whole(
             q = model.rotated(request, everything[-1:], 0)[:, 0]
             k, v = model.rotated(request, everything, 1), model.tokens(request, everything, 2)
             for layer in range(LAYERS):
-                shards = [(k[layer, hand], v[layer, hand]) for hand in held[request]]
+                shards = [(k[layer, shard], v[layer, shard]) for shard in held[request]]
                 o, _, bound = exact(q[layer], shards, model.dtype, travels)
                 assert ((o - output[layer, row]).norm(dim=-1) <= bound).all()
 
@@ -416,7 +416,7 @@ def test_each_token_of_a_group_sees_those_before_it(
     for request, prompt_len in enumerate(PROMPTS):
         plan = ledger.plan_admit(request, prompt_len)
         ledger.admit(plan)
-        held.append([hand.positions().tolist() for hand in plan.hands])
+        held.append([shard.positions().tolist() for shard in plan.shards])
     step = ledger.plan_step(list(lens), list(lens.values()))
     for row, (place, position) in enumerate(zip(step.requests, step.positions, strict=True)):
         request = list(lens)[place]
@@ -425,7 +425,7 @@ def test_each_token_of_a_group_sees_those_before_it(
         q = model.rotated(request, everything[-1:], 0)[:, 0]
         k, v = model.rotated(request, everything, 1), model.tokens(request, everything, 2)
         for layer in range(LAYERS):
-            shards = [(k[layer, hand], v[layer, hand]) for hand in held[request]]
+            shards = [(k[layer, shard], v[layer, shard]) for shard in held[request]]
             o, _, bound = exact(q[layer], shards, model.dtype, torch.float32)
             assert ((o - output[layer, row]).norm(dim=-1) <= bound).all()
 
@@ -546,10 +546,10 @@ def test_a_prompt_computed_here(
     q, k, v = (model.rotated(0, everything, 0), model.rotated(0, everything, 1),
                model.tokens(0, everything, 2))  # fmt: skip
     ledger = Ledger(setting.layout, setting.pages, setting.max_len)
-    hands = [hand.positions() for hand in ledger.plan_admit(0, 13).hands]
+    dealt = [shard.positions() for shard in ledger.plan_admit(0, 13).shards]
     for p in everything:
         for layer in range(LAYERS):
-            shards = [(k[layer, hand[hand <= p]], v[layer, hand[hand <= p]]) for hand in hands]
+            shards = [(k[layer, shard[shard <= p]], v[layer, shard[shard <= p]]) for shard in dealt]
             o, _, bound = exact(q[layer, p], shards, model.dtype, torch.float32)
             assert ((o - output[layer, p]).norm(dim=-1) <= bound).all()
 

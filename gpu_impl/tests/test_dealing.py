@@ -16,16 +16,16 @@ SPLITS = ["contiguous", "round_robin", "interleave(1)", "interleave(2)", "interl
 def positions(text: str, prompt_len: int, shift: int = 0) -> list[list[int]]:
     """Positions on each rank."""
     return [
-        hand.positions().tolist() for hand in deal_prompt(parse_layout(text), prompt_len, shift)
+        shard.positions().tolist() for shard in deal_prompt(parse_layout(text), prompt_len, shift)
     ]
 
 
 def test_a_hand_cannot_be_changed() -> None:
     """Hands go from plan to plan: no field can be set."""
-    hand = deal_prompt(parse_layout("pr9757/1:C=2,T=2"), 3, 0)[0]
-    for field in dataclasses.fields(hand):
+    shard = deal_prompt(parse_layout("pr9757/1:C=2,T=2"), 3, 0)[0]
+    for field in dataclasses.fields(shard):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(hand, field.name, None)
+            setattr(shard, field.name, None)
 
 
 @pytest.mark.holds("OWN-1")
@@ -62,11 +62,11 @@ def test_every_token_is_dealt_once(split: str, c: int, prompt_len: int, shift: i
     layout = parse_layout(
         f"custom/1:prompt={split},owner=last_rank,pages=lazy,start=rotated,C={c},T=4"
     )
-    hands = deal_prompt(layout, prompt_len, shift % c)
-    dealt = [hand.positions() for hand in hands]
+    shards = deal_prompt(layout, prompt_len, shift % c)
+    dealt = [shard.positions() for shard in shards]
     assert sorted(np.concatenate(dealt).tolist()) == list(range(prompt_len))
-    assert [hand.tokens for hand in hands] == [len(hand) for hand in dealt]
-    assert all((np.diff(hand) > 0).all() for hand in dealt)
+    assert [shard.tokens for shard in shards] == [len(shard) for shard in dealt]
+    assert all((np.diff(shard) > 0).all() for shard in dealt)
 
 
 @pytest.mark.holds("OWN-1")
@@ -74,14 +74,14 @@ def test_every_token_is_dealt_once(split: str, c: int, prompt_len: int, shift: i
 def test_shift_turns_the_table(name: str) -> None:
     """Under a shift of s, rank r + s gets what rank r would get."""
     layout = named_layout(name, cp_size=4, tokens_per_block=2)
-    plain = [hand.chunks for hand in deal_prompt(layout, 13, 0)]
-    assert [hand.chunks for hand in deal_prompt(layout, 13, 1)] == plain[-1:] + plain[:-1]
+    plain = [shard.chunks for shard in deal_prompt(layout, 13, 0)]
+    assert [shard.chunks for shard in deal_prompt(layout, 13, 1)] == plain[-1:] + plain[:-1]
 
 
 def test_absurd_prompt_costs_nothing() -> None:
     """A prompt of 2**53 tokens is dealt without memory for each token."""
-    hands = deal_prompt(parse_layout("vllm_dcp/1:C=4,T=1,I=1"), 2**53, 0)
-    assert sum(hand.tokens for hand in hands) == 2**53
+    shards = deal_prompt(parse_layout("vllm_dcp/1:C=4,T=1,I=1"), 2**53, 0)
+    assert sum(shard.tokens for shard in shards) == 2**53
 
 
 @pytest.mark.holds("OWN-3")

@@ -128,8 +128,8 @@ def test_decoding_goes_on_as_the_prompt_was_dealt(text: str) -> None:
         book = started(text, prompt_len)
         for n in range(1, 14):
             decode(book, 0)
-            hands = deal_prompt(book.layout, prompt_len + n, 0)
-            assert book.local_lens([0])[0].tolist() == [hand.tokens for hand in hands]
+            shards = deal_prompt(book.layout, prompt_len + n, 0)
+            assert book.local_lens([0])[0].tolist() == [shard.tokens for shard in shards]
 
 
 @st.composite
@@ -514,7 +514,7 @@ def test_shared_pages_go_back_with_their_last_holder(order: tuple[int, ...]) -> 
     for id in order:
         book.release(id)
     assert book.free.tolist() == [40, 40]
-    assert (book._stems, book._open_pages.holders) == ({}, {})
+    assert (book._prefixes, book._open_pages.holders) == ({}, {})
 
 
 def test_a_long_line_of_forks_stays_small() -> None:
@@ -525,9 +525,9 @@ def test_a_long_line_of_forks_stays_small() -> None:
         decode(book, id)
         if id > 2:
             book.release(id - 2)
-    depth, stem = 0, book._stems[int(book.rows([299])[0])]
-    while stem is not None:
-        depth, stem = depth + 1, stem.below
+    depth, prefix = 0, book._prefixes[int(book.rows([299])[0])]
+    while prefix is not None:
+        depth, prefix = depth + 1, prefix.below
     assert depth <= 3
     assert len(book._open_pages.holders) <= 4
 

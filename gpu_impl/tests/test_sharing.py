@@ -1,8 +1,8 @@
-"""Who holds a page that was shared: tags of open pages, stems of full ones."""
+"""Who holds a page that was shared: tags of open pages, prefixes of full ones."""
 
 import pytest
 
-from helix_gpu.bookkeeping.sharing import OpenPages, Stem, branch, let_go
+from helix_gpu.bookkeeping.sharing import OpenPages, SharedPrefix, fork_prefix, release_prefix
 
 
 def test_a_tag_lives_as_long_as_somebody_shares() -> None:
@@ -27,57 +27,57 @@ def test_the_last_writer_of_all_holders_copies_nothing() -> None:
     assert pages.must_copy([tag, tag]) == [True, True]
 
 
-def test_forks_of_one_length_stand_on_one_stem() -> None:
-    """A second fork at the same pages joins; more pages stand on the stem below."""
-    first = branch(None, (2, 1))
-    assert first == Stem((2, 1), None, 2)
-    assert first is branch(first, (2, 1))
+def test_forks_of_one_length_stand_on_one_prefix() -> None:
+    """A second fork at the same pages joins; more pages stand on the prefix below."""
+    first = fork_prefix(None, (2, 1))
+    assert first == SharedPrefix((2, 1), None, 2)
+    assert fork_prefix(first, (2, 1)) is first
     assert first.holders == 3
-    taller = branch(first, (2, 2))
-    assert taller == Stem((2, 2), first, 2)
+    taller = fork_prefix(first, (2, 2))
+    assert taller == SharedPrefix((2, 2), first, 2)
     assert first.holders == 3
 
 
-def test_requests_without_full_pages_share_no_stem() -> None:
-    """Nothing is full yet: there is no stem to stand on."""
-    assert branch(None, (0, 0)) is None
-    assert branch(None, (0, 1)) is not None
+def test_requests_without_full_pages_share_no_prefix() -> None:
+    """Nothing is full yet: there is no prefix to stand on."""
+    assert fork_prefix(None, (0, 0)) is None
+    assert fork_prefix(None, (0, 1)) is not None
 
 
 def test_a_stem_held_alone_is_its_holders_own() -> None:
-    """Who is left alone on a stem gives its pages back by himself, and forks from there anew."""
-    first = branch(None, (1,))
-    assert first is let_go(first)
-    again = branch(first, (3,))
-    assert again == Stem((3,), None, 2)
+    """Who is left alone on a prefix gives its pages back by himself, and forks from there anew."""
+    first = fork_prefix(None, (1,))
+    assert release_prefix(first) is first
+    again = fork_prefix(first, (3,))
+    assert again == SharedPrefix((3,), None, 2)
 
 
 def test_letting_go_leaves_the_part_that_others_hold() -> None:
-    """The last on a stem leaves it; what is below may still be held."""
-    low = branch(None, (1,))
-    high = branch(low, (2,))
-    assert high is let_go(high)
-    assert low is let_go(high)
+    """The last on a prefix leaves it; what is below may still be held."""
+    low = fork_prefix(None, (1,))
+    high = fork_prefix(low, (2,))
+    assert release_prefix(high) is high
+    assert release_prefix(high) is low
     assert low.holders == 1
-    assert let_go(low) is None
-    assert let_go(None) is None
+    assert release_prefix(low) is None
+    assert release_prefix(None) is None
 
 
-def test_lone_stems_are_swallowed() -> None:
-    """Of a line of stems, those that one other alone stands on disappear."""
-    low = branch(None, (1,))
-    middle = branch(low, (2,))
-    assert low is let_go(low)  # only the middle one stands on it now
-    high = branch(middle, (3,))
-    assert high == Stem((3,), middle, 2)
+def test_lone_prefixes_are_absorbed() -> None:
+    """Of a line of prefixes, those that one other alone stands on disappear."""
+    low = fork_prefix(None, (1,))
+    middle = fork_prefix(low, (2,))
+    assert release_prefix(low) is low  # only the middle one stands on it now
+    high = fork_prefix(middle, (3,))
+    assert high == SharedPrefix((3,), middle, 2)
     assert middle.below is None
 
 
 def test_a_stem_that_others_stand_on_stays() -> None:
     """Three forks of one request, later and later: the first keeps its pages when all else goes."""
-    first = branch(None, (1,))
-    second = branch(first, (2,))
-    third = branch(second, (3,))
-    assert second is let_go(second)
-    assert third is let_go(third)
-    assert first is let_go(third)
+    first = fork_prefix(None, (1,))
+    second = fork_prefix(first, (2,))
+    third = fork_prefix(second, (3,))
+    assert release_prefix(second) is second
+    assert release_prefix(third) is third
+    assert release_prefix(third) is first

@@ -29,15 +29,15 @@ Fixture = Callable[..., Any]
 @pytest.mark.holds("OWN-1")
 @given(st.sampled_from(TEXTS), st.sampled_from(TEXTS), st.integers(1, 60), st.data())
 def test_every_token_moves_once(one: str, other: str, prompt_len: int, data: st.DataObject) -> None:
-    """Each token goes from where the source's hands have it to where the target's have it."""
-    hands = []
+    """Each token goes from where the source's shards have it to where the target's have it."""
+    dealt = []
     for text in (one, other):
         layout = parse_layout(text)
         shift = data.draw(st.integers(0, layout.cp_size - 1))
-        hands.append(deal_prompt(layout, prompt_len, shift))
-    source, target = ([hand.positions().tolist() for hand in side] for side in hands)
+        dealt.append(deal_prompt(layout, prompt_len, shift))
+    source, target = ([shard.positions().tolist() for shard in side] for side in dealt)
     moved = []
-    for move in transfer(*hands):
+    for move in transfer(*dealt):
         tokens = list(range(move.position, move.position + move.tokens))
         for positions, index in (
             (source[move.source], move.source_index),
@@ -64,10 +64,10 @@ def test_from_a_single_rank() -> None:
 
 def test_a_move_cannot_be_changed() -> None:
     """A plan is sent to both sides: no field can be set."""
-    hands = deal_prompt(parse_layout("pr9757/1:C=2,T=2"), 3, 0)
+    dealt = deal_prompt(parse_layout("pr9757/1:C=2,T=2"), 3, 0)
     for field in dataclasses.fields(Move):
         with pytest.raises(dataclasses.FrozenInstanceError):
-            setattr(transfer(hands, hands)[0], field.name, 1)
+            setattr(transfer(dealt, dealt)[0], field.name, 1)
 
 
 @pytest.mark.parametrize(("here", "there"), [(5, 6), (6, 5)])
@@ -96,8 +96,8 @@ def test_caches_reshard(source: str, target: str, values: Fixture) -> None:
     senders, receivers, plain = caches(source), caches(target), caches(target)
     for cache in (*senders, *plain):
         cache.admit(7, prompt_len, lambda at: (k[:, at], v[:, at]))
-    hands = [deal_prompt(side[0].book.layout, prompt_len, 0) for side in (senders, receivers)]
-    moves = transfer(*hands)
+    dealt = [deal_prompt(side[0].book.layout, prompt_len, 0) for side in (senders, receivers)]
+    moves = transfer(*dealt)
     for rank, receiver in enumerate(receivers):
 
         def prompt_kv(positions: Tensor, rank: int = rank) -> tuple[Tensor, Tensor]:

@@ -531,7 +531,7 @@ def merge_bound(model: ModelShape, partials: Sequence[Partial]) -> tuple[Vector,
 def _propagated(effects: Sequence[float], dtype: CacheDType) -> float:
     """Return what uncertainties of the entries of one vector of this type do together.
 
-    In float32 every entry is in doubt, each by little; in a narrower type hardly any is, by a
+    In float32 every entry is uncertain, each by little; in a narrower type hardly any is, by a
     whole unit in the last place.
     """
     return _norm(effects) if dtype == "float32" else math.fsum(effects)

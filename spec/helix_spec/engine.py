@@ -10,9 +10,9 @@ import msgspec
 from helix_spec.config import Config
 from helix_spec.events import FEATURES, MERGE, Event, Reason
 
-LADDER: Final = ("placement", "lengths", "pages", "cache", "attention")
+CUMULATIVE: Final = ("placement", "lengths", "pages", "cache", "attention")
 """Profiles of rising depth: an engine that declares one declares those before it."""
-PROFILES: Final = (*LADDER, *FEATURES, MERGE)
+PROFILES: Final = (*CUMULATIVE, *FEATURES, MERGE)
 """Every profile, in the order in which reports list them."""
 
 
@@ -159,8 +159,9 @@ def declaration_problem(profiles: Any) -> str | None:
             f"declares unknown profiles {', '.join(unknown)}; the profiles are "
             f"{', '.join(PROFILES)}."
         )
-    steps = [profile for profile in LADDER if profile in declared]
-    missing = [p for p in LADDER[: LADDER.index(steps[-1])] if p not in steps] if steps else []
+    steps = [profile for profile in CUMULATIVE if profile in declared]
+    included = CUMULATIVE[: CUMULATIVE.index(steps[-1])] if steps else ()
+    missing = [profile for profile in included if profile not in steps]
     if missing:
         return f"declares {steps[-1]} without {', '.join(missing)}, which it includes."
     return None

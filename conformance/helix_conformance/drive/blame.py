@@ -138,12 +138,12 @@ def blame_silent(
     for rank in silent:
         rank.look()
     try:
-        hung = [rank for rank in silent if not rank.waits_for_peers()]
+        to_blame = [rank for rank in silent if not rank.waits_for_peers()]
     except EngineFailure as failure:
         return failure
-    if hung:
-        nor = f", nor from {_named([rank.rank for rank in hung[1:]])}" if hung[1:] else ""
-        return hung[0].failure(timed_out(limit_s) + nor, "timed out")
+    if to_blame:
+        nor = f", nor from {_named([rank.rank for rank in to_blame[1:]])}" if to_blame[1:] else ""
+        return to_blame[0].failure(timed_out(limit_s) + nor, "timed out")
     behind = min(silent, key=lambda rank: rank.progress)
     for rank in ranks:
         if rank.progress > behind.progress:

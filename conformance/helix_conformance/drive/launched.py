@@ -29,7 +29,7 @@ from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.meeting import (
     Address,
     Group,
-    Switchboard,
+    Rendezvous,
     call,
     hosted_store,
     joined_store,
@@ -441,14 +441,14 @@ class LaunchedDriver(ProcessDriver):
         self.name, self.launcher = name, _LAUNCHERS[name]
         self.largest_world = world = self.launcher.world()
         host = self.launcher.host()
-        switchboard = Switchboard(host)
-        meeting = Meeting(switchboard.address)
+        rendezvous = Rendezvous(host)
+        meeting = Meeting(rendezvous.address)
         if load_engine(engine).needs_processes:
             self.window = 1  # as in a pool: collectives of two events must not meet
-            meeting = Meeting(switchboard.address, *self.launcher.store(host))
+            meeting = Meeting(rendezvous.address, *self.launcher.store(host))
         self.launcher.tell(meeting)
         try:
-            found = switchboard.lines(world, START_LIMIT_S)
+            found = rendezvous.lines(world, START_LIMIT_S)
         except EngineFailure:
             self.launcher.leave_at_once(LEFT_ALONE)
             raise

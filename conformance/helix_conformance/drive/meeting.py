@@ -146,7 +146,7 @@ class Address(msgspec.Struct, frozen=True):
         return b"%s/%08d" % (self.key.hex().encode(), rank)
 
 
-class Switchboard:
+class Rendezvous:
     """Rank 0's end: listens until every other rank has a line.
 
     Parameters

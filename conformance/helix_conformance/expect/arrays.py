@@ -444,8 +444,8 @@ def exact_attention(
     heavy = np.maximum(weight, 1e-300)
     part = (share @ v) / heavy[..., None]
     squares += ((weight * _norm(part) * u_wire) ** 2).sum(0)
-    doubt = (np.abs(lse + np.log(heavy)) + 1) * 2 * U32
-    squares += ((weight * doubt * _norm(part - output)) ** 2).sum(0)
+    uncertainty = (np.abs(lse + np.log(heavy)) + 1) * 2 * U32
+    squares += ((weight * uncertainty * _norm(part - output)) ** 2).sum(0)
     squares += (u_out * _norm(output)) ** 2
     mass = p @ np.abs(v)
     squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
@@ -713,9 +713,9 @@ def exact_merge(model: ModelShape, outputs: Array, lses: Array) -> tuple[Array, 
     output = (weights[..., None] * outputs).sum(0)
 
     u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
-    doubt = (np.abs(np.where(held, lses, 0.0)) + 1) * 2 * U32
+    uncertainty = (np.abs(np.where(held, lses, 0.0)) + 1) * 2 * U32
     squares = ((weights * _norm(outputs) * u_wire) ** 2).sum(0)
-    squares += ((weights * doubt * _norm(outputs - output)) ** 2).sum(0)
+    squares += ((weights * uncertainty * _norm(outputs - output)) ** 2).sum(0)
     squares += (u_out * _norm(output)) ** 2
     squares += (U32 * (np.abs(lse) + 2) * _norm(output)) ** 2
     mass = (weights[..., None] * np.abs(outputs)).sum(0)

@@ -44,7 +44,7 @@ T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "shipped"
 """The set as it is shipped with this package."""
 DIGITS = 9
-"""Significant digits of numbers that are not exact: far below any bound, above any libm's doubt."""
+"""Significant digits of numbers that are not exact: far below any bound, above any libm's error."""
 
 
 def make_vector(case: Case) -> Vector:

@@ -22,7 +22,7 @@ from helix_conformance.judge.judge import Judge, wrong_reasons
 from helix_conformance.judge.shrink import gone_on, reduced, with_room
 from helix_conformance.judge.xfail import Known, parted
 from helix_spec.config import Config, config_problem
-from helix_spec.engine import LADDER, PROFILES
+from helix_spec.engine import CUMULATIVE, PROFILES
 from helix_spec.events import MERGE, Event, Reason, Release
 from helix_spec.invariants import NUMBERS
 from helix_spec.layouts import layout_name
@@ -413,7 +413,7 @@ def profiles_of_vector(vector: Vector, profiles: frozenset[str]) -> frozenset[st
     if vector.rows:
         depth.append("cache")
     if any(step.decoded and step.decoded.output for step in vector.steps):
-        depth = list(LADDER)
+        depth = list(CUMULATIVE)
     return profiles & {*depth, *vector.profiles}
 
 
@@ -425,7 +425,7 @@ def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> froz
     declared
         Profiles that the engine declares.
     asked
-        Profiles to check, each of the ladder with those before it; empty for all.
+        Profiles to check, each cumulative one with those before it; empty for all.
 
     Examples
     --------
@@ -433,7 +433,7 @@ def profiles_to_check(declared: Collection[str], asked: Collection[str]) -> froz
     ['lengths', 'placement']
     """
     wanted = set(asked or declared)
-    for profile in LADDER:
+    for profile in CUMULATIVE:
         if profile in wanted:
-            wanted |= set(LADDER[: LADDER.index(profile)])
+            wanted |= set(CUMULATIVE[: CUMULATIVE.index(profile)])
     return frozenset(profile for profile in PROFILES if profile in wanted and profile in declared)

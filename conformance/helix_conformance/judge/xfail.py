@@ -26,7 +26,7 @@ import msgspec
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.failure import Violation
 from helix_spec.config import config_problem
-from helix_spec.engine import LADDER, PROFILES
+from helix_spec.engine import CUMULATIVE, PROFILES
 from helix_spec.events import Event, Reason, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
 from helix_spec.layouts import NAMED_LAYOUTS, layout_name
@@ -200,8 +200,10 @@ class Known:
             The layout's name.
         """
         named = {d.profile for d in self._of(layout) if d.profile is not None}
-        depth = min((LADDER.index(p) for p in named if p in LADDER), default=len(LADDER))
-        return frozenset(named - set(LADDER)) | frozenset(LADDER[depth:])
+        depth = min(
+            (CUMULATIVE.index(p) for p in named if p in CUMULATIVE), default=len(CUMULATIVE)
+        )
+        return frozenset(named - set(CUMULATIVE)) | frozenset(CUMULATIVE[depth:])
 
     def suspended(self, layout: str) -> list[Difference]:
         """Return the differences whose profile is checked apart: each must still fail by itself.

@@ -24,7 +24,7 @@ from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Failure
 from helix_conformance.report.stream import CoverageLine, Row
 from helix_spec.config import Config, config_problem
-from helix_spec.engine import LADDER
+from helix_spec.engine import CUMULATIVE
 from helix_spec.events import Event, Merge
 from helix_spec.invariants import sentence
 from helix_spec.trace import Trace
@@ -69,7 +69,7 @@ def print_lines(console: Console, lines: Iterable[str]) -> None:
 def print_table(console: Console, rows: Iterable[Row]) -> None:
     """Print the table of a run.
 
-    Of the ladder's profiles the deepest one is shown, which includes those before it.
+    Of the cumulative profiles the deepest one is shown, which includes those before it.
 
     Parameters
     ----------
@@ -82,14 +82,14 @@ def print_table(console: Console, rows: Iterable[Row]) -> None:
     layout, texts = Column("layout", no_wrap=True), ("driver", "cp_size", "profiles")
     table = Table(layout, *texts, *counts, "verdict", box=None, pad_edge=False)
     for row in rows:
-        ladder = [profile for profile in LADDER if profile in row.profiles]
+        cumulative = [profile for profile in CUMULATIVE if profile in row.profiles]
         colour = "green" if row.verdict == "pass" else "red"
         xfail = f", [yellow]{len(row.known)} xfail[/]" if row.known else ""
         table.add_row(
             row.layout,
             row.driver,
             " ".join(map(str, row.cp_sizes)),
-            " ".join(ladder[-1:] + [p for p in row.profiles if p not in LADDER]),
+            " ".join(cumulative[-1:] + [p for p in row.profiles if p not in CUMULATIVE]),
             f"{row.traces:,}",
             f"{row.events:,}",
             f"{row.events / row.seconds:,.0f}" if row.seconds else "-",

@@ -17,7 +17,7 @@ from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rope_table
 from helix_gpu.bookkeeping.ledger import Admission, Ledger, Rewind
 from helix_gpu.bookkeeping.refusals import Refused
-from helix_gpu.bookkeeping.sharing import Stem
+from helix_gpu.bookkeeping.sharing import SharedPrefix
 from helix_gpu.cache import HelixCache
 from helix_mutants.on_cache import attending
 from helix_mutants.on_corners import corner
@@ -28,11 +28,11 @@ from helix_spec.events import Decode, Event, Merge, Reason, Skip
 # Histories
 
 
-def _shallow(stem: Stem | None) -> Stem | None:
-    if stem is None:
+def _shallow(prefix: SharedPrefix | None) -> SharedPrefix | None:
+    if prefix is None:
         return None
-    stem.holders -= 1
-    return stem if stem.holders else stem.below  # which is not told
+    prefix.holders -= 1
+    return prefix if prefix.holders else prefix.below  # which is not told
 
 
 @corner("own: a reference is dropped one level deep", "REF-2", features=["fork"])
@@ -40,7 +40,7 @@ class ForkOfAForkLeaks(OverLedger):
     """The last to leave what a fork of a fork shares does not leave what the first fork shares."""
 
     class Wrong(Ledger):
-        _vacate = rebound(Ledger._vacate, let_go=_shallow)
+        _vacate = rebound(Ledger._vacate, release_prefix=_shallow)
 
     ledger_class = Wrong
 

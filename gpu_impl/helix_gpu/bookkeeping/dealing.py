@@ -19,7 +19,7 @@ FOREVER: Final = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Hand:
+class PromptShard:
     """The prompt shard of one rank, as rising chunk numbers.
 
     Only the prompt's last chunk may be cut short, and it is the last of whichever shard holds it.
@@ -55,14 +55,14 @@ class Hand:
 
         Examples
         --------
-        >>> Hand(range(1, 4, 2), chunk_tokens=2, prompt_len=7).positions().tolist()
+        >>> PromptShard(range(1, 4, 2), chunk_tokens=2, prompt_len=7).positions().tolist()
         [2, 3, 6]
         """
         first = np.arange(self.chunks.start, self.chunks.stop, self.chunks.step) * self.chunk_tokens
         return (first[:, None] + np.arange(self.chunk_tokens)).ravel()[: self.tokens]
 
 
-def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[Hand]:
+def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[PromptShard]:
     """Return the prompt shard of each rank.
 
     `contiguous` gives the logical ranks one after the other an equal share, rounded up, of what is
@@ -79,7 +79,7 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[Hand]:
 
     Returns
     -------
-    list of Hand
+    list of PromptShard
         One for each rank.
 
     Examples
@@ -91,16 +91,16 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[Hand]:
     """
     c = layout.cp_size
     chunk_tokens = layout.prompt_interleave or layout.tokens_per_block
-    deck = range(-(-prompt_len // chunk_tokens))
+    chunks = range(-(-prompt_len // chunk_tokens))
     if layout.prompt == "contiguous":
         roles = []
         for waiting in range(c, 0, -1):
-            share = -(-len(deck) // waiting)
-            roles.append(deck[:share])
-            deck = deck[share:]
+            share = -(-len(chunks) // waiting)
+            roles.append(chunks[:share])
+            chunks = chunks[share:]
     else:
-        roles = [deck[role::c] for role in range(c)]
-    return [Hand(roles[(rank - shift) % c], chunk_tokens, prompt_len) for rank in range(c)]
+        roles = [chunks[role::c] for role in range(c)]
+    return [PromptShard(roles[(rank - shift) % c], chunk_tokens, prompt_len) for rank in range(c)]
 
 
 def owner_chunk(layout: Layout) -> int:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_gpu.bookkeeping.dealing import Hand, deal_prompt, first_turn, owner_chunk
+from helix_gpu.bookkeeping.dealing import PromptShard, deal_prompt, first_turn, owner_chunk
 from helix_gpu.bookkeeping.refusals import Refused
-from helix_gpu.bookkeeping.sharing import OpenPages, Stem, branch, let_go
+from helix_gpu.bookkeeping.sharing import OpenPages, SharedPrefix, fork_prefix, release_prefix
 from helix_spec.events import Reason
 from helix_spec.layouts import Layout
 
@@ -33,7 +33,7 @@ class Admission(NamedTuple):
         Tokens to place.
     shift : int
         Rank that logical rank 0 is.
-    hands : list of Hand, [cp_size]
+    shards : list of PromptShard, [cp_size]
         Prompt shard of each rank.
     pages : ndarray, int64 [cp_size]
         Pages that it takes on each rank.
@@ -42,7 +42,7 @@ class Admission(NamedTuple):
     id: int
     prompt_len: int
     shift: int
-    hands: list[Hand]
+    shards: list[PromptShard]
     pages: Ints
 
 
@@ -161,7 +161,7 @@ class Ledger:
         """Tokens and shift of each preempted request."""
         self._free_rows: list[int] = []
         self._open_pages = OpenPages()
-        self._stems: dict[int, Stem] = {}
+        self._prefixes: dict[int, SharedPrefix] = {}
         """By row, for requests whose full pages others hold, or held, too."""
         per_rank = (np.int64, (layout.cp_size,))
         self._rows: NDArray[Any] = np.zeros(
@@ -338,7 +338,7 @@ class Ledger:
         """
         row = self._take_row(plan.id)
         owner, left = first_turn(self.layout, plan.prompt_len, plan.shift)
-        local_len = [hand.tokens for hand in plan.hands]
+        local_len = [shard.tokens for shard in plan.shards]
         self._rows[row] = (plan.prompt_len, plan.shift, owner, left, 0, 0, local_len, 0)
         self.free -= plan.pages
         if self.preempted.pop(plan.id, None) is None:
@@ -523,9 +523,9 @@ class Ledger:
             state["tag"][source, rank] = self._open_pages.join(int(state["tag"][source, rank]))
         state[row] = state[source]
         state["outstanding"][row] = 0
-        stem = branch(self._stems.pop(source, None), tuple(full.tolist()))
-        if stem is not None:
-            self._stems[source] = self._stems[row] = stem
+        prefix = fork_prefix(self._prefixes.pop(source, None), tuple(full.tolist()))
+        if prefix is not None:
+            self._prefixes[source] = self._prefixes[row] = prefix
 
     def preempt(self, id: int) -> None:
         """Free the pages of a live request, which stays known.
@@ -573,11 +573,11 @@ class Ledger:
         return Refused(Reason.UNKNOWN_REQUEST, f"Request {id} is not known.")
 
     def _plan_placing(self, id: int, prompt_len: int, shift: int) -> Admission:
-        hands = deal_prompt(self.layout, prompt_len, shift)
-        local_len = np.array([hand.tokens for hand in hands])
+        shards = deal_prompt(self.layout, prompt_len, shift)
+        local_len = np.array([shard.tokens for shard in shards])
         pages = self._pages_for(np.array(prompt_len), local_len)
         self._check_pages(pages)
-        return Admission(id, prompt_len, shift, hands, pages)
+        return Admission(id, prompt_len, shift, shards, pages)
 
     def _take_row(self, id: int) -> int:
         if not self._free_rows:
@@ -590,9 +590,9 @@ class Ledger:
         row = self._row_of.pop(id)
         state = self._rows[row]
         back = self._pages_for(state["total"], state["local_len"])
-        stem = let_go(self._stems.pop(row, None))
-        if stem is not None:
-            back -= stem.pages
+        prefix = release_prefix(self._prefixes.pop(row, None))
+        if prefix is not None:
+            back -= prefix.pages
         for rank in state["tag"].nonzero()[0]:
             back[rank] -= self._open_pages.leave(int(state["tag"][rank]))
         self.free += back

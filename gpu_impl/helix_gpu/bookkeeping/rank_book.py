@@ -296,7 +296,7 @@ class RankBook:
         ------
         RankStep
         """
-        mine, row = plan.hands[self.cp_rank].positions(), self.ledger.rows([plan.id])
+        mine, row = plan.shards[self.cp_rank].positions(), self.ledger.rows([plan.id])
         t = self.layout.tokens_per_block
         for first in range(0, plan.prompt_len, tokens):
             positions = np.arange(first, min(first + tokens, plan.prompt_len))

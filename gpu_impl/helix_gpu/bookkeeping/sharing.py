@@ -1,10 +1,9 @@
 """Which pages several requests hold after a fork, in counters: no page has a number here.
 
 A fork shares every page on every rank. The full ones are never written again, and a request
-releases all of them at once: requests that begin alike have a common `Stem`, the full pages of
-their shared prefix. The open ones, partly filled, each have a tag with its number of holders, since
-a request leaves them one by one when it writes. So forks, copies and releases cost the same
-whatever the number of tokens cached.
+releases all of them at once: requests that begin alike have a common `SharedPrefix`. The open ones,
+partly filled, each have a tag with its number of holders, since a request leaves them one by one
+when it writes. So forks, copies and releases cost the same whatever the number of tokens cached.
 """
 
 from __future__ import annotations
@@ -89,73 +88,73 @@ class OpenPages:
 
 
 @dataclass(slots=True)
-class Stem:
+class SharedPrefix:
     """The full pages of a prefix that several requests share, on the ranks.
 
     Parameters
     ----------
     pages : tuple of int, [cp_size]
         Pages on each rank, those of the shorter prefixes below included.
-    below : Stem or None
+    below : SharedPrefix or None
         The longest shorter prefix that is shared, too.
     holders : int
         Requests and longer prefixes that stand on this one directly.
     """
 
     pages: tuple[int, ...]
-    """[cp_size] pages on each rank, those of the stems below included."""
-    below: Stem | None
+    """[cp_size] pages on each rank, those of the prefixes below included."""
+    below: SharedPrefix | None
     holders: int
-    """Requests and stems that stand on this one directly."""
+    """Requests and longer prefixes that stand on this one directly."""
 
 
-def branch(stem: Stem | None, pages: tuple[int, ...]) -> Stem | None:
+def fork_prefix(prefix: SharedPrefix | None, pages: tuple[int, ...]) -> SharedPrefix | None:
     """Return the shared prefix of a request and of its new fork.
 
     Parameters
     ----------
-    stem : Stem or None
+    prefix : SharedPrefix or None
         The shared prefix that the request had before.
     pages : tuple of int, [cp_size]
         Full pages of the request on each rank.
 
     Returns
     -------
-    Stem or None
+    SharedPrefix or None
         None when there is no full page at all.
     """
-    while stem is not None and stem.holders == 1:
-        stem = stem.below  # nobody else stands there: these pages are the request's own
-    _join_lone(stem)
-    if stem is None or stem.pages != pages:
-        return Stem(pages, stem, 2) if any(pages) else None
-    stem.holders += 1
-    return stem
+    while prefix is not None and prefix.holders == 1:
+        prefix = prefix.below  # nobody else stands there: these pages are the request's own
+    _join_lone(prefix)
+    if prefix is None or prefix.pages != pages:
+        return SharedPrefix(pages, prefix, 2) if any(pages) else None
+    prefix.holders += 1
+    return prefix
 
 
-def let_go(stem: Stem | None) -> Stem | None:
+def release_prefix(prefix: SharedPrefix | None) -> SharedPrefix | None:
     """Count one holder less of a shared prefix, and return the part of it that others still hold.
 
     Parameters
     ----------
-    stem : Stem or None
+    prefix : SharedPrefix or None
         The shared prefix of a request that ends.
 
     Returns
     -------
-    Stem or None
+    SharedPrefix or None
     """
-    while stem is not None:
-        stem.holders -= 1
-        if stem.holders:
-            return stem
-        stem = stem.below
+    while prefix is not None:
+        prefix.holders -= 1
+        if prefix.holders:
+            return prefix
+        prefix = prefix.below
     return None
 
 
-def _join_lone(stem: Stem | None) -> None:
-    """Let each stem swallow those on which it alone stands: no more stems than requests."""
-    while stem is not None:
-        while stem.below is not None and stem.below.holders == 1:
-            stem.below = stem.below.below
-        stem = stem.below
+def _join_lone(prefix: SharedPrefix | None) -> None:
+    """Let each prefix absorb those below that it alone holds: no more of them than requests."""
+    while prefix is not None:
+        while prefix.below is not None and prefix.below.holders == 1:
+            prefix.below = prefix.below.below
+        prefix = prefix.below
