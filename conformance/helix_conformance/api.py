@@ -8,7 +8,7 @@ from pathlib import Path
 from helix_conformance.judge.xfail import Known
 from helix_conformance.report.stream import FailureLine, Settings, Summary, encode_line
 from helix_conformance.report.text import failure_text
-from helix_conformance.session import Session, refuse_unknown
+from helix_conformance.session import Session, refuse_below_one, refuse_unknown
 from helix_spec.engine import Engine
 
 
@@ -123,7 +123,8 @@ def check(
     Raises
     ------
     ValueError
-        When a name stands for nothing, or the engine does not declare a profile; nothing has run.
+        When a name stands for nothing, a count is below 1, or the engine does not declare a
+        profile; nothing has run.
 
     Examples
     --------
@@ -132,6 +133,7 @@ def check(
     'pass'
     """
     refuse_unknown(layouts, profiles, driver)
+    refuse_below_one({"examples": [examples], "cp": cp, "ranks": [ranks]})
     ledger = Known.read(Path(known)) if known else Known()
     session = Session(engine, driver, profiles, ranks=ranks, deadline_s=deadline_s, known=ledger)
     options = {

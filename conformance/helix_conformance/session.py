@@ -528,17 +528,18 @@ class Session:
         for path, vector in cases:
             by_layout[layout_name(vector.config.layout)].append((path, vector))
         for engine, driver in self._drivers():
-            profiles = profiles_to_check(driver.profiles, self.profiles)
+            profiles, lost = profiles_to_check(driver.profiles, self.profiles), False
             for name, group in by_layout.items():
                 reasons = [_why_not(driver, vector, profiles) for _, vector in group]
                 pairs = list(zip(group, reasons, strict=True))
                 left_out += [f"not checked: {v.name}: {why}" for (_, v), why in pairs if why]
                 meant = [case for case, why in pairs if why is None]
-                if meant and not self._vectors_of(driver, engine, name, meant, profiles):
-                    left_out.append(
-                        "The engine is gone; the layouts after this one were not checked."
-                    )
-                    break
+                played = 0
+                if meant and not lost:
+                    played, lost = self._vectors_of(driver, engine, name, meant, profiles)
+                left_out += [
+                    f"not checked: {v.name}: the engine is gone" for _, v in meant[played:]
+                ]
         return left_out
 
     def _vectors_of(
@@ -548,16 +549,17 @@ class Session:
         layout: str,
         cases: Sequence[tuple[Path, Vector]],
         profiles: frozenset[str],
-    ) -> bool:
-        """Play the vectors of one layout; whether the engine can be asked for more."""
-        tally, failed, lost = Tally(), list[tuple[Failure, Path]](), False
-        for path, vector in cases:
-            failure = check_vector(driver, vector, tally, profiles)
-            if failure is not None:
-                failed.append((failure, path))
-            lost = _is_lost(driver, failure)
+    ) -> tuple[int, bool]:
+        """Play the vectors of one layout: how many were, and whether the engine was lost."""
+        tally, found, lost = Tally(), list[Failure | None](), False
+        for _, vector in cases:
+            found.append(check_vector(driver, vector, tally, profiles))
+            lost = _is_lost(driver, found[-1])
             if lost:
                 break
+        cases = cases[: len(found)]
+        paths = [path for path, _ in cases]
+        failed = [(f, path) for f, path in zip(found, paths, strict=True) if f is not None]
         checked = frozenset(p for _, v in cases for p in profiles_of_vector(v, profiles))
         sizes = [vector.config.layout.cp_size for _, vector in cases]
         failed.sort(key=lambda one: one[0].verdict)
@@ -565,7 +567,7 @@ class Session:
         row = self._finish(driver, engine, layout, sizes, checked, tally, worst, path_of_worst)
         for failure, path in failed[1:]:
             self._found(row, failure, path)
-        return not lost
+        return len(cases), lost
 
     def summary(self) -> Verdict:
         """End the run, and return its verdict.
@@ -671,7 +673,7 @@ class Session:
         bookkeeping, whole = ("gpu-ledger", "local"), ("gpu", driver or "pool")
         if driver is not None:
             return [bookkeeping] if driver == "local" else [whole]
-        if self.profiles and not {"cache", "attention"}.intersection(self.profiles):
+        if self.profiles and not {"cache", "attention", MERGE}.intersection(self.profiles):
             return [bookkeeping]
         return [whole] if self.profiles else [bookkeeping, whole]
 
@@ -759,6 +761,32 @@ def refuse_unknown(
         for name in some:
             if name not in known:
                 raise SessionError(f"{option}: {name!r} is none of {', '.join(known)}.")
+
+
+def refuse_below_one(counts: Mapping[str, Iterable[int | None]]) -> None:
+    """Check that what counts something is 1 or more.
+
+    Parameters
+    ----------
+    counts
+        Numbers that were given for each option; None where nothing was given.
+
+    Raises
+    ------
+    SessionError
+        When one is below 1.
+
+    Examples
+    --------
+    >>> refuse_below_one({"examples": [None], "cp": [2, 0]})
+    Traceback (most recent call last):
+        ...
+    helix_conformance.session.SessionError: cp: 0 is too small; it must be at least 1.
+    """
+    for option, given in counts.items():
+        for count in given:
+            if count is not None and count < 1:
+                raise SessionError(f"{option}: {count} is too small; it must be at least 1.")
 
 
 def default_examples(driver: str) -> int:

@@ -85,6 +85,13 @@ class Suite:
         self.asked: Sequence[str] = options.helix_profiles or ()
         names = ("--helix-layout", "--helix-profile", "--helix-driver")
         session.refuse_unknown(self.layouts, self.asked, options.helix_driver, names)
+        session.refuse_below_one(
+            {
+                "--helix-examples": [options.helix_examples],
+                "--helix-cp": options.helix_cps or (),
+                "--helix-ranks": [options.helix_ranks],
+            }
+        )
         try:
             self.known = Known.read(options.helix_known) if options.helix_known else Known()
         except LedgerError as error:
@@ -98,6 +105,7 @@ class Suite:
         except EngineSpecError as error:
             raise session.SessionError(f"--helix-engine: {error}") from error
         self._verdicts: dict[str, _Verdicts] = {}
+        self._not_started: EngineFailure | None = None
 
     @cached_property
     def driver(self) -> Driver:
@@ -106,14 +114,20 @@ class Suite:
         Raises
         ------
         EngineFailure
-            When a rank does not start.
+            When a rank does not start; it is not tried again.
         """
-        return open_driver(
-            self.engine,
-            self.options.helix_driver,
-            ranks=self.options.helix_ranks,
-            deadline_s=self.options.helix_deadline,
-        )
+        if self._not_started is not None:
+            raise self._not_started
+        try:
+            return open_driver(
+                self.engine,
+                self.options.helix_driver,
+                ranks=self.options.helix_ranks,
+                deadline_s=self.options.helix_deadline,
+            )
+        except EngineFailure as failure:
+            self._not_started = failure
+            raise
 
     def close(self) -> None:
         """End the ranks, if they were started; who asks for more verdicts starts them again."""
@@ -143,7 +157,11 @@ class Suite:
 
     def header(self) -> Iterator[str]:
         """Yield the engine and every setting that was read, a line each."""
-        declared = self.driver.profiles
+        try:
+            declared = self.driver.profiles
+        except EngineFailure as died:
+            yield f"helix: engine {self.engine} did not start. {died}"
+            return
         checked = profiles_to_check(declared, self.asked)
         yield f"helix: engine {self.engine}, driver {self.driver.name}"
         for name, value in self.driver.settings.items():
@@ -188,6 +206,8 @@ class Suite:
         except pytest.skip.Exception:
             self._demand_unseen(layout, name)
             raise
+        except EngineFailure as died:
+            pytest.fail(f"The engine did not start. {died}")
         verdicts = self._verdicts_of(layout)
         failure = verdicts.failures.get(name)
         if name == TRACES:

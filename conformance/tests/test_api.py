@@ -67,6 +67,9 @@ def test_the_report_is_the_stream_of_a_run():
         ({"layouts": ["pr1"]}, "layouts: 'pr1' is none of before_9757, pr9757"),
         ({"profiles": ["depth"]}, "profiles: 'depth' is none of placement, lengths"),
         ({"driver": "mpi"}, "driver: 'mpi' is none of local, stdio, pool"),
+        ({"examples": 0}, "examples: 0 is too small; it must be at least 1"),
+        ({"cp": [2, 0]}, "cp: 0 is too small"),
+        ({"ranks": -1}, "ranks: -1 is too small"),
     ],
 )
 def test_what_cannot_be_checked_is_refused_before_anything_runs(options, sentence):

@@ -259,6 +259,16 @@ def test_three_lines_of_conftest(session, pytester, monkeypatch):
     result.assert_outcomes(passed=1, failed=1)
 
 
+def test_an_engine_that_does_not_start_fails_every_test_that_asks_it(session):
+    """The header says it, no test passes, and the engine is started once."""
+    result, found = session("Right", "--helix-engine=stdio:false")
+    said = "did not start. Rank 0 exited with status 1"
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert said in found["pr9757.pages.PAGE-1"]
+    assert "passed" not in found.values()
+    result.stdout.fnmatch_lines([f"helix: engine stdio:false {said}*"])
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -267,6 +277,8 @@ def test_three_lines_of_conftest(session, pytester, monkeypatch):
         (["--helix-layout=pr1"], "--helix-layout: 'pr1' is none of before_9757"),
         (["--helix-profile=speed"], "--helix-profile: 'speed' is none of placement"),
         (["--helix-known=none.toml"], "--helix-known: none.toml: cannot be read"),
+        (["--helix-examples=-1"], "--helix-examples: -1 is too small; it must be at least 1"),
+        (["--helix-cp=0"], "--helix-cp: 0 is too small"),
     ],
 )
 def test_bad_usage_is_told_before_anything_runs(session, pytester, options, sentence):

@@ -301,13 +301,14 @@ def test_whole_answers_and_a_refused_start():
     assert (event, refused.outcome.reason) == (None, Reason.BAD_CONFIG)
 
 
-def test_requests_go_out_ahead_of_answers():
+@pytest.mark.parametrize("window", [1, WINDOW])
+def test_requests_go_out_ahead_of_answers(window):
     """A window of events is sent before the first of them is answered, and no more."""
     asked, drawn = [], []
 
     def answers(far):
         far.tell(Outcome(far.hear().seq))
-        asked.extend(far.hear() for _ in range(2 * WINDOW))
+        asked.extend(far.hear() for _ in range(2 * window))
         far.end.settimeout(0.1)
         with pytest.raises(TimeoutError):
             far.end.recv(1)
@@ -315,13 +316,14 @@ def test_requests_go_out_ahead_of_answers():
         far.tell(Outcome(first.seq), View(look.seq, {}))
 
     driver = Lone(answers, 20.0)
+    driver.window = window
     events = (drawn.append(id) or Admit(id, 1) for id in range(3 * WINDOW))
     played = driver.play(CONFIG, frozenset({"lengths"}), events, Watch())
     next(played)
     assert drawn == []
     assert next(played)[0] == Admit(0, 1)
-    assert drawn == list(range(WINDOW))
-    assert sum(isinstance(request, Apply) for request in asked) == WINDOW
+    assert drawn == list(range(window))
+    assert sum(isinstance(request, Apply) for request in asked) == window
     driver.thread.join()
     driver.kill()
     driver.far.close()
@@ -413,9 +415,24 @@ def test_a_supervisor_relays_lines(supervised):
 
     thread = threading.Thread(target=rank_0)
     thread.start()
-    assert Stop(True) == supervisor.run()
+    assert supervisor.run() == Stop(True)
     thread.join()
     assert heard == told
+
+
+def test_a_supervisor_that_looks_at_its_engine_hears_that_it_may_stop(supervised):
+    """`Stop` arrives while the supervisor waits for what the engine prints: it leaves then."""
+    supervisor, far = supervised("import time; time.sleep(60)")
+
+    def rank_0():
+        far.sendall(line_of(Where(1)))
+        time.sleep(0.2)
+        far.sendall(line_of(Stop(False)))
+
+    thread = threading.Thread(target=rank_0)
+    thread.start()
+    assert supervisor.run() == Stop(False)
+    thread.join()
 
 
 def test_a_supervisor_tells_of_its_engines_end(supervised):

@@ -51,10 +51,9 @@ LAUNCHED: Final = ("torchrun", "mpi")
 VERDICT_FILE: Final = "HELIX_CONFORMANCE_VERDICT"
 """Where such a run leaves its exit status: torchrun turns every failure into status 1."""
 NO_VERDICT: Final = 3
+"""Exit status of a run that has none, and of a supervisor that rank 0 has left."""
 ASK_LIMIT_S: Final = 5.0
 """How long a supervisor may take to say where its engine is."""
-LEFT_ALONE: Final = 3
-"""Exit status of a supervisor that rank 0 has left: the run had no verdict."""
 BAD_INPUT: Final = 2
 """Exit status of a run that ended before it met its ranks."""
 
@@ -437,20 +436,20 @@ class LaunchedDriver(ProcessDriver):
     """
 
     def __init__(self, engine: str, name: str, *, backend: str, deadline_s: float) -> None:
-        super().__init__(engine, deadline_s)
+        in_group = load_engine(engine).needs_processes
+        super().__init__(engine, deadline_s, in_group=in_group)
         self.name, self.launcher = name, _LAUNCHERS[name]
         self.largest_world = world = self.launcher.world()
         host = self.launcher.host()
         rendezvous = Rendezvous(host)
         meeting = Meeting(rendezvous.address)
-        if load_engine(engine).needs_processes:
-            self.window = 1  # as in a pool: collectives of two events must not meet
+        if in_group:
             meeting = Meeting(rendezvous.address, *self.launcher.store(host))
         self.launcher.tell(meeting)
         try:
             found = rendezvous.lines(world, START_LIMIT_S)
         except EngineFailure:
-            self.launcher.leave_at_once(LEFT_ALONE)
+            self.launcher.leave_at_once(NO_VERDICT)
             raise
         self.child = served(
             engine, _group(self.launcher, meeting, 0, backend, deadline_s), self.loop
@@ -485,7 +484,7 @@ class LaunchedDriver(ProcessDriver):
             if whole:
                 signal.signal(signal.SIGTERM, self.handler_before)
             else:
-                self.launcher.leave_at_once(LEFT_ALONE)  # it may still be told to stop
+                self.launcher.leave_at_once(NO_VERDICT)  # it may still be told to stop
         super().kill()
 
     def _told(self, *_: Any) -> None:
@@ -565,14 +564,14 @@ class Supervised(Child):
         reported = False
         try:
             while not self.over:
-                if self.failed is not None and not reported:
-                    self._tell(messages.Ended(self.failed.what, self.failed.how))
-                    reported = True
-                while self.asked and not reported:
+                self.loop.turn(None)
+                while self.asked and self.failed is None and not self.over:
                     where = self.asked.pop()
                     self.look()
                     self._tell(messages.Stuck(where.seq, self.waits_for_peers()))
-                self.loop.turn(None)
+                if self.failed is not None and not reported:
+                    self._tell(messages.Ended(self.failed.what, self.failed.how))
+                    reported = True
         except SystemExit:
             self._tell(messages.Ended("was told to stop", "stopped"))
             raise
@@ -585,7 +584,7 @@ class Supervised(Child):
 
 
 def _told_to_stop(*_: Any) -> None:
-    sys.exit(LEFT_ALONE)
+    sys.exit(NO_VERDICT)
 
 
 def _supervise(launcher: Launcher, engine: str, *, backend: str, deadline_s: float) -> int:
@@ -594,7 +593,7 @@ def _supervise(launcher: Launcher, engine: str, *, backend: str, deadline_s: flo
     group = _group(launcher, meeting, rank, backend, deadline_s)
     up = launcher.lines(call(meeting.address, rank, START_LIMIT_S), 0)
     stop = Supervised(rank, [*SERVE, engine, group.to_json()], up).run()
-    status = LEFT_ALONE if stop is None else 0
+    status = NO_VERDICT if stop is None else 0
     if stop is None or not stop.whole:
         launcher.leave_at_once(status)
     return status

@@ -89,12 +89,9 @@ class Group(msgspec.Struct, frozen=True, kw_only=True):
     world: int
     host: str = "127.0.0.1"
     port: int = 0
-    """Of the store at which they meet, when the engine needs them to."""
     name: str
-    """Under which they meet."""
     backend: str = "gloo"
     timeout_s: float = 300.0
-    """Of a collective."""
 
     def to_json(self) -> str:
         """Return the group as text; `msgspec.json.decode` reads it."""

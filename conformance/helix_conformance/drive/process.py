@@ -1,8 +1,8 @@
 """Ranks in processes that speak PROTOCOL.md: commands of any language, and a pool of our own.
 
-Requests are sent ahead of the answers, a bounded number of events, and the answers to each event
-are yielded once all ranks have given theirs. A process's stdout carries its answers and nothing
-else; the end of its stderr is shown when it fails.
+Requests are sent ahead of the answers, a bounded number of events, where the ranks share no process
+group. The answers to each event are yielded once all ranks have given theirs. A process's stdout
+carries its answers and nothing else; the end of its stderr is shown when it fails.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from helix_conformance.drive.asking import MalformedAnswer, words
 from helix_conformance.drive.blame import NOTHING_DUE, blame_silent, first_cause
 from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, Watch, signal_name
 from helix_conformance.drive.meeting import Group, hosted_store
-from helix_conformance.engines import COMMAND, EngineSpecError, load_engine
+from helix_conformance.drive.messages import MAX_LINE_BYTES
+from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, needs_group
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, declaration_problem
 from helix_spec.events import Event, ids_of
@@ -43,10 +44,8 @@ FAREWELL_S: Final = 2.0
 """How long processes may take to end once their stdin has; then they are killed."""
 LOOK_S: Final = 0.5
 """How long a silent process may take to print where it is."""
-MAX_LINE_BYTES: Final = 2**28
-"""Bytes of one answer; a line that does not end before is malformed."""
 WINDOW: Final = 64
-"""Events that may be under way."""
+"""Events that may be under way on ranks that share no process group."""
 UNSENT: Final = 2**20
 """Bytes that may wait to be written to one rank before no more events are drawn."""
 KEPT: Final = 2**16
@@ -235,7 +234,6 @@ class Due(NamedTuple):
     seq: int
     kind: type[messages.FromEngine]
     event: int | None
-    """Index of the event that it is about."""
 
 
 class Rank:
@@ -589,14 +587,16 @@ class ProcessDriver:
         `stdio:COMMAND`, or the name of a Python engine as `load_engine` takes it.
     deadline_s : float
         Seconds that the ranks may take for one event.
+    in_group : bool
+        Whether the ranks share a process group. They are asked one event at a time then: a rank
+        that leaves out a collective must not meet that of its peers' next event.
     """
 
     name = "process"
     largest_world: int | None = None
     survives_failure = False
-    streams = False
 
-    def __init__(self, engine: str, deadline_s: float) -> None:
+    def __init__(self, engine: str, deadline_s: float, *, in_group: bool = False) -> None:
         self.engine, self.deadline_s = engine, deadline_s
         self.seq = 0
         self.loop = Loop()
@@ -604,7 +604,12 @@ class ProcessDriver:
         self.profiles: frozenset[str] = frozenset()
         self.settings: dict[str, str] = {}
         self.told_to_stop = False
-        self.window = WINDOW
+        self.window = 1 if in_group else WINDOW
+
+    @property
+    def streams(self) -> bool:
+        """See `Driver.streams`."""
+        return self.window == 1
 
     def start_ranks(self, world: int) -> list[Rank]:
         """Start the ranks that are missing for a world of `world` ranks, and return them.
@@ -619,7 +624,7 @@ class ProcessDriver:
     def play(
         self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
     ) -> Iterator[Played]:
-        """See `Driver.play`: requests go out ahead of the answers, a window of events."""
+        """See `Driver.play`: up to a window of events is sent ahead of the answers."""
         self._drain()
         self._have(config.world_size)
         try:
@@ -809,9 +814,7 @@ def command_of(engine: str) -> list[str]:
     """
     if not engine.startswith(COMMAND):
         if load_engine(engine).needs_processes:
-            raise EngineSpecError(
-                f"Engine {engine} needs torch.distributed among its ranks; use --driver pool."
-            )
+            raise EngineSpecError(needs_group(engine))
         return [*SERVE, engine]
     try:
         command = shlex.split(engine.removeprefix(COMMAND))
@@ -920,13 +923,11 @@ class PoolDriver(ProcessDriver):
     name = "pool"
 
     def __init__(self, engine: str, size: int = 4, *, deadline_s: float = 30.0) -> None:
-        super().__init__(engine, deadline_s)
-        self.largest_world = size
+        in_group = load_engine(engine).needs_processes
+        super().__init__(engine, deadline_s, in_group=in_group)
+        self.size = self.largest_world = size
         self.starts = 0
-        self.store: Any = None
-        if load_engine(engine).needs_processes:
-            self.store = hosted_store()  # it listens as long as this object lives
-            self.window = 1  # a rank that leaves out a collective must not meet the next one's
+        self.store = hosted_store() if in_group else None  # it listens as long as this object lives
         self._have(size)
 
     def start_ranks(self, world: int) -> list[Rank]:
@@ -935,7 +936,7 @@ class PoolDriver(ProcessDriver):
             return []
         self.starts += 1
         group = Group(
-            world=self.largest_world or world,
+            world=self.size,
             port=0 if self.store is None else self.store.port,
             name=f"pool-{self.starts}",
             timeout_s=10 * self.deadline_s,  # a hang is the driver's to call

@@ -22,6 +22,7 @@ import msgspec
 from helix_conformance.drive.asking import ReportedError, checked_outcome, checked_view, words
 from helix_conformance.drive.meeting import Group
 from helix_conformance.drive.messages import (
+    MAX_LINE_BYTES,
     PROTOCOL,
     Apply,
     Array,
@@ -36,11 +37,9 @@ from helix_conformance.drive.messages import (
     View,
     request_of,
 )
-from helix_conformance.engines import EngineSpecError, engine_settings, load_engine
+from helix_conformance.engines import EngineSpecError, engine_settings, load_engine, needs_group
 from helix_spec.engine import Engine
 
-MAX_LINE_BYTES: Final = 2**28
-"""Bytes of one request."""
 PR_SET_PDEATHSIG: Final = 1
 """Of <sys/prctl.h>."""
 
@@ -66,9 +65,7 @@ class Server:
         self.engine_class = load_engine(spec)
         if self.engine_class.needs_processes:
             if group is None:
-                raise EngineSpecError(
-                    f"Engine {spec} needs torch.distributed among its ranks; use --driver pool."
-                )
+                raise EngineSpecError(needs_group(spec))
             group.join()
             self.engine_class.join(group.world)
         self.engine: Engine | None = None

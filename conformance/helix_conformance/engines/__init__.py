@@ -82,6 +82,22 @@ def load_engine(spec: str) -> type[Engine]:
     return engine
 
 
+def needs_group(spec: str) -> str:
+    """Return why an engine cannot run where its ranks share no process group.
+
+    Parameters
+    ----------
+    spec : str
+        Name of the engine.
+
+    Examples
+    --------
+    >>> needs_group("gpu")
+    'Engine gpu needs torch.distributed among its ranks; use --driver pool.'
+    """
+    return f"Engine {spec} needs torch.distributed among its ranks; use --driver pool."
+
+
 def engine_names() -> list[str]:
     """Return the names that stand for an engine, in the order of the alphabet.
 

@@ -47,7 +47,7 @@ class Settings(_Line, frozen=True, kw_only=True, tag="settings"):
 
     format: Literal["helix-run/1"] = "helix-run/1"
     command: str
-    """`run` or `replay`."""
+    """`run`, `replay` or `vectors check`; `check` of the Python API."""
     engine: str
     suite_version: str
     started: str
