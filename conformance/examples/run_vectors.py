@@ -55,8 +55,10 @@ def columns(decoded, answer, cp_rank, numbers, config):
         yield "visible"
     for (label, offset), owned, slot in zip(decoded["slots"], mine, answer.slots, strict=True):
         page, given = divmod(slot, config.layout.tokens_per_block)
-        if owned != (slot >= 0) or (owned and (given != offset or moved(numbers, label, page))):
+        if owned and (slot < 0 or given != offset or moved(numbers, label, page)):
             yield f"slot {slot}"
+        if not owned and slot != -1:
+            yield f"slot {slot} where the token is not"
 
 
 def moved(numbers, label, page):

@@ -11,6 +11,7 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.judge.play import check_trace
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
+from helix_spec.engine import Outcome
 from helix_spec.events import Admit, Decode, Release
 from helix_spec.trace import Trace
 
@@ -78,6 +79,17 @@ def test_answer_that_is_none(method, spoil, what):
     assert "Rank 1 gave a malformed answer: " in failure.engine_failure
     assert what in failure.engine_failure
     assert (1, TRACE.events[:2]) == (failure.event, failure.trace.events)
+
+
+@pytest.mark.parametrize("outcome", [None, Outcome(reason=["bad_config"])])
+def test_answer_to_an_illegal_start_that_is_none(outcome):
+    """It is the engine's error, too, at the start."""
+    refuses = {"start": lambda self, config, profiles: outcome}
+    engine = type("Engine", (Bookkeeping,), refuses)
+    illegal = Trace(config=Config(layout="pr9757/1:C=2,T=2", pages=[5], max_len=50), events=[])
+    failure = check_trace(LocalDriver(engine), illegal, LENGTHS)
+    assert (failure.verdict, failure.event) == ("error", None)
+    assert "Rank 0 gave a malformed answer: " in failure.engine_failure
 
 
 def test_answer_for_another_request():

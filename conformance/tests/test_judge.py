@@ -187,6 +187,9 @@ CASES: dict[str, tuple[Config, list[Event], list[Change], set[str]]] = {
         [Change(0, view=put("block_tables", 0, to=lambda table: [*table, 4]))],
         {"PAGE-1", "PAGE-3"},
     ),
+    "PAGE-1: a table of a request that is not live": (
+        config(STEP), [Admit(0, 3)], [Change(0, view=put("block_tables", 9, to=[8]))], {"PAGE-1"},
+    ),
     "PAGE-2: a page in two tables": (
         config(STEP), [Admit(0, 3), Admit(1, 3)],
         [Change(0, view=put("block_tables", 1, 0, to=8))], {"PAGE-2", "PAGE-3"},
@@ -212,6 +215,19 @@ CASES: dict[str, tuple[Config, list[Event], list[Change], set[str]]] = {
     ),
     "PAGE-4: an inactive rank names a slot": (
         config(STEP), ONE, [Change(1, put("slots", 0, to=1))], {"OWN-1", "PAGE-4"},
+    ),
+    "PAGE-4: an inactive rank names a slot before the first": (
+        config(STEP), ONE, [Change(1, put("slots", 0, to=-7))], {"PAGE-4"},
+    ),
+    "PAGE-4: slots that were never written are not shown": (
+        config(STEP), ONE,
+        [
+            Change(0, view=both(
+                put("keys", 0, to=lambda rows: rows[:, :3]),
+                put("values", 0, to=lambda rows: rows[:, :3]),
+            ))
+        ],
+        {"PAGE-4"},
     ),
     "PAGE-4: an inactive rank writes silently": (
         config(STEP), ONE, [Change(1, view=put("values", 0, 0, 1, to=0.5))], {"PAGE-4"},

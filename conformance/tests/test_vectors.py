@@ -474,6 +474,34 @@ def test_a_malformed_vector_is_named_by_file_line_and_field(folder, old, new, se
     assert call("vectors", "check", folder, "--engine", "reference").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "cut", "sentence"),
+    [
+        ("attention-after-a-fork", lambda step: step["decoded"]["output"].pop(), "for each layer"),
+        ("attention-after-a-fork", lambda step: step["decoded"]["output"][0].pop(), "each token"),
+        ("attention-after-a-fork", lambda step: step["decoded"]["output"][0][0].pop(), "each head"),
+        ("merge-empty", lambda step: step["merged"]["output"].pop(), "for each token"),
+        ("merge-empty", lambda step: step["merged"]["output"][0].pop(), "for each head"),
+    ],
+)
+def test_an_output_that_is_missing_is_no_output_that_is_right(tmp_path, name, cut, sentence):
+    """A vector must expect all outputs of its tokens: what is not expected would not be judged."""
+    path = tmp_path / f"{name}.json"
+    vector = json.loads((SHIPPED / path.name).read_text())
+    cut(next(step for step in vector["steps"] if "decoded" in step or "merged" in step))
+    path.write_text(json.dumps(vector))
+    with pytest.raises(VectorError, match=sentence):
+        load_vector(path)
+
+
+def test_the_end_is_judged_by_the_state_after_the_last_step():
+    """A vector whose last step shows no state says nothing of the end."""
+    for vector in [vector for vector in shipped() if vector.steps and len(vector.steps) < 40]:
+        last = msgspec.structs.replace(vector.steps[-1], state=None)
+        silent = msgspec.structs.replace(vector, steps=[*vector.steps[:-1], last])
+        assert check_vector(LocalDriver(ReferenceEngine), silent, Tally()) is None, vector.name
+
+
 def test_a_folder_without_vectors_is_refused(tmp_path):
     """Status 2: nothing to check is not a pass."""
     result = call("vectors", "check", tmp_path, "--engine", "reference")

@@ -251,7 +251,6 @@ def _problems(name: str, vector: Vector) -> Iterator[tuple[str, str]]:
         yield "$.name", f"it is {vector.name!r}, and the file is named {name!r}"
     if vector.layout != str(vector.config.layout):
         yield "$.layout", f"it is {vector.layout!r}, and the configuration says otherwise"
-    ranks = vector.config.layout.cp_size
     problem = config_problem(vector.config)
     if (problem is not None) != (vector.refused is not None):
         yield "$.refused", f"it is {vector.refused}, and of the configuration holds: {problem}"
@@ -263,12 +262,12 @@ def _problems(name: str, vector: Vector) -> Iterator[tuple[str, str]]:
     if vector.refused and vector.steps:
         yield "$.steps", "there are steps after a start that is refused"
     for index, step in enumerate(vector.steps):
-        for field, message in _step_problems(step, ranks, len(vector.rows)):
+        for field, message in _step_problems(step, vector.config, len(vector.rows)):
             yield f"$.steps[{index}]{field}", message
 
 
-def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str]]:
-    decoded, state = step.decoded, step.state
+def _step_problems(step: Step, config: Config, rows: int) -> Iterator[tuple[str, str]]:
+    decoded, state, model, ranks = step.decoded, step.state, config.model, config.layout.cp_size
     if isinstance(step.event, Decode) and step.refused is None and decoded is None:
         yield "", "an accepted decode has no `decoded`"
     if decoded is not None:
@@ -279,6 +278,11 @@ def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str
         for field in ("position_ids", "owners", "slots", "visible"):
             yield from _unlike(f".decoded.{field}", [getattr(decoded, field)], tokens, "token")
         yield from _unlike(".decoded.past_len", [decoded.past_len], ids, "request")
+        if decoded.output is not None:
+            yield from _unlike(".decoded.output", [decoded.output], model.layers, "layer")
+            yield from _unlike(".decoded.output", decoded.output, tokens, "token", "a layer")
+            by_token = [heads for layer in decoded.output for heads in layer]
+            yield from _unlike(".decoded.output", by_token, model.q_heads, "head", "a token")
         if any(len(row) != ranks for row in decoded.past_len + decoded.visible):
             yield ".decoded", f"a count is not given for each of {ranks} cp_ranks"
         if any(owner >= ranks for owner in decoded.owners):
@@ -288,6 +292,7 @@ def _step_problems(step: Step, ranks: int, rows: int) -> Iterator[tuple[str, str
     elif step.merged is not None and isinstance(step.event, Merge):
         tokens = len(step.event.levels[0])
         yield from _unlike(".merged.output", [step.merged.output], tokens, "token")
+        yield from _unlike(".merged.output", step.merged.output, model.q_heads, "head", "a token")
         if {len(by_token) for by_token in step.merged.partials} != {tokens}:
             yield ".merged.partials", f"one does not have {tokens} entries, one for each token"
         if len(step.event.levels) != ranks or len(step.merged.partials) != ranks:

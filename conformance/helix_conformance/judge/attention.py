@@ -172,7 +172,7 @@ class AttentionJudge:
 def _outside(merged: Array, outputs: Sequence[Output]) -> list[_WrongOutput]:
     """Tokens of outputs (layers, tokens, q_heads, D) that are not all within their bound."""
     found = []
-    for token, expected in enumerate(outputs):
+    for token, expected in zip(range(merged.shape[1]), outputs, strict=True):
         error = np.sqrt(((merged[:, token] - expected.exact) ** 2).sum(-1))
         if not (error <= expected.bound).all():
             found.append(_WrongOutput(token, merged[:, token], expected, error))

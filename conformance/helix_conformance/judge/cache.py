@@ -91,7 +91,7 @@ class CacheJudge:
         _, written = state.contents(id, cp_rank) or ((), 0)
         heads = self.config.kv_heads_of(rank // self.cp)
         positions, lower, upper, right = state.rows(id, cp_rank, heads)
-        held = len(positions)
+        held, shown = len(positions), min(keys.shape[1], values.shape[1])
         keys, values = _at_least(keys, held), _at_least(values, held)
         lost = (values[:, :held] != right).any(axis=(0, 2, 3))
         if lost.any():
@@ -114,6 +114,10 @@ class CacheJudge:
         if self.config.poison and not blank:
             what = f"slots of request {id} from local index {written} on"
             yield Violation("PAGE-4", what, "never written", "written", rank, id)
+        slots = len(state.tables(id)[cp_rank]) * self.config.layout.tokens_per_block
+        if self.config.poison and held <= shown < slots:
+            what = f"slots of request {id} that its keys and values show"
+            yield Violation("PAGE-4", what, slots, shown, rank, id)
 
     def _array(self, rank: int, name: str, rows: Any) -> Array:
         """Cached rows (layers, slots, heads, dim), however many slots there are."""

@@ -1,9 +1,8 @@
 """How often a run visited the situations in which engines go wrong.
 
-A `Coverage` is fed every expectation. It judges nothing: it says
-whether a green run has been where it matters, and tells what it missed from what it could not
-have met. It looks at what an event touched and at nothing else, so that counting costs little
-beside judging.
+A `Coverage` is fed every expectation. It judges nothing: it says whether a passing run has been
+where it matters, and tells what it missed from what it could not have met. It looks at what an
+event touched and at nothing else, so that counting costs little beside judging.
 """
 
 from __future__ import annotations
@@ -350,6 +349,6 @@ class Tally(msgspec.Struct):
     layouts: set[str] = set()
     """Identifiers of the layouts that were played."""
     cut: int = 0
-    """Traces that ended early, at a known difference or before what must not be run."""
+    """Traces that ended early, at an expected failure or before what must not be run."""
     needed: Needed | None = None
     """What it took to find the first failure; all after that was spent on a smaller one."""

@@ -109,8 +109,8 @@ class Judge:
         if expected.refused is None:
             self._follow(event, expected.state)
         in_state = list[Violation]()
+        self.state = expected.state
         if expected.state is not None:
-            self.state = expected.state
             in_state = self._views(expected.state, [answer.view for answer in answers], event)
         if expected.decoded is not None:
             found += self._decoded(expected, outcomes)

@@ -282,6 +282,9 @@ class PagesJudge:
                 for id in view.local_len:
                     right = state.tables(id)[rank % self.cp]
                     yield from page_map.table(rank, id, view.block_tables.get(id, []), right)
+                for id in sorted(view.block_tables.keys() - set(ids)):
+                    what = f"block table of request {id}, which is not live"
+                    yield Violation("PAGE-1", what, None, view.block_tables[id], rank, id)
             free = free_pages[rank % self.cp]
             if whole or view.free_pages != free:
                 yield from self._free(rank, view, free)

@@ -138,7 +138,7 @@ class PlacementJudge:
             if outcome.active == right_active and outcome.slots == columns.slots[rank]:
                 continue
             for active, slot in zip(outcome.active, outcome.slots, strict=True):
-                if slot >= 0 and not active:
+                if slot != -1 and not active:
                     what = "slot of a token that this rank does not own"
                     yield Violation("PAGE-4", what, -1, slot, rank)
 

@@ -101,8 +101,11 @@ class Player:
         trace = Trace(config=config, events=[])
         try:
             _, answers = next(iter(self.driver.play(config, self.profiles, [], EVERYTHING)))
+            check_types(answers)
         except EngineFailure as error:
             return engine_failure(trace, error)
+        except MalformedAnswer as error:
+            return engine_failure(trace, EngineFailure(error.rank, None, words(error)))
         found = wrong_reasons(Reason.BAD_CONFIG, [answer.outcome for answer in answers])
         found = self.known.unknown(layout_name(config.layout), found)
         told = list(map(shown, answers))
@@ -378,7 +381,7 @@ def check_vector(
     driver
         The engine under test.
     vector
-        The vector; what it expects is right, whatever the reference says.
+        The vector; what it expects is right. Suspicions alone are tried against the reference.
     tally
         What is played is added to it.
     profiles

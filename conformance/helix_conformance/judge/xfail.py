@@ -1,4 +1,4 @@
-"""The ledger of an engine's known differences: what it answers wrongly, what must not be run.
+"""The ledger of an engine's expected failures: what it answers wrongly, what must not be run.
 
 The ledger is a TOML file that the engine's own repository keeps, a table for each difference:
 
@@ -10,7 +10,7 @@ The ledger is a TOML file that the engine's own repository keeps, a table for ea
     link = "https://github.com/someone/engine/issues/12"
 
 A difference that is known does not fail a run, and is named in its summary. One that no longer
-shows does fail it, so that no entry outlives its cause. A trace ends at a known difference after
+shows does fail it, so that no entry outlives its cause. A trace ends at an expected failure after
 which tokens or pages lie elsewhere than in the reference; after others it is judged on.
 """
 
@@ -29,10 +29,9 @@ from helix_spec.config import config_problem
 from helix_spec.engine import CUMULATIVE, PROFILES
 from helix_spec.events import Event, Reason, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
-from helix_spec.layouts import NAMED_LAYOUTS, layout_name
+from helix_spec.layouts import LAYOUT_NAMES, layout_name
 from helix_spec.trace import Trace
 
-LAYOUTS: Final = (*NAMED_LAYOUTS, "custom")
 MAX_FILE_BYTES: Final = 2**20
 MAX_LINE_BYTES: Final = 2**12
 """In bytes: Python's TOML parser takes a time that grows with the square of a line."""
@@ -41,11 +40,11 @@ Link = Annotated[str, msgspec.Meta(pattern=r"^https?://\S+$")]
 
 
 class LedgerError(ValueError):
-    """A file that is no ledger of known differences; the message names file, entry and field."""
+    """A file that is no list of expected failures; the message names file, entry and field."""
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One known difference. Without `layout` it is one of every layout.
+    """One expected failure. Without `layout` it is one of every layout.
 
     `answers_wrongly` is played, and expected to fail. `must_not_run` is never played: events of a
     profile, events that would be refused for a reason, or a whole layout.
@@ -71,7 +70,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
         _one_of("invariant", self.invariant, NUMBERS)
         _one_of("profile", self.profile, PROFILES)
-        _one_of("layout", self.layout, LAYOUTS)
+        _one_of("layout", self.layout, LAYOUT_NAMES)
         if self.profile == "placement":
             raise ValueError(
                 "field `profile` cannot be placement: every other builds on it, so that nothing "
@@ -118,7 +117,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Known:
-    """The known differences of one engine, and which of them a run has met.
+    """The expected failures of one engine, and which of them a run has met.
 
     Parameters
     ----------
@@ -144,7 +143,7 @@ class Known:
         self.tried: set[Difference] = set()
         """Differences that a layout and the profiles of a run could have shown."""
         self.void: list[str] = []
-        """Layouts of which nothing was judged but known differences."""
+        """Layouts of which nothing was judged but expected failures."""
         self.found: set[str] = set()
         """Invariants that this very run has found already, so that it can look for others."""
 
@@ -225,7 +224,7 @@ class Known:
         profiles
             Profiles that were checked.
         void
-            Whether every trace ended at a known difference before anything was judged.
+            Whether every trace ended at an expected failure before anything was judged.
         """
         if void:
             self.void.append(layout)
@@ -348,7 +347,7 @@ class Known:
                 yield f"known ({self._status(d)}): {d.subject}: {d.does} ({d.link})"
         for d in self.stale:
             yield (
-                f"The known difference of {d.subject} no longer shows: no trace of this run broke "
+                f"The expected failure of {d.subject} no longer fails: no trace of this run broke "
                 f"it; take its entry ({d.link}) out of the ledger."
             )
         yield from map(void_sentence, self.void)
@@ -376,7 +375,7 @@ def void_sentence(layout: str) -> str:
         The layout's name.
     """
     return (
-        f"Every trace of layout {layout} ended at a known difference before anything else was "
+        f"Every trace of layout {layout} ended at an expected failure before anything else was "
         "judged; say that the layout must_not_run."
     )
 
