@@ -51,10 +51,10 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
 from helix_conformance.generate.choices import Seeded
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.play import check_trace
 from helix_conformance.session import layout_traces
 from helix_reference.engine import ReferenceEngine
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 
 ROOT: Final = Path(__file__).parents[2]

@@ -18,7 +18,6 @@ from helix_conformance.drive.serve import main as serve_engine
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.expect.making import SHIPPED, export
 from helix_conformance.expect.vectors import FORMAT_PAGE, Vector, VectorError, load_vectors
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.prove import ProveError
@@ -39,7 +38,7 @@ from helix_conformance.session import Advance, Session, SessionError
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
-from helix_spec.layouts import LayoutError, layout_name, named_layout
+from helix_spec.layouts import LAYOUT_NAMES, LayoutError, layout_name, named_layout
 from helix_spec.trace import TraceError, load_trace
 
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}

@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--helix-driver", metavar="DRIVER", help="Helix: where the ranks live.")
     add("--helix-ranks", type=int, default=4, metavar="N", help="Helix: processes of a pool.")
     add("--helix-deadline", type=float, default=30.0, metavar="S", help="Helix: silence allowed.")
-    add("--helix-known", type=Path, metavar="FILE", help="Helix: ledger of known differences.")
+    add("--helix-known", type=Path, metavar="FILE", help="Helix: list of expected failures.")
     add(
         "--helix-traces", type=Path, default=Path("helix-failures"), metavar="FOLDER",
         help="Helix: folder for failing traces.",
@@ -130,7 +130,7 @@ class _Group(pytest.Collector):
                     test.user_properties += zip(keys, where, strict=True)
                     yield test
         for index, entry in enumerate(self.suite.known.differences):
-            name = f"known difference {index + 1}: {entry.subject}"
+            name = f"expected failure {index + 1}: {entry.subject}"
             demand = partial(self.suite.demand_entry, index)
             yield _Test.from_parent(self, name=name, demand=demand)
 

@@ -21,7 +21,7 @@ from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.expect.vectors import Vector
 from helix_conformance.generate.choices import Choices, Seeded
-from helix_conformance.generate.configs import LAYOUT_NAMES, draw_config
+from helix_conformance.generate.configs import draw_config
 from helix_conformance.generate.traces import draw_merge_trace, draw_trace
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
@@ -51,7 +51,7 @@ from helix_conformance.version import __version__
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
 from helix_spec.events import FEATURES, MERGE
-from helix_spec.layouts import layout_name
+from helix_spec.layouts import LAYOUT_NAMES, layout_name
 from helix_spec.trace import Trace
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]

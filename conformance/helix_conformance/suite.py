@@ -19,7 +19,6 @@ from helix_conformance import session
 from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.opening import default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
@@ -29,6 +28,7 @@ from helix_conformance.report.text import failure_text, replay_text
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 
 TRACES: Final = "traces"
@@ -176,7 +176,7 @@ class Suite:
         )
         if self.options.helix_known:
             count = len(self.known.differences)
-            yield f"helix: known differences {self.options.helix_known}, entries {count}"
+            yield f"helix: expected failures {self.options.helix_known}, entries {count}"
 
     # Verdicts
 
@@ -217,7 +217,7 @@ class Suite:
         if verdicts.ended_early is not None and name != "LIVE-1":
             pytest.skip(f"not judged to the end: {verdicts.ended_early}")
         if layout in verdicts.known.void:
-            pytest.skip("every trace ended at a known difference")
+            pytest.skip("every trace ended at an expected failure")
         for difference in verdicts.known.of_layout(layout):
             reasoned = difference.reason is not None and name in ("REF-1", "REF-2")
             if difference.kind == "answers_wrongly" and (difference.invariant == name or reasoned):
@@ -252,7 +252,7 @@ class Suite:
         if not any(difference in ledger.tried for ledger in ledgers):
             pytest.skip("no layout and profile that was judged to the end could show it")
         pytest.fail(
-            f"The known difference of {difference.subject} no longer shows: no trace of this "
+            f"The expected failure of {difference.subject} no longer fails: no trace of this "
             f"session broke it; take its entry ({difference.link}) out of the ledger."
         )
 
@@ -275,7 +275,7 @@ class Suite:
             if difference.profile == profile and difference in self._verdicts_of(layout).known.met:
                 pytest.xfail(_known(difference))
                 return  # only with --runxfail
-        pytest.skip(f"not checked: the ledger of known differences leaves out {profile}")
+        pytest.skip(f"not checked: the list of expected failures leaves out {profile}")
 
     def _demand_unseen(self, layout: str, name: str) -> None:
         """Fail of what was broken though no profile that checks it is declared.

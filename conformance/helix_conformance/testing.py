@@ -18,7 +18,6 @@ from helix_conformance.drive.driver import Played, Watch
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.actions import Action, Scope
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.generate.strategies import actions as actions
 from helix_conformance.generate.strategies import configs as configs
 from helix_conformance.generate.strategies import illegal_configs as illegal_configs
@@ -32,6 +31,7 @@ from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.text import failure_text
 from helix_spec.engine import Engine
 from helix_spec.events import FEATURES, Event
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 
 

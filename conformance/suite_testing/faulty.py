@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from helix_gpu.cache import HelixCache
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
 from helix_spec.events import Decode, Event
+from suite_testing.broken import write_over_the_servers_head
 
 BEACONS = "HELIX_FAULTS_BEACONS"
 """A folder in which each rank's file grows by a byte with each event that it begins."""
@@ -66,12 +66,8 @@ class Garbled(GpuEngine):
     def apply(self, event: Event) -> Outcome:
         """Write to the stream over the server's head."""
         if self.rank == 1 and isinstance(event, Decode) and event.pad:
-            frame = sys._getframe()
-            while "answers" not in frame.f_locals:
-                assert frame.f_back is not None
-                frame = frame.f_back
             rubbish = {1: b"rubbish\n", 2: b'{"type":"outcome",', 3: b'{"type":"\xff\xfe"}\n'}
-            os.write(frame.f_locals["answers"].fileno(), rubbish[event.pad])
+            write_over_the_servers_head(rubbish[event.pad])
             if event.pad == 2:
                 time.sleep(3600)
         return super().apply(event)

@@ -12,7 +12,9 @@ from typing import Any, Final
 
 from helix_conformance.drive import messages, serve
 from helix_conformance.drive.asking import MalformedAnswer, words
+from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.process import Due, Lines, ProcessDriver, Rank
+from helix_conformance.expect.making import SHIPPED
 from helix_conformance.expect.vectors import VectorError, load_vector
 from helix_conformance.generate.workload import WorkloadError, read_workload
 from helix_conformance.judge.play import check_trace
@@ -23,7 +25,6 @@ from helix_spec.events import Accept, Admit, Decode, Event, Fork, Release, Skip
 from helix_spec.layouts import LayoutError, parse_layout
 from helix_spec.trace import Trace, TraceError, dump_trace, load_trace
 
-SHIPPED: Final = Path(messages.__file__).parents[1] / "expect" / "shipped"
 _FOLDER: Final = tempfile.TemporaryDirectory(prefix="helix-inputs-")
 
 
@@ -142,10 +143,12 @@ class _Served(_Scripted):
 
 
 class _One(ProcessDriver):
-    """A driver of one rank that is no process."""
+    """A driver of one rank that is no process, and that does not start again."""
 
     def start_ranks(self, world: int) -> list[Rank]:
-        """It is there."""
+        """It is there, or it has been ended."""
+        if not self.ranks:
+            raise EngineFailure(0, None, "has been ended")
         return []
 
 

@@ -7,7 +7,6 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.session import layout_traces, random_traces
@@ -16,6 +15,7 @@ from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import PROFILES
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Release, Resume, Sampled, Skip
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 from suite_testing.marks import of_profiles
 

@@ -1,4 +1,4 @@
-"""The ledger of known differences: what it covers, what it must not cover, how it goes stale."""
+"""The list of expected failures: what it covers, what it must not cover, how it goes stale."""
 
 import json
 
@@ -118,7 +118,7 @@ def test_an_entry_that_no_longer_fails_is_stale(tmp_path):
     assert [d.subject for d in ledger.stale] == ["LEN-2", "fork"]
     assert not ledger.holds
     text = list(ledger.sentences())
-    assert "known difference of LEN-2 no longer shows" in text[-2]
+    assert "expected failure of LEN-2 no longer fails" in text[-2]
     assert "https://example.org/issues/7" in text[-2]
     assert "known (not tried): POS-2: it is wrong" in text[0]  # the engine declares no cache
 
@@ -247,5 +247,5 @@ def test_the_command_names_known_differences_and_stale_ones(tmp_path, monkeypatc
     assert [d["status"] for d in summary["known_differences"]] == ["still fails"]
     result, summary = run("gpu-ledger")
     assert (result.exit_code, summary["verdict"]) == (1, "fail"), result.output
-    assert "The known difference of LEN-2 no longer shows" in result.output
+    assert "The expected failure of LEN-2 no longer fails" in result.output
     assert set(PROFILES) >= set(summary["profiles_checked"])

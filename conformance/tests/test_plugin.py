@@ -226,7 +226,7 @@ def test_a_known_difference_is_an_expected_failure(session, pytester):
     assert red(found) == ["pr9757.placement.POS-1"]
     assert "counts the new token (https://example.org/1)" in found["pr9757.lengths.LEN-2"]
     result, found = session("Right", "--helix-known=known.toml")
-    assert [name.rpartition(".")[2] for name in red(found)] == ["known difference 1: LEN-2"]
+    assert [name.rpartition(".")[2] for name in red(found)] == ["expected failure 1: LEN-2"]
     assert found["pr9757.lengths.LEN-2"] == "passed"
     assert result.ret == 1
 
@@ -243,7 +243,7 @@ def test_a_ledger_that_leaves_nothing_to_judge_is_no_pass(session, pytester):
     wrongly = LEDGER.replace('invariant = "LEN-2"', 'reason = "bad_config"')
     (pytester.path / "known.toml").write_text(wrongly)
     result, found = session("Refuser", "--helix-known=known.toml")
-    assert [name.rpartition(".")[2] for name in red(found)] == ["known difference 1: bad_config"]
+    assert [name.rpartition(".")[2] for name in red(found)] == ["expected failure 1: bad_config"]
     assert "passed" not in found.values()
 
 

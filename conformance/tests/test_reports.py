@@ -23,7 +23,6 @@ from helix_conformance import prove
 from helix_conformance.cli import main
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Violation
-from helix_conformance.judge.xfail import LAYOUTS
 from helix_conformance.report import stream
 from helix_conformance.report import text as text_view
 from helix_conformance.report.certificate import CertificateRefused, badge, certificate
@@ -57,6 +56,7 @@ from helix_spec import trace as traces
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES
 from helix_spec.events import Admit, Decode, Merge
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 
 PUBLISHED = json.loads(Path(stream.__file__).with_name(stream.SCHEMA_FILE).read_text())
@@ -83,7 +83,7 @@ ROWS = [
         seconds=1.0,
         verdict="pass",
     )
-    for name in LAYOUTS
+    for name in LAYOUT_NAMES
 ]
 COVERED = CoverageLine(
     engine="mine:Engine",
@@ -95,7 +95,7 @@ COVERED = CoverageLine(
 SUMMARY = Summary(
     engine="mine:Engine",
     verdict="pass",
-    layouts=list(LAYOUTS),
+    layouts=list(LAYOUT_NAMES),
     profiles_checked=["placement", "lengths"],
     profiles_not_checked=["pages"],
     traces=2800,
@@ -188,7 +188,7 @@ def test_whole_passing_run_passes_in_every_view():
     record = Record([*WHOLE, PROOFS, MUTATION_RUN])
     assert (record.verdict, record.problems, record.shortcomings) == ("pass", [], [])
     found = certificate(record)
-    assert [layout.layout for layout in found.layouts] == list(LAYOUTS)
+    assert [layout.layout for layout in found.layouts] == list(LAYOUT_NAMES)
     assert found.layouts[1].identifiers == ["pr9757/1:C=2,T=2"]
     assert found.profiles_checked == ["placement", "lengths"]
     assert found.profiles_not_checked == ["pages"]
@@ -480,7 +480,7 @@ def test_options_that_make_a_run_a_part():
         ("workload", "w.jsonl"),
     ):
         assert len(restrictions(nothing | {option: value}, 40)) == 1, option
-    assert restrictions(nothing | {"examples": 40, "layouts": LAYOUTS}, 40) == []
+    assert restrictions(nothing | {"examples": 40, "layouts": LAYOUT_NAMES}, 40) == []
 
 
 def test_proofs_and_a_mutation_run_go_behind_a_run(tmp_path, monkeypatch):
@@ -509,7 +509,7 @@ def test_an_engine_of_one_layout_says_so_in_its_ledger(tmp_path, monkeypatch):
     entry = (
         '[[difference]]\nkind = "must_not_run"\nlayout = "{}"\ndoes = "has it not"\nlink = "{}"\n'
     )
-    others = [name for name in LAYOUTS if name != "vllm_dcp"]
+    others = [name for name in LAYOUT_NAMES if name != "vllm_dcp"]
     Path("known.toml").write_text("".join(entry.format(n, "https://x.example/1") for n in others))
     monkeypatch.setattr("helix_conformance.session.default_examples", lambda _: 3)
     words = "run --engine gpu-ledger --known known.toml --json run.jsonl"

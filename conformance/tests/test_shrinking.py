@@ -13,7 +13,7 @@ from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.expect.recorder import record
 from helix_conformance.generate.choices import Choices
-from helix_conformance.generate.configs import LAYOUT_NAMES, draw_config
+from helix_conformance.generate.configs import draw_config
 from helix_conformance.generate.traces import draw_trace
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_trace, profiles_to_check
@@ -35,6 +35,7 @@ from helix_spec.events import (
     Release,
     Resume,
 )
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 
 

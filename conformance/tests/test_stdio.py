@@ -18,13 +18,13 @@ from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.drive.driver import EngineFailure, Watch
 from helix_conformance.drive.process import StdioDriver
 from helix_conformance.engines import EngineSpecError
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_trace
 from helix_conformance.session import layout_traces, random_traces
 from helix_spec.config import Config, decode_layout
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, Admit, Decode, Merge, Reason, Release
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 from suite_testing.marks import of_profiles
 

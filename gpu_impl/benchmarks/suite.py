@@ -24,7 +24,6 @@ from helix_conformance import session
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import gpu
 from helix_conformance.expect.arrays import Tokens, queries
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.text import failure_text
@@ -33,6 +32,7 @@ from helix_gpu.cache import DecodeStep
 from helix_gpu.graphs import StepGraph, cuda_graph
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
+from helix_spec.layouts import LAYOUT_NAMES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_TURN = threading.Lock()

@@ -60,16 +60,14 @@ class Rotated:
 
     Parameters
     ----------
-    exact
-        W entries in float64.
     stored
-        The same entries, rounded as they are kept.
+        W entries, rounded as they are kept.
+    uncertainty
+        Per entry, how far apart two correct roundings may lie; 0 where all agree.
     """
 
-    exact: Vector
     stored: Vector
     uncertainty: Vector
-    """Per entry, how far apart two correct roundings may lie; 0 where all agree."""
 
 
 def rope(
@@ -123,7 +121,7 @@ def rope(
         _kept(value + s, dtypes) - _kept(value - s, dtypes)
         for value, s in zip(exact, slack, strict=True)
     ]
-    return Rotated(exact, [_kept(value, dtypes) for value in exact], uncertainty)
+    return Rotated([_kept(value, dtypes) for value in exact], uncertainty)
 
 
 def _kept(x: float, dtypes: Sequence[CacheDType]) -> float:
@@ -213,9 +211,7 @@ def query(model: ModelShape, seed: int, token: Token, layer: int, q_head: int) -
     return rope(x, token.position, model.rope_base, model.dtype, still=still)
 
 
-def key(
-    model: ModelShape, seed: int, token: Token, layer: int, kv_head: int, at: int | None = None
-) -> Rotated:
+def key(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) -> Rotated:
     """Return one cached key: rotated, rounded to `dtype`, then to the dtype of the cache.
 
     Parameters
@@ -230,8 +226,6 @@ def key(
         The layer, from 0.
     kv_head
         The KV head, numbered over the whole model.
-    at
-        The position to which the key is rotated; None for the token's own.
 
     Returns
     -------
@@ -239,9 +233,8 @@ def key(
         key_dim elements.
     """
     x = raw(seed, token, layer, "k", kv_head, model.key_dim)
-    position = token.position if at is None else at
     still = model.key_dim - model.rope_dim
-    return rope(x, position, model.rope_base, model.dtype, model.cached_dtype, still=still)
+    return rope(x, token.position, model.rope_base, model.dtype, model.cached_dtype, still=still)
 
 
 def value(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) -> Vector:

@@ -22,8 +22,8 @@ from helix_reference.attention import (
 from helix_reference.model import Model
 from helix_reference.state import Request, Step
 from helix_spec.config import Config, config_problem
-from helix_spec.engine import Outcome, RankView
-from helix_spec.events import FEATURES, MERGE, Event, Merge, Reason
+from helix_spec.engine import PROFILES, Outcome, RankView
+from helix_spec.events import Event, Merge, Reason
 
 Rows = list[list[list[Vector]]]
 """Nested lists of floats: layer, token or slot, head, dim."""
@@ -50,13 +50,7 @@ class ReferenceEngine:
     {0: 1}
     """
 
-    profiles: ClassVar[frozenset[str]] = frozenset(
-        {
-            *("placement", "lengths", "pages", "cache", "attention"),
-            *FEATURES,
-            MERGE,
-        }
-    )
+    profiles: ClassVar[frozenset[str]] = frozenset(PROFILES)
     needs_processes: ClassVar[bool] = False
 
     def __init__(self, rank: int) -> None:

@@ -53,7 +53,6 @@ class Pool:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
         self.returned: list[int] = []
         self.untouched = size
         """Pages below this number were never taken."""

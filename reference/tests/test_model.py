@@ -249,10 +249,10 @@ def test_any_trace(trace):
                 assert len(positions) == placement.local_len(*of_request, rank, request.shift)
                 wanted = placement.pages_needed(*of_request, rank, request.shift)
                 assert len(request.tables[rank]) == wanted
-        for rank, pool in enumerate(model.pools):
+        for rank, (pool, size) in enumerate(zip(model.pools, model.config.pages, strict=True)):
             used = {p.number for r in model.requests.values() for p in (r.tables or [[]] * 9)[rank]}
             free = [*pool.returned, *range(pool.untouched)]
-            assert sorted([*used, *free]) == list(range(pool.size))
+            assert sorted([*used, *free]) == list(range(size))
 
 
 @pytest.mark.holds("OWN-1", "OWN-3")

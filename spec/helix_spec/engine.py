@@ -74,10 +74,7 @@ class Engine(Protocol):
     profiles: ClassVar[frozenset[str]]
     """The profiles it declares; others are reported as not checked."""
     needs_processes: ClassVar[bool]
-    """Whether each rank needs a process of its own, with torch.distributed initialised.
-
-    A third attribute may be there: `settings`, a dictionary of texts that reports show.
-    """
+    """Whether each rank needs a process of its own, with torch.distributed initialised."""
 
     def __init__(self, rank: int) -> None: ...
 

@@ -147,6 +147,8 @@ NAMED_LAYOUTS: Final[dict[str, Rule]] = {
 }
 """The layouts that have a name. The first five are TensorRT-LLM's (pull requests 9757, 13180,
 17866) and vLLM's; `balanced` is this project's own."""
+LAYOUT_NAMES: Final = (*NAMED_LAYOUTS, "custom")
+"""What the name of a layout may be: that of a named one, or `custom` for any other."""
 
 
 def named_layout(

@@ -200,19 +200,16 @@ def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -
 
 
 class Rotated(NamedTuple):
-    """Rows of n tokens after RoPE: four arrays, float64 (layers, n, heads, dim).
+    """Rows of n tokens after RoPE: three arrays, float64 (layers, n, heads, dim).
 
     Parameters
     ----------
-    exact
-        Entries before they are rounded.
     stored
         Entries as they are kept.
     lower, upper
         Between these, correct roundings lie; both are numbers of the dtype of `stored`.
     """
 
-    exact: Array
     stored: Array
     lower: Array
     upper: Array
@@ -281,7 +278,7 @@ def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int
             row = round_to(row, dtype)
         return row
 
-    return Rotated(exact, kept(exact), kept(exact - slack), kept(exact + slack))
+    return Rotated(kept(exact), kept(exact - slack), kept(exact + slack))
 
 
 def rotated_queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:

@@ -91,11 +91,12 @@ class Recorder:
         return features_of(event) <= self.declared
 
     def _decoded(self) -> Decoded:
-        t, steps, requests = self.model.layout.tokens_per_block, self.model.last_steps, self.model
+        model = self.model
+        t, steps, requests = model.layout.tokens_per_block, model.last_steps, model.requests
         positions, owners = list[int](), list[int]()
         slots, visible = list[tuple[Page, int]](), list[list[int]]()
         for step in steps:
-            tables, held = requests.requests[step.id].tables, step.past_len
+            tables, held = requests[step.id].tables, step.past_len
             for place, owner in enumerate(step.owners):
                 page, offset = divmod(held[owner], t)
                 slots.append((tables[owner][page], offset))

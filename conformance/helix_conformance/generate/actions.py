@@ -8,7 +8,7 @@ returns the events that an action means in the state of a recorder, none where i
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, islice, permutations
@@ -114,7 +114,7 @@ class Action(msgspec.Struct, frozen=True):
         Returns
         -------
         iterable of Event
-            None where the action fits no request.
+            Empty where the action fits no request.
         """
         raise NotImplementedError
 
@@ -484,13 +484,6 @@ EVENTS: Final[dict[str, str | None]] = {
     MERGE: MERGE,
 }
 """Kinds of events, with the feature that each needs."""
-
-
-_OF_ONE: Final[dict[str, Callable[[int], Event]]] = {
-    "release": ev.Release,
-    "preempt": ev.Preempt,
-    "resume": ev.Resume,
-}
 
 
 def draw_action(choices: Choices, scope: Scope) -> Action:

@@ -15,6 +15,7 @@ from helix_conformance.generate.choices import Choices
 from helix_spec.config import Admission, Config, DType, LatentShape, ModelShape, config_problem
 from helix_spec.events import FEATURES
 from helix_spec.layouts import (
+    LAYOUT_NAMES,
     NAMED_LAYOUTS,
     DecodeOwner,
     Layout,
@@ -24,7 +25,6 @@ from helix_spec.layouts import (
     named_layout,
 )
 
-LAYOUT_NAMES: Final = (*NAMED_LAYOUTS, "custom")
 CP_SIZES: Final = (1, 2, 3, 4, 8)
 BLOCK_SIZES: Final = (1, 2, 3, 4, 8, 16, 32)
 WIDE: Final = 256

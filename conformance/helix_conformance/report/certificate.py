@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from helix_conformance.judge.xfail import LAYOUTS
 from helix_conformance.report.stream import CoverageLine, KnownDifference, Proofs, Record, Row
 from helix_spec.engine import PROFILES
+from helix_spec.layouts import LAYOUT_NAMES
 
 
 class CertificateRefused(ValueError):
@@ -98,7 +98,7 @@ def certificate(record: Record) -> Certificate:
         suite_version=run.settings.suite_version,
         started=run.settings.started,
         layouts=[_layout(name, rows) for name, rows in run.by_layout.items()],
-        layouts_not_checked=[name for name in LAYOUTS if name not in run.by_layout],
+        layouts_not_checked=[name for name in LAYOUT_NAMES if name not in run.by_layout],
         profiles_checked=run.summary.profiles_checked,
         profiles_not_checked=run.summary.profiles_not_checked,
         known_differences=run.summary.known_differences,
@@ -146,7 +146,7 @@ def badge(record: Record) -> dict[str, Any]:
     known = any(run.summary and run.summary.known_differences for run in record.runs)
     message = {
         "pass": f"pass, {layouts} layouts" + (", expected failures" if known else ""),
-        "partial": "partial" + (f": {layouts} of {len(LAYOUTS)} layouts" if layouts else ""),
+        "partial": "partial" + (f": {layouts} of {len(LAYOUT_NAMES)} layouts" if layouts else ""),
         "fail": "fail",
         "error": "cut off" if cut_off else "error",
     }

@@ -17,11 +17,11 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 import msgspec
 
 from helix_conformance.judge.failure import Failure
-from helix_conformance.judge.xfail import LAYOUTS
 from helix_spec.config import decode_layout, encode_layout, layout_schema
 from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Merge
 from helix_spec.invariants import NUMBERS, profiles_of
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace, dump_trace, unindented
 
 SCHEMA_FILE: Final = "stream.schema.json"
@@ -282,8 +282,8 @@ def restrictions(options: Mapping[str, Any], examples: int) -> list[str]:
     found = []
     if options["workload"]:
         found.append("A workload was replayed; no random traces were played.")
-    elif named and len(named) < len(LAYOUTS):
-        of = f"{len(named)} of {len(LAYOUTS)}"
+    elif named and len(named) < len(LAYOUT_NAMES):
+        of = f"{len(named)} of {len(LAYOUT_NAMES)}"
         found.append(f"Only {of} layouts were played: {', '.join(named)}.")
     some = {"cp_size was played": options["cp_sizes"], "profile was asked for": options["asked"]}
     found += [f"Not every {what}, but {', '.join(map(str, v))}." for what, v in some.items() if v]
@@ -398,7 +398,7 @@ class Run(msgspec.Struct):
         """Layouts that were not played, though no option and no expected failure says why."""
         known = [] if self.summary is None else self.summary.known_differences
         excused = {entry.layout for entry in known if entry.kind == "must_not_run"}
-        missing = [name for name in LAYOUTS if name not in excused | set(self.by_layout)]
+        missing = [name for name in LAYOUT_NAMES if name not in excused | set(self.by_layout)]
         if not self.rows:
             return ["No layout was played."]
         return [f"Layouts that were not played: {', '.join(missing)}."] if missing else []

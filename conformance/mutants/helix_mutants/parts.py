@@ -10,18 +10,18 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_gpu.bookkeeping.allocator import PageAllocator
 from helix_gpu.bookkeeping.block_tables import BlockTables
 from helix_gpu.bookkeeping.ledger import Ledger
 from helix_gpu.bookkeeping.rank_book import RankBook
-from helix_reference.attention import Token, key, value
+from helix_reference.attention import Token, raw, rope, value
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model
 from helix_reference.state import Request
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Admit, Decode, Event, Resume
+from helix_spec.layouts import LAYOUT_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +289,11 @@ def _numbers(
         nothing = [[float("nan")] * shape.key_dim for _ in heads]
         return nothing, [row[: shape.value_dim] for row in nothing]
     v = [value(shape, seed, row.token, layer, head) for head in heads]
-    rotated = [key(shape, seed, row.token, layer, head, row.rotated_at).stored for head in heads]
-    return rotated, v
+    still = shape.key_dim - shape.rope_dim
+    dtypes = shape.dtype, shape.cached_dtype
+    unturned = [raw(seed, row.token, layer, "k", head, shape.key_dim) for head in heads]
+    rows = [rope(k, row.rotated_at, shape.rope_base, *dtypes, still=still) for k in unturned]
+    return [rotated.stored for rotated in rows], v
 
 
 _USUAL: dict[type, tuple[str, str]] = {

@@ -34,6 +34,7 @@ from helix_conformance.version import __version__
 from helix_mutants.parts import MUTANTS, Mutant, Stored
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE
+from helix_spec.invariants import NUMBERS
 from helix_spec.trace import Trace
 
 for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges"):
@@ -164,11 +165,7 @@ def _is_named(mutant: Mutant, failure: Failure | None) -> bool:
 
 
 def _named(failure: Failure | None) -> list[str]:
-    if failure is None:
-        return []
-    if failure.engine_failure is not None:
-        return ["LIVE-1"]
-    return list(dict.fromkeys(violation.invariant for violation in failure.violations))
+    return [] if failure is None else [name for name in NUMBERS if name in failure.invariants]
 
 
 @contextmanager

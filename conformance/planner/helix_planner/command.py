@@ -12,7 +12,6 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance.generate.configs import LAYOUT_NAMES
 from helix_conformance.report.command import BadInput
 from helix_planner.plans import (
     HARDWARE,
@@ -27,7 +26,7 @@ from helix_planner.plans import (
     read_card,
     splits,
 )
-from helix_spec.layouts import named_layout
+from helix_spec.layouts import LAYOUT_NAMES, named_layout
 
 COLUMNS: Final = (
     "tp x cp", "weights GB", "KV GB", "pages", "weights ms", "KV ms", "exchange ms", "merge ms",
