@@ -13,13 +13,13 @@ from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines.gpu import GpuEngine
 from helix_conformance.expect.recorder import record
 from helix_conformance.generate.choices import Choices
-from helix_conformance.generate.configs import draw_config
+from helix_conformance.generate.configs import AMPLE, draw_config
 from helix_conformance.generate.traces import draw_trace
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.judge.shrink import reduced
 from helix_conformance.session import Failure, random_traces
-from helix_mutants.on_ledger import OwnerRulesMixed
+from helix_mutants.on_ledger import NeedCountedOneByOne, OwnerRulesMixed
 from helix_mutants.parts import Stored
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
@@ -302,3 +302,19 @@ def test_pools_stay_small_only_where_that_matters() -> None:
     [ample] = {*smallest([Admit(0, 1)], lambda trace: bool(trace.events)).config.pages}
     [tight] = {*smallest([], lambda trace: trace.config.pages[0] < 50).config.pages}
     assert (ample, tight) == (100, 1)
+
+
+def test_a_pool_that_others_fill_shrinks_with_them() -> None:
+    """A batch that finds no room after a hundred admissions needs none of them."""
+    config = Config(layout="pr9757/1:C=1,T=2", pages=[AMPLE + 5], max_len=60)
+    admissions = [Admit(id, 2) for id in range(AMPLE + 4)]
+    whole = Trace(config=config, events=[*admissions, Decode([0, 1], [1, 1])])
+    driver = LocalDriver(NeedCountedOneByOne)
+
+    def fails(trace: Trace) -> Trace | None:
+        failure = check_trace(driver, trace, frozenset({"pages"}))
+        return failure and failure.trace
+
+    trace = reduced(whole, fails)
+    assert trace.events == [Admit(0, 2), Admit(1, 2), Decode([0, 1], [1, 1])]
+    assert trace.config.pages == [3]

@@ -293,9 +293,9 @@ def _fitted(event: Event, config: Config) -> Event:
 
 
 def _with_same_room(candidate: Trace, trace: Trace) -> Trace | None:
-    """The candidate with pools made smaller, so that no more pages are free at its end."""
+    """The candidate with smaller pools: no more pages are free before its last event."""
     pages = candidate.config.pages
-    if pages != trace.config.pages or min(pages) >= AMPLE:
+    if pages != trace.config.pages or set(pages) == {AMPLE}:
         return None
     room = zip(pages, _free(candidate), _free(trace), strict=True)
     fitting = [count - max(0, now - then) for count, now, then in room]
@@ -305,8 +305,8 @@ def _with_same_room(candidate: Trace, trace: Trace) -> Trace | None:
 
 
 def _free(trace: Trace) -> list[int]:
-    """Free pages of each cp_rank after the events."""
-    return _played(trace).state.free_pages
+    """Free pages of each cp_rank before the last event, which may or may not find room."""
+    return _played(_set(trace, events=trace.events[:-1])).state.free_pages
 
 
 def _played(trace: Trace) -> Recorder:
