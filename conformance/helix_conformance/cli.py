@@ -24,7 +24,14 @@ from helix_conformance.prove import ProveError
 from helix_conformance.prove import prove as prove_theorems
 from helix_conformance.report.command import FILE, BadInput, report, write_file
 from helix_conformance.report.html import show_page
-from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Stream, StreamError
+from helix_conformance.report.stream import (
+    CoverageLine,
+    FailureLine,
+    Row,
+    Stream,
+    StreamError,
+    Summary,
+)
 from helix_conformance.report.text import (
     failure_text,
     print_coverage,
@@ -33,6 +40,7 @@ from helix_conformance.report.text import (
     progress_bar,
     replay_text,
     trace_text,
+    verdict_text,
 )
 from helix_conformance.session import Advance, Session, SessionError
 from helix_spec.config import Config, ModelShape, config_problem
@@ -174,6 +182,16 @@ _layouts = click.option(
 )
 
 
+_xfail = click.option(
+    "--xfail",
+    "--known",
+    "known_path",
+    type=FILE,
+    help="The engine's expected failures (TOML): they are named and do not fail the run; one that "
+    "no longer fails does. --known is the name of version 0.1.",
+)
+
+
 def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options by which an engine is named and driven."""
     for option in reversed(_ENGINE_OPTIONS):
@@ -226,13 +244,7 @@ def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for failing traces.",
 )
-@click.option(
-    "--known",
-    "known_path",
-    type=FILE,
-    help="The engine's expected failures (TOML): they are named and do not fail the run; one that "
-    "no longer fails does.",
-)
+@_xfail
 def run(**options: Any) -> None:
     """Play random traces, or a workload, and judge every answer.
 
@@ -241,7 +253,7 @@ def run(**options: Any) -> None:
     violated invariant with its sentence from SPEC.md, what was expected and what was observed.
     """
     if options["known_path"] is not None and options["workload"] is not None:
-        raise BadInput("--known is for random traces; a workload is judged without it.")
+        raise BadInput("--xfail is for random traces; a workload is judged without it.")
     with _session(options) as session:
         left_out = session.begin("run", options)
         if options["workload"]:
@@ -315,6 +327,7 @@ def vectors_export(folder: Path) -> None:
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @_on_an_engine
 @_layouts
+@_xfail
 def vectors_check(**options: Any) -> None:
     """Run the vectors of DIR, or those shipped with this package, against an engine.
 
@@ -325,7 +338,9 @@ def vectors_check(**options: Any) -> None:
     with _session(options) as session:
         session.begin("vectors check", {}, "Stored vectors were played")
         left_out = session.vectors(cases)
-    print_lines(_show(session), [*left_out, *_vector_texts(session.failures, dict(cases))])
+    console = _show(session)
+    texts = _vector_texts(session.failures, dict(cases))
+    print_lines(console, [*left_out, *texts, *session.known.sentences()])
     _leave(session)
 
 
@@ -481,5 +496,7 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
 def _leave(session: Session) -> None:
     """End with the verdict's exit status, and leave it where a launching process looks."""
     status = EXIT_STATUS[session.summary()]
+    [summary] = session.stream.of(Summary)
+    print_lines(Console(), [verdict_text(summary)])
     leave_verdict(status)
     sys.exit(status)

@@ -52,7 +52,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--helix-driver", metavar="DRIVER", help="Helix: where the ranks live.")
     add("--helix-ranks", type=int, default=4, metavar="N", help="Helix: processes of a pool.")
     add("--helix-deadline", type=float, default=30.0, metavar="S", help="Helix: silence allowed.")
-    add("--helix-known", type=Path, metavar="FILE", help="Helix: list of expected failures.")
+    add(
+        "--helix-xfail",
+        "--helix-known",
+        dest="helix_known",
+        type=Path,
+        metavar="FILE",
+        help="Helix: list of expected failures.",
+    )
     add(
         "--helix-traces", type=Path, default=Path("helix-failures"), metavar="FOLDER",
         help="Helix: folder for failing traces.",

@@ -22,7 +22,8 @@ from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.expect.vectors import Vector
 from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config
-from helix_conformance.generate.traces import draw_merge_trace, draw_trace
+from helix_conformance.generate.narrowing import NothingInsideError, within
+from helix_conformance.generate.traces import draw_merge_trace, draw_trace, why_outside
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
 from helix_conformance.judge.failure import Failure
@@ -48,6 +49,7 @@ from helix_conformance.report.stream import (
     save_trace,
 )
 from helix_conformance.version import __version__
+from helix_spec.capabilities import EVERYWHERE, UNLIMITED, Box, in_words
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
 from helix_spec.events import FEATURES, MERGE
@@ -71,6 +73,7 @@ def random_traces(
     progress: Callable[[], None] = lambda: None,
     coverage: Coverage | None = None,
     known: Known | None = None,
+    asked: Box = UNLIMITED,
 ) -> Failure | None:
     """Play random traces until one fails, and make that one small and sure if it fails again.
 
@@ -92,6 +95,8 @@ def random_traces(
         Called after each trace.
     known
         Differences that are not failures.
+    asked
+        What was asked for: a failing trace is not made small beyond it.
 
     Returns
     -------
@@ -110,7 +115,7 @@ def random_traces(
     >>> tally.traces
     3
     """
-    player = Player(driver, profiles, tally, known or Known())
+    player = Player(driver, profiles, tally, known or Known(), asked)
     began = time.perf_counter()
     for number in range(examples):
         trace = draw(Seeded(f"{seed} {number}"))
@@ -163,12 +168,19 @@ def layout_traces(
     Returns
     -------
     callable
-        Takes choices, and returns a trace.
+        Takes choices, and returns a trace, inside the capabilities of the engine.
+
+    Raises
+    ------
+    NothingInsideError
+        When the capabilities hold nothing of this layout.
     """
+    boxes = _usable(driver, name, cp_sizes, tp_sizes)
     features = [feature for feature in FEATURES if feature in profiles]
     contents = not {"cache", MERGE}.isdisjoint(profiles)
 
     def draw(choices: Choices) -> Trace:
+        box = choices.pick(boxes) if len(boxes) > 1 else boxes[0]
         config = draw_config(
             choices,
             names=[name],
@@ -177,6 +189,7 @@ def layout_traces(
             max_world=driver.largest_world,
             features=features,
             contents=contents,
+            box=box,
         )
         if "placement" not in profiles or (MERGE in profiles and choices.one_in(4)):
             return draw_merge_trace(choices, config)
@@ -186,9 +199,33 @@ def layout_traces(
             features=features,
             undeclared={*FEATURES, MERGE} - driver.profiles,
             contents="cache" in profiles,
+            box=box,
         )
 
     return draw
+
+
+def _usable(
+    driver: Driver, name: str, cp_sizes: Sequence[int], tp_sizes: Sequence[int]
+) -> list[Box]:
+    """The boxes of an engine that hold something of a layout. Raises NothingInsideError."""
+    usable, problem = list[Box](), NothingInsideError("layouts", "no capabilities are declared")
+    for box in driver.capabilities:
+        try:
+            draw_config(
+                Seeded("usable"),
+                names=[name],
+                cp_sizes=cp_sizes,
+                tp_sizes=tp_sizes,
+                max_world=driver.largest_world,
+                box=box,
+            )
+            usable.append(box)
+        except NothingInsideError as error:
+            problem = error
+    if not usable:
+        raise problem
+    return usable
 
 
 def layout_run(
@@ -204,6 +241,7 @@ def layout_run(
     known: Known,
     progress: Callable[[], None] = lambda: None,
     coverage: Coverage | None = None,
+    asked_for: Box = UNLIMITED,
 ) -> tuple[frozenset[str], Failure | None]:
     """Play random traces of one layout; return the profiles that were checked, and the failure.
 
@@ -230,6 +268,8 @@ def layout_run(
         The ledger; what shows is marked in it.
     progress
         Called after each trace.
+    asked_for
+        No failing trace is made small beyond it.
 
     Returns
     -------
@@ -252,6 +292,7 @@ def layout_run(
             progress=progress,
             known=known,
             coverage=coverage,
+            asked=asked_for,
         )
 
     if not known.runs(name):
@@ -410,28 +451,58 @@ class Session:
             for cp_size in cp_sizes:
                 check_world(driver, cp_size)
             sizes = drawn_sizes(driver, cp_sizes)
-            coverage = Coverage(at_hand(driver.profiles, layouts=names, cp_sizes=sizes))
+            tp_sizes = (1,) if cp_sizes else drawn_tp_sizes(driver)
+            asked_for = Box(layouts=[*names], cp_size=[*cp_sizes] or None)
+            played = self._inside(driver, names, sizes, tp_sizes, asked=bool(layouts))
+            coverage = Coverage(at_hand(driver.profiles, layouts=played, cp_sizes=sizes))
             count = examples or default_examples(driver.name)
-            for name in names:
+            for name in played:
                 tally = Tally()
                 checked, failure = layout_run(
                     driver,
                     name,
                     self.profiles,
                     cp_sizes=sizes,
-                    tp_sizes=(1,) if cp_sizes else (1, 2),
+                    tp_sizes=tp_sizes,
                     examples=count,
                     seed=self.seed or 0,
                     tally=tally,
                     known=self.known,
                     progress=self.progress(f"{name} ({driver.name})", count),
                     coverage=coverage,
+                    asked_for=asked_for,
                 )
                 if checked:
                     self._finish(driver, engine, name, sizes, checked, tally, failure)
                 if _is_lost(driver, failure):
                     break
             self._cover(engine, driver, coverage)
+
+    def _inside(
+        self,
+        driver: Driver,
+        names: Sequence[str],
+        cp_sizes: Sequence[int],
+        tp_sizes: Sequence[int],
+        *,
+        asked: bool,
+    ) -> list[str]:
+        """The layouts of which the engine's capabilities hold something.
+
+        Raises SessionError when that is none, or not one that was asked for by name.
+        """
+        inside = list[str]()
+        for name in names:
+            try:
+                _usable(driver, name, cp_sizes, tp_sizes)
+                inside.append(name)
+            except NothingInsideError as error:
+                if asked or (name == names[-1] and not inside):
+                    raise SessionError(
+                        f"Of layout {name} nothing can be played inside the engine's capabilities "
+                        f"({in_words(driver.capabilities)}): {error}"
+                    ) from error
+        return inside
 
     def workload(
         self, requests: Sequence[Request], configs: Sequence[Config], **limits: int
@@ -465,6 +536,7 @@ class Session:
             coverage = Coverage(needs)
             for config in configs:
                 check_world(driver, config.world_size)
+                check_inside(driver, Trace(config=config, events=[]))
                 name, tally = str(config.layout), Tally()
                 failure = check_workload(
                     driver,
@@ -500,6 +572,7 @@ class Session:
         """
         for engine, driver in self._drivers():
             check_world(driver, trace.config.world_size)
+            check_inside(driver, trace)
             profiles, tally = profiles_to_check(driver.profiles, self.profiles), Tally()
             failure = check_trace(driver, trace, profiles, tally=tally)
             layout = trace.config.layout
@@ -530,17 +603,30 @@ class Session:
         for engine, driver in self._drivers():
             profiles, lost = profiles_to_check(driver.profiles, self.profiles), False
             for name, group in by_layout.items():
-                reasons = [_why_not(driver, vector, profiles) for _, vector in group]
+                expected = profiles & self.known.left_out(name)
+                reasons = [
+                    _why_not(driver, vector, profiles)
+                    or self._known_failure(name, vector, expected)
+                    for _, vector in group
+                ]
                 pairs = list(zip(group, reasons, strict=True))
                 left_out += [f"not checked: {v.name}: {why}" for (_, v), why in pairs if why]
                 meant = [case for case, why in pairs if why is None]
                 played = 0
                 if meant and not lost:
-                    played, lost = self._vectors_of(driver, engine, name, meant, profiles)
+                    rest = profiles - expected
+                    played, lost = self._vectors_of(driver, engine, name, meant, rest)
                 left_out += [
                     f"not checked: {v.name}: the engine is gone" for _, v in meant[played:]
                 ]
         return left_out
+
+    def _known_failure(self, layout: str, vector: Vector, left_out: frozenset[str]) -> str | None:
+        """Why the expected failures leave nothing of a vector to judge; None when they do not."""
+        if not self.known.runs(layout):
+            return f"layout {layout} must not be run"
+        lost = [profile for profile in vector.profiles if profile in left_out]
+        return f"{', '.join(lost)} is an expected failure" if lost else None
 
     def _vectors_of(
         self,
@@ -553,7 +639,7 @@ class Session:
         """Play the vectors of one layout: how many were, and whether the engine was lost."""
         tally, found, lost = Tally(), list[Failure | None](), False
         for _, vector in cases:
-            found.append(check_vector(driver, vector, tally, profiles))
+            found.append(check_vector(driver, vector, tally, profiles, self.known))
             lost = _is_lost(driver, found[-1])
             if lost:
                 break
@@ -600,6 +686,7 @@ class Session:
                 coverage=counts,
                 missed=[name for name in missed if not counts[name]],
                 seed=self.seed,
+                capabilities=next((row.capabilities for row in rows if row.capabilities), []),
             )
         )
         return verdict
@@ -630,6 +717,7 @@ class Session:
             verdict="pass" if failure is None else failure.verdict,
             known=[difference.subject for difference in self.known.of_layout(layout)],
             settings=dict(driver.settings),
+            capabilities=_limits(driver),
         )
         self.stream.write(row)
         if failure is not None:
@@ -710,7 +798,8 @@ class Session:
 def drawn_sizes(driver: Driver, asked: Collection[int]) -> list[int]:
     """Return the cp_sizes to draw from: those asked for, else what the driver can hold.
 
-    The smallest come first; a pool's own size counts for most examples.
+    The smallest come first; a pool's own size counts for most examples. Sizes that the engine's
+    capabilities list are among them.
 
     Parameters
     ----------
@@ -722,7 +811,27 @@ def drawn_sizes(driver: Driver, asked: Collection[int]) -> list[int]:
     if asked:
         return sorted(set(asked))
     world = driver.largest_world
-    return [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+    sizes = [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+    return _declared_sizes(driver, "cp_size", sizes)
+
+
+def drawn_tp_sizes(driver: Driver) -> list[int]:
+    """Return the tp_sizes to draw from where no cp_size was asked for.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    """
+    return _declared_sizes(driver, "tp_size", [1, 2])
+
+
+def _declared_sizes(driver: Driver, dimension: str, sizes: list[int]) -> list[int]:
+    """Sizes, each as often as before, and those that boxes list, as far as there are ranks."""
+    inside = {size for box in driver.capabilities for size in within(box, dimension, sizes)}
+    most = driver.largest_world or max(inside)
+    more = {size for size in inside.difference(sizes) if size <= most}
+    return sorted([*(size for size in sizes if size in inside), *more]) or sizes
 
 
 def refuse_unknown(
@@ -822,6 +931,31 @@ def check_world(driver: Driver, world: int) -> None:
         )
 
 
+def check_inside(driver: Driver, trace: Trace) -> None:
+    """Check that an engine works where a trace plays.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    trace
+        The trace.
+
+    Raises
+    ------
+    SessionError
+        When it lies outside the engine's capabilities.
+    """
+    why = why_outside(driver.capabilities, trace)
+    if why is not None:
+        raise SessionError(f"The trace is not for this engine: {why}.")
+
+
+def _limits(driver: Driver) -> list[Box]:
+    """The capabilities of an engine; empty when there is no limit."""
+    return [] if driver.capabilities == EVERYWHERE else list(driver.capabilities)
+
+
 def _is_lost(driver: Driver, failure: Failure | None) -> bool:
     """Whether the engine has failed and cannot be asked again."""
     return failure is not None and failure.verdict == "error" and not driver.survives_failure
@@ -838,4 +972,4 @@ def _why_not(driver: Driver, vector: Vector, profiles: frozenset[str]) -> str | 
     world = vector.config.world_size
     if driver.largest_world is not None and world > driver.largest_world:
         return f"it needs {world} ranks, and the {driver.name} has {driver.largest_world}"
-    return None
+    return why_outside(driver.capabilities, vector.trace)

@@ -95,10 +95,10 @@ class Suite:
         try:
             self.known = Known.read(options.helix_known) if options.helix_known else Known()
         except LedgerError as error:
-            raise session.SessionError(f"--helix-known: {error}") from error
+            raise session.SessionError(f"--helix-xfail: {error}") from error
         if not any(map(self.known.runs, self.layouts)):
             raise session.SessionError(
-                "--helix-known: the ledger says that none of the layouts may be run."
+                "--helix-xfail: the ledger says that none of the layouts may be run."
             )
         try:
             default_driver(self.engine)

@@ -64,7 +64,7 @@ def test_the_guide_is_true(folder):
                     right = int(remark.split()[-1]) if remark else 0
                     assert status == right, f"{line}\n{output}"
                     played[line] = output
-    assert len(played) == 15
+    assert len(played) == 16
     red = next(output for line, output in played.items() if "Mistaken" in line)
     assert "OWN-3 violated at event 1" in red
     assert "custom" not in red

@@ -222,10 +222,10 @@ link = "https://example.org/1"
 def test_a_known_difference_is_an_expected_failure(session, pytester):
     """It is named with its link; what else is wrong fails as ever; a stale entry fails."""
     (pytester.path / "known.toml").write_text(LEDGER)
-    _, found = session("TwiceWrong", "--helix-known=known.toml")
+    _, found = session("TwiceWrong", "--helix-xfail=known.toml")
     assert red(found) == ["pr9757.placement.POS-1"]
     assert "counts the new token (https://example.org/1)" in found["pr9757.lengths.LEN-2"]
-    result, found = session("Right", "--helix-known=known.toml")
+    result, found = session("Right", "--helix-xfail=known.toml")
     assert [name.rpartition(".")[2] for name in red(found)] == ["expected failure 1: LEN-2"]
     assert found["pr9757.lengths.LEN-2"] == "passed"
     assert result.ret == 1
@@ -237,12 +237,12 @@ def test_a_ledger_that_leaves_nothing_to_judge_is_no_pass(session, pytester):
     never = never.replace("answers_wrongly", "must_not_run")
     (pytester.path / "known.toml").write_text(never)
     result = pytester.runpytest_inprocess(
-        "--helix-engine=wrong:Right", "--helix-layout=pr9757", "--helix-known=known.toml"
+        "--helix-engine=wrong:Right", "--helix-layout=pr9757", "--helix-xfail=known.toml"
     )
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     wrongly = LEDGER.replace('invariant = "LEN-2"', 'reason = "bad_config"')
     (pytester.path / "known.toml").write_text(wrongly)
-    result, found = session("Refuser", "--helix-known=known.toml")
+    result, found = session("Refuser", "--helix-xfail=known.toml")
     assert [name.rpartition(".")[2] for name in red(found)] == ["expected failure 1: bad_config"]
     assert "passed" not in found.values()
 
@@ -276,7 +276,7 @@ def test_an_engine_that_does_not_start_fails_every_test_that_asks_it(session):
         (["--helix-driver=bus"], "--helix-driver: 'bus' is none of local, "),
         (["--helix-layout=pr1"], "--helix-layout: 'pr1' is none of before_9757"),
         (["--helix-profile=speed"], "--helix-profile: 'speed' is none of placement"),
-        (["--helix-known=none.toml"], "--helix-known: none.toml: cannot be read"),
+        (["--helix-known=none.toml"], "--helix-xfail: none.toml: cannot be read"),
         (["--helix-examples=-1"], "--helix-examples: -1 is too small; it must be at least 1"),
         (["--helix-cp=0"], "--helix-cp: 0 is too small"),
     ],

@@ -62,8 +62,9 @@ class Engine(Protocol):
     """One rank of an engine under test.
 
     The suite makes one object for each rank, starts it once for each trace, and calls it from
-    one thread at a time. An optional third attribute, `settings`, is a dictionary of texts that
-    reports show.
+    one thread at a time. Two more attributes are optional: `capabilities`, where it works, as
+    `helix_spec.capabilities.boxes_of` takes it; and `settings`, a dictionary of texts that reports
+    show.
 
     Parameters
     ----------

@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal, Protocol, get_args
 
 import msgspec
 
+from helix_spec.capabilities import Box
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Event
@@ -121,6 +122,10 @@ class Driver(Protocol):
     @property
     def profiles(self) -> frozenset[str]:
         """What the engine declares."""
+
+    @property
+    def capabilities(self) -> tuple[Box, ...]:
+        """Where the engine works."""
 
     @property
     def settings(self) -> Mapping[str, str]:

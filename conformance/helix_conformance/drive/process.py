@@ -30,6 +30,7 @@ from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, 
 from helix_conformance.drive.meeting import Group, hosted_store
 from helix_conformance.drive.messages import MAX_LINE_BYTES
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, needs_group
+from helix_spec.capabilities import EVERYWHERE, boxes_of
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, declaration_problem
 from helix_spec.events import Event, ids_of
@@ -602,6 +603,7 @@ class ProcessDriver:
         self.loop = Loop()
         self.ranks: list[Rank] = []
         self.profiles: frozenset[str] = frozenset()
+        self.capabilities = EVERYWHERE
         self.settings: dict[str, str] = {}
         self.told_to_stop = False
         self.window = 1 if in_group else WINDOW
@@ -771,11 +773,18 @@ class ProcessDriver:
         problem = declaration_problem(ready.profiles)
         if problem is not None:
             raise rank.failure(problem.rstrip("."))
+        try:
+            boxes = boxes_of(ready.capabilities)
+        except ValueError as error:
+            raise rank.failure(str(error).rstrip(".")) from error
         if rank.rank == 0:
             self.profiles, self.settings = frozenset(ready.profiles), self.settings_of(ready)
+            self.capabilities = boxes
         elif self.profiles != frozenset(ready.profiles):
             told, first = ", ".join(sorted(ready.profiles)), ", ".join(sorted(self.profiles))
             raise rank.failure(f"declares {told}, where rank 0 declares {first}")
+        elif self.capabilities != boxes:
+            raise rank.failure("declares other capabilities than rank 0")
 
     def settings_of(self, ready: messages.Ready) -> dict[str, str]:
         """Return what a rank reports about how it is set up."""

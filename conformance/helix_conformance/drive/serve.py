@@ -37,7 +37,14 @@ from helix_conformance.drive.messages import (
     View,
     request_of,
 )
-from helix_conformance.engines import EngineSpecError, engine_settings, load_engine, needs_group
+from helix_conformance.engines import (
+    EngineSpecError,
+    engine_capabilities,
+    engine_settings,
+    load_engine,
+    needs_group,
+)
+from helix_spec.capabilities import EVERYWHERE
 from helix_spec.engine import Engine
 
 PR_SET_PDEATHSIG: Final = 1
@@ -80,9 +87,15 @@ class Server:
     def _answer(self, request: ToEngine) -> FromEngine:
         seq = request.seq
         if isinstance(request, Hello):
-            settings = engine_settings(self.engine_class)
-            profiles = sorted(self.engine_class.profiles)
-            return Ready(seq, PROTOCOL, self.spec, profiles, settings=settings)
+            boxes = engine_capabilities(self.engine_class)
+            return Ready(
+                seq,
+                PROTOCOL,
+                self.spec,
+                sorted(self.engine_class.profiles),
+                settings=engine_settings(self.engine_class),
+                capabilities=None if boxes == EVERYWHERE else list(boxes),
+            )
         if isinstance(request, Start):
             self.engine = self.engine_class(request.rank)
             outcome = self.engine.start(request.config, frozenset(request.profiles))

@@ -19,6 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final
 
+from helix_spec.capabilities import Box, boxes_of
 from helix_spec.engine import Engine, declaration_problem
 
 
@@ -79,6 +80,7 @@ def load_engine(spec: str) -> type[Engine]:
     if problem is not None:
         raise EngineSpecError(f"Engine {spec!r} {problem}")
     engine: type[Engine] = found
+    engine_capabilities(engine)
     return engine
 
 
@@ -129,6 +131,35 @@ def engine_settings(engine: type[Engine]) -> dict[str, str]:
     {}
     """
     return {str(name): str(value) for name, value in getattr(engine, "settings", {}).items()}
+
+
+def engine_capabilities(engine: type[Engine]) -> tuple[Box, ...]:
+    """Return where an engine works, as its optional attribute `capabilities` says.
+
+    Parameters
+    ----------
+    engine : type of Engine
+        The class of the engine.
+
+    Returns
+    -------
+    tuple of Box
+        Of no limits when there is no such attribute.
+
+    Raises
+    ------
+    EngineSpecError
+        When the attribute is no declaration.
+
+    Examples
+    --------
+    >>> engine_capabilities(load_engine("reference"))[0].cp_size is None
+    True
+    """
+    try:
+        return boxes_of(getattr(engine, "capabilities", None))
+    except ValueError as error:
+        raise EngineSpecError(f"Engine {engine.__qualname__} {error}") from error
 
 
 def _found(spec: str) -> Any:

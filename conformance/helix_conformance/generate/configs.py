@@ -7,11 +7,19 @@ pools. Bounds are keyword-only; impossible ones raise.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 
 from helix_conformance.generate.choices import Choices
+from helix_conformance.generate.narrowing import (
+    NothingInsideError,
+    heads,
+    nearest,
+    only,
+    within,
+)
+from helix_spec.capabilities import UNLIMITED, Box, allows, outside
 from helix_spec.config import Admission, Config, DType, LatentShape, ModelShape, config_problem
 from helix_spec.events import FEATURES
 from helix_spec.layouts import (
@@ -38,7 +46,10 @@ LONG_PREFILL: Final = 600
 FAR_MAX_LEN: Final = 70_000
 """Where contents are not looked at: positions, steps and pages that 16 or 8 bits do not hold."""
 HEAD_DIMS: Final = (16, 32, 64, 16, 32, 64, 128)
-LATENTS: Final = (LatentShape(latent_dim=32, rope_dim=16), LatentShape(latent_dim=64, rope_dim=16))
+LATENTS: Final = ((32, 16), (64, 16))
+"""Pairs of latent_dim and rope_dim."""
+_TRIES: Final = 200
+"""Custom layouts that are drawn to find one of a pattern."""
 _LOCKSTEP_RULES: Final[list[tuple[PromptSplit, DecodeOwner]]] = [
     ("round_robin", "position"),
     ("interleave", "interleave"),
@@ -51,6 +62,7 @@ def draw_layout(
     names: Sequence[str] = LAYOUT_NAMES,
     cp_sizes: Sequence[int] = CP_SIZES,
     block_sizes: Sequence[int] = BLOCK_SIZES,
+    box: Box = UNLIMITED,
 ) -> Layout:
     """Return a legal layout (SPEC.md section 3).
 
@@ -64,16 +76,18 @@ def draw_layout(
         Numbers of ranks that share a sequence.
     block_sizes : sequence of int
         Numbers of tokens in a page.
+    box : Box
+        Where the engine works; no limits unless given.
 
     Returns
     -------
     Layout
-        Of one of these names and sizes.
+        Of one of these names and sizes, inside the box.
 
     Raises
     ------
     ValueError
-        When there is no layout of such a name.
+        When there is no layout of such a name, or none inside the box.
 
     Examples
     --------
@@ -84,10 +98,26 @@ def draw_layout(
     unknown = set(names) - set(LAYOUT_NAMES)
     if unknown:
         raise ValueError(f"There is no layout named {sorted(unknown)[0]!r}.")
-    name, cp_size, t = choices.pick(names), choices.pick(cp_sizes), choices.pick(block_sizes)
-    divisors = [i for i in range(1, t + 1) if t % i == 0]
+    for _ in range(_TRIES):
+        layout = _layout(
+            choices, names, cp_sizes, within(box, "tokens_per_block", block_sizes), box
+        )
+        if not outside(Box(layouts=box.layouts), Config(layout=layout, pages=[], max_len=1)):
+            return layout
+    raise NothingInsideError("layouts", f"it holds no layout of {', '.join(names)}")
+
+
+def _layout(
+    choices: Choices, names: Sequence[str], cp_sizes: Sequence[int], sizes: Sequence[int], box: Box
+) -> Layout:
+    cp_sizes = only(box, "cp_size", cp_sizes, f"asked for are C {_listed(cp_sizes)}")
+    name, cp_size, t = choices.pick(names), choices.pick(cp_sizes), choices.pick(sizes)
+    takes_interleave = name == "custom" or NAMED_LAYOUTS[name].prompt == "interleave"
+    divisors: Sequence[int] = [i for i in range(1, t + 1) if t % i == 0]
+    if takes_interleave:
+        what = f"in a page of {t} tokens an interleave is {_listed(divisors)}"
+        divisors = only(box, "interleave", divisors, what)
     if name != "custom":
-        takes_interleave = NAMED_LAYOUTS[name].prompt == "interleave"
         interleave = choices.pick(divisors) if takes_interleave else None
         return named_layout(name, cp_size=cp_size, tokens_per_block=t, interleave=interleave)
     pages = choices.pick(get_args(PagePolicy))
@@ -112,15 +142,17 @@ def draw_layout(
     )
 
 
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, dict.fromkeys(numbers)))
+
+
 def draw_model_shape(
     choices: Choices,
     *,
     cp_size: int,
     tp_size: int = 1,
-    dtypes: Sequence[DType] = get_args(DType),
-    head_dims: Sequence[int] = HEAD_DIMS,
-    latents: Sequence[LatentShape] = LATENTS,
     max_layers: int = 3,
+    box: Box = UNLIMITED,
 ) -> ModelShape:
     """Return a shape whose heads divide over these ranks: MHA, GQA, MQA or MLA.
 
@@ -132,19 +164,21 @@ def draw_model_shape(
         What makes the choices.
     cp_size, tp_size : int
         Numbers of ranks.
-    dtypes : sequence of str
-        Element types of the model.
-    head_dims : sequence of int
-        Elements of a head.
-    latents : sequence of LatentShape
-        Shapes of latent caches (MLA; SPEC.md, 4.1); one shape in four has one.
     max_layers : int
-        The most layers.
+        The most layers, where the box asks for no more.
+    box : Box
+        Where the engine works; no limits unless given. One shape in four has a latent (MLA;
+        SPEC.md, 4.1), where it allows both.
 
     Returns
     -------
     ModelShape
-        Legal for tp_size * cp_size ranks.
+        Legal for tp_size * cp_size ranks, and inside the box.
+
+    Raises
+    ------
+    ValueError
+        When there is none inside the box.
 
     Examples
     --------
@@ -152,27 +186,45 @@ def draw_model_shape(
     >>> draw_model_shape(Seeded("0"), cp_size=3, tp_size=2).q_heads % 6
     0
     """
-    latent = choices.pick(latents) if choices.one_in(4) else None
-    kv_heads = tp_size * choices.pick((1, 2, 3, 1, 2, 4)) if latent is None else 1
-    world = tp_size * cp_size
-    # The fewest query heads that divide both by the KV heads and by the ranks, or twice that.
-    least = next(q for q in range(kv_heads, kv_heads * world + 1, kv_heads) if q % world == 0)
-    dtype = choices.pick(dtypes)
+    kinds = within(box, "attention", ("gqa", "latent"))
+    is_latent = choices.one_in(4) if len(kinds) > 1 else "latent" in kinds
+    latents = within(box, "latent", LATENTS)
+    pair = choices.pick(latents) if is_latent else None
+    latent = pair and LatentShape(latent_dim=pair[0], rope_dim=pair[1])
+    q_heads, kv_heads = _heads(choices, box, tp_size, cp_size, latent=is_latent)
+    dtype = choices.pick(within(box, "dtype", get_args(DType)))
     wider = list(dict.fromkeys(("float32", dtype)))
-    q_heads = least * choices.pick((1, 2, 1, 2, 9 if kv_heads == 1 else 2))
-    head_dim = choices.pick(head_dims)
+    head_dim = choices.pick(within(box, "head_dim", HEAD_DIMS))
+    layers = within(box, "layers", range(1, max_layers + 1))
+    caches: tuple[Literal["float8_e4m3fn"] | None, ...] = (None, None, "float8_e4m3fn")
+    cached = [one for one in caches if allows(box.cache_dtype, one or dtype)]
+    if not cached:
+        raise NothingInsideError("cache_dtype", f"drawn are {dtype} and float8_e4m3fn")
     return ModelShape(
-        layers=1 if q_heads * head_dim > WIDE else choices.integer(1, max_layers),
+        layers=min(layers) if q_heads * head_dim > WIDE else choices.pick(layers),
         q_heads=q_heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         latent=latent,
         dtype=dtype,
-        cache_dtype=choices.pick((None, None, "float8_e4m3fn")),
-        product_dtype=choices.pick(wider),
-        partial_dtype=choices.pick(wider),
+        cache_dtype=choices.pick(cached),
+        product_dtype=choices.pick(only(box, "product_dtype", wider, f"drawn are {wider}")),
+        partial_dtype=choices.pick(only(box, "partial_dtype", wider, f"drawn are {wider}")),
         rope_base=choices.pick((10_000.0, 500_000.0)),
     )
+
+
+def _heads(
+    choices: Choices, box: Box, tp_size: int, cp_size: int, *, latent: bool
+) -> tuple[int, int]:
+    """Numbers of query heads and KV heads: few where nothing is limited."""
+    if (box.q_heads, box.kv_heads, box.q_heads_per_kv_head) != (None, None, None):
+        return choices.pick(heads(box, tp_size, cp_size, latent=latent))
+    kv_heads = 1 if latent else tp_size * choices.pick((1, 2, 3, 1, 2, 4))
+    world = tp_size * cp_size
+    # The fewest query heads that divide both by the KV heads and by the ranks, or twice that.
+    least = next(q for q in range(kv_heads, kv_heads * world + 1, kv_heads) if q % world == 0)
+    return least * choices.pick((1, 2, 1, 2, 9 if kv_heads == 1 else 2)), kv_heads
 
 
 def draw_config(
@@ -185,6 +237,7 @@ def draw_config(
     features: Collection[str] = FEATURES,
     max_pages: int = 12,
     contents: bool = True,
+    box: Box = UNLIMITED,
 ) -> Config:
     """Return a legal configuration; pools are ample, or often too small, alike or each its own.
 
@@ -203,17 +256,20 @@ def draw_config(
     max_pages : int
         The most pages of a small pool.
     contents : bool
-        Without it nothing is drawn that only caches and outputs depend on.
+        Without it little is drawn that only caches and outputs depend on.
+    box : Box
+        Where the engine works; no limits unless given.
 
     Returns
     -------
     Config
-        One with which every engine may start (SPEC.md section 4).
+        One inside the box, with which every engine may start that declares it (SPEC.md section 4).
 
     Raises
     ------
     ValueError
-        When no cp_size fits the world, or there is no layout of such a name.
+        When no cp_size fits the world, there is no layout of such a name, or nothing is inside the
+        box.
 
     Examples
     --------
@@ -226,33 +282,67 @@ def draw_config(
     fitting = [c for c in cp_sizes if c <= world]
     if not fitting:
         raise ValueError(f"None of the cp_sizes {list(cp_sizes)} fits {world} ranks.")
-    layout = draw_layout(choices, names=names, cp_sizes=fitting)
+    for attempt in range(_TRIES):  # what is drawn first may leave nothing of what comes later
+        try:
+            return _config(
+                choices, names, fitting, tp_sizes, world, features, max_pages, contents, box
+            )
+        except NothingInsideError as error:
+            if error.dimension == "layouts" or attempt == _TRIES - 1:
+                raise
+    raise AssertionError
+
+
+def _config(
+    choices: Choices,
+    names: Sequence[str],
+    fitting: Sequence[int],
+    tp_sizes: Sequence[int],
+    world: int,
+    features: Collection[str],
+    max_pages: int,
+    contents: bool,
+    box: Box,
+) -> Config:
+    layout = draw_layout(choices, names=names, cp_sizes=fitting, box=box)
     c = layout.cp_size
-    tp_size = choices.pick([p for p in tp_sizes if p * c <= world])
-    max_len = choices.pick((*MAX_LENS, *(() if contents else (FAR_MAX_LEN,) * 2)))
+    room = [p for p in tp_sizes if p * c <= world]
+    tp_size = choices.pick(only(box, "tp_size", room, f"asked for are {_listed(room)}"))
+    far = () if contents else (FAR_MAX_LEN,) * 2
+    max_len = choices.pick(within(box, "max_len", (*MAX_LENS, *far)))
     model = ModelShape(q_heads=2 * tp_size * c, kv_heads=2 * tp_size)
     admission: Admission = "transfer"
-    if contents:
-        model = draw_model_shape(choices, cp_size=c, tp_size=tp_size)
-        admission = choices.pick(get_args(Admission))
-        if max_len > MAX_LENS[0]:
-            model = msgspec.structs.replace(model, layers=1, head_dim=16)
+    if contents or box != UNLIMITED:
+        model = draw_model_shape(choices, cp_size=c, tp_size=tp_size, box=box)
+        admission = choices.pick(within(box, "admission", get_args(Admission)))
+        if contents and max_len > MAX_LENS[0]:
+            model = _narrow(model, box)
             if admission == "prefill":
-                max_len = choices.pick((*MAX_LENS[:2] * 4, LONG_PREFILL))
+                short = (*MAX_LENS[:2] * 4, LONG_PREFILL)
+                max_len = choices.pick(within(box, "max_len", short))
+    modes: Sequence[bool] = (False, True) if "overlap" in features else (False,)
+    modes = only(box, "overlap", modes, "overlap is no feature that is played")
     return Config(
         layout=layout,
-        pages=_pages(choices, layout, max_len, max_pages),
+        pages=_pages(choices, layout, max_len, max_pages, box),
         max_len=max_len,
         model=model,
         tp_size=tp_size,
-        overlap="overlap" in features and choices.pick((False, True)),
+        overlap=choices.pick(modes) if len(modes) > 1 else modes[0],
         admission=admission,
         seed=choices.integer(0, 3) if contents else 0,
         poison=not (contents and choices.one_in(4)),
     )
 
 
-def _pages(choices: Choices, layout: Layout, max_len: int, max_pages: int) -> list[int]:
+def _narrow(model: ModelShape, box: Box) -> ModelShape:
+    """The model with one layer and small heads, where the box allows that: for long requests."""
+    small = {"layers": 1, "head_dim": 16}
+    changes = {name: size for name, size in small.items() if allows(getattr(box, name), size)}
+    return msgspec.structs.replace(model, **changes)
+
+
+def _pages(choices: Choices, layout: Layout, max_len: int, max_pages: int, box: Box) -> list[int]:
     """Return the sizes of the pools.
 
     Ample first: a trace that shrinks keeps small pools only where the failure needs them.
@@ -260,12 +350,14 @@ def _pages(choices: Choices, layout: Layout, max_len: int, max_pages: int) -> li
     c = layout.cp_size
     kind = choices.pick(("ample", "alike", "each its own", "many", "the longest request"))
     if kind == "ample":
-        return [AMPLE] * c
-    if kind in ("each its own", "many"):
+        pools = [AMPLE] * c
+    elif kind in ("each its own", "many"):
         least = 40 if kind == "many" else 0
-        return [least + choices.integer(1, max_pages) for _ in range(c)]
-    longest = 0 if kind == "alike" else -(-max_len // layout.tokens_per_block)
-    return [longest + choices.integer(1, max_pages)] * c
+        pools = [least + choices.integer(1, max_pages) for _ in range(c)]
+    else:
+        longest = 0 if kind == "alike" else -(-max_len // layout.tokens_per_block)
+        pools = [longest + choices.integer(1, max_pages)] * c
+    return [nearest(box.pages, pages) for pages in pools]
 
 
 def _spoiled(config: Config) -> Iterator[Config]:

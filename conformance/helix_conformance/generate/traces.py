@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.actions import SHORT, Action, Admit, Scope, draw_action
 from helix_conformance.generate.choices import Choices
-from helix_conformance.generate.configs import FAR_MAX_LEN, draw_illegal_config
-from helix_spec.config import Config
-from helix_spec.events import FEATURES, Event, Merge
+from helix_conformance.generate.configs import FAR_MAX_LEN, WIDE, draw_illegal_config
+from helix_conformance.generate.narrowing import fitted, limits_events, within
+from helix_spec import events as ev
+from helix_spec.capabilities import UNLIMITED, Box, allows, boxes_around, event_outside, outside
+from helix_spec.config import Config, ModelShape, config_problem
+from helix_spec.events import FEATURES, Decode, Event, Fork, Merge, Preempt, Release, Resume
 from helix_spec.trace import Trace
 
 MAX_ACTIONS: Final = 12
@@ -21,6 +24,8 @@ TILES: Final = (64, 128, 256, 512, 1024)
 """Tokens on one rank that kernels work on at a time."""
 LONG_CONTENTS: Final = 500
 """With contents tiles make fewer tokens than this in all."""
+BUDGET: Final = 4 * 10**6
+"""Of a trace with a wide model: elements of queries times the keys that they meet."""
 LEVELS: Final = (0, 0, None, 3, -3, 20, 90, -90, 1000, -(10**4), 2**17, -(2**17))
 """Levels of supplied partials: alike, without keys, one outweighing the rest, far apart."""
 
@@ -31,6 +36,7 @@ def scope_of(
     features: Collection[str] = FEATURES,
     undeclared: Collection[str] = (),
     contents: bool = True,
+    box: Box = UNLIMITED,
 ) -> Scope:
     """Return what actions ask for under a configuration.
 
@@ -48,6 +54,8 @@ def scope_of(
         Features that it does not declare, and that a wrong event may need.
     contents : bool
         Whether caches or outputs are looked at: then prompts are shorter, for time.
+    box : Box
+        Where the engine works; no limits unless given.
 
     Returns
     -------
@@ -59,15 +67,21 @@ def scope_of(
     round_numbers = (1, super_block, 2 * super_block, 3 * super_block, max_len)
     near = {number + by for number in round_numbers for by in (-1, 0, 1)} | {max_len - 9}
     most = min(max_len, LONG_CONTENTS if contents else FAR_MAX_LEN)
+    width = width_of(config.model)
+    if contents and width > 3 * WIDE:
+        most = min(most, max(2 + super_block, BUDGET // width))
+        near = {number for number in near if number <= most or number > max_len}
     tiles = [layout.cp_size * tile for tile in TILES if layout.cp_size * tile < most]
     about = sorted(tile + by for tile in tiles for by in (-1, 0, 1))
     groups = {super_block + by for by in (-1, 0, 1, super_block)} | {1 + max_len // 200}
-    return Scope(
-        frozenset(features),
-        frozenset(undeclared),
-        (SHORT, sorted(near - {0}), *([about] if about else [])),
-        sorted(groups - {0}),
-    )
+    prompts = [SHORT, sorted(near - {0}), *([about] if about else [])]
+    if box.prompt_len is not None:  # one that is too long must be refused, and may be asked for
+        prompts = [
+            kept
+            for lengths in prompts
+            if (kept := [n for n in lengths if n > max_len or allows(box.prompt_len, n)])
+        ] or [within(box, "prompt_len", [])]
+    return Scope(frozenset(features), frozenset(undeclared), prompts, sorted(groups - {0}))
 
 
 def draw_trace(
@@ -78,6 +92,7 @@ def draw_trace(
     undeclared: Collection[str] = (),
     contents: bool = True,
     max_actions: int = MAX_ACTIONS,
+    box: Box = UNLIMITED,
 ) -> Trace:
     """Return a trace over a legal configuration, or over an illegal change of it.
 
@@ -97,6 +112,8 @@ def draw_trace(
         Whether caches or outputs are looked at: then prompts are shorter, for time.
     max_actions : int
         The most actions of each half of a trace.
+    box : Box
+        Where the engine works: a box around the configuration; no limits unless given.
 
     Returns
     -------
@@ -114,7 +131,7 @@ def draw_trace(
     """
     if choices.one_in(10):
         return Trace(config=draw_illegal_config(choices, config), events=[])
-    scope = scope_of(config, features=features, undeclared=undeclared, contents=contents)
+    scope = scope_of(config, features=features, undeclared=undeclared, contents=contents, box=box)
     lengths = choices.lists(lambda more: more.pick(more.pick(scope.prompt_lens)), 1, 3)
     actions: list[Action] = [Admit(length) for length in lengths]
     if not contents and choices.one_in(20):
@@ -122,10 +139,18 @@ def draw_trace(
     for _ in range(2):  # two lists in a row: twice the length at the same cost of shrinking
         actions += choices.lists(lambda more: draw_action(more, scope), 0, max_actions)
     recorder = Recorder(config, {*features, "pages"})
-    return Trace(config=config, events=played(recorder, actions))
+    width = width_of(config.model)
+    budget = BUDGET // width if contents and width > 3 * WIDE else None
+    return Trace(config=config, events=played(recorder, actions, box=box, budget=budget))
 
 
-def played(recorder: Recorder, actions: Iterable[Action]) -> list[Event]:
+def played(
+    recorder: Recorder,
+    actions: Iterable[Action],
+    *,
+    box: Box = UNLIMITED,
+    budget: int | None = None,
+) -> list[Event]:
     """Return the events of these actions, played once on this recorder.
 
     What is refused once is not tried again at once.
@@ -136,6 +161,10 @@ def played(recorder: Recorder, actions: Iterable[Action]) -> list[Event]:
         It is at the start of a trace, and afterwards at the end.
     actions : iterable of Action
         The actions, in order.
+    box : Box
+        Where the engine works: events that are to be accepted are made to fit, or left out.
+    budget : int or None
+        Keys that new tokens meet in all, after which nothing more is decoded; None for no limit.
 
     Returns
     -------
@@ -151,13 +180,92 @@ def played(recorder: Recorder, actions: Iterable[Action]) -> list[Event]:
     >>> played(recorder, [Admit(5), Release(), Release()])
     [Admit(id=0, prompt_len=5), Release(id=0)]
     """
-    events = list[Event]()
+    events, limited = list[Event](), limits_events([box])
     for action in actions:
-        for event in action.events(recorder, events):
+        for meant in action.events(recorder, events):
+            event = meant
+            if limited and outside_now(recorder, meant, box):
+                event = fitted(box, meant)
+                if outside_now(recorder, event, box):
+                    break
+            if budget is not None and isinstance(event, Decode):
+                if budget <= 0:
+                    return events
+                budget -= _keys(recorder, event)
             events.append(event)
             if recorder.next(event).refused is not None and not action.goes_on:
                 break
     return events
+
+
+def width_of(model: ModelShape) -> int:
+    """Return how many elements the queries of one token have.
+
+    Examples
+    --------
+    >>> width_of(ModelShape(q_heads=32, kv_heads=8, head_dim=128))
+    4096
+    """
+    return model.layers * model.q_heads * model.key_dim
+
+
+def _keys(recorder: Recorder, decode: Decode) -> int:
+    """How many keys the tokens of a decode meet, before themselves."""
+    requests = recorder.state.requests
+    pairs = zip(decode.ids, decode.query_lens, strict=False)
+    return sum(len(requests[id].tokens) * max(0, n) for id, n in pairs if id in requests)
+
+
+def outside_now(recorder: Recorder, event: Event, box: Box) -> list[str]:
+    """Return the dimensions in which an event that is accepted now lies outside a box.
+
+    Parameters
+    ----------
+    recorder : Recorder
+        Its state is that before the event.
+    event : Event
+        The event; one that is to be refused is never outside.
+    box : Box
+        Where the engine works.
+    """
+    if recorder.refusal(event) is not None:
+        return []
+    requests, live = recorder.state.requests, len(recorder.state.live)
+    live += isinstance(event, ev.Admit | Fork | Resume) - isinstance(event, Release | Preempt)
+    placed = len(requests[event.id].tokens) if isinstance(event, Resume) else None
+    return event_outside(box, event, live=live, placed=placed)
+
+
+def why_outside(boxes: Sequence[Box], trace: Trace) -> str | None:
+    """Return why a trace is not for an engine that works in these boxes; None when it is.
+
+    Parameters
+    ----------
+    boxes : sequence of Box
+        The engine's capabilities.
+    trace : Trace
+        The trace. With a configuration that is illegal anywhere, it is for every engine.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=2,T=4", pages=[9, 9], max_len=24)
+    >>> trace = Trace(config=config, events=[ev.Admit(0, 5), ev.Decode([0], [2])])
+    >>> why_outside([Box(query_len=[1])], trace)
+    'event 1 lies outside the capabilities in query_len'
+    """
+    if config_problem(trace.config) is not None:
+        return None
+    around = boxes_around(boxes, trace.config)
+    if not around:
+        missed = min((outside(box, trace.config) for box in boxes), key=len)
+        return f"its configuration lies outside the capabilities in {', '.join(missed)}"
+    recorder = Recorder(trace.config)
+    for index, event in enumerate(trace.events if limits_events(around) else ()):
+        missed = min((outside_now(recorder, event, box) for box in around), key=len)
+        if missed:
+            return f"event {index} lies outside the capabilities in {', '.join(missed)}"
+        recorder.next(event)
+    return None
 
 
 def draw_merge_trace(choices: Choices, config: Config, *, max_merges: int = 3) -> Trace:

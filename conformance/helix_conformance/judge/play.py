@@ -14,6 +14,7 @@ from helix_conformance.drive.driver import Driver, EngineFailure, Watch
 from helix_conformance.expect.expectation import Expectation
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, expectations
+from helix_conformance.generate.traces import why_outside
 from helix_conformance.generate.workload import Request, schedule
 from helix_conformance.judge.causes import tried
 from helix_conformance.judge.coverage import Coverage, Tally
@@ -21,6 +22,7 @@ from helix_conformance.judge.failure import Failure, engine_failure, shown
 from helix_conformance.judge.judge import Judge, wrong_reasons
 from helix_conformance.judge.shrink import gone_on, reduced, with_room
 from helix_conformance.judge.xfail import Known, parted
+from helix_spec.capabilities import UNLIMITED, Box, outside
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import CUMULATIVE, PROFILES
 from helix_spec.events import MERGE, Event, Reason, Release
@@ -48,12 +50,15 @@ class Player:
         What is played is added to it.
     known
         Differences that are not wrong.
+    asked
+        What was asked for: no trace is made small beyond it.
     """
 
     driver: Driver
     profiles: frozenset[str]
     tally: Tally
     known: Known = field(default_factory=Known)
+    asked: Box = UNLIMITED
 
     def judged(
         self, trace: Trace, watch: Watch = EVERYTHING, coverage: Coverage | None = None
@@ -231,6 +236,8 @@ class Player:
 
         def fails(trace: Trace, named: Collection[str]) -> Trace | None:
             nonlocal smallest, alive
+            if outside(self.asked, trace.config) or why_outside(self.driver.capabilities, trace):
+                return None
             again = self.judged(trace) if alive else None
             if again is not None and again.verdict == "error":
                 alive = self.driver.survives_failure and time.perf_counter() < until
@@ -372,7 +379,11 @@ def check_workload(
 
 
 def check_vector(
-    driver: Driver, vector: Vector, tally: Tally, profiles: frozenset[str] | None = None
+    driver: Driver,
+    vector: Vector,
+    tally: Tally,
+    profiles: frozenset[str] | None = None,
+    known: Known | None = None,
 ) -> Failure | None:
     """Play a vector and judge every answer by what it expects.
 
@@ -386,6 +397,8 @@ def check_vector(
         What is played is added to it.
     profiles
         Profiles to check; all that the engine declares when None.
+    known
+        Differences that are not wrong; the vector is played up to what must not be run.
 
     Returns
     -------
@@ -393,10 +406,13 @@ def check_vector(
         What is wrong, its suspicions tried; None when nothing is.
     """
     profiles = profiles_of_vector(vector, driver.profiles if profiles is None else profiles)
-    player, stored = Player(driver, profiles, tally), expectations(vector)
+    player = Player(driver, profiles, tally, known or Known())
+    stored, allowed = expectations(vector), player.known.runnable(vector.trace, driver.profiles)
+    if allowed is None:
+        return None
     if vector.refused is not None:
         return player.refused(vector.config)
-    failure = player.played(vector.config, vector.trace.events, lambda _: next(stored))
+    failure = player.played(vector.config, allowed.events, lambda _: next(stored))
     return failure and player.made_sure(failure)
 
 

@@ -83,6 +83,11 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
         if self.invariant == "EQ-1":
             raise ValueError("field `invariant` cannot be EQ-1: it is a theorem, of no engine")
+        if self.invariant in ("REF-1", "REF-2"):
+            raise ValueError(
+                f"field `invariant` cannot be {self.invariant}: it would hide every wrong refusal; "
+                "name the `reason`, and declare in `capabilities` where the engine works"
+            )
         if self.invariant == "LIVE-1":
             raise ValueError(
                 "field `invariant` cannot be LIVE-1: what kills an engine must not be run; name "

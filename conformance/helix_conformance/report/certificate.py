@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from helix_conformance.report.stream import CoverageLine, KnownDifference, Proofs, Record, Row
+from helix_spec.capabilities import Box
 from helix_spec.engine import PROFILES
 from helix_spec.layouts import LAYOUT_NAMES
 
@@ -51,6 +52,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     settings: dict[str, str]
     """What the engine says about how it is set up."""
+    capabilities: list[Box]
+    """Where the engine says that it works: nothing is certified elsewhere. Empty: everywhere."""
     suite_version: str
     started: str
     layouts: list[LayoutChecked]
@@ -95,6 +98,7 @@ def certificate(record: Record) -> Certificate:
     return Certificate(
         engine=run.settings.engine,
         settings={name: text for row in run.rows for name, text in row.settings.items()},
+        capabilities=run.summary.capabilities,
         suite_version=run.settings.suite_version,
         started=run.settings.started,
         layouts=[_layout(name, rows) for name, rows in run.by_layout.items()],

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 import msgspec
 
 from helix_conformance.judge.failure import Failure
+from helix_spec.capabilities import Box
 from helix_spec.config import decode_layout, encode_layout, layout_schema
 from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Merge
@@ -80,6 +81,8 @@ class Row(_Line, frozen=True, kw_only=True, tag="row"):
     verdict: Verdict
     known: list[str] = []
     """Expected failures of the engine that were met here, or were not run."""
+    capabilities: list[Box] = []
+    """Where the engine works, and nothing else was played; empty for everywhere."""
 
 
 class FailureLine(Failure, _Line, frozen=True, kw_only=True, tag="failure"):
@@ -135,6 +138,8 @@ class Summary(_Line, frozen=True, kw_only=True, tag="summary"):
     missed: list[str] = []
     """Situations that no driver's traces visited, and some could have."""
     seed: int | None = None
+    capabilities: list[Box] = []
+    """Where the engine works, and nothing else was played; empty for everywhere."""
 
 
 class Kill(msgspec.Struct, frozen=True):

@@ -22,7 +22,8 @@ from helix_conformance.expect.expectation import Request
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Failure
-from helix_conformance.report.stream import CoverageLine, Row
+from helix_conformance.report.stream import CoverageLine, Row, Summary
+from helix_spec.capabilities import in_words
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import CUMULATIVE
 from helix_spec.events import Event, Merge
@@ -96,6 +97,37 @@ def print_table(console: Console, rows: Iterable[Row]) -> None:
             f"[{colour}]{row.verdict}[/]{xfail}",
         )
     console.print(table)
+
+
+def verdict_text(summary: Summary) -> str:
+    """Return the last line of a run: PASS or FAIL, and of what.
+
+    Parameters
+    ----------
+    summary : Summary
+        The last line of the stream.
+
+    Returns
+    -------
+    str
+        One line: layouts, traces, what was checked and what was not.
+
+    Examples
+    --------
+    >>> verdict_text(Summary(engine="e", verdict="pass", layouts=["pr9757"], traces=9, events=80,
+    ...     profiles_checked=["placement"], profiles_not_checked=["merge"], events_per_s=None))
+    'PASS: 9 traces of pr9757; checked placement; not checked merge.'
+    """
+    counted = "1 trace" if summary.traces == 1 else f"{summary.traces:,} traces"
+    parts = [
+        f"{counted} of {', '.join(summary.layouts) or 'no layout'}",
+        f"checked {', '.join(summary.profiles_checked) or 'nothing'}",
+    ]
+    if summary.profiles_not_checked:
+        parts.append(f"not checked {', '.join(summary.profiles_not_checked)}")
+    if summary.capabilities:
+        parts.append(f"only where the engine works: {in_words(summary.capabilities)}")
+    return f"{'PASS' if summary.verdict == 'pass' else 'FAIL'}: {'; '.join(parts)}."
 
 
 def print_coverage(console: Console, coverage: Sequence[CoverageLine], *, failed: bool) -> None:
