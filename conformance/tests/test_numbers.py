@@ -264,6 +264,49 @@ def test_one_missing_key_of_4096_is_caught_at_the_probe(dtype):
         assert sharded.errors(missing=missing)[probes].max() > 1
 
 
+@pytest.mark.holds("ATT-4")
+@pytest.mark.parametrize(("head_dim", "cp_size"), [(16, 2), (64, 4), (128, 8), (128, 3)])
+def test_a_merge_that_does_not_divide_is_within_the_bound(head_dim, cp_size):
+    """25,000 heads each, merged in float32 by exp(lse_r - G) with G their float32 log-sum-exp."""
+    shape = ModelShape(q_heads=5000, kv_heads=1, head_dim=head_dim)
+    errors = np.concatenate([_undivided(shape, cp_size, seed) for seed in range(5)])
+    assert (len(errors), errors.max() <= 1) == (25_000, True)
+
+
+@pytest.mark.holds("ATT-4")
+def test_a_merge_that_weights_one_rank_a_little_more_is_caught():
+    """The positive control of the test above: by a hundred-thousandth."""
+    shape = ModelShape(q_heads=5000, kv_heads=1, head_dim=64)
+    assert _undivided(shape, 4, 0, heavier=1 + 1e-5).max() > 3
+
+
+def _undivided(shape, cp_size, seed, *, heavier=1.0):
+    """How many bounds E such a merge is off, head by head; the partials are exact, but float32."""
+    identities = [(seed, place) for place in range(40)]
+    ranks = np.arange(40) % cp_size
+    exact, bound = _exact(shape, identities, ranks, seed)
+    last = tokens_of(identities[-1:], len(identities) - 1)
+    tokens = tokens_of(identities, 0)
+    q = numbers.rotated_queries(shape, seed, last, range(shape.q_heads)).stored[0, 0]
+    k = numbers.cached_keys(shape, seed, tokens, range(1)).stored[0, :, 0]
+    v = numbers.cached_values(shape, seed, tokens, range(1))[0, :, 0]
+    scores = shape.scale * (q @ k.T)
+    outputs, lses = [], []
+    for rank in range(cp_size):
+        mine = scores[:, ranks == rank]
+        top = mine.max(-1, keepdims=True)
+        weights = np.exp(mine - top)
+        outputs.append(weights @ v[ranks == rank] / weights.sum(-1, keepdims=True))
+        lses.append(top[:, 0] + np.log(weights.sum(-1)))
+    o, lse = np.float32(outputs), np.float32(lses)
+    top = lse.max(0)
+    merged = top + np.log(np.exp(lse - top).sum(0, dtype=np.float32))
+    weights = np.exp(lse - merged)
+    weights[0] *= np.float32(heavier)
+    found = (weights[..., None] * o).sum(0, dtype=np.float32)
+    return np.sqrt(((found - exact) ** 2).sum(-1)) / bound
+
+
 def test_memory_that_nobody_wrote_to_is_read_without_a_warning() -> None:
     """A signalling NaN, which any bits may be, is a NaN like others."""
     bits = np.array([0x7FA00000, 0x3F800000], dtype=np.uint32).view(np.float32)

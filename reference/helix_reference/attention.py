@@ -444,6 +444,7 @@ def error_bound(
         squares.append((weight * _norm(part.output) * u_wire) ** 2)
         squares.append((weight * (abs(part.lse) + 1) * 2 * U32 * distance) ** 2)
     squares.append((u_out * _norm(whole.output)) ** 2)
+    squares.append((U32 * (abs(whole.lse) + 2) * _norm(whole.output)) ** 2)
     mass = [math.fsum(w * abs(v[d]) for w, v in zip(p, values, strict=True)) for d in range(dim)]
     squares.append((U32 * (math.sqrt(len(keys)) + 2) * _norm(mass)) ** 2)
     return whole.output, math.sqrt(math.fsum(squares))

@@ -444,6 +444,7 @@ def exact_attention(
     uncertainty = (np.abs(lse + np.log(heavy)) + 1) * 2 * U32
     squares += ((weight * uncertainty * _norm(part - output)) ** 2).sum(0)
     squares += (u_out * _norm(output)) ** 2
+    squares += (U32 * (np.abs(lse) + 2) * _norm(output)) ** 2
     mass = p @ np.abs(v)
     squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
     return output.reshape(model.q_heads, -1), np.sqrt(squares).reshape(-1)
