@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import entry_points
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +36,7 @@ from helix_conformance.report.stream import (
     Summary,
 )
 from helix_conformance.report.text import (
+    alike,
     failure_text,
     print_coverage,
     print_lines,
@@ -50,6 +54,13 @@ from helix_spec.layouts import LAYOUT_NAMES, LayoutError, layout_name, named_lay
 from helix_spec.trace import TraceError, load_trace
 
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
+CHECKED_NOTHING: Final = 2
+SAID_EVERY_S: Final = 5.0
+"""Seconds from one line of progress to the next."""
+_ONE_LAYOUT: Final = (
+    "Only {0} passes. An engine that places tokens by one layout is run with --layout {0}, or says "
+    "so in its capabilities."
+)
 REFUSED: Final = (
     *(EngineSpecError, LayoutError, LedgerError, ProveError, SessionError, TraceError),
     *(StreamError, VectorError, WorkloadError),
@@ -111,9 +122,9 @@ def main() -> None:
           an engine of yours, one layout
       helix-conformance run --engine stdio:./my_engine
           an engine of any language: a command that speaks PROTOCOL.md
-      helix-conformance replay helix-failures/pr9757-local.json --engine reference
+      helix-conformance replay helix-failures/pr9757-local-1a2b3c4d.json --engine reference
           a failing trace once more
-      helix-conformance show helix-failures/pr9757-local.json
+      helix-conformance show helix-failures/pr9757-local-1a2b3c4d.json
           where the tokens of a trace belong, rank by rank and page by page
 
     Exit status: 0 all answers were correct; 1 a difference was found; 2 bad usage, configuration
@@ -242,8 +253,10 @@ def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
     "folder",
     default="helix-failures",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for failing traces.",
+    help="Folder for failing traces; those of earlier runs that lie there are played first.",
 )
+@click.option("--stop-at-first", is_flag=True, help="End with the first layout that fails.")
+@click.option("--coverage", is_flag=True, help="Print how often each situation was visited.")
 @_xfail
 def run(**options: Any) -> None:
     """Play random traces, or a workload, and judge every answer.
@@ -260,12 +273,25 @@ def run(**options: Any) -> None:
             _play_workload(session, options)
         else:
             session.random(options["layouts"], options["cp_sizes"], options["examples"])
-    console = _show(session, coverage=True)
+    console = _show(session)
+    if session.not_started is None:
+        print_coverage(
+            console,
+            session.stream.of(CoverageLine),
+            failed=bool(session.failures),
+            table=options["coverage"],
+        )
     if left_out:
         print_lines(console, [f"This is a part of a run, not a whole one. {' '.join(left_out)}"])
-    for failure in session.failures:
+    for failure, *others in alike(session.failures):
         where = replay_text(failure.trace_file, failure.engine, failure.driver)
         print_lines(console, [*failure_text(failure), *where])
+        if others:
+            places = (f"{other.layout} ({other.trace_file})" for other in others)
+            print_lines(console, [f"The same fails on {', '.join(places)}."])
+    passing = {row.layout for row in session.stream.of(Row) if row.verdict == "pass"}
+    if session.failures and len(passing) == 1 and not options["layouts"]:
+        print_lines(console, [_ONE_LAYOUT.format(*passing)])
     print_lines(console, session.known.sentences())
     _leave(session)
 
@@ -395,7 +421,8 @@ def _session(options: dict[str, Any]) -> Iterator[Session]:
     setup = {name: options[option] for option, name in names.items()}
     if options["driver_name"] in LAUNCHED:  # goes on as rank 0 of the processes that are launched
         take_part(options["engine"], options["driver_name"], **setup)
-    bars = progress_bar(Console(stderr=True))
+    console = Console(stderr=True)
+    bars = progress_bar(console)
 
     def bar(description: str, total: int) -> Advance:
         for task in bars.task_ids:
@@ -411,22 +438,35 @@ def _session(options: dict[str, Any]) -> Iterator[Session]:
         known=known,
         stream=Stream(options["json_path"]),
         folder=options.get("folder"),
-        progress=bar,
+        progress=bar if console.is_terminal else partial(_said_now_and_then, console),
+        stop_at_first=options.get("stop_at_first", False),
     )
     with bars:
         yield session
 
 
-def _show(session: Session, *, coverage: bool = False) -> Console:
-    """Print the table of a run, and what its traces visited."""
+def _said_now_and_then(console: Console, description: str, total: int) -> Advance:
+    """Say where a run is every few seconds, where no bar can be drawn."""
+    done, said = count(1), time.monotonic()
+
+    def advance() -> None:
+        nonlocal said
+        number = next(done)
+        if time.monotonic() - said > SAID_EVERY_S:
+            said = time.monotonic()
+            print_lines(console, [f"{description}: {number:,} of {total:,}"])
+
+    return advance
+
+
+def _show(session: Session) -> Console:
+    """Print the table of a run."""
     console = Console()
     if session.not_started is not None:
         click.echo(f"The engine did not start. {session.not_started}", err=True)
     rows = session.stream.of(Row)
     if rows or session.not_started is None:
         print_table(console, rows)
-    if coverage and session.not_started is None:
-        print_coverage(console, session.stream.of(CoverageLine), failed=bool(session.failures))
     return console
 
 
@@ -496,6 +536,8 @@ def _workload_config(name: str, cp_size: int, options: dict[str, Any]) -> Config
 def _leave(session: Session) -> None:
     """End with the verdict's exit status, and leave it where a launching process looks."""
     status = EXIT_STATUS[session.summary()]
+    if not session.stream.of(Row) and session.not_started is None:
+        status = CHECKED_NOTHING
     [summary] = session.stream.of(Summary)
     print_lines(Console(), [verdict_text(summary)])
     leave_verdict(status)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,12 +50,12 @@ from helix_conformance.report.stream import (
     save_trace,
 )
 from helix_conformance.version import __version__
-from helix_spec.capabilities import EVERYWHERE, UNLIMITED, Box, in_words
+from helix_spec.capabilities import EVERYWHERE, UNLIMITED, Box, in_words, outside
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
 from helix_spec.events import FEATURES, MERGE
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
-from helix_spec.trace import Trace
+from helix_spec.trace import Trace, load_trace
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
 """Drivers that this process opens by itself; others are launched around the whole command."""
@@ -74,6 +75,7 @@ def random_traces(
     coverage: Coverage | None = None,
     known: Known | None = None,
     asked: Box = UNLIMITED,
+    first: Iterable[Trace] = (),
 ) -> Failure | None:
     """Play random traces until one fails, and make that one small and sure if it fails again.
 
@@ -97,6 +99,8 @@ def random_traces(
         Differences that are not failures.
     asked
         What was asked for: a failing trace is not made small beyond it.
+    first
+        Traces that are played before the random ones.
 
     Returns
     -------
@@ -117,8 +121,8 @@ def random_traces(
     """
     player = Player(driver, profiles, tally, known or Known(), asked)
     began = time.perf_counter()
-    for number in range(examples):
-        trace = draw(Seeded(f"{seed} {number}"))
+    drawn = (draw(Seeded(f"{seed} {number}")) for number in range(examples))
+    for trace in chain(first, drawn):
         failure = player.judged(trace, coverage=coverage)
         progress()
         if failure is not None:
@@ -242,6 +246,7 @@ def layout_run(
     progress: Callable[[], None] = lambda: None,
     coverage: Coverage | None = None,
     asked_for: Box = UNLIMITED,
+    first: Sequence[Trace] = (),
 ) -> tuple[frozenset[str], Failure | None]:
     """Play random traces of one layout; return the profiles that were checked, and the failure.
 
@@ -270,6 +275,8 @@ def layout_run(
         Called after each trace.
     asked_for
         No failing trace is made small beyond it.
+    first
+        Traces that are played before the random ones.
 
     Returns
     -------
@@ -293,6 +300,7 @@ def layout_run(
             known=known,
             coverage=coverage,
             asked=asked_for,
+            first=first,
         )
 
     if not known.runs(name):
@@ -356,6 +364,8 @@ class Session:
         Where failing traces are written; None for nowhere.
     progress
         Called with a description and a total; returns what is called at each step.
+    stop_at_first
+        Whether the first failure ends the run.
 
     Raises
     ------
@@ -374,6 +384,7 @@ class Session:
     stream: Stream = field(default_factory=Stream)
     folder: Path | None = None
     progress: Callable[[str, int], Advance] = no_progress
+    stop_at_first: bool = False
     failures: list[FailureLine] = field(default_factory=list, init=False)
     not_started: EngineFailure | None = field(default=None, init=False)
     seed: int | None = field(default=None, init=False)
@@ -471,12 +482,28 @@ class Session:
                     progress=self.progress(f"{name} ({driver.name})", count),
                     coverage=coverage,
                     asked_for=asked_for,
+                    first=self._earlier(driver, name, asked_for),
                 )
                 if checked:
                     self._finish(driver, engine, name, sizes, checked, tally, failure)
-                if _is_lost(driver, failure):
+                if _is_lost(driver, failure) or (failure and self.stop_at_first):
                     break
             self._cover(engine, driver, coverage)
+            if self.stop_at_first and self.failures:
+                break
+
+    def _earlier(self, driver: Driver, layout: str, asked_for: Box) -> list[Trace]:
+        """The traces of a layout that failed in earlier runs, as far as they can be played now."""
+        paths = sorted(self.folder.glob(f"{layout}-*.json")) if self.folder else []
+        traces = [load_trace(path) for path in paths]
+        return [
+            trace
+            for trace in traces
+            if layout_name(trace.config.layout) == layout
+            and trace.config.world_size <= (driver.largest_world or trace.config.world_size)
+            and not outside(asked_for, trace.config)
+            and why_outside(driver.capabilities, trace) is None
+        ]
 
     def _inside(
         self,
@@ -727,7 +754,9 @@ class Session:
     def _found(self, row: Row, failure: Failure, path: Path | None) -> None:
         if path is None:
             name = f"{row.layout}-{row.driver}"
-            path = save_trace(self.folder, name, failure.trace) if self.folder else Path("-")
+            path = Path("-")
+            if self.folder:
+                path = save_trace(self.folder, name, failure.trace, apart=True)
         line = FailureLine(
             layout=row.layout,
             engine=row.engine,

@@ -8,9 +8,10 @@ import msgspec
 
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_spec.capabilities import Box, boxes_around, boxes_of
-from helix_spec.config import Config
+from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome
 from helix_spec.events import Event, Reason
+from helix_spec.layouts import named_layout
 
 
 class Narrow:
@@ -120,3 +121,15 @@ class Rotated(LedgerEngine):
     """Bookkeeping of layouts that start at another rank for each request."""
 
     capabilities: ClassVar[Any] = {"layouts": ["balanced", "custom/*start=rotated*"]}
+
+
+class OnlyRotated(LedgerEngine):
+    """Bookkeeping that places tokens by `balanced`, whatever it is asked for, and does not say."""
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Start with another layout of the same sizes."""
+        if config_problem(config) is not None:
+            return super().start(config, profiles)
+        c, t = config.layout.cp_size, config.layout.tokens_per_block
+        layout = named_layout("balanced", cp_size=c, tokens_per_block=t)
+        return super().start(msgspec.structs.replace(config, layout=layout), profiles)

@@ -67,7 +67,7 @@ def test_failing_run_leaves_the_smallest_trace(tmp_path):
     result = call("run", "--engine", "suite_testing.broken:Liar", "--layout", "pr9757")
     assert result.exit_code == 1, result.output
     assert "LEN-2 violated at event 1" in result.output
-    path = tmp_path / "helix-failures" / "pr9757-local.json"
+    [path] = (tmp_path / "helix-failures").glob("pr9757-local-*.json")
     trace = load_trace(path)
     assert trace.events == [Admit(0, 1), Decode([0], [1])]
     assert trace.config.world_size == 2
@@ -120,7 +120,8 @@ def test_torchrun_launched_by_the_command(tmp_path):
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert summary(tmp_path / "run.jsonl")["verdict"] == "fail"
-    trace = load_trace(tmp_path / "helix-failures" / "pr9757-torchrun.json")
+    [path] = (tmp_path / "helix-failures").glob("pr9757-torchrun-*.json")
+    trace = load_trace(path)
     assert trace.events == [Admit(0, 1), Decode([0], [1])]
 
 

@@ -158,7 +158,7 @@ def test_the_terminal_names_what_was_missed(tmp_path, monkeypatch) -> None:
     """After a green run of few traces: counts, what was missed, and what it would have taken."""
     monkeypatch.chdir(tmp_path)
     words = "run --engine gpu-ledger --layout before_9757 --cp 1 --examples 3 --json run.jsonl"
-    result = CliRunner().invoke(main, words.split())
+    result = CliRunner().invoke(main, [*words.split(), "--coverage"])
     assert result.exit_code == 0, result.output
     (missed,) = [line for line in result.output.splitlines() if line.startswith("Missed by")]
     (summary,) = [json.loads(x) for x in (tmp_path / "run.jsonl").read_text().splitlines()[-1:]]

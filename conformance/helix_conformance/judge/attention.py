@@ -43,11 +43,17 @@ class _WrongOutput:
         """Yield these invariants, with the first layer and head that is wrong."""
         layer, head = (int(i) for i in np.argwhere(self.wrong)[0])
         exact, bound = self.expected
-        expected = {"output": exact[layer, head].tolist(), "E": float(bound[layer, head])}
-        observed = {
-            "output": self.output[layer, head].tolist(), "error": float(self.error[layer, head])
-        }  # fmt: skip
-        where = what.format(layer=layer, head=head)
+        row, right = self.output[layer, head], exact[layer, head]
+        error, most = float(self.error[layer, head]), float(bound[layer, head])
+        expected = {"output": right.tolist(), "E": most}
+        observed = {"output": row.tolist(), "error": error}
+        dim = int(np.argmax(np.nan_to_num(np.abs(row - right), nan=np.inf)))
+        times = f", {error / most:.3g} times E {most:.3g}" if most and error == error else ""
+        where = (
+            f"{what.format(layer=layer, head=head)}; off by {error:.3g}{times}; most at dim {dim}, "
+            f"{row[dim]:.6g} for {right[dim]:.6g}; {self.wrong.sum()} of {self.wrong.size} "
+            "outputs of the token are wrong"
+        )
         for number in numbers:
             yield Violation(number, where, expected, observed, head // heads_per_rank, request)
 

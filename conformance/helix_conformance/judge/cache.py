@@ -7,13 +7,15 @@ from hashlib import sha256
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.expect.arrays import Array, as_array
 from helix_conformance.expect.expectation import State
 from helix_conformance.judge.failure import Violation
-from helix_spec.config import Config
+from helix_spec.config import CacheDType, Config
 from helix_spec.engine import RankView
+from helix_spec.values import UNIT_ROUNDOFF
 
 
 class CacheJudge:
@@ -96,19 +98,36 @@ class CacheJudge:
         lost = (values[:, :held] != right).any(axis=(0, 2, 3))
         if lost.any():
             index = int(lost.argmax())
-            what = f"V of request {id} at local index {index}, position {positions[index]}"
-            row, want = values[0, index, 0].tolist(), right[0, index, 0].tolist()
-            yield Violation("OWN-1", what, want, row, rank, id)
+            row, want = values[:, index], right[:, index]
+            where = f"V of request {id} at local index {index}, position {positions[index]}"
+            what, vectors = _first_wrong(where, row, want, row != want, heads.start)
+            yield Violation("OWN-1", what, *vectors, rank=rank, request=id)
             page = state.tables(id)[cp_rank][index // self.t]
             if batch and id not in batch and page.holders > 1:
-                yield Violation("PAGE-2", what + ", in a shared page", want, row, rank, id)
+                yield Violation(
+                    "PAGE-2", f"in a shared page, {what}", *vectors, rank=rank, request=id
+                )
         rounded = (lower <= keys[:, :held]) & (keys[:, :held] <= upper)
         rotated = ~rounded.all(axis=(0, 2, 3)) & ~lost
         if rotated.any():
             index = int(rotated.argmax())
-            what = f"K of request {id} at local index {index}, position {positions[index]}"
-            row, want = keys[0, index, 0].tolist(), lower[0, index, 0].tolist()
-            yield Violation("POS-2", what, want, row, rank, id)
+            row = keys[:, index]
+            other = [
+                position
+                for place, position in enumerate(positions)
+                if place != index and _between(lower[:, place], row, upper[:, place]).all()
+            ]
+            number, why = "POS-2", "it is rotated otherwise"
+            if np.isnan(row).any():
+                number, why = "OWN-1", "nothing was written there"
+            elif other:
+                number, why = "OWN-1", f"it is that of position {other[0]}"
+            elif _is_rounded(row, lower[:, index], upper[:, index], self.config.model.cached_dtype):
+                why = "it is rounded otherwise"
+            where = f"K of request {id} at local index {index}, position {positions[index]}: {why}"
+            wrong = ~_between(lower[:, index], row, upper[:, index])
+            what, vectors = _first_wrong(where, row, lower[:, index], wrong, heads.start)
+            yield Violation(number, what, *vectors, rank=rank, request=id)
         never = slice(written, None)
         blank = np.isnan(keys[:, never]).all() and np.isnan(values[:, never]).all()
         if self.config.poison and not blank:
@@ -162,6 +181,29 @@ def array_of(rank: int, name: str, rows: Any) -> Array:
         return as_array(rows)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise MalformedAnswer(f"its {name} is no array of numbers: {error}", rank) from error
+
+
+def _between(lower: Array, rows: Array, upper: Array) -> NDArray[np.bool_]:
+    """Which entries lie between two roundings; a NaN does not."""
+    between: NDArray[np.bool_] = (lower <= rows) & (rows <= upper)
+    return between
+
+
+def _is_rounded(row: Array, lower: Array, upper: Array, dtype: CacheDType) -> bool:
+    """Whether all entries are a little off at most: two units in the last place, or two doubts."""
+    unit = 2 * UNIT_ROUNDOFF[dtype] * np.maximum(np.abs(lower), 2**-6)
+    slack = 2 * (upper - lower + unit)
+    return bool(_between(lower - slack, row, upper + slack).all())
+
+
+def _first_wrong(
+    where: str, row: Array, right: Array, wrong: NDArray[np.bool_], first_head: int
+) -> tuple[str, tuple[list[float], list[float]]]:
+    """What to say of a row (layers, heads, dim): its first wrong entry, and that head's vectors."""
+    layer, head, dim = (int(i) for i in np.argwhere(wrong)[0])
+    entry = f"{row[layer, head, dim]:.6g} for {right[layer, head, dim]:.6g}"
+    what = f"{where}; first at layer {layer}, KV head {first_head + head}, dim {dim}: {entry}"
+    return what, (right[layer, head].tolist(), row[layer, head].tolist())
 
 
 def _at_least(rows: Array, slots: int) -> Array:

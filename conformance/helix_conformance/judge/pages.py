@@ -287,13 +287,17 @@ class PagesJudge:
                     yield Violation("PAGE-1", what, None, view.block_tables[id], rank, id)
             free = free_pages[rank % self.cp]
             if whole or view.free_pages != free:
-                yield from self._free(rank, view, free)
+                yield from self._free(rank, view, free, whole=whole)
 
-    def _free(self, rank: int, view: RankView, free: int) -> Iterator[Violation]:
-        """PAGE-3 on one rank; where the free pages are right, the view is of all live requests."""
+    def _free(self, rank: int, view: RankView, free: int, *, whole: bool) -> Iterator[Violation]:
+        """PAGE-3 on one rank; `whole`: the view is of all live requests.
+
+        Where its own tables and free pages make up the pool, its tables alone are wrong (PAGE-1).
+        """
         pool = self.config.pages[rank % self.cp]
-        if view.free_pages != free:
-            yield Violation("PAGE-3", "free pages", free, view.free_pages, rank)
-        elif not invariants.page_3(free, view.block_tables, pool):
+        if whole and not invariants.page_3(view.free_pages, view.block_tables, pool):
             used = len({page for table in view.block_tables.values() for page in table})
-            yield Violation("PAGE-3", "distinct pages in block tables", pool - free, used, rank)
+            what = f"free pages and distinct pages in block tables, of {pool}"
+            yield Violation("PAGE-3", what, [free, pool - free], [view.free_pages, used], rank)
+        elif not whole:
+            yield Violation("PAGE-3", "free pages", free, view.free_pages, rank)

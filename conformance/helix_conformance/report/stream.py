@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
@@ -298,7 +299,7 @@ def restrictions(options: Mapping[str, Any], examples: int) -> list[str]:
     return found
 
 
-def save_trace(folder: Path, name: str, trace: Trace) -> Path:
+def save_trace(folder: Path, name: str, trace: Trace, *, apart: bool = False) -> Path:
     """Write a failing trace.
 
     Parameters
@@ -309,6 +310,8 @@ def save_trace(folder: Path, name: str, trace: Trace) -> Path:
         What failed, such as a layout and a driver: it names the file.
     trace : Trace
         The trace.
+    apart : bool
+        Whether the file's name ends with a digest, so that no other trace's file is overwritten.
 
     Returns
     -------
@@ -316,8 +319,10 @@ def save_trace(folder: Path, name: str, trace: Trace) -> Path:
         The file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{re.sub('[/:]', '-', name)}.json"
-    path.write_bytes(dump_trace(trace))
+    data = dump_trace(trace)
+    digest = f"-{sha256(data).hexdigest()[:8]}" if apart else ""
+    path = folder / f"{re.sub('[/:]', '-', name)}{digest}.json"
+    path.write_bytes(data)
     return path
 
 

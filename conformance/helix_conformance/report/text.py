@@ -22,7 +22,7 @@ from helix_conformance.expect.expectation import Request
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Failure
-from helix_conformance.report.stream import CoverageLine, Row, Summary
+from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Summary
 from helix_spec.capabilities import in_words
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import CUMULATIVE
@@ -130,7 +130,9 @@ def verdict_text(summary: Summary) -> str:
     return f"{'PASS' if summary.verdict == 'pass' else 'FAIL'}: {'; '.join(parts)}."
 
 
-def print_coverage(console: Console, coverage: Sequence[CoverageLine], *, failed: bool) -> None:
+def print_coverage(
+    console: Console, coverage: Sequence[CoverageLine], *, failed: bool, table: bool = True
+) -> None:
     """Print how often each situation was visited, and what was missed.
 
     Parameters
@@ -141,18 +143,22 @@ def print_coverage(console: Console, coverage: Sequence[CoverageLine], *, failed
         What each driver's traces visited.
     failed : bool
         Whether a layout failed: coverage ends there, and no table is printed.
+    table : bool
+        Whether all situations are printed, and not only those that were missed.
     """
     console.print()
     if failed:
         console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
         return
-    columns = [Column(f"{one.engine} {one.driver}", justify="right") for one in coverage]
-    table = Table("situation", *columns, box=None, pad_edge=False)
-    for name in SITUATIONS:
-        table.add_row(name, *(_count(one, name) for one in coverage))
-    console.print(table)
+    if table:
+        columns = [Column(f"{one.engine} {one.driver}", justify="right") for one in coverage]
+        counts = Table("situation", *columns, box=None, pad_edge=False)
+        for name in SITUATIONS:
+            counts.add_row(name, *(_count(one, name) for one in coverage))
+        console.print(counts)
     for one in coverage:
-        print_lines(console, _coverage_text(one))
+        lines = list(_coverage_text(one))
+        print_lines(console, lines if table else lines[: bool(one.missed)])
 
 
 def _count(coverage: CoverageLine, name: str) -> str:
@@ -232,8 +238,30 @@ def failure_text(failure: Failure) -> Iterator[str]:
             shown.add(violation.invariant)
         ranks = "all ranks" if violation.rank is None else f"rank {violation.rank}"
         yield f"  {ranks}: {violation.message}"
-        yield f"    expected {value_text(violation.expected)}"
-        yield f"    observed {value_text(violation.observed)}"
+        if violation.expected is not None or violation.observed is not None:
+            yield f"    expected {value_text(violation.expected)}"
+            yield f"    observed {value_text(violation.observed)}"
+
+
+def alike(failures: Iterable[FailureLine]) -> list[list[FailureLine]]:
+    """Return failures in groups: those of a group are told by the same events and sentences.
+
+    Parameters
+    ----------
+    failures : iterable of FailureLine
+        Failures of any layouts and drivers.
+
+    Returns
+    -------
+    list of lists
+        Each in the order given; failures of different drivers are not alike.
+    """
+    groups: dict[str, list[FailureLine]] = {}
+    for failure in failures:
+        said = [(v.invariant, v.message, v.rank) for v in failure.violations]
+        key = repr((failure.driver, failure.event, failure.engine_failure, said))
+        groups.setdefault(key + repr(failure.trace.events), []).append(failure)
+    return list(groups.values())
 
 
 def value_text(value: Any) -> str:
