@@ -50,10 +50,10 @@ from helix_conformance.report.stream import (
     save_trace,
 )
 from helix_conformance.version import __version__
-from helix_spec.capabilities import EVERYWHERE, UNLIMITED, Box, in_words, outside
+from helix_spec.capabilities import EVERYWHERE, STRICT, UNLIMITED, Box, in_words, outside
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
-from helix_spec.events import FEATURES, MERGE
+from helix_spec.events import FEATURES, MERGE, Accept
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
 from helix_spec.trace import Trace, load_trace
 
@@ -714,6 +714,7 @@ class Session:
                 missed=[name for name in missed if not counts[name]],
                 seed=self.seed,
                 capabilities=next((row.capabilities for row in rows if row.capabilities), []),
+                freedoms=next((row.freedoms for row in rows if row.freedoms != STRICT), STRICT),
             )
         )
         return verdict
@@ -745,6 +746,7 @@ class Session:
             known=[difference.subject for difference in self.known.of_layout(layout)],
             settings=dict(driver.settings),
             capabilities=_limits(driver),
+            freedoms=driver.freedoms,
         )
         self.stream.write(row)
         if failure is not None:
@@ -1001,4 +1003,7 @@ def _why_not(driver: Driver, vector: Vector, profiles: frozenset[str]) -> str | 
     world = vector.config.world_size
     if driver.largest_world is not None and world > driver.largest_world:
         return f"it needs {world} ranks, and the {driver.name} has {driver.largest_world}"
+    rewinds = any(isinstance(event, Accept) for event in vector.trace.events)
+    if driver.freedoms.rewind_pages == "kept" and rewinds:
+        return "it counts the pages that a rewind returns, and the engine keeps them"
     return why_outside(driver.capabilities, vector.trace)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
+from helix_reference.engine import ReferenceEngine
 from helix_spec.capabilities import Box, boxes_around, boxes_of
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome
@@ -133,3 +134,10 @@ class OnlyRotated(LedgerEngine):
         c, t = config.layout.cp_size, config.layout.tokens_per_block
         layout = named_layout("balanced", cp_size=c, tokens_per_block=t)
         return super().start(msgspec.structs.replace(config, layout=layout), profiles)
+
+
+class KeepsPages(ReferenceEngine):
+    """The reference, which keeps the pages of rejected tokens."""
+
+    profiles = ReferenceEngine.profiles - {"cache", "attention"}
+    freedoms: ClassVar[Any] = {"rewind_pages": "kept"}

@@ -7,7 +7,7 @@ suite accepts what the specification says.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from helix_reference.attention import (
     Token,
@@ -21,6 +21,7 @@ from helix_reference.attention import (
 )
 from helix_reference.model import Model
 from helix_reference.state import Request, Step
+from helix_spec.capabilities import freedoms_of
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import PROFILES, Outcome, RankView
 from helix_spec.events import Event, Merge, Reason
@@ -52,6 +53,7 @@ class ReferenceEngine:
 
     profiles: ClassVar[frozenset[str]] = frozenset(PROFILES)
     needs_processes: ClassVar[bool] = False
+    freedoms: ClassVar[Any] = None
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -76,7 +78,7 @@ class ReferenceEngine:
             return Outcome(Reason.BAD_CONFIG)
         self.config = config
         self.checked = profiles
-        self.model = Model(config)
+        self.model = Model(config, freedoms_of(self.freedoms))
         self.cp_rank = self.rank % self.model.layout.cp_size
         self.tp_rank = self.rank // self.model.layout.cp_size
         return Outcome()
@@ -184,15 +186,16 @@ class ReferenceEngine:
         ).output
 
     def _cached(self, request: Request) -> tuple[Rows, Rows]:
-        """Keys and values of this rank's slots for a request; unwritten slots hold NaN."""
+        """Keys and values of this rank's slots for a request; unwritten slots hold NaN, or 0."""
         shape, seed = self.config.model, self.config.seed
         heads = self.config.kv_heads_of(self.tp_rank)
         tokens = self._tokens(request)
         held = [tokens[position] for position in request.ranks[self.cp_rank]]
         slots = len(request.tables[self.cp_rank]) * self.model.layout.tokens_per_block
         unwritten = slots - len(held)
-        no_keys = [[[float("nan")] * shape.key_dim for _ in heads]] * unwritten
-        no_values = [[[float("nan")] * shape.value_dim for _ in heads]] * unwritten
+        blank = 0.0 if self.model.freedoms.tail == "zero" else float("nan")
+        no_keys = [[[blank] * shape.key_dim for _ in heads]] * unwritten
+        no_values = [[[blank] * shape.value_dim for _ in heads]] * unwritten
         keys, values = [], []
         for layer in range(shape.layers):
             keys.append(

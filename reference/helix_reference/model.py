@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from helix_reference.dealing import deal_prompt
 from helix_reference.refusals import refusal
 from helix_reference.state import Identity, Request, State, Step
+from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import (
@@ -36,6 +37,8 @@ class Model(State):
     ----------
     config
         A legal configuration (`helix_spec.config.config_problem` says None).
+    freedoms
+        What differs from the strictest engine.
 
     Examples
     --------
@@ -46,8 +49,9 @@ class Model(State):
     [[0, 1, 2, 3, 13], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, freedoms: Freedoms = STRICT) -> None:
         super().__init__(config)
+        self.freedoms = freedoms
         self.events_seen = 0
         self.last_steps: list[Step] = []
         """One for each request of the last event, when that was an accepted decode."""
@@ -132,20 +136,20 @@ class Model(State):
     def _append(self, request: Request, token: Identity, owner: int) -> None:
         """Place one more token on the rank that owns it, in a page that nobody else holds."""
         mine = request.ranks[owner]
-        for rank, opens in self.writers(owner, len(mine), len(request.tokens)):
-            self._make_room(request, rank, opens)
+        for rank, place in self.writers(owner, len(mine), len(request.tokens)):
+            self._make_room(request, rank, place)
         mine.append(len(request.tokens))
         request.tokens.append(token)
         request.written[owner] = max(request.written[owner], len(mine))
 
-    def _make_room(self, request: Request, rank: int, opens: bool) -> None:
-        """Take a page where the last one is full, a copy of the last one where others hold it."""
+    def _make_room(self, request: Request, rank: int, place: int) -> None:
+        """Take a page where the request has none at this place, a copy where others hold it."""
         pool, table = self.pools[rank], request.tables[rank]
-        if opens:
+        if place == len(table):
             table.append(pool.take())
-        elif table[-1].holders > 1:
-            pool.give_back(table[-1])
-            table[-1] = pool.take()
+        elif table[place].holders > 1:
+            pool.give_back(table[place])
+            table[place] = pool.take()
 
     def _accept(self, request: Request, kept: int) -> None:
         total = len(request.tokens) - request.open_group + kept
@@ -154,6 +158,8 @@ class Model(State):
         for positions in request.ranks:
             while positions and positions[-1] >= total:
                 positions.pop()
+        if self.freedoms.rewind_pages == "kept":
+            return
         for rank, wanted in enumerate(self.pages_of(request.ranks)):
             while len(request.tables[rank]) > wanted:
                 self.pools[rank].give_back(request.tables[rank].pop())
@@ -162,7 +168,9 @@ class Model(State):
 
     def _fork(self, parent: Request, child: int) -> None:
         parent.open_group = 0
-        for table in parent.tables:
+        wanted = self.pages_of(parent.ranks)  # more are kept for the parent's next tokens alone
+        shared = [table[:pages] for table, pages in zip(parent.tables, wanted, strict=True)]
+        for table in shared:
             for page in table:
                 page.holders += 1
         self.requests[child] = Request(
@@ -170,7 +178,7 @@ class Model(State):
             parent.shift,
             list(parent.tokens),
             [list(positions) for positions in parent.ranks],
-            [list(table) for table in parent.tables],
+            shared,
             list(parent.written),
         )
 

@@ -166,10 +166,14 @@ def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> Reason
         request = state.requests[id]
         own = set[int]()  # ranks on which the last page is nobody else's by now
         held = [len(positions) for positions in request.ranks]
+        pages = [len(table) for table in request.tables]
         for token, owner in enumerate(state.owners(request, query_len)):
             total = len(request.tokens) + token
-            for rank, opens in state.writers(owner, held[owner], total):
-                if opens or (rank not in own and _is_shared(request.tables[rank][-1], copied)):
+            for rank, place in state.writers(owner, held[owner], total):
+                if place == pages[rank]:
+                    pages[rank] += 1
+                    wanted[rank] += 1
+                elif rank not in own and _is_shared(request.tables[rank][place], copied):
                     wanted[rank] += 1
                 own.add(rank)
             held[owner] += 1

@@ -190,7 +190,7 @@ class State:
             return [_blocks(sum(map(len, ranks)), t * c)] * c
         return [_blocks(len(positions), t) for positions in ranks]
 
-    def writers(self, owner: int, held: int, total: int) -> list[tuple[int, bool]]:
+    def writers(self, owner: int, held: int, total: int) -> list[tuple[int, int]]:
         """Return the ranks that need a page of the request's own for a token (SPEC.md section 5.5).
 
         Under `lazy` that is the token's owner. Under `lockstep` it is every rank.
@@ -206,13 +206,13 @@ class State:
 
         Returns
         -------
-        list of tuple (int, bool)
-            Each cp_rank, and whether the token opens a page there: is the first in it.
+        list of tuple (int, int)
+            Each cp_rank, and the place of the page in the request's table there.
         """
         t, c = self.layout.tokens_per_block, self.layout.cp_size
         if self.layout.pages == "lockstep":
-            return [(rank, total % (t * c) == 0) for rank in range(c)]
-        return [(owner, held % t == 0)]
+            return [(rank, total // (t * c)) for rank in range(c)]
+        return [(owner, held // t)]
 
 
 def _blocks(tokens: int, block: int) -> int:

@@ -82,6 +82,16 @@ class Box(
     """Tokens that are placed as a prompt, by an admission or a resumption."""
 
 
+class Freedoms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Points in which engines differ rightly (SPEC.md, 10.5): what is demanded, never whether."""
+
+    tail: Literal["as_taken", "zero", "any"] = "as_taken"
+    """What a slot holds to which no token was written: what it held before, 0, or anything."""
+    rewind_pages: Literal["returned", "kept"] = "returned"
+    """Whether pages beyond the policy go back at an `accept`, or stay for the next tokens."""
+
+
+STRICT: Final = Freedoms()
 UNLIMITED: Final = Box()
 EVERYWHERE: Final[tuple[Box, ...]] = (UNLIMITED,)
 """What an engine has that declares nothing: no limits."""
@@ -123,6 +133,48 @@ def boxes_of(declared: Any) -> tuple[Box, ...]:
         return tuple(msgspec.convert(msgspec.to_builtins(list(listed)), list[Box]))
     except (msgspec.ValidationError, TypeError) as error:
         raise ValueError(f"declares no capabilities: {error}.") from error
+
+
+def freedoms_of(declared: Any) -> Freedoms:
+    """Return what an engine declares as `freedoms`, checked.
+
+    Parameters
+    ----------
+    declared
+        A `Freedoms`, or a dictionary of its fields; None for none.
+
+    Raises
+    ------
+    ValueError
+        With a sentence without its subject, which is the engine.
+
+    Examples
+    --------
+    >>> freedoms_of({"rewind_pages": "kept"}).tail
+    'as_taken'
+    >>> freedoms_of({"tail": "garbage"})
+    Traceback (most recent call last):
+        ...
+    ValueError: declares no freedoms: Invalid enum value 'garbage' - at `$.tail`.
+    """
+    if declared is None:
+        return STRICT
+    try:
+        return msgspec.convert(msgspec.to_builtins(declared), Freedoms)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"declares no freedoms: {error}.") from error
+
+
+def freedoms_in_words(freedoms: Freedoms) -> str:
+    """Return the freedoms that an engine takes, as reports say them; empty for none.
+
+    Examples
+    --------
+    >>> freedoms_in_words(Freedoms(tail="zero"))
+    'tail zero'
+    """
+    taken = msgspec.structs.asdict(freedoms)
+    return ", ".join(f"{name} {how}" for name, how in taken.items() if how != getattr(STRICT, name))
 
 
 def allows(allowed: Sequence[object] | Span | None, value: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal, Protocol, get_args
 
 import msgspec
 
-from helix_spec.capabilities import Box
+from helix_spec.capabilities import Box, Freedoms
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Event
@@ -126,6 +126,10 @@ class Driver(Protocol):
     @property
     def capabilities(self) -> tuple[Box, ...]:
         """Where the engine works."""
+
+    @property
+    def freedoms(self) -> Freedoms:
+        """In what the engine differs rightly."""
 
     @property
     def settings(self) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ from msgspec import UNSET, UnsetType
 from helix_conformance.drive.asking import MalformedAnswer, check_requests
 from helix_conformance.drive.driver import Kind
 from helix_spec import layouts
-from helix_spec.capabilities import Box
+from helix_spec.capabilities import Box, Freedoms
 from helix_spec.config import Config, decode_layout, encode_layout, layout_schema
 from helix_spec.engine import Outcome as SpecOutcome
 from helix_spec.engine import RankView
@@ -104,6 +104,8 @@ class Ready(_Answer, frozen=True, tag="ready"):
     """Shown in reports, whatever it is."""
     capabilities: list[Box] | None = None
     """Where it works; left out, or null, when that is everywhere."""
+    freedoms: Freedoms = Freedoms()
+    """In what it differs rightly; left out when in nothing."""
 
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**40)]

@@ -30,7 +30,7 @@ from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, 
 from helix_conformance.drive.meeting import Group, hosted_store
 from helix_conformance.drive.messages import MAX_LINE_BYTES
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, needs_group
-from helix_spec.capabilities import EVERYWHERE, boxes_of
+from helix_spec.capabilities import EVERYWHERE, STRICT, boxes_of
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, declaration_problem
 from helix_spec.events import Event, ids_of
@@ -604,6 +604,7 @@ class ProcessDriver:
         self.ranks: list[Rank] = []
         self.profiles: frozenset[str] = frozenset()
         self.capabilities = EVERYWHERE
+        self.freedoms = STRICT
         self.settings: dict[str, str] = {}
         self.told_to_stop = False
         self.window = 1 if in_group else WINDOW
@@ -779,12 +780,12 @@ class ProcessDriver:
             raise rank.failure(str(error).rstrip(".")) from error
         if rank.rank == 0:
             self.profiles, self.settings = frozenset(ready.profiles), self.settings_of(ready)
-            self.capabilities = boxes
+            self.capabilities, self.freedoms = boxes, ready.freedoms
         elif self.profiles != frozenset(ready.profiles):
             told, first = ", ".join(sorted(ready.profiles)), ", ".join(sorted(self.profiles))
             raise rank.failure(f"declares {told}, where rank 0 declares {first}")
-        elif self.capabilities != boxes:
-            raise rank.failure("declares other capabilities than rank 0")
+        elif (self.capabilities, self.freedoms) != (boxes, ready.freedoms):
+            raise rank.failure("declares other capabilities or freedoms than rank 0")
 
     def settings_of(self, ready: messages.Ready) -> dict[str, str]:
         """Return what a rank reports about how it is set up."""

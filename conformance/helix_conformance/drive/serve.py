@@ -40,6 +40,7 @@ from helix_conformance.drive.messages import (
 from helix_conformance.engines import (
     EngineSpecError,
     engine_capabilities,
+    engine_freedoms,
     engine_settings,
     load_engine,
     needs_group,
@@ -95,6 +96,7 @@ class Server:
                 sorted(self.engine_class.profiles),
                 settings=engine_settings(self.engine_class),
                 capabilities=None if boxes == EVERYWHERE else list(boxes),
+                freedoms=engine_freedoms(self.engine_class),
             )
         if isinstance(request, Start):
             self.engine = self.engine_class(request.rank)

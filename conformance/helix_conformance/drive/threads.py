@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import skipped
 from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
-from helix_conformance.engines import engine_capabilities, engine_settings
+from helix_conformance.engines import engine_capabilities, engine_freedoms, engine_settings
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import Event
@@ -90,6 +90,7 @@ class ThreadDriver:
         self.engine = engine
         self.profiles = frozenset(engine.profiles)
         self.capabilities = engine_capabilities(engine)
+        self.freedoms = engine_freedoms(engine)
         self.settings = engine_settings(engine)
         self.threads = ThreadPoolExecutor(16)
 

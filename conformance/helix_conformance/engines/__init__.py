@@ -19,7 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final
 
-from helix_spec.capabilities import Box, boxes_of
+from helix_spec.capabilities import Box, Freedoms, boxes_of, freedoms_of
 from helix_spec.engine import Engine, declaration_problem
 
 
@@ -81,6 +81,7 @@ def load_engine(spec: str) -> type[Engine]:
         raise EngineSpecError(f"Engine {spec!r} {problem}")
     engine: type[Engine] = found
     engine_capabilities(engine)
+    engine_freedoms(engine)
     return engine
 
 
@@ -158,6 +159,30 @@ def engine_capabilities(engine: type[Engine]) -> tuple[Box, ...]:
     """
     try:
         return boxes_of(getattr(engine, "capabilities", None))
+    except ValueError as error:
+        raise EngineSpecError(f"Engine {engine.__qualname__} {error}") from error
+
+
+def engine_freedoms(engine: type[Engine]) -> Freedoms:
+    """Return in what an engine differs rightly, as its optional attribute `freedoms` says.
+
+    Parameters
+    ----------
+    engine : type of Engine
+        The class of the engine.
+
+    Raises
+    ------
+    EngineSpecError
+        When the attribute is no declaration.
+
+    Examples
+    --------
+    >>> engine_freedoms(load_engine("reference")).rewind_pages
+    'returned'
+    """
+    try:
+        return freedoms_of(getattr(engine, "freedoms", None))
     except ValueError as error:
         raise EngineSpecError(f"Engine {engine.__qualname__} {error}") from error
 

@@ -18,6 +18,7 @@ from helix_conformance.expect.arrays import (
 )
 from helix_conformance.expect.expectation import Decoded, Expectation, Output, Page, Request, Rows
 from helix_reference.model import Model
+from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES
 from helix_spec.events import Event, Merge, Reason, Release, features_of
@@ -46,11 +47,16 @@ class Recorder:
     (None, [2, 1])
     """
 
-    def __init__(self, config: Config, declared: Collection[str] = PROFILES) -> None:
+    def __init__(
+        self,
+        config: Config,
+        declared: Collection[str] = PROFILES,
+        freedoms: Freedoms = STRICT,
+    ) -> None:
         self.config = config
         self.declared = frozenset(declared)
         pools = config.pages if "pages" in declared else [ENDLESS] * len(config.pages)
-        self.model = Model(msgspec.structs.replace(config, pages=pools))
+        self.model = Model(msgspec.structs.replace(config, pages=pools), freedoms)
         self.state = ModelState(self.model)
 
     def next(self, event: Event) -> Expectation:

@@ -25,10 +25,12 @@ class CacheJudge:
     ----------
     config
         A legal configuration, with which the ranks were started.
+    tail
+        What slots hold to which no token was written (SPEC.md, 10.5).
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, tail: str = "as_taken") -> None:
+        self.config, self.tail = config, tail
         self.t = config.layout.tokens_per_block
         self.cp = config.layout.cp_size
         self.right: dict[tuple[int, int], tuple[Any, ...]] = {}
@@ -128,13 +130,16 @@ class CacheJudge:
             wrong = ~_between(lower[:, index], row, upper[:, index])
             what, vectors = _first_wrong(where, row, lower[:, index], wrong, heads.start)
             yield Violation(number, what, *vectors, rank=rank, request=id)
-        never = slice(written, None)
-        blank = np.isnan(keys[:, never]).all() and np.isnan(values[:, never]).all()
-        if self.config.poison and not blank:
+        if self.tail == "any":
+            return
+        never, blank = slice(written, None), np.isnan if self.tail == "as_taken" else _is_zero
+        if self.tail == "as_taken" and not self.config.poison:
+            return
+        if not (blank(keys[:, never]).all() and blank(values[:, never]).all()):
             what = f"slots of request {id} from local index {written} on"
             yield Violation("PAGE-4", what, "never written", "written", rank, id)
         slots = len(state.tables(id)[cp_rank]) * self.config.layout.tokens_per_block
-        if self.config.poison and held <= shown < slots:
+        if held <= shown < slots:
             what = f"slots of request {id} that its keys and values show"
             yield Violation("PAGE-4", what, slots, shown, rank, id)
 
@@ -181,6 +186,11 @@ def array_of(rank: int, name: str, rows: Any) -> Array:
         return as_array(rows)
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise MalformedAnswer(f"its {name} is no array of numbers: {error}", rank) from error
+
+
+def _is_zero(rows: Array) -> NDArray[np.bool_]:
+    zero: NDArray[np.bool_] = rows == 0
+    return zero
 
 
 def _between(lower: Array, rows: Array, upper: Array) -> NDArray[np.bool_]:

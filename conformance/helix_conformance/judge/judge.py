@@ -17,6 +17,7 @@ from helix_conformance.judge.failure import Violation, in_order
 from helix_conformance.judge.lengths import LengthsJudge
 from helix_conformance.judge.pages import PagesJudge
 from helix_conformance.judge.placement import Columns, PlacementJudge
+from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Admit, Decode, Event, Merge, Reason, Release, ids_of
@@ -31,6 +32,8 @@ class Judge:
         A legal configuration, with which the ranks were started.
     profiles
         Those that are checked.
+    freedoms
+        In what the engine differs rightly.
 
     Examples
     --------
@@ -55,13 +58,15 @@ class Judge:
     ['OWN-1', 'OWN-2', 'OWN-3']
     """
 
-    def __init__(self, config: Config, profiles: frozenset[str]) -> None:
+    def __init__(
+        self, config: Config, profiles: frozenset[str], freedoms: Freedoms = STRICT
+    ) -> None:
         self.config = config
         self.profiles = profiles
         self.placement = PlacementJudge(config, profiles)
         self.lengths = LengthsJudge(config, profiles)
         self.pages = PagesJudge(config, profiles)
-        self.cache = CacheJudge(config)
+        self.cache = CacheJudge(config, freedoms.tail)
         self.attention = AttentionJudge(config)
         self.state: State | None = None
         """The latest state that was expected."""

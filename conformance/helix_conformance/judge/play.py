@@ -86,7 +86,7 @@ class Player:
             return None
         if config_problem(trace.config) is not None:
             return self.refused(trace.config)
-        recorder = Recorder(trace.config, self.driver.profiles)
+        recorder = Recorder(trace.config, self.driver.profiles, self.driver.freedoms)
         return self.played(trace.config, allowed.events, recorder.next, watch, coverage)
 
     def refused(self, config: Config) -> Failure | None:
@@ -144,7 +144,8 @@ class Player:
         Failure or None
             The first wrong event; None when all answers were right, or wrong as known.
         """
-        judge, seen, began = Judge(config, self.profiles), list[Event](), time.perf_counter()
+        judge = Judge(config, self.profiles, self.driver.freedoms)
+        seen, began = list[Event](), time.perf_counter()
         drawn = list[Event]()
         """Events that the driver asked for: the one that an engine does not survive is not seen."""
 
@@ -356,7 +357,7 @@ def check_workload(
     ValueError
         When a limit is less than 1.
     """
-    recorder, drawn = Recorder(config, driver.profiles), list[Expectation]()
+    recorder, drawn = Recorder(config, driver.profiles, driver.freedoms), list[Expectation]()
 
     def events() -> Iterator[Event]:
         schedule_of = schedule(requests, batch_limit=batch_limit, max_steps=max_steps)
@@ -372,7 +373,7 @@ def check_workload(
                 return
 
     # A driver that draws ahead of the answers is judged by a recorder that does not.
-    behind = Recorder(config, driver.profiles)
+    behind = Recorder(config, driver.profiles, driver.freedoms)
     expect = (lambda _: drawn[0]) if driver.streams else behind.next
     player, watch = Player(driver, profiles, tally), Watch(every=100, touched=False)
     return player.played(config, events(), expect, watch, coverage)

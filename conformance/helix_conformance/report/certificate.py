@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from helix_conformance.report.stream import CoverageLine, KnownDifference, Proofs, Record, Row
-from helix_spec.capabilities import Box
+from helix_spec.capabilities import Box, Freedoms
 from helix_spec.engine import PROFILES
 from helix_spec.layouts import LAYOUT_NAMES
 
@@ -54,6 +54,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine says about how it is set up."""
     capabilities: list[Box]
     """Where the engine says that it works: nothing is certified elsewhere. Empty: everywhere."""
+    freedoms: Freedoms
+    """In what the engine says that it differs rightly."""
     suite_version: str
     started: str
     layouts: list[LayoutChecked]
@@ -99,6 +101,7 @@ def certificate(record: Record) -> Certificate:
         engine=run.settings.engine,
         settings={name: text for row in run.rows for name, text in row.settings.items()},
         capabilities=run.summary.capabilities,
+        freedoms=run.summary.freedoms,
         suite_version=run.settings.suite_version,
         started=run.settings.started,
         layouts=[_layout(name, rows) for name, rows in run.by_layout.items()],

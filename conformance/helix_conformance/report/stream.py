@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 import msgspec
 
 from helix_conformance.judge.failure import Failure
-from helix_spec.capabilities import Box
+from helix_spec.capabilities import STRICT, Box, Freedoms
 from helix_spec.config import decode_layout, encode_layout, layout_schema
 from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Merge
@@ -84,6 +84,8 @@ class Row(_Line, frozen=True, kw_only=True, tag="row"):
     """Expected failures of the engine that were met here, or were not run."""
     capabilities: list[Box] = []
     """Where the engine works, and nothing else was played; empty for everywhere."""
+    freedoms: Freedoms = STRICT
+    """In what the engine differs rightly."""
 
 
 class FailureLine(Failure, _Line, frozen=True, kw_only=True, tag="failure"):
@@ -141,6 +143,8 @@ class Summary(_Line, frozen=True, kw_only=True, tag="summary"):
     seed: int | None = None
     capabilities: list[Box] = []
     """Where the engine works, and nothing else was played; empty for everywhere."""
+    freedoms: Freedoms = STRICT
+    """In what the engine differs rightly."""
 
 
 class Kill(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Failure
 from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Summary
-from helix_spec.capabilities import in_words
+from helix_spec.capabilities import STRICT, freedoms_in_words, in_words
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import CUMULATIVE
 from helix_spec.events import Event, Merge
@@ -127,6 +127,8 @@ def verdict_text(summary: Summary) -> str:
         parts.append(f"not checked {', '.join(summary.profiles_not_checked)}")
     if summary.capabilities:
         parts.append(f"only where the engine works: {in_words(summary.capabilities)}")
+    if summary.freedoms != STRICT:
+        parts.append(f"with the freedoms {freedoms_in_words(summary.freedoms)}")
     return f"{'PASS' if summary.verdict == 'pass' else 'FAIL'}: {'; '.join(parts)}."
 
 

@@ -255,8 +255,9 @@ class InactiveTakesPage(OverModel):
     """When the owner takes a page, so does every other rank, under `lazy`."""
 
     class Wrong(Model):
-        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
-            super()._make_room(request, rank, opens)
+        def _make_room(self, request: Request, rank: int, place: int) -> None:
+            opens = place == len(request.tables[rank])
+            super()._make_room(request, rank, place)
             for other in set(range(self.layout.cp_size)) - {rank} if opens else set():
                 request.tables[other].append(self.pools[other].take())
 
@@ -283,9 +284,9 @@ class NoCopyOnWrite(Stored):
     """A forked request writes into the page that it shares."""
 
     class Wrong(Model):
-        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
-            if opens:
-                super()._make_room(request, rank, opens)
+        def _make_room(self, request: Request, rank: int, place: int) -> None:
+            if place == len(request.tables[rank]):
+                super()._make_room(request, rank, place)
 
     model_class = Wrong
 
@@ -326,9 +327,9 @@ class LockstepCopiesOnWriterOnly(OverModel):
             self.writer = owner
             super()._append(request, token, owner)
 
-        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
-            if opens or rank == self.writer:
-                super()._make_room(request, rank, opens)
+        def _make_room(self, request: Request, rank: int, place: int) -> None:
+            if place == len(request.tables[rank]) or rank == self.writer:
+                super()._make_room(request, rank, place)
 
     model_class = Wrong
 
@@ -363,12 +364,13 @@ class LastHolderCopiesToo(OverModel):
             super()._fork(parent, child)
             self.ever = self.ever.union(*parent.tables)
 
-        def _make_room(self, request: Request, rank: int, opens: bool) -> None:
+        def _make_room(self, request: Request, rank: int, place: int) -> None:
             pool, table = self.pools[rank], request.tables[rank]
-            if not opens and table[-1] in self.ever and table[-1].holders == 1 and pool.free:
-                left, table[-1] = table[-1], pool.take()
-                pool.give_back(left)
-            super()._make_room(request, rank, opens)
+            last = place < len(table) and table[place]
+            if last and last in self.ever and last.holders == 1 and pool.free:
+                table[place] = pool.take()
+                pool.give_back(last)
+            super()._make_room(request, rank, place)
 
     model_class = Wrong
 
