@@ -442,7 +442,7 @@ def test_what_an_engine_does_not_declare_is_not_checked(monkeypatch, folder, tmp
         "class Shallow(LedgerEngine):\n    profiles = frozenset({'placement'})\n"
     )
     result = call("vectors", "check", folder, "--engine", "shallow:Shallow")
-    assert result.exit_code == 3, result.output
+    assert result.exit_code == 2, result.output
     assert "not checked: spec-11-7-copy-on-write: the engine does not declare fork" in result.output
 
 

@@ -278,26 +278,31 @@ class PagesJudge:
         free_pages = state.free_pages
         for rank, view in enumerate(views):
             page_map, expected = self.maps[rank], tables[rank % self.cp]
+            wrong = list[Violation]()
             if not page_map.knows(ids, view.block_tables, expected):
                 for id in view.local_len:
                     right = state.tables(id)[rank % self.cp]
-                    yield from page_map.table(rank, id, view.block_tables.get(id, []), right)
+                    wrong += page_map.table(rank, id, view.block_tables.get(id, []), right)
                 for id in sorted(view.block_tables.keys() - set(ids)):
                     what = f"block table of request {id}, which is not live"
-                    yield Violation("PAGE-1", what, None, view.block_tables[id], rank, id)
+                    wrong.append(Violation("PAGE-1", what, None, view.block_tables[id], rank, id))
+                yield from wrong
             free = free_pages[rank % self.cp]
             if whole or view.free_pages != free:
-                yield from self._free(rank, view, free, whole=whole)
+                yield from self._free(rank, view, free, explained=whole and bool(wrong))
 
-    def _free(self, rank: int, view: RankView, free: int, *, whole: bool) -> Iterator[Violation]:
-        """PAGE-3 on one rank; `whole`: the view is of all live requests.
+    def _free(
+        self, rank: int, view: RankView, free: int, *, explained: bool
+    ) -> Iterator[Violation]:
+        """PAGE-3 on one rank; where the free pages are right, the view is of all live requests.
 
-        Where its own tables and free pages make up the pool, its tables alone are wrong (PAGE-1).
+        `explained`: its tables are wrong, which is all that is wrong if they fit its free pages.
         """
         pool = self.config.pages[rank % self.cp]
-        if whole and not invariants.page_3(view.free_pages, view.block_tables, pool):
-            used = len({page for table in view.block_tables.values() for page in table})
-            what = f"free pages and distinct pages in block tables, of {pool}"
-            yield Violation("PAGE-3", what, [free, pool - free], [view.free_pages, used], rank)
-        elif not whole:
+        if explained and invariants.page_3(view.free_pages, view.block_tables, pool):
+            return
+        if view.free_pages != free:
             yield Violation("PAGE-3", "free pages", free, view.free_pages, rank)
+        elif not invariants.page_3(free, view.block_tables, pool):
+            used = len({page for table in view.block_tables.values() for page in table})
+            yield Violation("PAGE-3", "distinct pages in block tables", pool - free, used, rank)
