@@ -19,8 +19,8 @@ from helix_conformance.drive.launched import LAUNCHED, leave_verdict, take_part
 from helix_conformance.drive.opening import DRIVERS
 from helix_conformance.drive.serve import main as serve_engine
 from helix_conformance.engines import EngineSpecError
-from helix_conformance.expect.making import SHIPPED, export
-from helix_conformance.expect.vectors import FORMAT_PAGE, Vector, VectorError, load_vectors
+from helix_conformance.expect.making import export
+from helix_conformance.expect.vectors import FORMAT_PAGE, SHIPPED, Vector, VectorError, load_vectors
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.prove import ProveError

@@ -20,10 +20,11 @@ from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
-from helix_conformance.expect.vectors import Vector
+from helix_conformance.expect.vectors import Vector, shipped_vectors
 from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config
 from helix_conformance.generate.narrowing import NothingInsideError, within
+from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
 from helix_conformance.generate.traces import draw_merge_trace, draw_trace, why_outside
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
@@ -153,6 +154,7 @@ def layout_traces(
     *,
     cp_sizes: Sequence[int],
     tp_sizes: Sequence[int] = (1,),
+    real: bool = False,
 ) -> Callable[[Choices], Trace]:
     """Return a function that draws traces of one layout, for the features among the profiles.
 
@@ -168,6 +170,8 @@ def layout_traces(
         Profiles to check; events of a feature are drawn where it is one of them.
     cp_sizes, tp_sizes
         The sizes to draw from.
+    real
+        Whether a share of the traces has shapes of real models.
 
     Returns
     -------
@@ -185,6 +189,9 @@ def layout_traces(
 
     def draw(choices: Choices) -> Trace:
         box = choices.pick(boxes) if len(boxes) > 1 else boxes[0]
+        if real and choices.one_in(REAL_SHARE):
+            shapes = [both(box, one) for one in REAL_SHAPES]
+            box = choices.pick([*(shape for shape in shapes if shape is not None), box])
         config = draw_config(
             choices,
             names=[name],
@@ -247,6 +254,7 @@ def layout_run(
     coverage: Coverage | None = None,
     asked_for: Box = UNLIMITED,
     first: Sequence[Trace] = (),
+    real: bool = False,
 ) -> tuple[frozenset[str], Failure | None]:
     """Play random traces of one layout; return the profiles that were checked, and the failure.
 
@@ -277,6 +285,8 @@ def layout_run(
         No failing trace is made small beyond it.
     first
         Traces that are played before the random ones.
+    real
+        Whether a share of the traces has shapes of real models.
 
     Returns
     -------
@@ -291,7 +301,7 @@ def layout_run(
     ) -> Failure | None:
         return random_traces(
             driver,
-            layout_traces(driver, name, profiles, cp_sizes=cp_sizes, tp_sizes=tp_sizes),
+            layout_traces(driver, name, profiles, cp_sizes=cp_sizes, tp_sizes=tp_sizes, real=real),
             profiles,
             examples=examples,
             seed=f"{seed} {name}",  # other traces for each layout
@@ -483,14 +493,41 @@ class Session:
                     coverage=coverage,
                     asked_for=asked_for,
                     first=self._earlier(driver, name, asked_for),
+                    real=True,
                 )
+                vectors = 0
+                if failure is None:
+                    vectors, failure = self._stored(driver, name, checked, asked_for)
                 if checked:
-                    self._finish(driver, engine, name, sizes, checked, tally, failure)
+                    row = (driver, engine, name, sizes, checked, tally, failure)
+                    self._finish(*row, vectors=vectors)
                 if _is_lost(driver, failure) or (failure and self.stop_at_first):
                     break
             self._cover(engine, driver, coverage)
             if self.stop_at_first and self.failures:
                 break
+
+    def _stored(
+        self, driver: Driver, layout: str, profiles: frozenset[str], asked_for: Box
+    ) -> tuple[int, Failure | None]:
+        """Play the shipped vectors of a layout as far as they are for this run.
+
+        Returns how many, and the first failure.
+        """
+        played = 0
+        for vector in shipped_vectors():
+            config = vector.config
+            if layout_name(config.layout) != layout or outside(asked_for, config):
+                continue
+            if not profiles or _why_not(driver, vector, profiles) is not None:
+                continue
+            failure = check_vector(driver, vector, Tally(), profiles, self.known)
+            played += 1
+            if failure is not None:
+                note = f"Vector {vector.name}, which `helix-conformance vectors check` plays."
+                trace = msgspec.structs.replace(failure.trace, note=note)
+                return played, msgspec.structs.replace(failure, trace=trace)
+        return played, None
 
     def _earlier(self, driver: Driver, layout: str, asked_for: Box) -> list[Trace]:
         """The traces of a layout that failed in earlier runs, as far as they can be played now."""
@@ -707,6 +744,7 @@ class Session:
                 profiles_checked=[p for p in PROFILES if p in checked],
                 profiles_not_checked=[p for p in PROFILES if p not in checked],
                 traces=sum(row.traces for row in rows),
+                vectors=sum(row.vectors for row in rows),
                 events=events,
                 events_per_s=round(events / seconds, 1) if seconds else None,
                 known_differences=msgspec.convert(self.known.summary(), list[KnownDifference]),
@@ -729,6 +767,8 @@ class Session:
         tally: Tally,
         failure: Failure | None,
         path: Path | None = None,
+        *,
+        vectors: int = 0,
     ) -> Row:
         """Write the row of what was played, and its failure, as soon as they are known."""
         row = Row(
@@ -741,6 +781,7 @@ class Session:
             identifiers=sorted(tally.layouts),
             traces=tally.traces,
             events=tally.events,
+            vectors=vectors,
             seconds=round(tally.seconds, 3),
             verdict="pass" if failure is None else failure.verdict,
             known=[difference.subject for difference in self.known.of_layout(layout)],
@@ -779,6 +820,7 @@ class Session:
                 counts=coverage.counts,
                 missed=coverage.missed,
                 impossible=coverage.impossible,
+                sizes=coverage.drawn(),
             )
         )
 
@@ -842,7 +884,7 @@ def drawn_sizes(driver: Driver, asked: Collection[int]) -> list[int]:
     if asked:
         return sorted(set(asked))
     world = driver.largest_world
-    sizes = [1, 2, 3, 4, 8] if world is None else [*range(1, world), *[world] * world]
+    sizes = [*FEW_CP * 4, *RARE_CP] if world is None else [*range(1, world), *[world] * world]
     return _declared_sizes(driver, "cp_size", sizes)
 
 

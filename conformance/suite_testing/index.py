@@ -19,8 +19,7 @@ from typing import Final
 
 import pytest
 
-from helix_conformance.expect.making import SHIPPED
-from helix_conformance.expect.vectors import load_vectors
+from helix_conformance.expect.vectors import SHIPPED, load_vectors
 from helix_mutants import run as _run  # registers the mutants
 from helix_mutants.parts import MUTANTS
 from helix_spec.invariants import NUMBERS, profiles_of, sentence

@@ -14,8 +14,7 @@ from helix_conformance.drive import messages, serve
 from helix_conformance.drive.asking import MalformedAnswer, words
 from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.process import Due, Lines, ProcessDriver, Rank
-from helix_conformance.expect.making import SHIPPED
-from helix_conformance.expect.vectors import VectorError, load_vector
+from helix_conformance.expect.vectors import SHIPPED, VectorError, load_vector
 from helix_conformance.generate.workload import WorkloadError, read_workload
 from helix_conformance.judge.play import check_trace
 from helix_conformance.judge.xfail import Known, LedgerError

@@ -16,7 +16,7 @@ from helix_conformance.judge.coverage import ALL_NEEDS, SITUATIONS, Coverage, Ta
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.session import layout_traces, random_traces
 from helix_reference.engine import ReferenceEngine
-from helix_spec.config import Config
+from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome
 from helix_spec.events import (
     FEATURES,
@@ -53,6 +53,8 @@ def lesser(declared: frozenset[str]) -> type[ReferenceEngine]:
         profiles = declared
 
         def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+            if config_problem(config) is not None:
+                return super().start(config, profiles)
             pages = config.pages if "pages" in declared else [2**31 - 1] * len(config.pages)
             return super().start(msgspec.structs.replace(config, pages=pages), profiles)
 

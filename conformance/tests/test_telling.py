@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from helix_conformance.api import check
 from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.generate.sizes import SIZES
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import check_trace
 from helix_conformance.report.text import failure_text
@@ -154,13 +158,15 @@ def test_the_last_line_says_pass_or_fail_of_what(tmp_path) -> None:
     words = ["--layout", "pr9757", "--examples", "5", "--profile", "lengths"]
     passed = run(tmp_path, "--engine", "reference", *words).output.splitlines()[-1]
     failed = run(tmp_path, "--engine", "suite_testing.broken:Liar", *words).output.splitlines()[-1]
-    assert passed.startswith("PASS: 5 traces of pr9757; checked placement, lengths; not checked ")
+    assert passed.startswith("PASS: 5 traces and ") and (
+        " vectors of pr9757; checked placement, lengths; not checked " in passed
+    )
     assert failed.startswith("FAIL: ")
 
 
 def test_coverage_is_a_table_on_request_and_a_line_else(tmp_path) -> None:
     """The line names what was missed."""
-    words = ["--engine", "reference", "--layout", "pr9757", "--examples", "3"]
+    words = ["--engine", "gpu-ledger", "--layout", "pr9757", "--examples", "3"]
     assert "situation " not in run(tmp_path, *words).output
     assert "situation " in run(tmp_path, *words, "--coverage").output
 
@@ -172,8 +178,8 @@ def test_failing_traces_stay_and_are_played_first(tmp_path) -> None:
     [kept] = (tmp_path / "failing").iterdir()
     again = run(tmp_path, *words, "--examples", "20", "--seed", "5")
     assert (again.exit_code, [kept]) == (1, list((tmp_path / "failing").iterdir()))
-    right = run(tmp_path, "--engine", "reference", *words[2:], "--examples", "2")
-    assert right.output.splitlines()[-1].startswith("PASS: 3 traces of pr9757")
+    right = run(tmp_path, "--engine", "gpu-ledger", *words[2:], "--examples", "2")
+    assert right.output.splitlines()[-1].startswith("PASS: 3 traces and ")
 
 
 def test_a_run_that_checks_nothing_fails(tmp_path) -> None:
@@ -192,3 +198,36 @@ def test_an_engine_that_fits_one_layout_is_told_so(tmp_path) -> None:
     result = run(tmp_path, "--engine", "suite_testing.narrow:OnlyRotated", "--examples", "40")
     assert "Only balanced passes." in result.output
     assert "--layout balanced" in result.output
+
+
+class OnlyInAVector(ReferenceEngine):
+    """Wrong at a prompt length that random traces hardly have, and a vector has."""
+
+    profiles = ReferenceEngine.profiles - {"cache", "attention"}
+
+    def observe(self, ids=None) -> RankView:
+        view = super().observe(ids)
+        wrong = {id for id, request in self.model.requests.items() if request.prompt_len == 400}
+        lens = {id: n + (id in wrong) for id, n in view.local_len.items()}
+        return msgspec.structs.replace(view, local_len=lens)
+
+
+@pytest.mark.holds("LEN-1")
+def test_vectors_are_part_of_a_run() -> None:
+    """A run without a random trace of that length fails by the vector, and names it."""
+    report = check(OnlyInAVector, layouts=["pr9757"], examples=1)
+    [failure] = report.failures
+    assert {violation.invariant for violation in failure.violations} == {"LEN-1"}
+    assert failure.minimal.note.startswith("Vector spec-11-1")
+
+
+def test_real_shapes_and_rare_sizes_are_drawn_and_counted() -> None:
+    """Coverage says of each size how often it was played."""
+    report = check("gpu-ledger", layouts=["vllm_dcp"], examples=200)
+    lines = [json.loads(line) for line in report.to_json().splitlines()]
+    [sizes] = [line["sizes"] for line in lines if line["kind"] == "coverage"]
+    assert set(sizes) == set(SIZES)
+    real = {("cp_size", "16"), ("tokens_per_block", "64"), ("head_dim", "128"), ("layers", "5"),
+            ("latent", "512+64"), ("live_requests", "130")}  # fmt: skip
+    assert [one for one in sorted(real) if not sizes[one[0]][one[1]]] == []
+    assert sizes["tp_size"]["4"] == 0  # which a run in one process does not have

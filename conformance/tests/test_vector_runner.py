@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from helix_conformance.drive.in_process import LocalDriver
-from helix_conformance.expect.making import SHIPPED
-from helix_conformance.expect.vectors import load_vector
+from helix_conformance.expect.vectors import SHIPPED, load_vector
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import check_vector
 from helix_reference.engine import ReferenceEngine

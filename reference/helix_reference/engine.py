@@ -53,6 +53,8 @@ class ReferenceEngine:
 
     profiles: ClassVar[frozenset[str]] = frozenset(PROFILES)
     needs_processes: ClassVar[bool] = False
+    capabilities: ClassVar[Any] = {"head_dim": {"max": 64}, "cp_size": {"max": 8}}
+    """It works elsewhere, too, but seconds a step: its lists are naive."""
     freedoms: ClassVar[Any] = None
 
     def __init__(self, rank: int) -> None:

@@ -6,6 +6,7 @@
 - `config`: what an engine is started with, and when it must refuse to start;
 - `events`: the trace language, and the reasons of refusals;
 - `engine`: the calls of an engine, its profiles, and what it returns;
+- `capabilities`: where an engine says that it works, and in what it differs rightly;
 - `trace`: the JSON form of a trace, and its schema (`trace.schema.json`);
 - `placement`: closed forms, which rank and slot holds which position;
 - `values`: the numbers that stand in for Q, K and V;

@@ -154,7 +154,7 @@ def engine_capabilities(engine: type[Engine]) -> tuple[Box, ...]:
 
     Examples
     --------
-    >>> engine_capabilities(load_engine("reference"))[0].cp_size is None
+    >>> engine_capabilities(load_engine("gpu"))[0].cp_size is None
     True
     """
     try:

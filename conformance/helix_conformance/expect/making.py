@@ -23,6 +23,7 @@ from helix_conformance.expect.vectors import (
     FORMAT,
     FORMAT_PAGE,
     SCHEMA_FILE,
+    SHIPPED,
     Decoded,
     Merged,
     Output,
@@ -41,8 +42,6 @@ from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Event, Merge, Reason, features_of
 
 T = TypeVar("T")
-SHIPPED = Path(__file__).parent / "shipped"
-"""The set as it is shipped with this package."""
 DIGITS = 9
 """Significant digits of numbers that are not exact: far below any bound, above any libm's error."""
 

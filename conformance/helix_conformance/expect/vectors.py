@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -23,6 +24,8 @@ from helix_spec.trace import Trace, line_of, too_much, unindented
 
 FORMAT: Final = "helix-vector/1"
 SCHEMA_FILE: Final = "vector.schema.json"
+SHIPPED: Final = Path(__file__).parent / "shipped"
+"""Folder of the vectors that come with this package."""
 FORMAT_PAGE: Final = "FORMAT.md"
 
 Numbers = list[float]
@@ -217,6 +220,12 @@ def load_vector(path: Path) -> Vector:
     for field, message in _problems(path.stem, vector):
         raise _error(path, data, field, message)
     return vector
+
+
+@lru_cache(maxsize=1)
+def shipped_vectors() -> tuple[Vector, ...]:
+    """Return the vectors that come with this package, by name."""
+    return tuple(load_vectors(SHIPPED))
 
 
 def load_vectors(folder: Path) -> list[Vector]:

@@ -19,6 +19,7 @@ from helix_conformance.generate.narrowing import (
     only,
     within,
 )
+from helix_conformance.generate.sizes import FEW_CP
 from helix_spec.capabilities import UNLIMITED, Box, allows, outside
 from helix_spec.config import Admission, Config, DType, LatentShape, ModelShape, config_problem
 from helix_spec.events import FEATURES
@@ -33,7 +34,6 @@ from helix_spec.layouts import (
     named_layout,
 )
 
-CP_SIZES: Final = (1, 2, 3, 4, 8)
 BLOCK_SIZES: Final = (1, 2, 3, 4, 8, 16, 32)
 WIDE: Final = 256
 """Query heads times elements: a wider model has one layer."""
@@ -60,7 +60,7 @@ def draw_layout(
     choices: Choices,
     *,
     names: Sequence[str] = LAYOUT_NAMES,
-    cp_sizes: Sequence[int] = CP_SIZES,
+    cp_sizes: Sequence[int] = FEW_CP,
     block_sizes: Sequence[int] = BLOCK_SIZES,
     box: Box = UNLIMITED,
 ) -> Layout:
@@ -231,7 +231,7 @@ def draw_config(
     choices: Choices,
     *,
     names: Sequence[str] = LAYOUT_NAMES,
-    cp_sizes: Sequence[int] = CP_SIZES,
+    cp_sizes: Sequence[int] = FEW_CP,
     tp_sizes: Sequence[int] = (1,),
     max_world: int | None = None,
     features: Collection[str] = FEATURES,

@@ -10,6 +10,7 @@ from helix_conformance.generate.actions import SHORT, Action, Admit, Scope, draw
 from helix_conformance.generate.choices import Choices
 from helix_conformance.generate.configs import FAR_MAX_LEN, WIDE, draw_illegal_config
 from helix_conformance.generate.narrowing import fitted, limits_events, within
+from helix_conformance.generate.sizes import CROWDS
 from helix_spec import events as ev
 from helix_spec.capabilities import UNLIMITED, Box, allows, boxes_around, event_outside, outside
 from helix_spec.config import Config, ModelShape, config_problem
@@ -18,8 +19,6 @@ from helix_spec.trace import Trace
 
 MAX_ACTIONS: Final = 12
 """Actions of each half of a trace."""
-CROWD: Final = 66
-"""So many requests at once: more than tables that were doubled a few times have rows for."""
 TILES: Final = (64, 128, 256, 512, 1024)
 """Tokens on one rank that kernels work on at a time."""
 LONG_CONTENTS: Final = 500
@@ -135,7 +134,7 @@ def draw_trace(
     lengths = choices.lists(lambda more: more.pick(more.pick(scope.prompt_lens)), 1, 3)
     actions: list[Action] = [Admit(length) for length in lengths]
     if not contents and choices.one_in(20):
-        actions.append(Admit(1, CROWD))
+        actions.append(Admit(1, choices.pick(CROWDS)))
     for _ in range(2):  # two lists in a row: twice the length at the same cost of shrinking
         actions += choices.lists(lambda more: draw_action(more, scope), 0, max_actions)
     recorder = Recorder(config, {*features, "pages"})

@@ -7,15 +7,18 @@ event touched and at nothing else, so that counting costs little beside judging.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import gcd
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from helix_conformance.expect.expectation import Expectation, Page, Request, State
+from helix_conformance.generate.sizes import SIZES
 from helix_spec import events as ev
+from helix_spec.capabilities import values_of
 from helix_spec.config import Config
 from helix_spec.events import FEATURES, Decode, Event, Reason, ids_of
 from helix_spec.layouts import NAMED_LAYOUTS
@@ -122,6 +125,8 @@ class Coverage:
     def __init__(self, needs: Collection[str] = ALL_NEEDS) -> None:
         self.needs = needs
         self.counts = dict.fromkeys(SITUATIONS, 0)
+        self.sizes: dict[str, Counter[Any]] = {name: Counter() for name in SIZES}
+        """How often each size of a dimension was played."""
         self.trace: _Trace | None = None
 
     def saw(self, config: Config, expected: Expectation) -> None:
@@ -137,8 +142,30 @@ class Coverage:
         if self.trace is None or expected.index == 0:
             assert expected.state is not None
             self.trace = _Trace(config, expected.state)
+            for dimension, values in values_of(config).items():
+                if dimension in self.sizes:
+                    self.sizes[dimension].update(values)
+        if expected.refused is None:
+            self._measure(expected)
         for name in self.trace.saw(expected):
             self.counts[name] += 1
+
+    def _measure(self, expected: Expectation) -> None:
+        """Count the sizes of an event that is accepted."""
+        event = expected.event
+        if isinstance(event, Decode):
+            self.sizes["batch"][len(event.ids) + event.pad] += 1
+            self.sizes["query_len"].update(event.query_lens)
+        elif isinstance(event, ev.Admit | ev.Fork):
+            assert expected.state is not None
+            self.sizes["live_requests"][len(expected.state.live)] += 1
+
+    def drawn(self) -> dict[str, dict[str, int]]:
+        """Return how often each size worth drawing was played, by dimension."""
+        return {
+            dimension: {size_text(size): self.sizes[dimension][size] for size in sizes}
+            for dimension, sizes in SIZES.items()
+        }
 
     @property
     def missed(self) -> list[str]:
@@ -156,6 +183,17 @@ class Coverage:
 
     def _lacks(self, name: str) -> list[str]:
         return [need for need in SITUATIONS[name] if need not in self.needs]
+
+
+def size_text(size: Any) -> str:
+    """Return a size as reports write it.
+
+    Examples
+    --------
+    >>> size_text((512, 64)), size_text(128)
+    ('512+64', '128')
+    """
+    return "+".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 class _Trace:

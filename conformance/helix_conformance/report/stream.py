@@ -78,6 +78,8 @@ class Row(_Line, frozen=True, kw_only=True, tag="row"):
     """Every layout identifier that was played."""
     traces: int
     events: int
+    vectors: int = 0
+    """Shipped vectors that were played beside the random traces."""
     seconds: float
     verdict: Verdict
     known: list[str] = []
@@ -121,6 +123,8 @@ class CoverageLine(_Line, frozen=True, kw_only=True, tag="coverage"):
     """Situations that could have occurred and never did."""
     impossible: dict[str, str]
     """Situations that could not occur, with what it would have taken."""
+    sizes: dict[str, dict[str, int]] = {}
+    """How often each size worth drawing was played, by dimension; 0 for those that were not."""
 
 
 class Summary(_Line, frozen=True, kw_only=True, tag="summary"):
@@ -133,6 +137,7 @@ class Summary(_Line, frozen=True, kw_only=True, tag="summary"):
     profiles_not_checked: list[str]
     traces: int
     events: int
+    vectors: int = 0
     events_per_s: float | None
     known_differences: list[KnownDifference] = []
     """Expected failures (xfail) of the engine."""

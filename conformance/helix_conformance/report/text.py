@@ -89,7 +89,7 @@ def print_table(console: Console, rows: Iterable[Row]) -> None:
         table.add_row(
             row.layout,
             row.driver,
-            " ".join(map(str, row.cp_sizes)),
+            ranges_text(row.cp_sizes),
             " ".join(cumulative[-1:] + [p for p in row.profiles if p not in CUMULATIVE]),
             f"{row.traces:,}",
             f"{row.events:,}",
@@ -97,6 +97,30 @@ def print_table(console: Console, rows: Iterable[Row]) -> None:
             f"[{colour}]{row.verdict}[/]{xfail}",
         )
     console.print(table)
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Return rising numbers with runs of three or more as ranges.
+
+    Parameters
+    ----------
+    numbers : sequence of int
+        Each once, rising.
+
+    Examples
+    --------
+    >>> ranges_text([1, 2, 3, 4, 8, 16]), ranges_text([1, 2, 4])
+    ('1-4 8 16', '1 2 4')
+    """
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else " ".join(map(str, run)) for run in runs
+    )
 
 
 def verdict_text(summary: Summary) -> str:
@@ -119,6 +143,7 @@ def verdict_text(summary: Summary) -> str:
     'PASS: 9 traces of pr9757; checked placement; not checked merge.'
     """
     counted = "1 trace" if summary.traces == 1 else f"{summary.traces:,} traces"
+    counted += f" and {summary.vectors:,} vectors" if summary.vectors else ""
     parts = [
         f"{counted} of {', '.join(summary.layouts) or 'no layout'}",
         f"checked {', '.join(summary.profiles_checked) or 'nothing'}",
@@ -158,9 +183,21 @@ def print_coverage(
         for name in SITUATIONS:
             counts.add_row(name, *(_count(one, name) for one in coverage))
         console.print(counts)
+        for one in coverage:
+            console.print(_sizes(one))
     for one in coverage:
         lines = list(_coverage_text(one))
         print_lines(console, lines if table else lines[: bool(one.missed)])
+
+
+def _sizes(coverage: CoverageLine) -> Table:
+    """The table of sizes that one driver's traces had, and had not."""
+    title = f"{coverage.engine} {coverage.driver}"
+    table = Table(f"size ({title})", "played, how often", "never", box=None, pad_edge=False)
+    for dimension, counts in coverage.sizes.items():
+        played = ", ".join(f"{size}: {count:,}" for size, count in counts.items() if count)
+        table.add_row(dimension, played, ", ".join(s for s, count in counts.items() if not count))
+    return table
 
 
 def _count(coverage: CoverageLine, name: str) -> str:
