@@ -884,7 +884,8 @@ def drawn_sizes(driver: Driver, asked: Collection[int]) -> list[int]:
     if asked:
         return sorted(set(asked))
     world = driver.largest_world
-    sizes = [*FEW_CP * 4, *RARE_CP] if world is None else [*range(1, world), *[world] * world]
+    few = [*FEW_CP * 4, *RARE_CP] if driver.name == "local" else [*FEW_CP]
+    sizes = few if world is None else [*range(1, world), *[world] * world]
     return _declared_sizes(driver, "cp_size", sizes)
 
 
