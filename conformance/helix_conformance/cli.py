@@ -21,6 +21,7 @@ from helix_conformance.drive.serve import main as serve_engine
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.expect.making import export
 from helix_conformance.expect.vectors import FORMAT_PAGE, SHIPPED, Vector, VectorError, load_vectors
+from helix_conformance.generate.narrowing import NothingInsideError
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.prove import ProveError
@@ -63,7 +64,7 @@ _ONE_LAYOUT: Final = (
 )
 REFUSED: Final = (
     *(EngineSpecError, LayoutError, LedgerError, ProveError, SessionError, TraceError),
-    *(StreamError, VectorError, WorkloadError),
+    *(NothingInsideError, StreamError, VectorError, WorkloadError),
 )
 """What the user gave cannot be used; the message is a sentence."""
 COMMANDS: Final = "helix_conformance.commands"

@@ -183,15 +183,18 @@ def layout_traces(
     NothingInsideError
         When the capabilities hold nothing of this layout.
     """
-    boxes = _usable(driver, name, cp_sizes, tp_sizes)
+    asked = (driver, name, profiles, cp_sizes, tp_sizes)
+    boxes = _usable(*asked, driver.capabilities)
+    shapes = [both(box, shape) for box in boxes for shape in REAL_SHAPES if real]
+    # Where no real shape fits what was asked for, such as --cp 3, the engine's own boxes stay.
+    shapes_or_boxes = _usable(*asked, [shape for shape in shapes if shape is not None] + boxes)
     features = [feature for feature in FEATURES if feature in profiles]
     contents = not {"cache", MERGE}.isdisjoint(profiles)
 
     def draw(choices: Choices) -> Trace:
         box = choices.pick(boxes) if len(boxes) > 1 else boxes[0]
         if real and choices.one_in(REAL_SHARE):
-            shapes = [both(box, one) for one in REAL_SHAPES]
-            box = choices.pick([*(shape for shape in shapes if shape is not None), box])
+            box = choices.pick(shapes_or_boxes)
         config = draw_config(
             choices,
             names=[name],
@@ -217,11 +220,16 @@ def layout_traces(
 
 
 def _usable(
-    driver: Driver, name: str, cp_sizes: Sequence[int], tp_sizes: Sequence[int]
+    driver: Driver,
+    name: str,
+    profiles: Collection[str],
+    cp_sizes: Sequence[int],
+    tp_sizes: Sequence[int],
+    boxes: Sequence[Box],
 ) -> list[Box]:
-    """The boxes of an engine that hold something of a layout. Raises NothingInsideError."""
-    usable, problem = list[Box](), NothingInsideError("layouts", "no capabilities are declared")
-    for box in driver.capabilities:
+    """Those of these boxes that hold something of a layout. Raises NothingInsideError for none."""
+    usable, problem = list[Box](), NothingInsideError("layouts", "no capabilities are left")
+    for box in boxes:
         try:
             draw_config(
                 Seeded("usable"),
@@ -229,6 +237,8 @@ def _usable(
                 cp_sizes=cp_sizes,
                 tp_sizes=tp_sizes,
                 max_world=driver.largest_world,
+                features=[feature for feature in FEATURES if feature in profiles],
+                contents=not {"cache", MERGE}.isdisjoint(profiles),
                 box=box,
             )
             usable.append(box)
@@ -555,10 +565,10 @@ class Session:
 
         Raises SessionError when that is none, or not one that was asked for by name.
         """
-        inside = list[str]()
+        inside, profiles = list[str](), profiles_to_check(driver.profiles, self.profiles)
         for name in names:
             try:
-                _usable(driver, name, cp_sizes, tp_sizes)
+                _usable(driver, name, profiles, cp_sizes, tp_sizes, driver.capabilities)
                 inside.append(name)
             except NothingInsideError as error:
                 if asked or (name == names[-1] and not inside):

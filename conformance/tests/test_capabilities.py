@@ -12,7 +12,7 @@ from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import StdioDriver
 from helix_conformance.drive.threads import ThreadDriver
-from helix_conformance.engines import EngineSpecError, engine_capabilities
+from helix_conformance.engines import EngineSpecError, engine_declaration
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.generate.choices import Seeded
 from helix_conformance.generate.traces import why_outside
@@ -56,7 +56,7 @@ def test_an_engine_that_supports_next_to_nothing_passes(engine: type) -> None:
 @pytest.mark.parametrize("engine", [OneGqa, OneLatent])
 def test_what_is_drawn_is_inside(engine: type) -> None:
     """Configurations, and events that are to be accepted."""
-    driver, boxes = ThreadDriver(engine), engine_capabilities(engine)
+    driver, boxes = ThreadDriver(engine), engine_declaration(engine)[0]
     draw = layout_traces(driver, "vllm_dcp", PROFILES, cp_sizes=SIZES, tp_sizes=(1, 2))
     traces = [draw(Seeded(f"inside {number}")) for number in range(60)]
     assert [why for trace in traces if (why := why_outside(boxes, trace))] == []
@@ -76,7 +76,7 @@ def test_a_defect_at_the_only_shape_is_named_there(
     assert failure is not None
     assert named <= failure.invariants
     assert len(failure.trace.events) <= most
-    assert why_outside(engine_capabilities(engine), failure.trace) is None
+    assert why_outside(engine_declaration(engine)[0], failure.trace) is None
 
 
 def test_an_engine_must_start_inside_its_capabilities() -> None:
@@ -173,7 +173,7 @@ def test_a_declaration_that_is_none_is_refused(declared, sentence) -> None:
         capabilities = declared
 
     with pytest.raises(EngineSpecError, match=sentence):
-        engine_capabilities(Wrong)
+        engine_declaration(Wrong)
 
 
 @pytest.mark.parametrize("invariant", ["REF-1", "REF-2"])
@@ -181,3 +181,40 @@ def test_no_entry_covers_every_wrong_refusal(invariant: str) -> None:
     """An entry names the reason."""
     with pytest.raises(ValueError, match="name the `reason`"):
         Difference(kind="answers_wrongly", does="x", link="https://a.b/1", invariant=invariant)
+
+
+@pytest.mark.parametrize(
+    ("declared", "named"),
+    [
+        ({"head_dim": [7], "attention": ["gqa"]}, "head_dim leaves nothing to play: head_dim is 7"),
+        ({"kv_heads": [3], "q_heads": [4]}, "q_heads leaves nothing to play"),
+        ({"overlap": [True]}, "overlap leaves nothing to play"),
+    ],
+)
+def test_a_declaration_that_holds_nothing_legal_is_refused(declared, named) -> None:
+    """It would pass otherwise, since nothing but illegal configurations were played."""
+
+    class Wrong(LedgerEngine):
+        profiles = LedgerEngine.profiles - {"overlap"}
+        capabilities = declared
+
+    with pytest.raises(SessionError, match=named):
+        check(Wrong, layouts=["pr9757"], examples=1)
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [None, {"q_heads_per_kv_head": [3]}, {"head_dim": {"max": 8}}, {"layers": {"min": 9}}],
+)
+def test_what_no_real_shape_fits_is_played_all_the_same(declared) -> None:
+    """Three ranks, or heads that no model has: the shapes that are left are drawn."""
+
+    class Few(LedgerEngine):
+        capabilities = declared
+
+    boxes = engine_declaration(Few)[0]
+    driver = LocalDriver(Few)
+    draw = layout_traces(driver, "pr9757", driver.profiles, cp_sizes=[3], real=True)
+    traces = [draw(Seeded(f"few {number}")) for number in range(60)]
+    assert [why for trace in traces if (why := why_outside(boxes, trace))] == []
+    assert check(Few, layouts=["pr9757"], cp=[3], examples=30).verdict == "pass"

@@ -152,10 +152,10 @@ def freedoms_of(declared: Any) -> Freedoms:
     --------
     >>> freedoms_of({"rewind_pages": "kept"}).tail
     'as_taken'
-    >>> freedoms_of({"tail": "garbage"})
+    >>> freedoms_of({"tail": "full"})
     Traceback (most recent call last):
         ...
-    ValueError: declares no freedoms: Invalid enum value 'garbage' - at `$.tail`.
+    ValueError: declares no freedoms: Invalid enum value 'full' - at `$.tail`.
     """
     if declared is None:
         return STRICT

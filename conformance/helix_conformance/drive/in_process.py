@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import timed_out
 from helix_conformance.drive.driver import EngineFailure, Played, Watch
-from helix_conformance.engines import engine_capabilities, engine_freedoms, engine_settings
+from helix_conformance.engines import engine_declaration, engine_settings
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import Event
@@ -63,8 +63,7 @@ class LocalDriver:
     def __init__(self, engine: type[Engine], *, deadline_s: float | None = None) -> None:
         self.engine = engine
         self.profiles = frozenset(engine.profiles)
-        self.capabilities = engine_capabilities(engine)
-        self.freedoms = engine_freedoms(engine)
+        self.capabilities, self.freedoms = engine_declaration(engine)
         self.settings = engine_settings(engine)
         self.deadline_s = deadline_s
         self.survives_failure = True

@@ -39,8 +39,7 @@ from helix_conformance.drive.messages import (
 )
 from helix_conformance.engines import (
     EngineSpecError,
-    engine_capabilities,
-    engine_freedoms,
+    engine_declaration,
     engine_settings,
     load_engine,
     needs_group,
@@ -88,7 +87,7 @@ class Server:
     def _answer(self, request: ToEngine) -> FromEngine:
         seq = request.seq
         if isinstance(request, Hello):
-            boxes = engine_capabilities(self.engine_class)
+            boxes, freedoms = engine_declaration(self.engine_class)
             return Ready(
                 seq,
                 PROTOCOL,
@@ -96,7 +95,7 @@ class Server:
                 sorted(self.engine_class.profiles),
                 settings=engine_settings(self.engine_class),
                 capabilities=None if boxes == EVERYWHERE else list(boxes),
-                freedoms=engine_freedoms(self.engine_class),
+                freedoms=freedoms,
             )
         if isinstance(request, Start):
             self.engine = self.engine_class(request.rank)

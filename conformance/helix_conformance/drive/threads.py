@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import skipped
 from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
-from helix_conformance.engines import engine_capabilities, engine_freedoms, engine_settings
+from helix_conformance.engines import engine_declaration, engine_settings
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import Event
@@ -89,8 +89,7 @@ class ThreadDriver:
         torch.set_num_threads(1)  # several ranks share few cores
         self.engine = engine
         self.profiles = frozenset(engine.profiles)
-        self.capabilities = engine_capabilities(engine)
-        self.freedoms = engine_freedoms(engine)
+        self.capabilities, self.freedoms = engine_declaration(engine)
         self.settings = engine_settings(engine)
         self.threads = ThreadPoolExecutor(16)
 

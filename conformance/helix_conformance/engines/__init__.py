@@ -80,8 +80,7 @@ def load_engine(spec: str) -> type[Engine]:
     if problem is not None:
         raise EngineSpecError(f"Engine {spec!r} {problem}")
     engine: type[Engine] = found
-    engine_capabilities(engine)
-    engine_freedoms(engine)
+    engine_declaration(engine)
     return engine
 
 
@@ -134,55 +133,35 @@ def engine_settings(engine: type[Engine]) -> dict[str, str]:
     return {str(name): str(value) for name, value in getattr(engine, "settings", {}).items()}
 
 
-def engine_capabilities(engine: type[Engine]) -> tuple[Box, ...]:
-    """Return where an engine works, as its optional attribute `capabilities` says.
+def engine_declaration(engine: type[Engine]) -> tuple[tuple[Box, ...], Freedoms]:
+    """Return where an engine works and in what it differs rightly, as its attributes say.
 
     Parameters
     ----------
     engine : type of Engine
-        The class of the engine.
+        The class of the engine; `capabilities` and `freedoms` are optional.
 
     Returns
     -------
-    tuple of Box
+    capabilities : tuple of Box
         Of no limits when there is no such attribute.
+    freedoms : Freedoms
+        None taken when there is no such attribute.
 
     Raises
     ------
     EngineSpecError
-        When the attribute is no declaration.
+        When an attribute is no declaration.
 
     Examples
     --------
-    >>> engine_capabilities(load_engine("gpu"))[0].cp_size is None
-    True
+    >>> boxes, freedoms = engine_declaration(load_engine("gpu"))
+    >>> boxes[0].cp_size is None, freedoms.rewind_pages
+    (True, 'returned')
     """
     try:
-        return boxes_of(getattr(engine, "capabilities", None))
-    except ValueError as error:
-        raise EngineSpecError(f"Engine {engine.__qualname__} {error}") from error
-
-
-def engine_freedoms(engine: type[Engine]) -> Freedoms:
-    """Return in what an engine differs rightly, as its optional attribute `freedoms` says.
-
-    Parameters
-    ----------
-    engine : type of Engine
-        The class of the engine.
-
-    Raises
-    ------
-    EngineSpecError
-        When the attribute is no declaration.
-
-    Examples
-    --------
-    >>> engine_freedoms(load_engine("reference")).rewind_pages
-    'returned'
-    """
-    try:
-        return freedoms_of(getattr(engine, "freedoms", None))
+        boxes = boxes_of(getattr(engine, "capabilities", None))
+        return boxes, freedoms_of(getattr(engine, "freedoms", None))
     except ValueError as error:
         raise EngineSpecError(f"Engine {engine.__qualname__} {error}") from error
 

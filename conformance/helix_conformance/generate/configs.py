@@ -284,13 +284,27 @@ def draw_config(
         raise ValueError(f"None of the cp_sizes {list(cp_sizes)} fits {world} ranks.")
     for attempt in range(_TRIES):  # what is drawn first may leave nothing of what comes later
         try:
-            return _config(
+            drawn = _config(
                 choices, names, fitting, tp_sizes, world, features, max_pages, contents, box
             )
+            _refuse_unfit(box, drawn)
+            return drawn
         except NothingInsideError as error:
             if error.dimension == "layouts" or attempt == _TRIES - 1:
                 raise
     raise AssertionError
+
+
+def _refuse_unfit(box: Box, config: Config) -> None:
+    """Raise NothingInsideError when what a box led to is illegal, or outside of it after all."""
+    if box == UNLIMITED:
+        return
+    missed, problem = outside(box, config), config_problem(config)
+    if problem is not None:
+        named = [name for name in box.__struct_fields__ if name in problem]
+        raise NothingInsideError((*named, "capabilities")[0], problem.rstrip("."))
+    if missed:
+        raise NothingInsideError(missed[0], "what is drawn beside it does not go with it")
 
 
 def _config(

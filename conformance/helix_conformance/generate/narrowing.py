@@ -46,7 +46,7 @@ def within(box: Box, dimension: str, options: Sequence[T]) -> Sequence[T]:
     Returns
     -------
     sequence
-        Not empty. Of a range that holds none of the options, its ends.
+        Not empty. Of a range that holds none of the options, its ends or near ones.
 
     Examples
     --------
@@ -60,7 +60,8 @@ def within(box: Box, dimension: str, options: Sequence[T]) -> Sequence[T]:
         return options
     inside = [option for option in options if allows(allowed, option)]
     if isinstance(allowed, Span):
-        ends = dict.fromkeys((allowed.min, min(allowed.max, 2 * allowed.min)))
+        low = allowed.min or allowed.max
+        ends = dict.fromkeys((low, min(allowed.max, 2 * low)))
         return inside or [*ends]  # type: ignore[list-item]
     return inside + [value for value in allowed if value not in options]
 

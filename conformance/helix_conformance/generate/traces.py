@@ -258,8 +258,10 @@ def why_outside(boxes: Sequence[Box], trace: Trace) -> str | None:
     if not around:
         missed = min((outside(box, trace.config) for box in boxes), key=len)
         return f"its configuration lies outside the capabilities in {', '.join(missed)}"
+    if not limits_events(around):
+        return None
     recorder = Recorder(trace.config)
-    for index, event in enumerate(trace.events if limits_events(around) else ()):
+    for index, event in enumerate(trace.events):
         missed = min((outside_now(recorder, event, box) for box in around), key=len)
         if missed:
             return f"event {index} lies outside the capabilities in {', '.join(missed)}"
