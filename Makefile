@@ -19,9 +19,10 @@ PACKAGES := $(addprefix conformance/,mutants planner adapters/vllm adapters/trtl
 conform: .venv/installed ## Random traces for every layout: a table and a verdict
 	$(BIN)/helix-conformance run
 
-# A file stays in one process: its tests share what they set up.
+# A file stays in one process: its tests share what they set up. In the order of testpaths, the
+# slowest first, so that no process is left alone with one at the end.
 test: .venv/installed ## All tests of a change
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Closed forms, the reference, helix_gpu's bookkeeping, merge and cache, the judge and the vectors:
 # what notices a wrong owner, length, page, merge or refusal within a minute. Without what starts
