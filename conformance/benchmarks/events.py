@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from helix_conformance.drive.driver import Driver, Watch
+from helix_conformance.drive.driver import Driver
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
@@ -28,7 +28,7 @@ from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_conformance.judge.play import check_trace
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Release
-from helix_spec.trace import Trace
+from helix_spec.trace import Trace, Watch
 
 
 def rolling(live: int, batch: int, events: int) -> Iterator[Event]:

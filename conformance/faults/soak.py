@@ -20,7 +20,6 @@ from typing import Final
 import click
 import numpy as np
 
-from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
@@ -33,7 +32,7 @@ from helix_conformance.judge.play import check_trace
 from helix_conformance.report.text import failure_text
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import FEATURES, Event
-from helix_spec.trace import Trace
+from helix_spec.trace import Trace, Watch
 from suite_testing.sabotage import worker
 
 MIB: Final = 2**20

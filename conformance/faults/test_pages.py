@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
@@ -20,7 +20,7 @@ from helix_gpu.cache import HelixCache
 from helix_spec.config import Config, ModelShape
 from helix_spec.events import Admit, Decode, Event, Fork, Preempt, Reason, Release, Resume
 from helix_spec.layouts import NAMED_LAYOUTS
-from helix_spec.trace import Trace
+from helix_spec.trace import Trace, Watch
 from suite_testing.faulty import BitFlipped, OutOfMemory
 from suite_testing.sabotage import DEADLINE_S, long_trace
 

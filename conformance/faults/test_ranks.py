@@ -11,11 +11,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.serve import as_message
 from helix_conformance.judge.play import check_trace
-from helix_spec.trace import Trace, dump_trace, load_trace
+from helix_spec.trace import Trace, Watch, dump_trace, load_trace
 from suite_testing.sabotage import (
     DEADLINE_S,
     kill,

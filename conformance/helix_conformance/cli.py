@@ -24,6 +24,8 @@ from helix_conformance.expect.vectors import FORMAT_PAGE, SHIPPED, Vector, Vecto
 from helix_conformance.generate.narrowing import NothingInsideError
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
 from helix_conformance.judge.xfail import Known, LedgerError
+from helix_conformance.probe import NothingStartsError, beyond, probe_text, proposal
+from helix_conformance.probe import probe as probe_engine
 from helix_conformance.prove import ProveError
 from helix_conformance.prove import prove as prove_theorems
 from helix_conformance.report.command import FILE, BadInput, report, write_file
@@ -64,7 +66,7 @@ _ONE_LAYOUT: Final = (
 )
 REFUSED: Final = (
     *(EngineSpecError, LayoutError, LedgerError, ProveError, SessionError, TraceError),
-    *(NothingInsideError, StreamError, VectorError, WorkloadError),
+    *(NothingInsideError, NothingStartsError, StreamError, VectorError, WorkloadError),
 )
 """What the user gave cannot be used; the message is a sentence."""
 COMMANDS: Final = "helix_conformance.commands"
@@ -314,6 +316,29 @@ def replay(**options: Any) -> None:
 
 
 main.add_command(report)
+
+
+@main.command()
+@_on_an_engine
+@click.option(
+    "--around",
+    "trace_path",
+    type=click.Path(path_type=Path),
+    help="A trace whose configuration works. Default: one is looked for.",
+)
+def probe(**options: Any) -> None:
+    """Propose a declaration of capabilities: start the engine on single changes, and see.
+
+    It starts around a configuration that works, one for each kind of attention. What is refused or
+    fails is left out. No answer is judged: `run` does that, inside what is declared.
+    """
+    around = load_trace(options["trace_path"]).config if options["trace_path"] else None
+    with _session(options) as session:
+        _, driver = next(drivers := session.drivers())
+        found = probe_engine(driver, around, session.progress("configurations", 1000))
+        boxes = proposal(found)
+        print_lines(Console(), probe_text(found, boxes, beyond(driver, boxes)))
+        drivers.close()
 
 
 @main.command()

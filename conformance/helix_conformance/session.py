@@ -6,7 +6,7 @@ import gc
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC, datetime
@@ -56,10 +56,12 @@ from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
 from helix_spec.events import FEATURES, MERGE, Accept
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
-from helix_spec.trace import Trace, load_trace
+from helix_spec.trace import Earlier, Trace, load_trace
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
 """Drivers that this process opens by itself; others are launched around the whole command."""
+AGAIN: Final = 8
+"""One random trace in so many starts the objects anew that have played the one before it."""
 Advance = Callable[[], None]
 """Called when one more trace was played, or one more request of a workload has ended."""
 
@@ -123,8 +125,13 @@ def random_traces(
     player = Player(driver, profiles, tally, known or Known(), asked)
     began = time.perf_counter()
     drawn = (draw(Seeded(f"{seed} {number}")) for number in range(examples))
-    for trace in chain(first, drawn):
-        failure = player.judged(trace, coverage=coverage)
+    before = None
+    for number, one in enumerate(chain(first, drawn)):
+        trace, warm = one, False
+        if before is not None and Seeded(f"{seed} {number} again").one_in(AGAIN):
+            trace, warm = msgspec.structs.replace(one, before=[before]), True
+        failure = player.judged(trace, coverage=coverage, warm=warm)
+        before = Earlier(one.config, one.events)
         progress()
         if failure is not None:
             tally.needed = tally.needed or Needed(tally.traces, time.perf_counter() - began)
@@ -478,7 +485,7 @@ class Session:
             ranks than a cp_size.
         """
         names = layouts or LAYOUT_NAMES
-        for engine, driver in self._drivers():
+        for engine, driver in self.drivers():
             for cp_size in cp_sizes:
                 check_world(driver, cp_size)
             sizes = drawn_sizes(driver, cp_sizes)
@@ -602,7 +609,7 @@ class Session:
         """
         # Playing makes no cycles; a collector that walks millions of tokens costs a quarter more.
         gc.set_threshold(1_000_000)
-        for engine, driver in self._drivers():
+        for engine, driver in self.drivers():
             profiles = profiles_to_check(driver.profiles, self.profiles)
             layouts = [layout_name(config.layout) for config in configs]
             sizes = [config.layout.cp_size for config in configs]
@@ -644,7 +651,7 @@ class Session:
             When the engine does not declare a profile that was asked for, or the driver has too few
             ranks.
         """
-        for engine, driver in self._drivers():
+        for engine, driver in self.drivers():
             check_world(driver, trace.config.world_size)
             check_inside(driver, trace)
             profiles, tally = profiles_to_check(driver.profiles, self.profiles), Tally()
@@ -674,7 +681,7 @@ class Session:
         left_out, by_layout = list[str](), defaultdict[str, list[tuple[Path, Vector]]](list)
         for path, vector in cases:
             by_layout[layout_name(vector.config.layout)].append((path, vector))
-        for engine, driver in self._drivers():
+        for engine, driver in self.drivers():
             profiles, lost = profiles_to_check(driver.profiles, self.profiles), False
             for name, group in by_layout.items():
                 expected = profiles & self.known.left_out(name)
@@ -848,8 +855,19 @@ class Session:
             return [bookkeeping]
         return [whole] if self.profiles else [bookkeeping, whole]
 
-    def _drivers(self) -> Iterator[tuple[str, Driver]]:
-        """Yield each engine with a driver that holds it, until one does not start."""
+    def drivers(self) -> Generator[tuple[str, Driver]]:
+        """Yield each engine with a driver that holds it, until one does not start.
+
+        Yields
+        ------
+        str, Driver
+            The engine's name, and a driver that is closed when the next one is asked for.
+
+        Raises
+        ------
+        SessionError
+            When the engine does not declare a profile that was asked for.
+        """
         for engine, name in self.tiers:
             try:
                 driver = self._open(engine, name)
@@ -907,7 +925,7 @@ def drawn_tp_sizes(driver: Driver) -> list[int]:
     driver
         The engine under test.
     """
-    return _declared_sizes(driver, "tp_size", [1, 2])
+    return _declared_sizes(driver, "tp_size", [*[1, 2] * 4, 4])
 
 
 def _declared_sizes(driver: Driver, dimension: str, sizes: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from helix_conformance.drive.driver import Played, Watch
+from helix_conformance.drive.driver import Played
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.actions import Action, Scope
@@ -32,7 +32,7 @@ from helix_conformance.report.text import failure_text
 from helix_spec.engine import Engine
 from helix_spec.events import FEATURES, Event
 from helix_spec.layouts import LAYOUT_NAMES
-from helix_spec.trace import Trace
+from helix_spec.trace import Trace, Watch
 
 
 class EngineMachine(RuleBasedStateMachine):

@@ -94,7 +94,7 @@ def test_answer_to_an_illegal_start_that_is_none(outcome):
 
 def test_answer_for_another_request():
     """A view that tells of a request that it was not asked for is an error."""
-    from helix_conformance.drive.driver import Watch
+    from helix_spec.trace import Watch
 
     class Other(Spoiled):
         def view(self, view):

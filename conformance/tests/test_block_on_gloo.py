@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from gpu_testing import block
-from helix_conformance.drive.driver import Watch
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.expect.arrays import as_array
 from helix_spec.events import Release
+from helix_spec.trace import Watch
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,17 @@ def test_an_action_needs_no_feature_that_is_not_declared() -> None:
     """But a wrong one may, of those that are named."""
     bare = Scope(frozenset())
     kinds = {kind.__name__ for kind in bare.kinds}
-    assert kinds == {"Admit", "Decode", "Release", "Skip", "Repeat", "Fill", "Stray", "Wrong"}
+    assert kinds == {
+        "Admit",
+        "Decode",
+        "Release",
+        "Skip",
+        "Repeat",
+        "Fill",
+        "Late",
+        "Stray",
+        "Wrong",
+    }
     for n in range(60):
         choices = Seeded(f"bare {n}")
         config = draw_config(choices, features=())

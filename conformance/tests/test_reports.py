@@ -358,7 +358,7 @@ def test_junit_takes_text_that_xml_cannot_hold():
 
 def test_examples_in_docstrings_run():
     """What the documentation shows is what happens."""
-    assert doctest.testmod(text_view) == (0, 5)
+    assert doctest.testmod(text_view) == (0, 8)
 
 
 # The stream itself

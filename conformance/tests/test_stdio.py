@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helix_conformance.cli import main
 from helix_conformance.drive import messages, process
 from helix_conformance.drive.asking import MalformedAnswer
-from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.process import StdioDriver
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.judge.coverage import Tally
@@ -25,7 +25,7 @@ from helix_spec.config import Config, decode_layout
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, Admit, Decode, Merge, Reason, Release
 from helix_spec.layouts import LAYOUT_NAMES
-from helix_spec.trace import Trace
+from helix_spec.trace import Trace, Watch
 from suite_testing.marks import of_profiles
 
 HERE = Path(__file__).parent

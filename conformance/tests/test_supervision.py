@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from helix_conformance.drive import launched
-from helix_conformance.drive.driver import EngineFailure, Watch
+from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.launched import Remote, Supervised
 from helix_conformance.drive.meeting import Address, Rendezvous, call
 from helix_conformance.drive.messages import (
@@ -43,6 +43,7 @@ from helix_conformance.drive.process import (
 )
 from helix_spec.config import Config
 from helix_spec.events import Admit, Reason
+from helix_spec.trace import Watch
 
 CONFIG = Config(layout="pr9757/1:C=1,T=2", pages=[5], max_len=50)
 

@@ -80,7 +80,7 @@ def test_a_rank_that_fails_is_named_and_its_peers_end(driver_of, engine, says) -
 
 def test_a_failure_is_an_engine_failure(driver_of) -> None:
     """`play` raises what every driver raises."""
-    from helix_conformance.drive.driver import Watch
+    from helix_spec.trace import Watch
 
     driver = driver_of(Raises)
     with pytest.raises(EngineFailure):

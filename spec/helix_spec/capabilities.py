@@ -80,6 +80,8 @@ class Box(
     query_len: Numbers | None = None
     prompt_len: Numbers | None = None
     """Tokens that are placed as a prompt, by an admission or a resumption."""
+    chunk: Numbers | None = None
+    """Tokens in a chunk of a computed prompt, where an admission names them."""
 
 
 class Freedoms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -95,7 +97,7 @@ STRICT: Final = Freedoms()
 UNLIMITED: Final = Box()
 EVERYWHERE: Final[tuple[Box, ...]] = (UNLIMITED,)
 """What an engine has that declares nothing: no limits."""
-EVENT_DIMENSIONS: Final = ("batch", "live_requests", "query_len", "prompt_len")
+EVENT_DIMENSIONS: Final = ("batch", "live_requests", "query_len", "prompt_len", "chunk")
 """Dimensions of events; all others are of configurations."""
 
 
@@ -276,6 +278,7 @@ def event_outside(box: Box, event: Event, *, live: int, placed: int | None = Non
         values |= {"batch": [len(event.ids) + pad], "query_len": event.query_lens}
     if isinstance(event, Admit):
         placed = event.prompt_len
+        values["chunk"] = [event.chunk] if event.chunk else []
     values["prompt_len"] = [] if placed is None else [placed]
     return [
         name

@@ -61,10 +61,10 @@ class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Engine(Protocol):
     """One rank of an engine under test.
 
-    The suite makes one object for each rank, starts it once for each trace, and calls it from
-    one thread at a time. Two more attributes are optional: `capabilities`, where it works, as
-    `helix_spec.capabilities.boxes_of` takes it; and `settings`, a dictionary of texts that reports
-    show.
+    The suite makes one object for each rank and trace, starts it before the trace, and calls it
+    from one thread at a time. Now and then it starts an object again, for another trace. Two more
+    attributes are optional: `capabilities`, where it works, as `helix_spec.capabilities.boxes_of`
+    takes it; and `settings`, a dictionary of texts that reports show.
 
     Parameters
     ----------

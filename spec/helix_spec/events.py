@@ -22,11 +22,16 @@ class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     pass
 
 
-class Admit(_Event, frozen=True, tag="admit"):
-    """A new request of `prompt_len` tokens; its KV is placed by the prompt split."""
+class Admit(_Event, frozen=True, tag="admit", omit_defaults=True):
+    """A new request of `prompt_len` tokens; its KV is placed by the prompt split.
+
+    With admission `prefill` the prompt is computed in chunks of `chunk` tokens, the last one
+    shorter; 0 leaves the cut to the engine.
+    """
 
     id: RequestId
     prompt_len: Number
+    chunk: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
 
 
 class Decode(_Event, frozen=True, tag="decode"):

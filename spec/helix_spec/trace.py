@@ -1,4 +1,4 @@
-"""A trace: a configuration and the events that follow, with its JSON form and schema.
+"""A trace: a configuration, the events that follow, and how they are played; its JSON form.
 
 The form is published as `trace.schema.json` beside this file, generated from the types by
 `python -m helix_spec.trace`.
@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib.resources import files
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -38,13 +38,63 @@ class TraceError(ValueError):
     """A file that is no trace; the message names file, line and field."""
 
 
-class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A reproducible run: what the engines are started with, and the events in order."""
+class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How often state is looked at: everything every `every` events and at the end.
 
-    format: Literal["helix-trace/1"] = "helix-trace/1"
+    Parameters
+    ----------
+    every : int
+        Events from one look at everything to the next, at least 1.
+    touched : bool
+        Whether, in between, the requests are looked at that an event names.
+    twice : bool
+        Whether each look is taken twice in a row; the second one counts.
+
+    Examples
+    --------
+    >>> [Watch(3).whole(index) for index in range(6)]
+    [False, False, True, False, False, True]
+    """
+
+    every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    touched: bool = True
+    twice: bool = False
+
+    def whole(self, index: int) -> bool:
+        """Return whether everything is looked at after the event with this index."""
+        return (index + 1) % self.every == 0
+
+    def looks(self, index: int) -> bool:
+        """Return whether anything is looked at after the event with this index."""
+        return self.touched or self.whole(index)
+
+
+EVERYTHING: Final = Watch()
+"""All state is looked at after every event."""
+
+
+class Earlier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What ranks have played before: its answers are not judged."""
+
+    config: Config
+    events: list[Event]
+
+
+class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A reproducible run: what the engines are started with, and the events in order.
+
+    The last three fields say how they are played, where a failure may depend on it.
+    """
+
+    format: Literal["helix-trace/2", "helix-trace/1"] = "helix-trace/2"
     note: str = ""
     config: Config
     events: list[Event]
+    watch: Watch = EVERYTHING
+    before: list[Earlier] = []
+    """Traces that the same objects of the engine have played before, each started anew."""
+    times: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+    """How often it is played in a row by the same objects: every time with the same bits."""
 
 
 def dump_trace(trace: Trace) -> bytes:
@@ -57,9 +107,15 @@ def dump_trace(trace: Trace) -> bytes:
         {"event": "admit", "id": 0, "prompt_len": 5}
     """
     head = msgspec.to_builtins(trace, enc_hook=encode_layout)
-    events = ",\n    ".join(json.dumps(event) for event in head.pop("events"))
+    lists = {name: map(json.dumps, head.pop(name)) for name in ("before", "events")}
+    usual = {"watch": {}, "times": 1}
+    head = {name: value for name, value in head.items() if value != usual.get(name)}
     text = json.dumps(head, indent=2)[: -len("\n}")]
-    return f'{text},\n  "events": [\n    {events}\n  ]\n}}\n'.encode()
+    for name, lines in lists.items():
+        joined = ",\n    ".join(lines)
+        if name == "events" or joined:
+            text += f',\n  "{name}": [\n    {joined}\n  ]'
+    return f"{text}\n}}\n".encode()
 
 
 def load_trace(path: Path) -> Trace:
@@ -68,7 +124,7 @@ def load_trace(path: Path) -> Trace:
     Parameters
     ----------
     path
-        A file of format `helix-trace/1`.
+        A file of format `helix-trace/2`, or `helix-trace/1`.
 
     Raises
     ------
@@ -98,24 +154,33 @@ def load_trace(path: Path) -> Trace:
         byte = re.search(r"\(byte (\d+)\)", str(error))
         line = data.count(b"\n", 0, int(byte[1]) if byte else len(data)) + 1
         raise TraceError(f"{path}, line {line}: {error}.") from error
-    problem = config_problem(trace.config)
-    if problem is not None and trace.events:
-        line = line_of(data.decode(), "$.config")
-        raise TraceError(f"{path}, line {line}, field $.config: {problem}")
-    demand = too_much(trace.config, trace.events)
-    if demand is not None:
-        field, what = demand
-        line = line_of(data.decode(), field)
-        raise TraceError(f"{path}, line {line}, field {field}: {what}")
-    for index, event in enumerate(trace.events):
-        if isinstance(event, Merge) and len(event.levels) != trace.config.layout.cp_size:
-            field = f"$.events[{index}].levels"
-            raise TraceError(
-                f"{path}, line {line_of(data.decode(), field)}, field {field}: there are "
-                f"{len(event.levels)} partials; there must be one for each of the "
-                f"{trace.config.layout.cp_size} cp_ranks."
-            )
+    whole = [("$", trace.config, trace.events)]
+    whole += [(f"$.before[{n}]", part.config, part.events) for n, part in enumerate(trace.before)]
+    for at, config, events in whole:
+        found = _unplayable(config, events)
+        if found is not None:
+            field = at + found[0].removeprefix("$")
+            line = line_of(data.decode(), field)
+            raise TraceError(f"{path}, line {line}, field {field}: {found[1]}")
     return trace
+
+
+def _unplayable(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
+    """The field and the sentence by which a trace is refused; None when it can be played."""
+    problem = config_problem(config)
+    if problem is not None and events:
+        return "$.config", problem
+    demand = too_much(config, events)
+    if demand is not None:
+        return demand
+    for index, event in enumerate(events):
+        if isinstance(event, Merge) and len(event.levels) != config.layout.cp_size:
+            return (
+                f"$.events[{index}].levels",
+                f"there are {len(event.levels)} partials; there must be one for each of the "
+                f"{config.layout.cp_size} cp_ranks.",
+            )
+    return None
 
 
 def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:

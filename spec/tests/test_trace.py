@@ -107,7 +107,7 @@ def test_the_schema_is_valid_and_describes_dumped_traces() -> None:
         ('"kept": 1', '"held": 1'),
         ('"event": "fork"', '"event": "split"'),
         ('"id": 0', '"id": -1'),
-        ("helix-trace/1", "helix-trace/2"),
+        ("helix-trace/2", "helix-trace/3"),
         ('"poison": true', '"poison": true, "colour": 3'),
     ],
 )
@@ -132,7 +132,7 @@ def test_the_schema_refuses_what_the_loader_refuses(tmp_path: Path, old: str, ne
         ('"event": "fork"', '"event": "split"', "$.events[5].event", "'split'"),
         ('[2], "pad"', '[2.5], "pad"', "$.events[1].query_lens[0]", "Expected"),
         ('"id": 0', f'"id": {2**53 + 1}', "$.events[0].id", "<= 9007199254740992"),
-        ("helix-trace/1", "helix-trace/2", "$.format", "'helix-trace/2'"),
+        ("helix-trace/2", "helix-trace/3", "$.format", "'helix-trace/3'"),
         ('"max_len": 64', '"max_len": 0', "$.config.max_len", ">= 1"),
         ("-90", "-131073", "$.events[9].levels[1][1]", ">= -131072"),
         ("[3, -90]", "[3]", "$.events[9]", "a level for each of its tokens"),
@@ -210,9 +210,9 @@ def test_what_is_no_json_object_is_named_by_file_and_line(
 @pytest.mark.parametrize(
     "content",
     [
-        b'{"format": "helix-trace/2", "note": "\xff"}',
-        b'{"format": "helix-trace/2",\n "events": [',
-        b'{"format": "helix-trace/2", "events": ' + b"[" * 100_000,
+        b'{"format": "helix-trace/3", "note": "\xff"}',
+        b'{"format": "helix-trace/3",\n "events": [',
+        b'{"format": "helix-trace/3", "events": ' + b"[" * 100_000,
     ],
 )
 def test_a_bad_value_before_broken_text_is_still_a_trace_error(

@@ -10,10 +10,11 @@ from typing import Any
 
 import msgspec
 
-from helix_conformance.drive.driver import Answer, Watch
+from helix_conformance.drive.driver import Answer
 from helix_spec.config import Config
 from helix_spec.engine import Engine, Outcome, RankView
 from helix_spec.events import Event, ids_of
+from helix_spec.trace import Watch
 
 
 class MalformedAnswer(Exception):
@@ -83,6 +84,8 @@ def apply(index: int, event: Event, watch: Watch) -> Callable[[Engine], Answer]:
 
     def answer(engine: Engine) -> Answer:
         outcome = checked_outcome(engine.apply(event))
+        if looks and watch.twice:
+            engine.observe(ids)
         return Answer(outcome, checked_view(engine.observe(ids), ids) if looks else None)
 
     return answer

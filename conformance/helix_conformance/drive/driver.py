@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Final, Literal, Protocol, get_args
+from typing import Final, Literal, Protocol, get_args
 
 import msgspec
 
@@ -12,6 +12,7 @@ from helix_spec.capabilities import Box, Freedoms
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Event
+from helix_spec.trace import Watch
 
 Kind = Literal["gone", "died", "timed out", "raised", "stopped"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -80,34 +81,6 @@ class Answer(msgspec.Struct, frozen=True):
     view: RankView | None = None
 
 
-class Watch(msgspec.Struct, frozen=True):
-    """How often state is looked at: everything every `every` events and at the end.
-
-    Parameters
-    ----------
-    every : int
-        Events from one look at everything to the next, at least 1.
-    touched : bool
-        Whether, in between, the requests are looked at that an event names.
-
-    Examples
-    --------
-    >>> [Watch(3).whole(index) for index in range(6)]
-    [False, False, True, False, False, True]
-    """
-
-    every: Annotated[int, msgspec.Meta(ge=1)] = 1
-    touched: bool = True
-
-    def whole(self, index: int) -> bool:
-        """Return whether everything is looked at after the event with this index."""
-        return (index + 1) % self.every == 0
-
-    def looks(self, index: int) -> bool:
-        """Return whether anything is looked at after the event with this index."""
-        return self.touched or self.whole(index)
-
-
 Played = tuple[Event | None, Sequence[Answer]]
 """An event and the answers of all ranks to it; None stands for the start and the end."""
 
@@ -148,7 +121,13 @@ class Driver(Protocol):
         """Whether `play` draws each event after it has yielded the answers to the one before."""
 
     def play(
-        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+        self,
+        config: Config,
+        profiles: frozenset[str],
+        events: Iterable[Event],
+        watch: Watch,
+        *,
+        again: bool = False,
     ) -> Iterator[Played]:
         """Start all ranks afresh and play events on them.
 
@@ -165,6 +144,9 @@ class Driver(Protocol):
             answers to the one before; others draw some ahead.
         watch : Watch
             How often the state is looked at.
+        again : bool
+            Whether the objects that have played the trace before are started again, in place of
+            new ones. Ranks that had none get new ones.
 
         Yields
         ------

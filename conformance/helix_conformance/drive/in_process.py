@@ -16,11 +16,12 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import timed_out
-from helix_conformance.drive.driver import EngineFailure, Played, Watch
+from helix_conformance.drive.driver import EngineFailure, Played
 from helix_conformance.engines import engine_declaration, engine_settings
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import Event
+from helix_spec.trace import Watch
 
 EXIT: Final = os._exit
 Asked = TypeVar("Asked")
@@ -68,15 +69,26 @@ class LocalDriver:
         self.deadline_s = deadline_s
         self.survives_failure = True
         self.process = os.getpid()
+        self.ranks: list[Engine] = []
+        """The objects that have played the last trace."""
         self.asked_at: float | None = None
         """When the call that an engine is in began."""
 
     def play(
-        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+        self,
+        config: Config,
+        profiles: frozenset[str],
+        events: Iterable[Event],
+        watch: Watch,
+        *,
+        again: bool = False,
     ) -> Iterator[Played]:
         """See `Driver.play`."""
+        kept = dict(enumerate(self.ranks if again else ()))
         with self._alarm():
-            ranks = self._each(range(config.world_size), None, self.engine)
+            world = range(config.world_size)
+            ranks = self._each(world, None, lambda rank: kept.get(rank) or self.engine(rank))
+            self.ranks = ranks
             yield None, self._each(ranks, None, lambda engine: start(engine, config, profiles))
             for index, event in enumerate(events):
                 yield event, self._each(ranks, index, apply(index, event, watch))
@@ -96,10 +108,12 @@ class LocalDriver:
                 self.asked_at = time.monotonic()
                 told.append(ask(engine))
         except _TimeoutError:
+            self.ranks = []
             self.survives_failure = False  # to try again and again would take for ever
             what = timed_out(self.deadline_s or 0)
             raise EngineFailure(len(told), index, what) from None
         except (Exception, SystemExit) as error:
+            self.ranks = []
             raise EngineFailure(len(told), index, words(error)) from error
         finally:
             self.asked_at = None

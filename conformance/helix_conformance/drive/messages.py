@@ -63,7 +63,8 @@ class Start(_Asked, frozen=True, tag="start"):
     """A trace begins; nothing of an earlier one is left. It is answered with `outcome`.
 
     `layout` is what the identifier in `config` says, in parts. `profiles` are those that will
-    be checked; fields of others may be left out of answers.
+    be checked; fields of others may be left out of answers. With `again` the engine's object that
+    has played the trace before is started, where there is one, in place of a new one.
     """
 
     rank: int
@@ -71,6 +72,7 @@ class Start(_Asked, frozen=True, tag="start"):
     config: Config
     layout: LayoutParts
     profiles: list[str]
+    again: bool = False
 
 
 class Apply(_Asked, frozen=True, tag="apply"):

@@ -26,7 +26,7 @@ import msgspec
 from helix_conformance.drive import messages
 from helix_conformance.drive.asking import MalformedAnswer, words
 from helix_conformance.drive.blame import NOTHING_DUE, blame_silent, first_cause
-from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, Watch, signal_name
+from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, signal_name
 from helix_conformance.drive.meeting import Group, hosted_store
 from helix_conformance.drive.messages import MAX_LINE_BYTES
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, needs_group
@@ -34,6 +34,7 @@ from helix_spec.capabilities import EVERYWHERE, STRICT, boxes_of
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, declaration_problem
 from helix_spec.events import Event, ids_of
+from helix_spec.trace import Watch
 
 START_LIMIT_S: Final = float(os.environ.get("HELIX_START_LIMIT_S", "120"))
 """How long a process may take until it says `ready`: it may have much to load, torch at least."""
@@ -625,13 +626,19 @@ class ProcessDriver:
         raise NotImplementedError
 
     def play(
-        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+        self,
+        config: Config,
+        profiles: frozenset[str],
+        events: Iterable[Event],
+        watch: Watch,
+        *,
+        again: bool = False,
     ) -> Iterator[Played]:
         """See `Driver.play`: up to a window of events is sent ahead of the answers."""
         self._drain()
         self._have(config.world_size)
         try:
-            yield from self._played(config, profiles, enumerate(events), watch)
+            yield from self._played(config, profiles, enumerate(events), watch, again)
         except EngineFailure as failure:
             if failure.how == "timed out":
                 self.survives_failure = False  # to try again and again would take for ever
@@ -662,8 +669,9 @@ class ProcessDriver:
         profiles: frozenset[str],
         events: Iterator[tuple[int, Event]],
         watch: Watch,
+        again: bool,
     ) -> Iterator[Played]:
-        ranks, answers = self.ranks[: config.world_size], self._begun(config, profiles)
+        ranks, answers = self.ranks[: config.world_size], self._begun(config, profiles, again)
         yield None, answers
         if any(answer.outcome.reason is not None for answer in answers):
             return  # it has not started: there is nothing more to ask
@@ -675,11 +683,12 @@ class ProcessDriver:
             request = pending.popleft()
             yield request.event, self._answers(ranks, request, profiles)
 
-    def _begun(self, config: Config, profiles: frozenset[str]) -> list[Answer]:
+    def _begun(self, config: Config, profiles: frozenset[str], again: bool) -> list[Answer]:
         world, seq = config.world_size, self._next()
         layout, checked = messages.LayoutParts(**config.layout.parts()), sorted(profiles)
         starts = [
-            messages.Start(seq, rank, world, config, layout, checked) for rank in range(world)
+            messages.Start(seq, rank, world, config, layout, checked, again)
+            for rank in range(world)
         ]
         request = Request(None, None, starts[:1])
         for rank, message in zip(self.ranks, starts, strict=False):
@@ -718,7 +727,7 @@ class ProcessDriver:
         asked: list[messages.ToEngine] = [messages.Apply(self._next(), event)]
         if watch.looks(index):
             ids = None if watch.whole(index) else ids_of(event)
-            asked.append(messages.Observe(self._next(), ids))
+            asked += [messages.Observe(self._next(), ids) for _ in range(1 + watch.twice)]
         return Request(index, event, asked)
 
     def _answers(

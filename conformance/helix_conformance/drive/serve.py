@@ -98,7 +98,8 @@ class Server:
                 freedoms=freedoms,
             )
         if isinstance(request, Start):
-            self.engine = self.engine_class(request.rank)
+            if self.engine is None or not request.again:
+                self.engine = self.engine_class(request.rank)
             outcome = self.engine.start(request.config, frozenset(request.profiles))
             return Outcome(seq, **_fields(checked_outcome(outcome)))
         if self.engine is None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import skipped
-from helix_conformance.drive.driver import Answer, EngineFailure, Played, Watch
+from helix_conformance.drive.driver import Answer, EngineFailure, Played
 from helix_conformance.engines import engine_declaration, engine_settings
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import Event
+from helix_spec.trace import Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,16 +93,25 @@ class ThreadDriver:
         self.capabilities, self.freedoms = engine_declaration(engine)
         self.settings = engine_settings(engine)
         self.threads = ThreadPoolExecutor(16)
+        self.ranks: list[Any] = []
+        """The objects that have played the last trace."""
 
     def play(
-        self, config: Config, profiles: frozenset[str], events: Iterable[Event], watch: Watch
+        self,
+        config: Config,
+        profiles: frozenset[str],
+        events: Iterable[Event],
+        watch: Watch,
+        *,
+        again: bool = False,
     ) -> Iterator[Played]:
         """See `Driver.play`."""
         cp, world = config.layout.cp_size, config.world_size
         groups = [range(first, first + cp) for first in range(0, world, cp)]
         tables = [table for group in groups for table in [_Table(group)] * cp]
-        ranks = list[Any]()
-        for rank in range(world):
+        ranks = self.ranks[:world] if again else list[Any]()
+        self.ranks = ranks
+        for rank in range(len(ranks), world):
             try:
                 ranks.append(self.engine(rank))
             except (Exception, SystemExit) as error:

@@ -201,8 +201,8 @@ class GpuEngine:
         self.events += 1
         try:
             match event:
-                case ev.Admit(id, prompt_len):
-                    self._admit(id, prompt_len)
+                case ev.Admit(id, prompt_len, chunk):
+                    self._admit(id, prompt_len, chunk or CHUNK)
                 case ev.Decode(ids, query_lens, pad):
                     return self._decode(ids, query_lens, pad)
                 case ev.Resume(id):
@@ -244,10 +244,10 @@ class GpuEngine:
         merged = self.cache.combine(output.to(self.cache.device), lse.to(self.cache.device))
         return Outcome(output=_numbers(merged))
 
-    def _admit(self, id: int, prompt_len: int) -> None:
+    def _admit(self, id: int, prompt_len: int, chunk: int) -> None:
         now = self.events - 1
         if self.config.admission == "prefill":
-            self._compute(self.cache.prefill(id, prompt_len, CHUNK), lambda p: (now, p))
+            self._compute(self.cache.prefill(id, prompt_len, chunk), lambda p: (now, p))
         else:
             self.cache.admit(id, prompt_len, self._prompt_kv(lambda p: (now, p)))
         self.tokens[id] = [(now, place) for place in range(prompt_len)]

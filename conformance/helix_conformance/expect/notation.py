@@ -10,8 +10,13 @@ import msgspec
 from helix_spec.config import Count
 from helix_spec.events import Event
 
-_FIELDS: Final = {kind.__struct_config__.tag: kind.__struct_fields__ for kind in get_args(Event)}
-"""Names of the fields of each kind of event."""
+
+def _required(kind: type[Event]) -> list[str]:
+    return [field.name for field in msgspec.structs.fields(kind) if field.required]
+
+
+_FIELDS: Final = {kind.__struct_config__.tag: _required(kind) for kind in get_args(Event)}
+"""Names of the fields of each kind of event that have no default."""
 
 
 def parse_events(text: str) -> list[Event]:
@@ -22,7 +27,8 @@ def parse_events(text: str) -> list[Event]:
     text
         Each event is written as one of
 
-        - `admit ID PROMPT_LEN`, `release ID`, `preempt ID`, `resume ID`, `accept ID KEPT`,
+        - `admit ID PROMPT_LEN chunk N`, whose end may be left out, `release ID`, `preempt ID`,
+          `resume ID`, `accept ID KEPT`,
           `fork PARENT CHILD`, `sampled ID ID ...`
         - `decode ID:QUERY_LEN ID:QUERY_LEN ... pad N`: an ID alone has a query_len of 1, `ID:` has
           none (a malformed batch), and `pad N` may be left out
@@ -69,6 +75,8 @@ def parse_events(text: str) -> list[Event]:
 def _fields(kind: str, words: list[str]) -> dict[str, Any]:
     """Return what the JSON form of an event holds beside its kind, numbers as text."""
     match kind, words:
+        case "admit", [id, prompt_len, "chunk", chunk]:
+            return {"id": id, "prompt_len": prompt_len, "chunk": chunk}
         case "decode", [*batch, "pad", pad]:
             return {**_batch(batch), "pad": pad}
         case "decode" | "skip", batch:

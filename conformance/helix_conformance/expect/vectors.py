@@ -22,7 +22,7 @@ from helix_spec.events import Decode, Event, Merge, Reason, RequestId
 from helix_spec.layouts import parse_layout
 from helix_spec.trace import Trace, line_of, too_much, unindented
 
-FORMAT: Final = "helix-vector/1"
+FORMAT: Final = "helix-vector/2"
 SCHEMA_FILE: Final = "vector.schema.json"
 SHIPPED: Final = Path(__file__).parent / "shipped"
 """Folder of the vectors that come with this package."""
@@ -127,7 +127,7 @@ class Step(_Part, frozen=True, kw_only=True, omit_defaults=True):
 class Vector(_Part, frozen=True, kw_only=True, omit_defaults=True):
     """One case: a header, what every rank is started with, and the steps."""
 
-    format: Literal["helix-vector/1"]
+    format: Literal["helix-vector/2", "helix-vector/1"]
     suite: str
     """Version of the suite that wrote it."""
     name: str

@@ -360,6 +360,78 @@ class Starve(_OfOne, frozen=True):
             yield ev.Resume(id)
 
 
+class Cut(_OfOne, frozen=True):
+    """A long group of which little is kept; what the request does next finds it rewound."""
+
+    needs = "speculative"
+    query_len: int = 2
+    kept: int = 1
+    then: str = "decode"
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        group = choices.pick(scope.long_groups)
+        kept = 1 + choices.pick((0, 1, group // 2)) % group
+        after = ["decode", *(kind for kind in ("fork", "preempt") if kind in scope.features)]
+        return cls(choices.integer(0, PICKS), group, kept, choices.pick(after))
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        for id in _picked(_live(recorder), (self.pick,)):
+            yield from _repeated(recorder, ev.Decode([id], [self.query_len]), 1)
+            yield from [ev.Sampled([id])] * recorder.state.requests[id].outstanding
+            yield ev.Accept(id, self.kept)
+            [child] = _fresh(recorder, 1)
+            if self.then == "fork":
+                yield ev.Fork(id, child)
+                yield from _repeated(recorder, ev.Decode([child, id], [1, 1]), 1)
+            elif self.then == "preempt":
+                yield ev.Preempt(id)
+                yield ev.Resume(id)
+            yield from _repeated(recorder, ev.Decode([id], [1]), 2)
+
+
+class Late(_OfOne, frozen=True):
+    """A request loses a right, and is asked for what needs it at once; then for what does not."""
+
+    weight = 2
+    goes_on = True
+    kind: str = "release"
+    first: int = 0
+    """Which of the events that are late comes first, modulo what there is."""
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        kinds = [kind for kind in LOSING if EVENTS[kind] in (None, *scope.features)]
+        return cls(choices.integer(0, PICKS), choices.pick(kinds), choices.integer(0, PICKS))
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        for id in _picked(_live(recorder), (self.pick,)):
+            request, live = recorder.state.requests[id], _live(recorder)
+            [fresh] = _fresh(recorder, 1)
+            losing: dict[str, Event] = {
+                "release": ev.Release(id),
+                "preempt": ev.Preempt(id),
+                "accept": ev.Accept(id, 1),
+                "sampled": ev.Sampled([id]),
+                "fork": ev.Fork(id, fresh),
+            }
+            yield from [losing["sampled"]] * request.outstanding
+            yield losing[self.kind]
+            late: dict[str, Event] = {
+                "decode": ev.Decode(live, [1] * len(live)),
+                "skip": ev.Skip([id], [1]),
+                "resume": ev.Resume(id),
+                **losing,
+            }
+            asked = [e for kind, e in late.items() if EVENTS[kind] in (None, *recorder.declared)]
+            place = self.first % len(asked)
+            yield from asked[place:] + asked[:place]
+
+
 class Stray(Action, frozen=True):
     """An event for several requests, one of which it does not fit; then for the others alone."""
 
@@ -476,7 +548,7 @@ class Wrong(Action, frozen=True):
 
 ACTIONS: Final[tuple[type[Action], ...]] = (
     *(Admit, Decode, Release, Skip, Accept, Fork, Preempt, Resume, Sampled),
-    *(Repeat, Fill, Stray, Leap, Starve, Lineage, Wrong),
+    *(Repeat, Fill, Cut, Late, Stray, Leap, Starve, Lineage, Wrong),
 )
 """All kinds of actions, simple ones first."""
 EVENTS: Final[dict[str, str | None]] = {
@@ -484,6 +556,10 @@ EVENTS: Final[dict[str, str | None]] = {
     MERGE: MERGE,
 }
 """Kinds of events, with the feature that each needs."""
+
+
+LOSING: Final = ("release", "preempt", "accept", "sampled")
+"""Events after which a request no longer has the right to others."""
 
 
 def draw_action(choices: Choices, scope: Scope) -> Action:

@@ -169,7 +169,9 @@ def fitted(box: Box, event: Event) -> Event:
     Decode(ids=[4, 5], query_lens=[1, 1], pad=0)
     """
     if isinstance(event, Admit):
-        return msgspec.structs.replace(event, prompt_len=nearest(box.prompt_len, event.prompt_len))
+        chunk = event.chunk and nearest(box.chunk, event.chunk)
+        length = nearest(box.prompt_len, event.prompt_len)
+        return msgspec.structs.replace(event, prompt_len=length, chunk=chunk)
     if not isinstance(event, Decode | Skip):
         return event
     lens = [nearest(box.query_len, count) for count in event.query_lens]

@@ -30,7 +30,7 @@ SIZES: Final[dict[str, tuple[Any, ...]]] = {
 FEW_CP: Final = (1, 2, 3, 4, 8)
 """Numbers of ranks of most traces in one process."""
 RARE_CP: Final = (5, 6, 7, 16)
-CROWDS: Final = (66, 130, 260)
+CROWDS: Final = (65, 130, 64, 128, 256, 260)
 """So many requests at once: more than tables that were doubled a few times have rows for."""
 REAL_SHAPES: Final = (
     Box(

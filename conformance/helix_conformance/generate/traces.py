@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
+import msgspec
+
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.actions import SHORT, Action, Admit, Scope, draw_action
+from helix_conformance.generate.actions import Decode as Step
 from helix_conformance.generate.choices import Choices
 from helix_conformance.generate.configs import FAR_MAX_LEN, WIDE, draw_illegal_config
-from helix_conformance.generate.narrowing import fitted, limits_events, within
+from helix_conformance.generate.narrowing import fitted, limits_events, nearest, within
 from helix_conformance.generate.sizes import CROWDS
 from helix_spec import events as ev
 from helix_spec.capabilities import UNLIMITED, Box, allows, boxes_around, event_outside, outside
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.events import FEATURES, Decode, Event, Fork, Merge, Preempt, Release, Resume
-from helix_spec.trace import Trace
+from helix_spec.trace import EVERYTHING, Trace, Watch
 
 MAX_ACTIONS: Final = 12
 """Actions of each half of a trace."""
@@ -23,8 +26,21 @@ TILES: Final = (64, 128, 256, 512, 1024)
 """Tokens on one rank that kernels work on at a time."""
 LONG_CONTENTS: Final = 500
 """With contents tiles make fewer tokens than this in all."""
+LONG_GROUP: Final = 100
+"""With contents a group has no more tokens."""
 BUDGET: Final = 4 * 10**6
 """Of a trace with a wide model: elements of queries times the keys that they meet."""
+CHUNKS: Final = (0, 0, 1, 2, 3, 5, 16, 33)
+"""Tokens in a chunk of a computed prompt; 0 leaves them to the engine."""
+WATCHES: Final = (
+    *[EVERYTHING] * 10, Watch(twice=True), Watch(every=4), Watch(every=7, touched=False),
+    Watch(every=10**6, touched=False),
+)  # fmt: skip
+"""When state is looked at; that it is must not matter."""
+CROWDED: Final = 40
+"""One trace in so many begins with a crowd of requests, all decoded at once."""
+TWICE: Final = 24
+"""One trace in so many is played twice in a row, for the same bits."""
 LEVELS: Final = (0, 0, None, 3, -3, 20, 90, -90, 1000, -(10**4), 2**17, -(2**17))
 """Levels of supplied partials: alike, without keys, one outweighing the rest, far apart."""
 
@@ -73,6 +89,8 @@ def scope_of(
     tiles = [layout.cp_size * tile for tile in TILES if layout.cp_size * tile < most]
     about = sorted(tile + by for tile in tiles for by in (-1, 0, 1))
     groups = {super_block + by for by in (-1, 0, 1, super_block)} | {1 + max_len // 200}
+    if contents:
+        groups = {group for group in groups if group <= LONG_GROUP} or {LONG_GROUP}
     prompts = [SHORT, sorted(near - {0}), *([about] if about else [])]
     if box.prompt_len is not None:  # one that is too long must be refused, and may be asked for
         prompts = [
@@ -130,17 +148,49 @@ def draw_trace(
     """
     if choices.one_in(10):
         return Trace(config=draw_illegal_config(choices, config), events=[])
+    width = width_of(config.model)
+    crowd = choices.one_in(CROWDED) and not (contents and width > 2 * WIDE)
+    if crowd:
+        room = 2 * (CROWDS[0] if contents else CROWDS[-1])
+        pages = [nearest(box.pages, max(pages, room)) for pages in config.pages]
+        config = msgspec.structs.replace(config, pages=pages)
     scope = scope_of(config, features=features, undeclared=undeclared, contents=contents, box=box)
     lengths = choices.lists(lambda more: more.pick(more.pick(scope.prompt_lens)), 1, 3)
     actions: list[Action] = [Admit(length) for length in lengths]
-    if not contents and choices.one_in(20):
-        actions.append(Admit(1, choices.pick(CROWDS)))
+    if crowd:
+        actions = [
+            Admit(choices.integer(1, 3), choices.pick(CROWDS[: 1 if contents else 3])),
+            Step(),
+        ]
+        max_actions = min(2, max_actions)
     for _ in range(2):  # two lists in a row: twice the length at the same cost of shrinking
         actions += choices.lists(lambda more: draw_action(more, scope), 0, max_actions)
     recorder = Recorder(config, {*features, "pages"})
-    width = width_of(config.model)
     budget = BUDGET // width if contents and width > 3 * WIDE else None
-    return Trace(config=config, events=played(recorder, actions, box=box, budget=budget))
+    events = played(recorder, actions, box=box, budget=budget)
+    if config.admission == "prefill":
+        events = [chunked(event, choices, box) for event in events]
+    # All rows of many requests are too many to look at after each event.
+    watch = Watch(every=len(events)) if crowd else choices.pick(WATCHES)
+    again = contents and choices.one_in(TWICE)
+    return Trace(config=config, events=events, watch=watch, times=1 + again)
+
+
+def chunked(event: Event, choices: Choices, box: Box) -> Event:
+    """Return an event that says, if it is an admission, in which chunks its prompt is computed.
+
+    Parameters
+    ----------
+    event : Event
+        Any event.
+    choices : Choices
+        What makes the choices.
+    box : Box
+        Where the engine works.
+    """
+    if not isinstance(event, ev.Admit):
+        return event
+    return msgspec.structs.replace(event, chunk=choices.pick(within(box, "chunk", CHUNKS)))
 
 
 def played(

@@ -65,11 +65,17 @@ class AttentionJudge:
     ----------
     config
         A legal configuration, with which the ranks were started.
+    outputs
+        Of each decode, what it gave when the same trace was played before (ATT-2); it is appended
+        to.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, outputs: list[Array]) -> None:
         self.shape = config.model
         self.heads_per_rank = config.model.q_heads // config.world_size
+        self.outputs = outputs
+        self.decodes = 0
+        """Of this trace, so far."""
         self.merges: dict[bytes, Array] = {}
         """What came of each merge, to compare with when it comes again (ATT-2)."""
 
@@ -91,6 +97,7 @@ class AttentionJudge:
         ------
         Violation
             ATT-1 and ATT-4, with MAP-1 or ATT-3 where they explain it; of the first wrong token.
+            ATT-2 when the same trace gave other bits before.
 
         Raises
         ------
@@ -104,7 +111,9 @@ class AttentionJudge:
         for rank, array in enumerate(slices):
             if array.shape != wanted:
                 raise MalformedAnswer(f"its output has shape {array.shape}, not {wanted}", rank)
-        wrong = _outside(np.concatenate(slices, axis=2), expected.outputs())
+        merged = np.concatenate(slices, axis=2)
+        yield from self._replayed(merged)
+        wrong = _outside(merged, expected.outputs())
         if not wrong:
             return
         # Where all else is right, nothing but the empty rank sets the wrong ones apart.
@@ -165,14 +174,39 @@ class AttentionJudge:
         what = f"merge of token {token}, query head {{head}}; levels on each cp_rank: {levels}"
         yield from wrong[0].violations(what, numbers, self.heads_per_rank)
 
+    def _replayed(self, merged: Array) -> Iterator[Violation]:
+        """ATT-2: a decode of the same trace, played again, gives the same bits."""
+        number, self.decodes = self.decodes, self.decodes + 1
+        if number == len(self.outputs):
+            self.outputs.append(merged)
+        before = self.outputs[number]
+        if before.tobytes() != merged.tobytes():
+            layer, token, head = _first_other(before, merged)
+            what = (
+                f"the same trace played again: layer {layer}, new token {token}, "
+                f"query head {head}, bit for bit"
+            )
+            first, again = before[layer, token, head].tolist(), merged[layer, token, head].tolist()
+            yield Violation("ATT-2", what, first, again, head // self.heads_per_rank)
+
     def _again(self, event: Merge, merged: Array) -> Iterator[Violation]:
         """ATT-2: the same merge gives the same bits."""
         before = self.merges.setdefault(msgspec.json.encode(event), merged)
         if before.tobytes() != merged.tobytes():
-            token, head, _ = (int(i) for i in np.argwhere((before != merged) | np.isnan(merged))[0])
+            token, head = _first_other(before, merged)
             what = f"the same merge again: token {token}, query head {head}, bit for bit"
             first, again = before[token, head].tolist(), merged[token, head].tolist()
             yield Violation("ATT-2", what, first, again, head // self.heads_per_rank)
+
+
+def _first_other(before: Array, merged: Array) -> list[int]:
+    """Where the first output is of which the bits differ."""
+    rows = (
+        np.ascontiguousarray(one).view(np.uint8).reshape(*one.shape[:-1], -1)
+        for one in (before, merged)
+    )
+    first, second = rows
+    return [int(i) for i in np.argwhere((first != second).any(-1))[0]]
 
 
 def _outside(merged: Array, outputs: Sequence[Output]) -> list[_WrongOutput]:

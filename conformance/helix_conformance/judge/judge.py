@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from helix_conformance.drive.driver import Answer
+from helix_conformance.expect.arrays import Array
 from helix_conformance.expect.expectation import Expectation, State
 from helix_conformance.judge.attention import AttentionJudge
 from helix_conformance.judge.cache import CacheJudge
@@ -34,12 +35,14 @@ class Judge:
         Those that are checked.
     freedoms
         In what the engine differs rightly.
+    outputs
+        What each decode gave when the same trace was played before; it is appended to.
 
     Examples
     --------
     The reference answers; then rank 1 answers as rank 0 does, which owns the new token:
 
-    >>> from helix_conformance.drive.driver import Watch
+    >>> from helix_spec.trace import Watch
     >>> from helix_conformance.drive.in_process import LocalDriver
     >>> from helix_conformance.engines import load_engine
     >>> from helix_conformance.expect.recorder import Recorder
@@ -59,7 +62,11 @@ class Judge:
     """
 
     def __init__(
-        self, config: Config, profiles: frozenset[str], freedoms: Freedoms = STRICT
+        self,
+        config: Config,
+        profiles: frozenset[str],
+        freedoms: Freedoms = STRICT,
+        outputs: list[Array] | None = None,
     ) -> None:
         self.config = config
         self.profiles = profiles
@@ -67,7 +74,7 @@ class Judge:
         self.lengths = LengthsJudge(config, profiles)
         self.pages = PagesJudge(config, profiles)
         self.cache = CacheJudge(config, freedoms.tail)
-        self.attention = AttentionJudge(config)
+        self.attention = AttentionJudge(config, [] if outputs is None else outputs)
         self.state: State | None = None
         """The latest state that was expected."""
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 import msgspec
 
 from helix_conformance.drive.asking import MalformedAnswer, check_types, words
-from helix_conformance.drive.driver import Driver, EngineFailure, Watch
+from helix_conformance.drive.driver import Driver, EngineFailure
+from helix_conformance.expect.arrays import Array
 from helix_conformance.expect.expectation import Expectation
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, expectations
@@ -28,12 +31,12 @@ from helix_spec.engine import CUMULATIVE, PROFILES
 from helix_spec.events import MERGE, Event, Reason, Release
 from helix_spec.invariants import NUMBERS
 from helix_spec.layouts import layout_name
-from helix_spec.trace import Trace
+from helix_spec.trace import EVERYTHING, Trace, Watch
 
-REDUCTION_LIMIT_S: Final = 120.0
-"""How long an engine that fails is started again for a smaller trace; a difference has no limit."""
-EVERYTHING = Watch()
-"""All state is looked at after every event."""
+NEVER: Final = Watch(every=2**53, touched=False)
+"""Of what comes before a trace: state is looked at in the end alone."""
+REDUCTION_LIMIT_S: Final = 15.0
+"""How long a smaller trace is looked for; the smallest that was found until then is reported."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,12 @@ class Player:
     asked: Box = UNLIMITED
 
     def judged(
-        self, trace: Trace, watch: Watch = EVERYTHING, coverage: Coverage | None = None
+        self,
+        trace: Trace,
+        watch: Watch | None = None,
+        coverage: Coverage | None = None,
+        *,
+        warm: bool = False,
     ) -> Failure | None:
         """Play and judge one trace, and leave its failure as it is seen first.
 
@@ -70,9 +78,11 @@ class Player:
         trace
             The trace; it is played up to the first event that must not be run.
         watch
-            Which state is looked at, and when.
+            Which state is looked at, and when, in place of what the trace says.
         coverage
             Counts the situations that were visited, when given.
+        warm
+            Whether the ranks have just played the traces before.
 
         Returns
         -------
@@ -84,18 +94,53 @@ class Player:
         self.tally.cut += allowed != trace
         if allowed is None:
             return None
-        if config_problem(trace.config) is not None:
-            return self.refused(trace.config)
-        recorder = Recorder(trace.config, self.driver.profiles, self.driver.freedoms)
-        return self.played(trace.config, allowed.events, recorder.next, watch, coverage)
+        failure, turn = None if warm else self._earlier(trace), 0
+        outputs, again = list[Array](), bool(trace.before)
+        while failure is None and turn < trace.times:
+            if config_problem(trace.config) is not None:
+                failure = self.refused(trace.config, again=again)
+            else:
+                recorder = Recorder(trace.config, self.driver.profiles, self.driver.freedoms)
+                failure = self.played(
+                    trace.config,
+                    allowed.events,
+                    recorder.next,
+                    watch or trace.watch,
+                    coverage if turn == 0 else None,
+                    again=again,
+                    outputs=outputs,
+                )
+            turn, again = turn + 1, True
+        if failure is None:
+            return None
+        played = msgspec.structs.replace(
+            failure.trace, watch=watch or trace.watch, before=trace.before, times=max(1, turn)
+        )
+        return msgspec.structs.replace(failure, trace=played)
 
-    def refused(self, config: Config) -> Failure | None:
+    def _earlier(self, trace: Trace) -> Failure | None:
+        """Play what comes before a trace; return how the engine failed then, if it did."""
+        for number, earlier in enumerate(trace.before):
+            whole = Trace(config=earlier.config, events=earlier.events)
+            allowed = self.known.runnable(whole, self.driver.profiles) or whole
+            legal = config_problem(earlier.config) is None
+            events, again = allowed.events if legal else [], number > 0
+            play = self.driver.play(earlier.config, self.profiles, events, NEVER, again=again)
+            try:
+                deque(play if legal else islice(play, 1), maxlen=0)
+            except EngineFailure as error:
+                return engine_failure(trace, EngineFailure(error.rank, None, error.what))
+        return None
+
+    def refused(self, config: Config, *, again: bool = False) -> Failure | None:
         """Judge the answers to a configuration with which no engine may start.
 
         Parameters
         ----------
         config
             The illegal configuration.
+        again
+            Whether the objects of the trace before are started again.
 
         Returns
         -------
@@ -105,7 +150,8 @@ class Player:
         self.tally.traces += 1
         trace = Trace(config=config, events=[])
         try:
-            _, answers = next(iter(self.driver.play(config, self.profiles, [], EVERYTHING)))
+            play = self.driver.play(config, self.profiles, [], EVERYTHING, again=again)
+            _, answers = next(iter(play))
             check_types(answers)
         except EngineFailure as error:
             return engine_failure(trace, error)
@@ -123,6 +169,9 @@ class Player:
         expect: Callable[[Event], Expectation],
         watch: Watch = EVERYTHING,
         coverage: Coverage | None = None,
+        *,
+        again: bool = False,
+        outputs: list[Array] | None = None,
     ) -> Failure | None:
         """Judge events as they are played.
 
@@ -138,13 +187,18 @@ class Player:
             Which state is looked at, and when.
         coverage
             Counts the situations that were visited, when given.
+        again
+            Whether the objects of the trace before are started again.
+        outputs
+            What each decode gave when the same was played before, bit for bit; where that is not
+            known yet, it is appended.
 
         Returns
         -------
         Failure or None
             The first wrong event; None when all answers were right, or wrong as known.
         """
-        judge = Judge(config, self.profiles, self.driver.freedoms)
+        judge = Judge(config, self.profiles, self.driver.freedoms, outputs)
         seen, began = list[Event](), time.perf_counter()
         drawn = list[Event]()
         """Events that the driver asked for: the one that an engine does not survive is not seen."""
@@ -155,7 +209,8 @@ class Player:
                 yield event
 
         try:
-            for event, answers in self.driver.play(config, self.profiles, drawing(), watch):
+            play = self.driver.play(config, self.profiles, drawing(), watch, again=again)
+            for event, answers in play:
                 try:
                     if event is not None:
                         seen.append(event)
@@ -229,19 +284,20 @@ class Player:
         Returns
         -------
         Failure
-            The failure of the smallest trace found. An engine that fails ends the search when it
-            cannot be asked again, or after REDUCTION_LIMIT_S.
+            The failure of the smallest trace found within REDUCTION_LIMIT_S. An engine that fails
+            ends the search when it cannot be asked again.
         """
         smallest, alive = failure, True
-        until = time.perf_counter() + REDUCTION_LIMIT_S
 
         def fails(trace: Trace, named: Collection[str]) -> Trace | None:
             nonlocal smallest, alive
-            if outside(self.asked, trace.config) or why_outside(self.driver.capabilities, trace):
+            parts = [trace, *(Trace(config=b.config, events=b.events) for b in trace.before)]
+            boxes = self.driver.capabilities
+            if any(outside(self.asked, one.config) or why_outside(boxes, one) for one in parts):
                 return None
             again = self.judged(trace) if alive else None
             if again is not None and again.verdict == "error":
-                alive = self.driver.survives_failure and time.perf_counter() < until
+                alive = self.driver.survives_failure
             if again is None or not again.invariants.intersection(named):
                 return None
             smallest = again
@@ -254,7 +310,7 @@ class Player:
         if untold and failure.invariants <= {"REF-1", "REF-2"}:
             fails(gone_on(roomy), NUMBERS)
         named = smallest.invariants
-        reduced(smallest.trace, lambda trace: fails(trace, named))
+        reduced(smallest.trace, lambda trace: fails(trace, named), limit_s=REDUCTION_LIMIT_S)
         return smallest
 
 
@@ -263,7 +319,7 @@ def check_trace(
     trace: Trace,
     profiles: frozenset[str],
     *,
-    watch: Watch = EVERYTHING,
+    watch: Watch | None = None,
     tally: Tally | None = None,
     coverage: Coverage | None = None,
     known: Known | None = None,
@@ -281,7 +337,7 @@ def check_trace(
     profiles
         Profiles to check.
     watch
-        Which state is looked at, and when; all of it after every event unless given.
+        Which state is looked at, and when, in place of what the trace says.
     tally
         What is played is added to it, when given.
     coverage

@@ -7,9 +7,11 @@ faster than to draw a smaller trace from a strategy, and works for traces from a
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from math import inf
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -18,18 +20,22 @@ from helix_conformance.generate.configs import AMPLE
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled, Skip, ids_of
 from helix_spec.layouts import Layout
-from helix_spec.trace import Trace
+from helix_spec.trace import Earlier, Trace
 
 T = TypeVar("T")
 StillFails = Callable[[Trace], Trace | None]
 """Plays a trace; where it still fails in the same way, the trace up to its failure."""
 
+SHORT: Final = 20
+"""Events of a trace that can be looked at after each of them."""
 _Without = Callable[[list[Event], range], list[Event]]
 """Events from which those at these places are taken out."""
 _set = msgspec.structs.replace
 
 
-def reduced(trace: Trace, still_fails: StillFails, *, tries: int = 1000) -> Trace:
+def reduced(
+    trace: Trace, still_fails: StillFails, *, tries: int = 1000, limit_s: float = inf
+) -> Trace:
     """Return the smallest failing trace that is found, starting from one that fails.
 
     Parameters
@@ -40,9 +46,11 @@ def reduced(trace: Trace, still_fails: StillFails, *, tries: int = 1000) -> Trac
         Plays a trace; returns it up to where it fails, None when it does not.
     tries
         Most traces that are played.
+    limit_s
+        Seconds after which the search ends with what it has found.
     """
-    search = _Search(trace, still_fails, tries)
-    while search.left > 0 and search.round():
+    search = _Search(trace, still_fails, tries, time.perf_counter() + limit_s)
+    while search.round():
         pass
     return search.trace
 
@@ -50,35 +58,72 @@ def reduced(trace: Trace, still_fails: StillFails, *, tries: int = 1000) -> Trac
 class _Search:
     """The smallest failing trace so far, and how many tries are left."""
 
-    def __init__(self, trace: Trace, still_fails: StillFails, tries: int) -> None:
+    def __init__(self, trace: Trace, still_fails: StillFails, tries: int, until: float) -> None:
         self.trace = trace
         self.still_fails = still_fails
         self.left = tries
+        self.until = until
+        """When the search ends."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more traces are played."""
+        return self.left <= 0 or time.perf_counter() > self.until
 
     def round(self) -> bool:
         """Every way to a smaller trace once; whether one led to it."""
         before, layout = self.trace, self.trace.config.layout
+        self.plainer()
         super_block = layout.tokens_per_block * layout.cp_size
         self.with_fewer_events(_folded, least=1 + len(before.events) // 5)  # long runs go fast
         self.with_fewer_events(_without)
         self.with_fewer_events(_folded)
         while self.first(_set(self.trace, config=c) for c in _smaller_configs(self.trace.config)):
             pass
-        self.simpler_events()
+        layout = self.trace.config.layout
+        super_block = layout.tokens_per_block * layout.cp_size
+        self.simpler_events({1, layout.tokens_per_block, super_block})
         self.with_fewer_events(lambda events, places: _folded(events, places, super_block))
         merged = _merged(self.trace.events, super_block)
         self.first(_set(self.trace, events=events) for events in merged)
         self.renamed()
         return self.trace != before
 
+    def plainer(self) -> None:
+        """Played on new ranks, once, and looked at after every event; else after little before."""
+        plain = Trace(config=self.trace.config, events=self.trace.events)
+        # To look at all requests after each of many events would take what the search has left.
+        short = len(self.trace.events) <= SHORT
+        for names in (("before", "times"), ("before",), ("times",), *[("watch",)] * short):
+            plainer = _set(self.trace, **{name: getattr(plain, name) for name in names})
+            if plainer != self.trace:
+                self.attempt(plainer)
+        for place in range(len(self.trace.before)):
+            self.less_before(place)
+
+    def less_before(self, place: int) -> None:
+        """Make what was played before small, too."""
+
+        def still_fails(earlier: Trace) -> Trace | None:
+            less = Earlier(earlier.config, earlier.events)
+            before = _with(self.trace.before, place, less)
+            return earlier if self.attempt(_set(self.trace, before=before)) else None
+
+        earlier = self.trace.before[place]
+        if earlier.events:
+            smaller = Trace(config=earlier.config, events=earlier.events)
+            reduced(smaller, still_fails, tries=min(200, self.left))
+
     def attempt(self, candidate: Trace) -> bool:
         """Whether the candidate fails; then it is the smallest so far."""
+        if self.is_over:
+            return False
         candidate = _set(candidate, events=[_fitted(e, candidate.config) for e in candidate.events])
         legal = config_problem(self.trace.config) is None
         if (config_problem(candidate.config) is None) != legal:
             return False
         for variant in (candidate, _with_same_room(candidate, self.trace) if legal else None):
-            if variant is not None and self.left > 0:
+            if variant is not None and not self.is_over:
                 self.left -= 1
                 failing = self.still_fails(variant)
                 if failing is not None:
@@ -102,12 +147,12 @@ class _Search:
                     first += size
             size //= 2
 
-    def simpler_events(self) -> None:
-        """Make each event as simple as can be."""
+    def simpler_events(self, steps: Collection[int]) -> None:
+        """Make each event as simple as can be; of its counts, by multiples of these steps too."""
         place = 0
         while place < len(self.trace.events):
             events = self.trace.events
-            simpler = (_with(events, place, one) for one in _simpler_events(events[place]))
+            simpler = (_with(events, place, one) for one in _simpler_events(events[place], steps))
             if not self.first(_set(self.trace, events=fewer) for fewer in simpler):
                 place += 1
 
@@ -233,11 +278,15 @@ def _smaller_pages(layout: Layout) -> Iterator[Layout]:
                 yield smaller
 
 
-def _simpler_events(event: Event) -> Iterator[Event]:
+def _simpler_events(event: Event, steps: Collection[int]) -> Iterator[Event]:
     match event:
-        case Admit(_, prompt_len):
-            for shorter in _fewer(prompt_len):
+        case Admit(_, prompt_len, chunk):
+            if chunk:
+                yield _set(event, chunk=0)
+            for shorter in _fewer(prompt_len, steps=steps):
                 yield _set(event, prompt_len=shorter)
+            for fewer in _fewer(chunk, steps=steps):
+                yield _set(event, chunk=fewer)
         case Accept(_, kept):
             for fewer in _fewer(kept):
                 yield _set(event, kept=fewer)
@@ -251,7 +300,7 @@ def _simpler_events(event: Event) -> Iterator[Event]:
             for place in range(len(ids) if len(ids) == len(query_lens) > 1 else 0):
                 yield _set(event, ids=_with(ids, place), query_lens=_with(query_lens, place))
             for place, query_len in enumerate(query_lens):
-                for shorter in _fewer(query_len):
+                for shorter in _fewer(query_len, steps=steps):
                     yield _set(event, query_lens=_with(query_lens, place, shorter))
         case Fork(_, child):
             yield Admit(child, 1)  # where it does not matter what the child begins with
@@ -276,12 +325,15 @@ def _with(entries: Sequence[T], place: int, *others: T) -> list[T]:
     return [*entries[:place], *others, *entries[place + 1 :]]
 
 
-def _fewer(count: int, least: int = 1) -> list[int]:
-    """Smaller counts to try, the smallest first: as in a bisection, down to one less."""
-    closer = {count - (count >> by) for by in range(1, 14)}
+def _fewer(count: int, least: int = 1, *, steps: Collection[int] = (1,)) -> list[int]:
+    """Smaller counts to try, the smallest first: as in a bisection, down to one less.
+
+    By multiples of each step, since many a fault needs a count of the right remainder.
+    """
+    closer = {count - step * ((count // step) >> by) for step in steps for by in range(14)}
     # Neighbours too: some faults show at every second or third count alone.
-    tried = {least, least + 1, least + 2, count - 2, count - 1, *closer}
-    return sorted(tried & set(range(least, min(count, 10**4))))
+    tried = {least, least + 1, least + 2, count - 2, *(count - step for step in steps), *closer}
+    return sorted(fewer for fewer in tried if least <= fewer < count)
 
 
 def _fitted(event: Event, config: Config) -> Event:

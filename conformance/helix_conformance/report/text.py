@@ -28,7 +28,7 @@ from helix_spec.config import Config, config_problem
 from helix_spec.engine import CUMULATIVE
 from helix_spec.events import Event, Merge
 from helix_spec.invariants import sentence
-from helix_spec.trace import Trace
+from helix_spec.trace import EVERYTHING, Trace
 
 # A run
 
@@ -270,6 +270,7 @@ def failure_text(failure: Failure) -> Iterator[str]:
         numbers = ", ".join(dict.fromkeys(v.invariant for v in failure.violations))
         yield f"{numbers} violated {where}."
     yield from (f"  {line}" for line in trace_text(failure.trace))
+    yield from circumstances(failure.trace)
     shown: set[str] = set()
     for violation in failure.violations:
         if violation.invariant not in shown:
@@ -280,6 +281,46 @@ def failure_text(failure: Failure) -> Iterator[str]:
         if violation.expected is not None or violation.observed is not None:
             yield f"    expected {value_text(violation.expected)}"
             yield f"    observed {value_text(violation.observed)}"
+
+
+def circumstances(trace: Trace) -> Iterator[str]:
+    """Yield how a trace has to be played to fail, where that is not the plainest way.
+
+    Parameters
+    ----------
+    trace : Trace
+        A trace made small: what does not matter is not in it.
+
+    Yields
+    ------
+    str
+        A sentence.
+
+    Examples
+    --------
+    >>> from helix_spec.trace import Watch
+    >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8)
+    >>> list(circumstances(Trace(config=config, events=[], watch=Watch(twice=True))))
+    ['It depends on when state is looked at: after every event, twice in a row.']
+    """
+    if trace.before:
+        number = "a trace" if len(trace.before) == 1 else f"{len(trace.before)} traces"
+        yield (
+            f"It depends on earlier traces: the same engine objects have played {number} before, "
+            "which the file holds."
+        )
+    if trace.times > 1:
+        yield f"It is seen when the same objects play the trace {trace.times} times in a row."
+    if trace.watch != EVERYTHING:
+        watch = trace.watch
+        rarely = "of the requests that an event names" if watch.touched else "in the end"
+        when = (
+            "after every event"
+            if watch.every == 1
+            else f"every {watch.every} events, else {rarely}"
+        )
+        again = ", twice in a row" if watch.twice else ""
+        yield f"It depends on when state is looked at: {when}{again}."
 
 
 def alike(failures: Iterable[FailureLine]) -> list[list[FailureLine]]:
@@ -391,8 +432,9 @@ def event_text(event: Event) -> str:
     'decode ids=[0, 1] query_lens=[1, 1]'
     """
     fields = msgspec.structs.asdict(event)
-    if fields.get("pad") == 0:
-        del fields["pad"]
+    for name in ("pad", "chunk"):
+        if fields.get(name) == 0:
+            del fields[name]
     if isinstance(event, Merge) and event.order == sorted(event.order):
         del fields["order"]
     given = " ".join(f"{name}={value}" for name, value in fields.items())

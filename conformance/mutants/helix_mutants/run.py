@@ -37,7 +37,7 @@ from helix_spec.events import FEATURES, MERGE
 from helix_spec.invariants import NUMBERS
 from helix_spec.trace import Trace
 
-for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges"):
+for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges", "on_runs"):
     importlib.import_module(f"helix_mutants.{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")

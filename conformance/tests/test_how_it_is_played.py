@@ -1,0 +1,161 @@
+"""What must not matter: when state is looked at, what objects have played before, how often.
+
+Each way of playing is part of a trace, so that a failure that needs it can be played again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+import pytest
+
+from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.process import StdioDriver
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.judge.failure import Failure
+from helix_conformance.judge.play import check_trace
+from helix_conformance.report.text import circumstances
+from helix_conformance.session import layout_traces, random_traces
+from helix_reference.engine import ReferenceEngine
+from helix_spec.config import Config
+from helix_spec.engine import Outcome, RankView
+from helix_spec.events import Admit, Decode, Event
+from helix_spec.trace import Earlier, Trace, Watch, dump_trace, load_trace
+
+CONFIG = Config(layout="pr9757/1:C=2,T=2", pages=[9, 9], max_len=40)
+EVENTS = [Admit(0, 3), Decode([0], [1])]
+PLAIN = Trace(config=CONFIG, events=EVENTS)
+
+
+class Bookkeeping(ReferenceEngine):
+    """The reference, without caches."""
+
+    profiles: ClassVar = ReferenceEngine.profiles - {"cache", "attention"}
+
+
+class Leftover(Bookkeeping):
+    """An object that is started again has a page less."""
+
+    starts = 0
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        self.starts += 1
+        return super().start(config, profiles)
+
+    def observe(self, ids: Sequence[int] | None = None) -> RankView:
+        view = super().observe(ids)
+        return msgspec.structs.replace(view, free_pages=view.free_pages - (self.starts > 1))
+
+
+class Lazy(Bookkeeping):
+    """It counts when somebody looks: unseen decodes are missing from past_len."""
+
+    def apply(self, event: Event) -> Outcome:
+        outcome = super().apply(event)
+        if isinstance(event, Decode) and outcome.reason is None and self.stale:
+            told = [max(0, held - 1) for held in outcome.past_len]
+            outcome = msgspec.structs.replace(outcome, past_len=told)
+        self.stale = True
+        return outcome
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        self.stale = False
+        return super().start(config, profiles)
+
+    def observe(self, ids: Sequence[int] | None = None) -> RankView:
+        self.stale = False
+        return super().observe(ids)
+
+
+def failure_of(engine: type, trace: Trace) -> Failure | None:
+    """What one trace shows."""
+    return check_trace(LocalDriver(engine), trace, engine.profiles)
+
+
+def found(engine: type) -> Failure:
+    """The failure that random traces find."""
+    driver = LocalDriver(engine)
+    draw = layout_traces(driver, "pr9757", driver.profiles, cp_sizes=[1, 2])
+    failure = random_traces(driver, draw, driver.profiles, examples=400, seed=0, tally=Tally())
+    assert failure is not None
+    return failure
+
+
+@pytest.mark.holds("PAGE-3")
+def test_objects_that_have_played_before_are_started_again() -> None:
+    """What is left of an earlier trace is found, and the failing trace holds what it needs."""
+    assert failure_of(Leftover, PLAIN) is None
+    failure = found(Leftover)
+    assert failure.invariants == {"PAGE-3"}
+    assert len(failure.trace.before) + failure.trace.times > 1
+    assert "".join(circumstances(failure.trace))
+    assert failure_of(Leftover, failure.trace) is not None
+
+
+@pytest.mark.holds("LEN-2")
+def test_a_look_must_not_be_needed() -> None:
+    """Who is right only where somebody looks after each event is found, and told when it shows."""
+    assert failure_of(Lazy, PLAIN) is None
+    failure = found(Lazy)
+    assert failure.invariants == {"LEN-2"}
+    assert failure.trace.watch != Watch()
+    assert "It depends on when state is looked at" in "".join(circumstances(failure.trace))
+
+
+def test_a_look_is_taken_twice() -> None:
+    """The second one counts."""
+
+    class Counting(Bookkeeping):
+        looks = 0
+
+        def observe(self, ids: Sequence[int] | None = None) -> RankView:
+            Counting.looks += 1
+            return super().observe(ids)
+
+    assert failure_of(Counting, msgspec.structs.replace(PLAIN, watch=Watch(twice=True))) is None
+    ranks, at_the_end = 2, 1
+    assert Counting.looks == ranks * (2 * len(EVENTS) + at_the_end)
+
+
+def test_the_way_of_playing_is_stored(tmp_path: Path) -> None:
+    """A file says it, and a plain trace has no word of it."""
+    path = tmp_path / "trace.json"
+    whole = msgspec.structs.replace(
+        PLAIN, watch=Watch(every=3, twice=True), before=[Earlier(CONFIG, EVENTS)], times=2
+    )
+    for trace in (whole, PLAIN):
+        path.write_bytes(dump_trace(trace))
+        assert load_trace(path) == trace
+    assert not any(name in path.read_text() for name in ("watch", "before", "times", "chunk"))
+
+
+def test_traces_of_version_1_are_read(tmp_path: Path) -> None:
+    """As they were written."""
+    path = tmp_path / "trace.json"
+    path.write_text(dump_trace(PLAIN).decode().replace("helix-trace/2", "helix-trace/1"))
+    assert load_trace(path).events == EVENTS
+
+
+def test_what_came_before_must_be_legal(tmp_path: Path) -> None:
+    """Like the trace itself; the message names the place."""
+    path = tmp_path / "trace.json"
+    illegal = msgspec.structs.replace(CONFIG, pages=[1])
+    path.write_bytes(dump_trace(msgspec.structs.replace(PLAIN, before=[Earlier(illegal, EVENTS)])))
+    with pytest.raises(ValueError, match=r"field \$\.before\[0\]\.config"):
+        load_trace(path)
+
+
+def test_a_served_engine_is_started_again() -> None:
+    """Over pipes too the same object plays on."""
+    driver = StdioDriver(f"{__name__}:Leftover")
+    try:
+        again = msgspec.structs.replace(PLAIN, before=[Earlier(CONFIG, EVENTS)])
+        assert check_trace(driver, PLAIN, driver.profiles) is None
+        failure = check_trace(driver, again, driver.profiles)
+    finally:
+        driver.close()
+    assert failure is not None
+    assert failure.invariants == {"PAGE-3"}
