@@ -12,8 +12,6 @@ import gc
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -24,8 +22,9 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.expect.recorder import Recorder
-from helix_conformance.generate.actions import Action, Admit, Fork, Release, Scope
+from helix_conformance.generate.actions import Scope
 from helix_conformance.generate.choices import Choices, Seeded
+from helix_conformance.generate.soak import PROMPT_LENS, mixed
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.judge import Judge
 from helix_conformance.judge.play import check_trace
@@ -38,31 +37,7 @@ from suite_testing.sabotage import worker
 MIB: Final = 2**20
 GROWTH_MIB: Final = 16.0
 """What a process may grow by after its first fifth: less than 0.1 KiB an event."""
-LIVE: Final = 24
-"""Requests that are kept at a time, about."""
-SCOPE: Final = Scope(frozenset(FEATURES), prompt_lens=((1, 2, 5, 17, 40, 41, 96),))
-
-
-def next_action(choices: Choices, known: int) -> Action:
-    """Return the next action: admissions and releases hold the number of requests, all is mixed."""
-    kind = choices.pick(SCOPE.kinds)
-    if kind in (Admit, Fork) and known >= LIVE:
-        kind = Release
-    if kind is Release and known < LIVE // 2:
-        kind = Admit
-    if kind is Release:
-        return Release((choices.integer(0, LIVE),))
-    return kind.drawn(choices, SCOPE)
-
-
-def mixed(recorder: Recorder, choices: Choices, events: int) -> Iterator[Event]:
-    """Yield events of all kinds, each action meant for the state in which the recorder then is."""
-    made, last = 0, list[Event]()
-    while made < events:
-        action = next_action(choices, len(recorder.state.requests))
-        for event in islice(action.events(recorder, last), events - made):
-            made, last = made + 1, [event]
-            yield event
+SCOPE: Final = Scope(frozenset(FEATURES), prompt_lens=PROMPT_LENS)
 
 
 def resident(pid: int | str = "self") -> float:
@@ -95,7 +70,7 @@ def in_one_process(layout: str, events: int, seed: int) -> bool:
     driver = LocalDriver(LedgerEngine)
     judge = Judge(config, driver.profiles)
     recorder = Recorder(config, driver.profiles)
-    source = mixed(recorder, Seeded(f"{seed}"), events)
+    source = mixed(recorder, Seeded(f"{seed}"), SCOPE, events)
     played = driver.play(config, driver.profiles, source, Watch(every=20))
     kinds: Counter[str] = Counter()
     samples = list[tuple[int, float]]()
@@ -154,7 +129,7 @@ def on_gloo(events: int, seed: int) -> bool:
 def planned(recorder: Recorder, choices: Choices, events: int) -> list[Event]:
     """The same mix as a list, for a driver that wants traces whole."""
     made = list[Event]()
-    for event in mixed(recorder, choices, events):
+    for event in mixed(recorder, choices, SCOPE, events):
         made.append(event)
         recorder.next(event)
     return made

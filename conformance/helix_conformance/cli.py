@@ -258,6 +258,19 @@ def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for failing traces; those of earlier runs that lie there are played first.",
 )
+@click.option(
+    "--soak",
+    type=click.IntRange(1),
+    metavar="STEPS",
+    help="Play one trace of so many events (such as 100000) from one start, not random traces.",
+)
+@click.option(
+    "--exchanges-done",
+    default=0,
+    type=click.IntRange(0, 2**53),
+    help="Start the engine's counter of exchanges at this number, such as 2147483600: a wrap "
+    "shows. For engines that take it (SPEC.md, section 10).",
+)
 @click.option("--stop-at-first", is_flag=True, help="End with the first layout that fails.")
 @click.option("--coverage", is_flag=True, help="Print how often each situation was visited.")
 @_xfail
@@ -274,6 +287,8 @@ def run(**options: Any) -> None:
         left_out = session.begin("run", options)
         if options["workload"]:
             _play_workload(session, options)
+        elif options["soak"]:
+            session.soak(options["layouts"], options["cp_sizes"], options["soak"])
         else:
             session.random(options["layouts"], options["cp_sizes"], options["examples"])
     console = _show(session)
@@ -466,6 +481,7 @@ def _session(options: dict[str, Any]) -> Iterator[Session]:
         folder=options.get("folder"),
         progress=bar if console.is_terminal else partial(_said_now_and_then, console),
         stop_at_first=options.get("stop_at_first", False),
+        exchanges_done=options.get("exchanges_done", 0),
     )
     with bars:
         yield session

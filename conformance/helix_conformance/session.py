@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
@@ -22,7 +22,7 @@ from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
 from helix_conformance.expect.vectors import Vector, shipped_vectors
 from helix_conformance.generate.choices import Choices, Seeded
-from helix_conformance.generate.configs import draw_config
+from helix_conformance.generate.configs import draw_config, soaked_config
 from helix_conformance.generate.narrowing import NothingInsideError, within
 from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
 from helix_conformance.generate.traces import draw_merge_trace, draw_trace, why_outside
@@ -31,6 +31,7 @@ from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import (
     Player,
+    check_long,
     check_trace,
     check_vector,
     check_workload,
@@ -60,6 +61,8 @@ from helix_spec.trace import Earlier, Trace, load_trace
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
 """Drivers that this process opens by itself; others are launched around the whole command."""
+REMEMBERED: Final = 64
+"""Traces that may be handed over with a failure that depends on them."""
 AGAIN: Final = 8
 """One random trace in so many starts the objects anew that have played the one before it."""
 Advance = Callable[[], None]
@@ -125,18 +128,39 @@ def random_traces(
     player = Player(driver, profiles, tally, known or Known(), asked)
     began = time.perf_counter()
     drawn = (draw(Seeded(f"{seed} {number}")) for number in range(examples))
-    before = None
+    history = deque[Earlier](maxlen=REMEMBERED)
     for number, one in enumerate(chain(first, drawn)):
         trace, warm = one, False
-        if before is not None and Seeded(f"{seed} {number} again").one_in(AGAIN):
-            trace, warm = msgspec.structs.replace(one, before=[before]), True
+        if history and Seeded(f"{seed} {number} again").one_in(AGAIN):
+            trace, warm = msgspec.structs.replace(one, before=[history[-1]]), True
         failure = player.judged(trace, coverage=coverage, warm=warm)
-        before = Earlier(one.config, one.events)
         progress()
         if failure is not None:
             tally.needed = tally.needed or Needed(tally.traces, time.perf_counter() - began)
-            return _explained(player, trace, failure)
+            return _in_new_processes(player, _explained(player, trace, failure), [*history])
+        history.append(Earlier(one.config, one.events))
     return None
+
+
+def _in_new_processes(player: Player, failure: Failure, history: Sequence[Earlier]) -> Failure:
+    """Return the failure, with the traces before it where new processes do not show it alone."""
+    noted, found = failure.trace, None
+    if _is_lost(player.driver, failure) or noted.note or not player.driver.renew():
+        return failure
+    if player.judged(noted) is not None:
+        return failure
+    for alone in (noted, failure.drawn or noted):
+        for count in (len(history), 1, 4, 16):  # all of them show it, or none does
+            before = [*history[-count:], *alone.before] if count else alone.before
+            player.driver.renew()
+            again = player.judged(msgspec.structs.replace(alone, before=before))
+            found = again or found
+            if (again is None) == (count == len(history)):
+                break
+        if found is not None:
+            return player.made_sure(found)
+    note = "New processes do not show this failure, alone or after the traces before it."
+    return msgspec.structs.replace(failure, trace=msgspec.structs.replace(noted, note=note))
 
 
 def _explained(player: Player, trace: Trace, failure: Failure) -> Failure:
@@ -393,6 +417,8 @@ class Session:
         Called with a description and a total; returns what is called at each step.
     stop_at_first
         Whether the first failure ends the run.
+    exchanges_done
+        Where the engine's counter of exchanges starts.
 
     Raises
     ------
@@ -411,6 +437,7 @@ class Session:
     stream: Stream = field(default_factory=Stream)
     folder: Path | None = None
     progress: Callable[[str, int], Advance] = no_progress
+    exchanges_done: int = 0
     stop_at_first: bool = False
     failures: list[FailureLine] = field(default_factory=list, init=False)
     not_started: EngineFailure | None = field(default=None, init=False)
@@ -634,6 +661,46 @@ class Session:
                 if _is_lost(driver, failure):
                     break
             self._cover(engine, driver, coverage)
+
+    def soak(self, layouts: Sequence[str], cp_sizes: Sequence[int], steps: int) -> None:
+        """Play one long trace on each driver, from one start; state is looked at now and then.
+
+        Parameters
+        ----------
+        layouts
+            Names of layouts, of which the first that the engine has is played; empty for any.
+        cp_sizes
+            The cp_sizes to choose from, the largest first; empty for what the driver can hold.
+        steps
+            Events.
+
+        Raises
+        ------
+        SessionError
+            When nothing of the layouts lies inside the engine's capabilities.
+        """
+        gc.set_threshold(1_000_000)  # as for workloads
+        for engine, driver in self.drivers():
+            for cp_size in cp_sizes:
+                check_world(driver, cp_size)
+            sizes = drawn_sizes(driver, cp_sizes)
+            largest = [size for size in sizes if size <= 8][-1:] or sizes
+            profiles = profiles_to_check(driver.profiles, self.profiles)
+            [name, *_] = self._inside(
+                driver, layouts or LAYOUT_NAMES, largest, (1,), asked=bool(layouts)
+            )
+            features = frozenset(feature for feature in FEATURES if feature in profiles)
+            box = _usable(driver, name, profiles, largest, (1,), driver.capabilities)[0]
+            config = soaked_config(
+                Seeded(f"{self.seed or 0} soak"), name, largest, features, profiles, box
+            )
+            tally, done = Tally(), self.progress(f"{name} ({driver.name})", steps)
+            failure = check_long(
+                driver, config, features, profiles, steps=steps, seed=f"{self.seed or 0}", box=box,
+                tally=tally, done=done,
+            )  # fmt: skip
+            checked = (driver, engine, name, largest, profiles, tally, failure)
+            self._finish(*checked)
 
     def replay(self, trace: Trace, path: Path) -> None:
         """Play one stored trace.
@@ -875,6 +942,12 @@ class Session:
                 self.not_started = failure
                 return
             with closing(driver):
+                if self.exchanges_done and not driver.takes_exchanges_done:
+                    raise SessionError(
+                        f"Engine {engine} takes no start value of its counter of exchanges; one "
+                        "that does has an attribute `exchanges_done`, or says so in `ready`."
+                    )
+                driver.exchanges_done = self.exchanges_done
                 missing = [profile for profile in self.profiles if profile not in driver.profiles]
                 if missing:
                     declared = ", ".join(p for p in PROFILES if p in driver.profiles)

@@ -93,6 +93,17 @@ def test_every_exchange_on_gloo(pool_of, engine):
         assert random_traces(driver, draw, profiles, examples=4, seed=9, tally=tally) is None
 
 
+@pytest.mark.holds("ATT-1")
+@pytest.mark.parametrize("done", [2**31 - 5, 2**32 - 5])
+def test_our_exchange_goes_on_after_billions(pool_of, monkeypatch, done):
+    """Pushes between four ranks, about the place where 32 bits wrap."""
+    driver, tally = pool_of("gpu-push"), Tally()
+    monkeypatch.setattr(driver, "exchanges_done", done)
+    profiles = profiles_to_check(driver.profiles, [])
+    draw = layout_traces(driver, "pr9757", profiles, cp_sizes=(4,))
+    assert random_traces(driver, draw, profiles, examples=3, seed=9, tally=tally) is None
+
+
 @pytest.mark.holds(*of_profiles(PROFILES))
 @pytest.mark.parametrize("layout", ["pr9757", "vllm_dcp", "custom"])
 def test_prompts_computed_here_on_gloo(gpu_pool, layout):

@@ -159,3 +159,33 @@ def test_a_served_engine_is_started_again() -> None:
         driver.close()
     assert failure is not None
     assert failure.invariants == {"PAGE-3"}
+
+
+class Haunted(Bookkeeping):
+    """What one object has seen, all later ones of its process know."""
+
+    events = 0
+
+    def apply(self, event: Event) -> Outcome:
+        Haunted.events += 1
+        return super().apply(event)
+
+    def observe(self, ids: Sequence[int] | None = None) -> RankView:
+        view = super().observe(ids)
+        return msgspec.structs.replace(view, free_pages=view.free_pages - (Haunted.events > 100))
+
+
+@pytest.mark.holds("PAGE-3")
+def test_a_failure_that_new_processes_do_not_show_is_handed_over_with_what_it_needs() -> None:
+    """The traces before it, which the file holds; played again on new processes it fails."""
+    driver = StdioDriver(f"{__name__}:Haunted")
+    try:
+        draw = layout_traces(driver, "pr9757", driver.profiles, cp_sizes=[1])
+        failure = random_traces(driver, draw, driver.profiles, examples=100, seed=0, tally=Tally())
+        assert failure is not None
+        assert failure.trace.before
+        assert "It depends on earlier traces" in "".join(circumstances(failure.trace))
+        assert driver.renew()
+        assert check_trace(driver, failure.trace, driver.profiles) is not None
+    finally:
+        driver.close()

@@ -52,4 +52,4 @@ def test_the_trial_gives_every_rank_keys_and_room() -> None:
     played = []
     names(PLAIN, ["ATT-1", "ATT-3"], lambda trace: played.append(trace) or set())
     assert played[0].events == [Admit(0, 9), Decode([0], [1])]
-    assert (played[0].config.max_len, played[0].config.pages) == (18, [100, 100])
+    assert (played[0].config.max_len, played[0].config.pages) == (18, [105, 105])

@@ -64,7 +64,8 @@ class Engine(Protocol):
     The suite makes one object for each rank and trace, starts it before the trace, and calls it
     from one thread at a time. Now and then it starts an object again, for another trace. Two more
     attributes are optional: `capabilities`, where it works, as `helix_spec.capabilities.boxes_of`
-    takes it; and `settings`, a dictionary of texts that reports show.
+    takes it; and `settings`, a dictionary of texts that reports show. One with an attribute
+    `exchanges_done` has its counter of exchanges start there.
 
     Parameters
     ----------

@@ -105,6 +105,13 @@ class Driver(Protocol):
         """In what the engine differs rightly."""
 
     @property
+    def takes_exchanges_done(self) -> bool:
+        """Whether the engine's counter of exchanges can start elsewhere than at 0."""
+
+    exchanges_done: int
+    """Where it starts, on every rank."""
+
+    @property
     def settings(self) -> Mapping[str, str]:
         """What the engine says about how it is set up, for reports."""
 
@@ -158,6 +165,15 @@ class Driver(Protocol):
         ------
         EngineFailure
             When a rank dies, times out, raises or gives a malformed answer.
+        """
+
+    def renew(self) -> bool:
+        """End the ranks, so that the next trace is played in new processes.
+
+        Returns
+        -------
+        bool
+            False where there are none to start anew; then nothing has happened.
         """
 
     def close(self) -> None:

@@ -17,7 +17,12 @@ from typing import Any, Final, NoReturn, TypeVar
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import timed_out
 from helix_conformance.drive.driver import EngineFailure, Played
-from helix_conformance.engines import engine_declaration, engine_settings
+from helix_conformance.engines import (
+    engine_declaration,
+    engine_settings,
+    made,
+    takes_exchanges_done,
+)
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import Event
@@ -66,6 +71,8 @@ class LocalDriver:
         self.profiles = frozenset(engine.profiles)
         self.capabilities, self.freedoms = engine_declaration(engine)
         self.settings = engine_settings(engine)
+        self.takes_exchanges_done = takes_exchanges_done(engine)
+        self.exchanges_done = 0
         self.deadline_s = deadline_s
         self.survives_failure = True
         self.process = os.getpid()
@@ -87,15 +94,23 @@ class LocalDriver:
         kept = dict(enumerate(self.ranks if again else ()))
         with self._alarm():
             world = range(config.world_size)
-            ranks = self._each(world, None, lambda rank: kept.get(rank) or self.engine(rank))
+            ranks = self._each(world, None, lambda rank: kept.get(rank) or self._made(rank))
             self.ranks = ranks
             yield None, self._each(ranks, None, lambda engine: start(engine, config, profiles))
             for index, event in enumerate(events):
                 yield event, self._each(ranks, index, apply(index, event, watch))
             yield None, self._each(ranks, None, finish)
 
+    def renew(self) -> bool:
+        """See `Driver.renew`: the ranks live in this process."""
+        return False
+
     def close(self) -> None:
         """Do nothing: there is nothing to end."""
+
+    def _made(self, rank: int) -> Engine:
+        """A new object of the engine."""
+        return made(self.engine, rank, self.exchanges_done)
 
     def _each(
         self, ranks: Sequence[Asked], index: int | None, ask: Callable[[Asked], Told]

@@ -73,6 +73,8 @@ class Start(_Asked, frozen=True, tag="start"):
     layout: LayoutParts
     profiles: list[str]
     again: bool = False
+    exchanges_done: int = 0
+    """Where the engine's counter of exchanges starts, if it says that it takes it."""
 
 
 class Apply(_Asked, frozen=True, tag="apply"):
@@ -108,6 +110,8 @@ class Ready(_Answer, frozen=True, tag="ready"):
     """Where it works; left out, or null, when that is everywhere."""
     freedoms: Freedoms = Freedoms()
     """In what it differs rightly; left out when in nothing."""
+    takes_exchanges_done: bool = False
+    """Whether its counter of exchanges starts where `start` says."""
 
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**40)]

@@ -607,6 +607,8 @@ class ProcessDriver:
         self.capabilities = EVERYWHERE
         self.freedoms = STRICT
         self.settings: dict[str, str] = {}
+        self.takes_exchanges_done = False
+        self.exchanges_done = 0
         self.told_to_stop = False
         self.window = 1 if in_group else WINDOW
 
@@ -655,6 +657,12 @@ class ProcessDriver:
             self.loop.turn(0.01)  # what they are still writing keeps them from ending
         self.kill()
 
+    def renew(self) -> bool:
+        """See `Driver.renew`; ranks that were launched with this process cannot be."""
+        if self.survives_failure:
+            self.kill()
+        return self.survives_failure
+
     def kill(self) -> None:
         """End all ranks at once."""
         self.loop.close()
@@ -687,7 +695,7 @@ class ProcessDriver:
         world, seq = config.world_size, self._next()
         layout, checked = messages.LayoutParts(**config.layout.parts()), sorted(profiles)
         starts = [
-            messages.Start(seq, rank, world, config, layout, checked, again)
+            messages.Start(seq, rank, world, config, layout, checked, again, self.exchanges_done)
             for rank in range(world)
         ]
         request = Request(None, None, starts[:1])
@@ -790,6 +798,7 @@ class ProcessDriver:
         if rank.rank == 0:
             self.profiles, self.settings = frozenset(ready.profiles), self.settings_of(ready)
             self.capabilities, self.freedoms = boxes, ready.freedoms
+            self.takes_exchanges_done = ready.takes_exchanges_done
         elif self.profiles != frozenset(ready.profiles):
             told, first = ", ".join(sorted(ready.profiles)), ", ".join(sorted(self.profiles))
             raise rank.failure(f"declares {told}, where rank 0 declares {first}")

@@ -42,7 +42,9 @@ from helix_conformance.engines import (
     engine_declaration,
     engine_settings,
     load_engine,
+    made,
     needs_group,
+    takes_exchanges_done,
 )
 from helix_spec.capabilities import EVERYWHERE
 from helix_spec.engine import Engine
@@ -96,10 +98,11 @@ class Server:
                 settings=engine_settings(self.engine_class),
                 capabilities=None if boxes == EVERYWHERE else list(boxes),
                 freedoms=freedoms,
+                takes_exchanges_done=takes_exchanges_done(self.engine_class),
             )
         if isinstance(request, Start):
             if self.engine is None or not request.again:
-                self.engine = self.engine_class(request.rank)
+                self.engine = made(self.engine_class, request.rank, request.exchanges_done)
             outcome = self.engine.start(request.config, frozenset(request.profiles))
             return Outcome(seq, **_fields(checked_outcome(outcome)))
         if self.engine is None:

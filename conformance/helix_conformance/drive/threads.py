@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any
 from helix_conformance.drive.asking import apply, finish, start, words
 from helix_conformance.drive.blame import skipped
 from helix_conformance.drive.driver import Answer, EngineFailure, Played
-from helix_conformance.engines import engine_declaration, engine_settings
+from helix_conformance.engines import (
+    engine_declaration,
+    engine_settings,
+    made,
+    takes_exchanges_done,
+)
 from helix_spec.config import Config
 from helix_spec.engine import Engine
 from helix_spec.events import Event
@@ -92,6 +97,8 @@ class ThreadDriver:
         self.profiles = frozenset(engine.profiles)
         self.capabilities, self.freedoms = engine_declaration(engine)
         self.settings = engine_settings(engine)
+        self.takes_exchanges_done = takes_exchanges_done(engine)
+        self.exchanges_done = 0
         self.threads = ThreadPoolExecutor(16)
         self.ranks: list[Any] = []
         """The objects that have played the last trace."""
@@ -113,7 +120,7 @@ class ThreadDriver:
         self.ranks = ranks
         for rank in range(len(ranks), world):
             try:
-                ranks.append(self.engine(rank))
+                ranks.append(made(self.engine, rank, self.exchanges_done))
             except (Exception, SystemExit) as error:
                 raise EngineFailure(rank, None, words(error)) from error
         for rank, engine in enumerate(ranks):
@@ -136,6 +143,10 @@ class ThreadDriver:
         for index, event in enumerate(events):
             yield event, all_ranks(index, apply(index, event, watch))
         yield None, all_ranks(None, finish)
+
+    def renew(self) -> bool:
+        """See `Driver.renew`: the ranks live in this process."""
+        return False
 
     def close(self) -> None:
         """End the threads."""

@@ -201,3 +201,32 @@ def _points(group: str) -> list[EntryPoint]:
     declared = project.get("entry-points", {}).get(group, {})
     ours = [EntryPoint(name, value, group) for name, value in declared.items()]
     return [*ours, *entry_points(group=group)]
+
+
+def takes_exchanges_done(engine: type[Engine]) -> bool:
+    """Return whether an engine's counter of exchanges can start elsewhere than at 0.
+
+    Parameters
+    ----------
+    engine : type of Engine
+        The class of the ranks; it does when it has an attribute `exchanges_done`.
+    """
+    return hasattr(engine, "exchanges_done")
+
+
+def made(engine: type[Engine], rank: int, exchanges_done: int = 0) -> Engine:
+    """Return an object for a rank, which counts so many exchanges as done.
+
+    Parameters
+    ----------
+    engine : type of Engine
+        The class of the ranks.
+    rank : int
+        The global rank.
+    exchanges_done : int
+        Where its counter starts; with 0 it is left alone.
+    """
+    new = engine(rank)
+    if exchanges_done:
+        new.exchanges_done = exchanges_done  # type: ignore[attr-defined]
+    return new

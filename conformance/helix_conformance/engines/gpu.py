@@ -119,6 +119,8 @@ class GpuEngine:
     """Stands in for the group's all-to-all, where the ranks are threads of one process."""
     travel: ClassVar[str] = "all_to_all"
     """How partials travel in the group: a function of `helix_gpu.comm.exchange`."""
+    exchanges_done: int = 0
+    """Where the counter of an exchange that has one starts."""
     backend: ClassVar[Backend | None] = None
     """What attends, where it is not the device's default."""
 
@@ -174,7 +176,8 @@ class GpuEngine:
             cp_size, exchange = config.layout.cp_size, self.exchange
             if cp_size > 1 and exchange is None:
                 group = self.cp_groups[cp_size][self.rank // cp_size]
-                exchange = self.make_exchange()(group, config.model)
+                counted = {"done": self.exchanges_done} if self.travel == "push" else {}
+                exchange = self.make_exchange()(group, config.model, **counted)
             self.cache = HelixCache(
                 config,
                 rank=self.rank,

@@ -22,7 +22,7 @@ from helix_conformance.generate.narrowing import (
 from helix_conformance.generate.sizes import FEW_CP
 from helix_spec.capabilities import UNLIMITED, Box, allows, outside
 from helix_spec.config import Admission, Config, DType, LatentShape, ModelShape, config_problem
-from helix_spec.events import FEATURES
+from helix_spec.events import FEATURES, MERGE
 from helix_spec.layouts import (
     LAYOUT_NAMES,
     NAMED_LAYOUTS,
@@ -293,6 +293,47 @@ def draw_config(
             if error.dimension == "layouts" or attempt == _TRIES - 1:
                 raise
     raise AssertionError
+
+
+def soaked_config(
+    choices: Choices,
+    name: str,
+    cp_sizes: Sequence[int],
+    features: Collection[str],
+    profiles: Collection[str],
+    box: Box,
+) -> Config:
+    """Return a configuration for a long run: pools of unlike sizes that run dry now and then.
+
+    Parameters
+    ----------
+    choices : Choices
+        What makes the choices.
+    name : str
+        The layout's name.
+    cp_sizes : sequence of int
+        Numbers of ranks that share a sequence.
+    features, profiles : collection of str
+        What the engine declares, and what is checked.
+    box : Box
+        Where the engine works.
+
+    Returns
+    -------
+    Config
+        One inside the box.
+    """
+    small = (1, 2, 4, 8)
+    sizes = [t for t in small if allows(box.tokens_per_block, t)]
+    within_small = msgspec.structs.replace(box, tokens_per_block=sizes) if sizes else box
+    contents = not {"cache", MERGE}.isdisjoint(profiles)
+    config = draw_config(
+        choices, names=[name], cp_sizes=cp_sizes, features=features, contents=contents,
+        box=within_small,
+    )  # fmt: skip
+    pages = [nearest(box.pages, 60 + choices.integer(0, 20)) for _ in config.pages]
+    max_len = config.max_len if box.max_len else 400
+    return msgspec.structs.replace(config, pages=pages, max_len=max_len)
 
 
 def _refuse_unfit(box: Box, config: Config) -> None:

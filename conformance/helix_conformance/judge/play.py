@@ -17,6 +17,9 @@ from helix_conformance.expect.arrays import Array
 from helix_conformance.expect.expectation import Expectation
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, expectations
+from helix_conformance.generate.actions import Scope
+from helix_conformance.generate.choices import Seeded
+from helix_conformance.generate.soak import PROMPT_LENS, mixed
 from helix_conformance.generate.traces import why_outside
 from helix_conformance.generate.workload import Request, schedule
 from helix_conformance.judge.causes import tried
@@ -35,7 +38,7 @@ from helix_spec.trace import EVERYTHING, Trace, Watch
 
 NEVER: Final = Watch(every=2**53, touched=False)
 """Of what comes before a trace: state is looked at in the end alone."""
-REDUCTION_LIMIT_S: Final = 15.0
+REDUCTION_LIMIT_S: Final = 10.0
 """How long a smaller trace is looked for; the smallest that was found until then is reported."""
 
 
@@ -433,6 +436,60 @@ def check_workload(
     expect = (lambda _: drawn[0]) if driver.streams else behind.next
     player, watch = Player(driver, profiles, tally), Watch(every=100, touched=False)
     return player.played(config, events(), expect, watch, coverage)
+
+
+def check_long(
+    driver: Driver,
+    config: Config,
+    features: frozenset[str],
+    profiles: frozenset[str],
+    *,
+    steps: int,
+    seed: str,
+    box: Box,
+    tally: Tally,
+    done: Callable[[], None],
+) -> Failure | None:
+    """Play one long trace of mixed events; state is looked at every 100 events.
+
+    Parameters
+    ----------
+    driver
+        The engine under test.
+    config
+        A legal configuration.
+    features
+        Features that events may need.
+    profiles
+        Profiles to check.
+    steps
+        Number of events.
+    seed
+        Decides what is drawn.
+    box
+        Where the engine works.
+    tally
+        What is played is added to it.
+    done
+        Called after each event.
+
+    Returns
+    -------
+    Failure or None
+        The first wrong event, with the whole trace until then; None when all answers were right.
+    """
+    ahead = Recorder(config, driver.profiles, driver.freedoms)
+    scope = Scope(features, prompt_lens=PROMPT_LENS)
+
+    def events() -> Iterator[Event]:
+        for event in mixed(ahead, Seeded(seed), scope, steps, box):
+            ahead.next(event)
+            yield event
+            done()
+
+    judged_by = Recorder(config, driver.profiles, driver.freedoms)
+    player, watch = Player(driver, profiles, tally), Watch(every=100, touched=False)
+    return player.played(config, events(), judged_by.next, watch)
 
 
 def check_vector(

@@ -297,6 +297,8 @@ def restrictions(options: Mapping[str, Any], examples: int) -> list[str]:
     found = []
     if options["workload"]:
         found.append("A workload was replayed; no random traces were played.")
+    elif options.get("soak"):
+        found.append("One long trace was played; no random traces were.")
     elif named and len(named) < len(LAYOUT_NAMES):
         of = f"{len(named)} of {len(LAYOUT_NAMES)}"
         found.append(f"Only {of} layouts were played: {', '.join(named)}.")

@@ -14,6 +14,7 @@ from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
 
 SEED = 0
+pytestmark = pytest.mark.timeout(480)  # the first test plays all mutants, on a busy machine too
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,9 @@ def phases(ranks: int, epoch: int) -> list[list[list[Action]]]:
     return [puts, takes]
 
 
-def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2**20) -> Exchange:
+def push(
+    group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2**20, done: int = 0
+) -> Exchange:
     """Return the exchange by one-sided writes; every rank of the group calls it.
 
     On CUDA every rank of the world calls it equally often, as the ranks of a mesh do: torch counts
@@ -112,6 +114,9 @@ def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2*
     message_bytes : int
         Bytes that a rank sends to one other in an exchange, at most: rows * heads / C * (head_dim *
         element size + 4). Memory is taken for SLOTS * C of them.
+    done : int
+        Exchanges that count as done, the same number on all ranks: for tests of what a counter
+        does after billions of them.
 
     Returns
     -------
@@ -120,8 +125,8 @@ def push(group: dist.ProcessGroup, model: ModelShape, *, message_bytes: int = 2*
     """
     capacity = -(-message_bytes // ALIGNMENT) * ALIGNMENT
     if "nccl" in dist.get_backend(group):
-        return _DevicePush(group, capacity)
-    return _HostPush(group, capacity)
+        return _DevicePush(group, capacity, done)
+    return _HostPush(group, capacity, done)
 
 
 class _HostPush:
@@ -131,10 +136,10 @@ class _HostPush:
     their order.
     """
 
-    def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, capacity: int, done: int) -> None:
         self.rank, self.ranks, self.capacity = group.rank(), group.size(), capacity
-        self.epoch = 0
-        windows = _shared_windows(group, window_bytes(self.ranks, capacity))
+        self.epoch = done
+        windows = _shared_windows(group, window_bytes(self.ranks, capacity), done)
         self.slots = [slots(window, self.ranks, capacity) for window in windows]
         self.arrivals = [arrivals(window, self.ranks) for window in windows]
 
@@ -175,8 +180,10 @@ class _DevicePush:
     its peers: no two that wait for each other may share a GPU.
     """
 
-    def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, capacity: int, done: int) -> None:
         from torch.distributed import _symmetric_memory as symmetric_memory
+
+        from helix_gpu.comm.push_kernels import PARTS
 
         self.rank, self.ranks, self.capacity = group.rank(), group.size(), capacity
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -186,10 +193,11 @@ class _DevicePush:
         self.window = symmetric_memory.empty(size, dtype=torch.uint8, device=self.device)
         self.handle = symmetric_memory.rendezvous(self.window, group)
         self.window.zero_()
+        arrivals(self.window, self.ranks).fill_(done * PARTS)
         peers = [self.handle.get_buffer(rank, (size,), torch.uint8) for rank in range(self.ranks)]
         self.windows = torch.tensor([peer.data_ptr() for peer in peers], device=self.device)
-        self.epoch = torch.zeros(1, dtype=torch.int64, device=self.device)
-        # No rank may write before all windows are 0.
+        self.epoch = torch.full((1,), done, dtype=torch.int64, device=self.device)
+        # No rank may write before all windows are ready.
         torch.cuda.synchronize(self.device)
         dist.barrier(group)
 
@@ -213,8 +221,8 @@ def _checked_length(send: Tensor, capacity: int) -> int:
     return length
 
 
-def _shared_windows(group: dist.ProcessGroup, size: int) -> Sequence[Tensor]:
-    """Every rank's window, all zero, as memory that all ranks of the group share."""
+def _shared_windows(group: dist.ProcessGroup, size: int, done: int) -> Sequence[Tensor]:
+    """Every rank's window, with so many arrivals, as memory that all ranks of the group share."""
     memory = Path("/dev/shm")
     with tempfile.NamedTemporaryFile(dir=memory if memory.is_dir() else None) as mine:
         mine.truncate(size)
@@ -222,6 +230,7 @@ def _shared_windows(group: dist.ProcessGroup, size: int) -> Sequence[Tensor]:
             torch.from_file(name, shared=True, size=size, dtype=torch.uint8)
             for name in _gathered(mine.name, group)
         ]
+        arrivals(windows[group.rank()], group.size()).fill_(done)
         dist.barrier(group)  # the file's name goes when everyone has mapped it
     return windows
 
