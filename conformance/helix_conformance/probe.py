@@ -114,7 +114,7 @@ def probe(
     >>> [probed] = probe(LocalDriver(load_engine("reference")), Config(
     ...     layout="pr9757/1:C=2,T=4", pages=[100, 100], max_len=200))
     >>> probed.refused["tokens_per_block"], probed.worked["dtype"]
-    ([], ['float32', 'bfloat16', 'float16'])
+    ([], ['float32', 'float16', 'bfloat16'])
     """
     trial = _Trial(driver, tried)
     if around is not None:

@@ -22,7 +22,7 @@ class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     pass
 
 
-class Admit(_Event, frozen=True, tag="admit", omit_defaults=True):
+class Admit(_Event, frozen=True, tag="admit", omit_defaults=True, repr_omit_defaults=True):
     """A new request of `prompt_len` tokens; its KV is placed by the prompt split.
 
     With admission `prefill` the prompt is computed in chunks of `chunk` tokens, the last one
