@@ -25,6 +25,7 @@ from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config, soaked_config
 from helix_conformance.generate.narrowing import NothingInsideError, within
 from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
+from helix_conformance.generate.soak import LIVE, TOKENS
 from helix_conformance.generate.traces import draw_merge_trace, draw_trace, why_outside
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
@@ -692,8 +693,9 @@ class Session:
             features = frozenset(feature for feature in FEATURES if feature in profiles)
             box = _usable(driver, name, profiles, largest, (1,), driver.capabilities)[0]
             config = soaked_config(
-                Seeded(f"{self.seed or 0} soak"), name, largest, features, profiles, box
-            )
+                Seeded(f"{self.seed or 0} soak"), name, largest, features, profiles, box,
+                LIVE * TOKENS,
+            )  # fmt: skip
             tally, done = Tally(), self.progress(f"{name} ({driver.name})", steps)
             failure = check_long(
                 driver, config, features, profiles, steps=steps, seed=f"{self.seed or 0}", box=box,

@@ -302,6 +302,7 @@ def soaked_config(
     features: Collection[str],
     profiles: Collection[str],
     box: Box,
+    tokens: int,
 ) -> Config:
     """Return a configuration for a long run: pools of unlike sizes that run dry now and then.
 
@@ -317,6 +318,8 @@ def soaked_config(
         What the engine declares, and what is checked.
     box : Box
         Where the engine works.
+    tokens : int
+        Tokens of all requests, for which the pools have room.
 
     Returns
     -------
@@ -331,7 +334,8 @@ def soaked_config(
         choices, names=[name], cp_sizes=cp_sizes, features=features, contents=contents,
         box=within_small,
     )  # fmt: skip
-    pages = [nearest(box.pages, 60 + choices.integer(0, 20)) for _ in config.pages]
+    least = -(-tokens // (config.layout.tokens_per_block * len(config.pages)))
+    pages = [nearest(box.pages, least + choices.integer(0, 20)) for _ in config.pages]
     max_len = config.max_len if box.max_len else 400
     return msgspec.structs.replace(config, pages=pages, max_len=max_len)
 
