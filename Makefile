@@ -83,12 +83,9 @@ VLLM_ADAPTER := conformance/adapters/vllm
 # Four processes import vLLM at once.
 conform-vllm: export HELIX_START_LIMIT_S = 600
 CONFORM_VLLM = $(VLLM)/helix-conformance run --layout vllm_dcp --engine
-VLLM_XFAIL = --xfail $(VLLM_ADAPTER)/xfail.toml
 conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; its FINDINGS.md says what it does otherwise
-	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 $(VLLM_XFAIL)
-	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 160 $(VLLM_XFAIL)
-	$(CONFORM_VLLM) vllm-v1 --cp 2 --cp 3 --cp 4 --examples 60 --profile lengths --profile speculative
-	$(CONFORM_VLLM) vllm-v2 --cp 2 --cp 3 --cp 4 --examples 60 --profile lengths --profile speculative
+	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 200
+	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 200
 	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40
 	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40
 	$(VLLM)/python -m helix_vllm.findings $(VLLM_ADAPTER)/findings

@@ -520,7 +520,9 @@ class Session:
             tp_sizes = (1,) if cp_sizes else drawn_tp_sizes(driver)
             asked_for = Box(layouts=[*names], cp_size=[*cp_sizes] or None)
             played = self._inside(driver, names, sizes, tp_sizes, asked=bool(layouts))
-            coverage = Coverage(at_hand(driver.profiles, layouts=played, cp_sizes=sizes))
+            coverage = Coverage(
+                at_hand(driver.profiles, layouts=played, cp_sizes=sizes, boxes=driver.capabilities)
+            )
             count = examples or default_examples(driver.name)
             for name in played:
                 tally = Tally()

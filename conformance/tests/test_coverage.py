@@ -16,6 +16,7 @@ from helix_conformance.judge.coverage import ALL_NEEDS, SITUATIONS, Coverage, Ta
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.session import layout_traces, random_traces
 from helix_reference.engine import ReferenceEngine
+from helix_spec.capabilities import Box, Span
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome
 from helix_spec.events import (
@@ -97,8 +98,8 @@ def test_a_run_that_misses_a_situation_says_so() -> None:
 def test_what_is_said_to_be_impossible_does_not_occur() -> None:
     """Runs of fewer profiles, layouts and ranks visit nothing that they are said to lack."""
     for name, cp_sizes, profiles in (
-        ("before_9757", [1, 2, 4], ["pages"]),
-        ("pr9757", [1], ["pages", *FEATURES]),
+        ("before_9757", [1, 2, 4], ["placement", "pages"]),
+        ("pr9757", [1], ["placement", "pages", *FEATURES]),
         ("vllm_dcp", [1, 2, 3], ["placement", "padding", "overlap"]),
     ):
         checked = frozenset(profiles)
@@ -171,3 +172,17 @@ def test_the_terminal_names_what_was_missed(tmp_path, monkeypatch) -> None:
     assert set(summary["coverage"]) == set(SITUATIONS)
     visited = [name for name, count in summary["coverage"].items() if count]
     assert visited and not set(visited) & set(summary["missed"])
+
+
+def test_an_engine_of_merges_alone_can_reach_none_of_the_situations():
+    """It is sent no request: what it does not visit is impossible, and not missed."""
+    coverage = Coverage(at_hand(["merge"], layouts=["pr9757"], cp_sizes=[2]))
+    assert coverage.missed == []
+    assert set(coverage.impossible) == set(SITUATIONS)
+
+
+def test_capabilities_can_rule_a_situation_out():
+    """Groups of at most four tokens fill no super-block of pages of 64."""
+    few = [Box(query_len=Span(max=4), tokens_per_block=[64])]
+    coverage = Coverage(at_hand(PROFILES, layouts=["pr9757"], cp_sizes=[2], boxes=few))
+    assert list(coverage.impossible) == ["group longer than a super-block"]

@@ -18,7 +18,7 @@ import msgspec
 from helix_conformance.expect.expectation import Expectation, Page, Request, State
 from helix_conformance.generate.sizes import SIZES
 from helix_spec import events as ev
-from helix_spec.capabilities import values_of
+from helix_spec.capabilities import EVERYWHERE, Box, Numbers, Span, values_of
 from helix_spec.config import Config
 from helix_spec.events import FEATURES, Decode, Event, Reason, ids_of
 from helix_spec.layouts import NAMED_LAYOUTS
@@ -31,12 +31,15 @@ TURNS: Final = "a layout whose ranks take turns"
 PAGES: Final = "profile pages"
 GROUPS: Final = "profile speculative or overlap"
 RANDOM: Final = "random traces"
+STEPS: Final = "profile placement"
+"""An engine of merges alone is sent no request."""
+LONG: Final = "groups of more than T*C tokens in the capabilities"
 
 _REFUSED: Final[dict[Reason, str]] = {
     reason: f"refused: {reason}" for reason in Reason if reason != Reason.BAD_CONFIG
 }
 
-SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
+_NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "prompt of whole super-blocks": (RANKS,),
     "prompt coprime to T*C": (RANKS,),
     "id admitted again": (),
@@ -45,7 +48,7 @@ SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
     "ownership wrap": (RANKS, TURNS),
     "page boundary inside a group": ("profile speculative",),
     "ownership boundary inside a group": (RANKS, TURNS, "profile speculative"),
-    "group longer than a super-block": ("profile speculative", RANDOM),
+    "group longer than a super-block": ("profile speculative", RANDOM, LONG),
     "rewind over a boundary": ("profile speculative",),
     "padded batch": ("profile padding",),
     "skip, then decode": (RANDOM,),
@@ -65,6 +68,7 @@ SITUATIONS: Final[dict[str, tuple[str, ...]]] = {
     _REFUSED[Reason.NOTHING_OPEN]: (RANDOM, GROUPS),
     _REFUSED[Reason.OUT_OF_PAGES]: (PAGES,),
 }
+SITUATIONS: Final = {name: (STEPS, *needs) for name, needs in _NEEDS.items()}
 """What is looked for, with all that it takes to happen."""
 
 ALL_NEEDS: Final = frozenset(need for needs in SITUATIONS.values() for need in needs)
@@ -76,6 +80,7 @@ def at_hand(
     layouts: Iterable[str],
     cp_sizes: Collection[int],
     random: bool = True,
+    boxes: Sequence[Box] = EVERYWHERE,
 ) -> frozenset[str]:
     """Return which needs of SITUATIONS a run meets.
 
@@ -89,6 +94,8 @@ def at_hand(
         The cp_sizes that may be drawn; at least one.
     random
         Whether traces are random. A workload only admits, decodes and releases.
+    boxes
+        Where the engine works.
 
     Returns
     -------
@@ -97,12 +104,17 @@ def at_hand(
 
     Examples
     --------
-    >>> sorted(at_hand(["placement", "pages"], layouts=["pr9757"], cp_sizes=[1, 2], random=False))
-    ['a cp_size of 2 or more', 'a layout whose ranks take turns', 'profile pages']
+    >>> needs = at_hand(["placement", "pages"], layouts=["pr9757"], cp_sizes=[2], random=False)
+    >>> sorted(needs)[:2]
+    ['a cp_size of 2 or more', 'a layout whose ranks take turns']
     """
+    if "placement" not in profiles:
+        return frozenset()
     if not random:
         profiles = {"pages"}.intersection(profiles)
-    found = {RANDOM} if random else set()
+    found = {STEPS, RANDOM} if random else {STEPS}
+    if any(_most(box.query_len) > _least(box.tokens_per_block) * min(cp_sizes) for box in boxes):
+        found.add(LONG)
     found |= {f"profile {name}" for name in ("pages", *FEATURES) if name in profiles}
     if {"speculative", "overlap"}.intersection(profiles):
         found.add(GROUPS)
@@ -111,6 +123,20 @@ def at_hand(
     if any(name == "custom" or NAMED_LAYOUTS[name].owner != "last_rank" for name in layouts):
         found.add(TURNS)
     return frozenset(found)
+
+
+def _least(allowed: Numbers | None) -> int:
+    """The smallest of these numbers."""
+    if allowed is None:
+        return 1
+    return allowed.min if isinstance(allowed, Span) else min(allowed)
+
+
+def _most(allowed: Numbers | None) -> int:
+    """The largest of these numbers."""
+    if allowed is None:
+        return Span().max
+    return allowed.max if isinstance(allowed, Span) else max(allowed)
 
 
 class Coverage:

@@ -203,6 +203,8 @@ class VllmV1:
         {"placement", "lengths", "pages", "speculative", "preempt"}
     )
     needs_processes: ClassVar[bool] = False
+    capabilities: ClassVar[Any] = {"layouts": ["vllm_dcp"]}
+    freedoms: ClassVar[Any] = {"rewind_pages": "kept"}
     settings: ClassVar[dict[str, str]] = {"vllm": vllm.__version__, "model runner": "V1"}
     tables_class: ClassVar[type[TablesV1] | type[TablesV2]] = TablesV1
     prefix_caching: ClassVar[bool] = False
@@ -399,6 +401,18 @@ class VllmV2(VllmV1):
 
     settings: ClassVar[dict[str, str]] = {"vllm": vllm.__version__, "model runner": "V2"}
     tables_class: ClassVar[type[TablesV1] | type[TablesV2]] = TablesV2
+
+
+class VllmV1Strict(VllmV1):
+    """V1 without a word of the pages that it keeps."""
+
+    freedoms: ClassVar[Any] = None
+
+
+class VllmV2Strict(VllmV2):
+    """V2 likewise."""
+
+    freedoms: ClassVar[Any] = None
 
 
 class VllmOldFlag(VllmV1):

@@ -35,8 +35,12 @@ class Finding(NamedTuple):
 HERE = "helix_vllm.engines"
 FINDINGS = [
     Finding(f"{HERE}:VllmOldFlag", "vllm-old-interleave-flag", frozenset({"OWN-3", "LEN-1"})),
-    Finding("vllm-v1", "vllm-rejected-tokens-keep-pages", frozenset({"PAGE-1", "PAGE-3"})),
-    Finding("vllm-v2", "vllm-rejected-tokens-keep-pages", frozenset({"PAGE-1", "PAGE-3"})),
+    Finding(
+        f"{HERE}:VllmV1Strict", "vllm-rejected-tokens-keep-pages", frozenset({"PAGE-1", "PAGE-3"})
+    ),
+    Finding(
+        f"{HERE}:VllmV2Strict", "vllm-rejected-tokens-keep-pages", frozenset({"PAGE-1", "PAGE-3"})
+    ),
     Finding(
         f"{HERE}:VllmPrefixReuse", "vllm-prefix-reuse-shares-pages", frozenset({"PAGE-2", "PAGE-3"})
     ),
