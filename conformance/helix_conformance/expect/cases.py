@@ -606,6 +606,18 @@ CASES: Sequence[Case] = [
     _attention("attention-after-a-fork", "pr17866/1:C=2,T=2").plays(
         "admit 0 3; fork 0 1; decode 0 1", "ATT-1 PAGE-2", "Parent and child see their own tokens."
     ),
+    _attention(
+        "attention-of-eighteen-heads", "pr9757/1:C=2,T=2", q_heads=18, kv_heads=1, head_dim=4
+    ).plays(
+        "admit 0 5; decode 0",
+        "ATT-1",
+        "More query heads than the sixteen for which some kernels write a log-sum-exp.",
+    ),
+    _attention("attention-of-a-batch-with-empty-ranks", "pr9757/1:C=2,T=4", head_dim=8).plays(
+        "admit 0 2; admit 1 7; admit 2 1; decode 0 1 2",
+        "ATT-1 ATT-3",
+        "Rows without keys on a rank stand before, and behind, one that has some.",
+    ),
     # Merges.
     *MERGES,
 ]

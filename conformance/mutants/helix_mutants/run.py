@@ -37,8 +37,8 @@ from helix_spec.events import FEATURES, MERGE
 from helix_spec.invariants import NUMBERS
 from helix_spec.trace import Trace
 
-for _module in ("on_ledger", "on_model", "on_cache", "on_corners", "on_edges", "on_runs"):
-    importlib.import_module(f"helix_mutants.{_module}")
+for _module in ("ledger", "model", "cache", "corners", "edges", "runs", "reports"):
+    importlib.import_module(f"helix_mutants.on_{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
 TIERS: Final = {
