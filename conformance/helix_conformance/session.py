@@ -20,12 +20,14 @@ from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, shipped_vectors
+from helix_conformance.generate.actions import Scope
 from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config, soaked_config
 from helix_conformance.generate.narrowing import NothingInsideError, within
 from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
-from helix_conformance.generate.soak import LIVE, TOKENS
+from helix_conformance.generate.soak import LIVE, PROMPT_LENS, TOKENS, mixed
 from helix_conformance.generate.traces import draw_merge_trace, draw_trace, why_outside
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
@@ -56,14 +58,16 @@ from helix_conformance.version import __version__
 from helix_spec.capabilities import EVERYWHERE, STRICT, UNLIMITED, Box, in_words, outside
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
-from helix_spec.events import FEATURES, MERGE, Accept
+from helix_spec.events import FEATURES, MERGE, Accept, Event
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
-from helix_spec.trace import Earlier, Trace, load_trace
+from helix_spec.trace import Earlier, Trace, Watch, load_trace
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
 """Drivers that this process opens by itself; others are launched around the whole command."""
 REMEMBERED: Final = 64
 """Traces that may be handed over with a failure that depends on them."""
+LONG_TRACE: Final = 300
+"""Events of the long trace that each layout begins with."""
 AGAIN: Final = 8
 """One random trace in so many starts the objects anew that have played the one before it."""
 Advance = Callable[[], None]
@@ -539,7 +543,10 @@ class Session:
                     progress=self.progress(f"{name} ({driver.name})", count),
                     coverage=coverage,
                     asked_for=asked_for,
-                    first=self._earlier(driver, name, asked_for),
+                    first=[
+                        *self._earlier(driver, name, asked_for),
+                        *self._long(driver, name, sizes, mixed_in=played),
+                    ],
                     real=True,
                 )
                 vectors = 0
@@ -588,6 +595,29 @@ class Session:
             and not outside(asked_for, trace.config)
             and why_outside(driver.capabilities, trace) is None
         ]
+
+    def _long(
+        self, driver: Driver, name: str, cp_sizes: Sequence[int], *, mixed_in: Sequence[str]
+    ) -> list[Trace]:
+        """A long trace of a layout; with contents of a single layout, and not in this process."""
+        profiles = profiles_to_check(driver.profiles, self.profiles)
+        if "placement" not in profiles:
+            return []
+        if "cache" in profiles:
+            chosen = mixed_in[int(self.seed or 0) % len(mixed_in)]
+            if driver.name == "local" or name != chosen:
+                return []
+        features = frozenset(feature for feature in FEATURES if feature in profiles)
+        box = _usable(driver, name, profiles, cp_sizes, (1,), driver.capabilities)[0]
+        choices = Seeded(f"{self.seed or 0} {name} long")
+        few = [size for size in cp_sizes if size <= 8] or cp_sizes
+        config = soaked_config(choices, name, few, features, profiles, box, LIVE * TOKENS)
+        recorder = Recorder(config, {*features, "pages"})
+        scope, events = Scope(features, prompt_lens=PROMPT_LENS), list[Event]()
+        for event in mixed(recorder, choices, scope, LONG_TRACE, box):
+            events.append(event)
+            recorder.next(event)
+        return [Trace(config=config, events=events, watch=Watch(every=50))]
 
     def _inside(
         self,

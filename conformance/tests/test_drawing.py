@@ -26,10 +26,11 @@ from helix_conformance.generate.configs import (
 )
 from helix_conformance.generate.sizes import CROWDS
 from helix_conformance.generate.strategies import drawn
-from helix_conformance.generate.traces import TILES, draw_merge_trace, draw_trace
+from helix_conformance.generate.traces import TILES, deep_trace, draw_merge_trace, draw_trace
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.session import layout_traces, random_traces
+from helix_spec.capabilities import UNLIMITED
 from helix_spec.config import Config, config_problem, decode_layout
 from helix_spec.engine import Outcome
 from helix_spec.events import FEATURES, Admit, Decode, Event, Fork, features_of
@@ -275,3 +276,17 @@ def test_draws_without_hypothesis_are_as_valid() -> None:
         assert draw_model_shape(choices, cp_size=8).q_heads % 8 == 0
         assert parsed(dump_trace(draw_merge_trace(choices, config))).events
     assert {draw_layout(Seeded(str(n))).cp_size for n in range(100)} == {1, 2, 3, 4, 8}
+
+
+def test_a_deep_trace_is_accepted_and_has_a_thousand_keys_on_each_rank():
+    """Whatever the layout; with few steps, and a model so narrow that it costs little."""
+    for n in range(20):
+        choices = Seeded(f"deep {n}")
+        config = draw_config(choices, cp_sizes=(1, 2, 3), tp_sizes=(1, 2))
+        trace = deep_trace(choices, config, UNLIMITED)
+        recorder = Recorder(trace.config)
+        assert [recorder.next(event).refused for event in trace.events] == [None] * len(
+            trace.events
+        )
+        lengths = recorder.state.lengths(0)
+        assert sum(lengths) >= 1023 * len(lengths)

@@ -37,6 +37,10 @@ WATCHES: Final = (
     Watch(every=10**6, touched=False),
 )  # fmt: skip
 """When state is looked at; that it is must not matter."""
+DEEP: Final = 100
+"""With contents one trace in so many has thousands of keys on each rank."""
+DEEP_KEYS: Final = (1023, 1025, 2049, 4097)
+"""Tokens on a rank, about: past the tiles, pages and splits of kernels."""
 CROWDED: Final = 40
 """One trace in so many begins with a crowd of requests, all decoded at once."""
 TWICE: Final = 24
@@ -148,6 +152,10 @@ def draw_trace(
     """
     if choices.one_in(10):
         return Trace(config=draw_illegal_config(choices, config), events=[])
+    if contents and choices.one_in(DEEP):
+        deep = deep_trace(choices, config, box)
+        if deep is not None:
+            return deep
     width = width_of(config.model)
     crowd = choices.one_in(CROWDED) and not (contents and width > 2 * WIDE)
     if crowd:
@@ -174,6 +182,39 @@ def draw_trace(
     watch = Watch(every=len(events)) if crowd else choices.pick(WATCHES)
     again = contents and choices.one_in(TWICE)
     return Trace(config=config, events=events, watch=watch, times=1 + again)
+
+
+def deep_trace(choices: Choices, config: Config, box: Box) -> Trace | None:
+    """Return a trace of one long request and few steps; None where it is not for this engine.
+
+    Parameters
+    ----------
+    choices : Choices
+        What makes the choices.
+    config : Config
+        A legal configuration, whose layout stays; the model is made narrow.
+    box : Box
+        Where the engine works.
+    """
+    layout, keys = config.layout, choices.pick(DEEP_KEYS)
+    c, t = layout.cp_size, layout.tokens_per_block
+    prompt_len = keys * c + choices.integer(0, 2 * c * t)
+    fields = {"layers": 1, "head_dim": 16, "q_heads": 2 * config.tp_size * c,
+              "kv_heads": config.tp_size, "latent": None}  # fmt: skip
+    deep = msgspec.structs.replace(
+        config,
+        model=msgspec.structs.replace(config.model, **fields),
+        pages=[5 + prompt_len // t] * c,
+        max_len=2 * prompt_len,
+        admission="transfer",
+    )
+    if config_problem(deep) is not None or outside(box, deep):
+        return None
+    steps = [Decode([0], [1])] * choices.integer(1, 3)
+    sampled: list[Event] = [step for one in steps for step in (one, ev.Sampled([0]))]
+    events: list[Event] = [ev.Admit(0, prompt_len), *(sampled if deep.overlap else steps)]
+    trace = Trace(config=deep, events=events, watch=Watch(every=len(events)))
+    return trace if why_outside([box], trace) is None else None
 
 
 def chunked(event: Event, choices: Choices, box: Box) -> Event:

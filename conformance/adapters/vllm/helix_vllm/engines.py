@@ -68,7 +68,7 @@ from vllm.v1.worker.gpu.cp_utils import prepare_dcp_local_seq_lens
 
 buffer_utils.is_uva_available = lambda: False  # it takes a CPU to have pinned memory
 
-MAX_REQUESTS: Final = 128
+MAX_REQUESTS: Final = 512
 MAX_TOKENS: Final = 4096
 """Sizes of vLLM's persistent buffers: more than any trace of the suite needs."""
 NULL_BLOCK: Final = 1
