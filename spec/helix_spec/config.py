@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Final, Literal
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -212,7 +214,12 @@ def config_problem(config: Config) -> str | None:
     --------
     >>> config_problem(Config(layout="pr9757/1:C=2,T=4", pages=[3], max_len=8))
     'pages lists 1 pool sizes for cp_size 2; it must list one for each cp_rank.'
+    >>> config_problem(Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=1e5))
+    'max_len is 100000.0; it must be an integer.'
     """
+    problem = _field_problem(config)
+    if problem is not None:
+        return problem
     layout = config.layout
     problem = layout_problem(layout)
     if problem is not None:
@@ -226,6 +233,49 @@ def config_problem(config: Config) -> str | None:
         if pages < 1:
             return f"The pool of cp_rank {rank} has {pages} pages; it must hold at least one."
     return _heads_problem(config.model, config.tp_size, layout.cp_size)
+
+
+_IN_WORDS: Final = {"int": "an integer", "float": "a number", "bool": "true or false"}
+
+
+def _field_problem(part: msgspec.Struct | Layout, inside: str = "") -> str | None:
+    """Why JSON cannot hold a part of a configuration.
+
+    Msgspec checks what it reads, and nothing that Python's constructors are given.
+    """
+    kind_of_part: Any = type(part)
+    for name, kind in _field_types(kind_of_part).items():
+        value = getattr(part, name)
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            return f"{inside}{name} is {value!r}; it must be {_wanted(kind, str(error))}."
+        if isinstance(value, msgspec.Struct | Layout):
+            problem = _field_problem(value, f"{inside}{name}.")
+            if problem is not None:
+                return problem
+    return None
+
+
+@cache
+def _field_types(kind: Any) -> dict[str, Any]:
+    """Return the fields' types by name, which take long to find."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def _wanted(kind: Any, error: str) -> str:
+    """What a field of this type holds, given what msgspec says of something else."""
+    choices = [kind, *get_args(kind)]
+    values = [value for one in choices if get_origin(one) is Literal for value in get_args(one)]
+    if values:
+        return f"one of {', '.join(values)}"
+    if isinstance(kind, UnionType):
+        kinds = ("None" if one is NoneType else f"a {one.__name__}" for one in choices[1:])
+        return " or ".join(kinds)
+    wanted, _, place = error.removeprefix("Expected `").partition(" - at `$")
+    word, _, bound = wanted.partition(", got")[0].partition("`")
+    name = f"a {getattr(kind, '__name__', word)}"
+    return f"{_IN_WORDS.get(word, name)}{bound}" + (f" at {place.rstrip('`')}" if place else "")
 
 
 def _heads_problem(model: ModelShape, tp_size: int, cp_size: int) -> str | None:

@@ -89,8 +89,65 @@ def test_kv_heads_are_dealt_in_order() -> None:
             {"model": ModelShape(rope_base=float("nan"))},
             "rope_base is nan; it must lie between 1 and 1e12.",
         ),
+        # What JSON refuses, as Python's constructors take it.
+        (
+            {"model": ModelShape(cache_dtype="int8")},
+            "model.cache_dtype is 'int8'; it must be one of float8_e4m3fn.",
+        ),
+        (
+            {"model": ModelShape(dtype="float64")},
+            "model.dtype is 'float64'; it must be one of float32, float16, bfloat16.",
+        ),
+        ({"model": ModelShape(layers=0)}, "model.layers is 0; it must be an integer >= 1."),
+        ({"model": ModelShape(head_dim=0)}, "model.head_dim is 0; it must be an integer >= 1."),
+        ({"model": ModelShape(q_heads=0)}, "model.q_heads is 0; it must be an integer >= 1."),
+        ({"model": ModelShape(kv_heads=0)}, "model.kv_heads is 0; it must be an integer >= 1."),
+        (
+            {"model": ModelShape(kv_heads=1, latent=LatentShape(latent_dim=0))},
+            "model.latent.latent_dim is 0; it must be an integer >= 1.",
+        ),
+        ({"model": ModelShape(latent=3)}, "model.latent is 3; it must be a LatentShape or None."),
+        ({"model": 3}, "model is 3; it must be a ModelShape."),
+        ({"max_len": 1e5}, "max_len is 100000.0; it must be an integer."),
+        ({"max_len": True}, "max_len is True; it must be an integer."),
+        ({"pages": 64}, "pages is 64; it must be a list."),
+        ({"pages": [3, 5.0]}, "pages is [3, 5.0]; it must be an integer at [1]."),
+        (
+            {"pages": [3, 2**31]},
+            "pages is [3, 2147483648]; it must be an integer <= 2147483647 at [1].",
+        ),
+        ({"tp_size": 0}, "tp_size is 0; it must be an integer >= 1."),
+        ({"poison": 1}, "poison is 1; it must be true or false."),
+        ({"admission": "sent"}, "admission is 'sent'; it must be one of transfer, prefill."),
+        ({"layout": 3}, "layout is 3; it must be a Layout."),
+        (
+            {"layout": GOOD.layout.replace(cp_size=2.0)},
+            "layout.cp_size is 2.0; it must be an integer.",
+        ),
+        (
+            {"layout": GOOD.layout.replace(prompt="dealt")},
+            "layout.prompt is 'dealt'; it must be one of contiguous, round_robin, interleave.",
+        ),
     ],
 )
 def test_a_bad_configuration_is_explained(changes: dict[str, object], problem: str) -> None:
     """Each reason for `bad_config` has its own sentence."""
     assert config_problem(msgspec.structs.replace(GOOD, **changes)) == problem
+
+
+@pytest.mark.parametrize("kind", [Config, ModelShape, LatentShape])
+def test_every_field_is_checked(kind: type[msgspec.Struct]) -> None:
+    """A value of a type that no field has is a problem in each field, and names it."""
+    whole = msgspec.structs.replace(
+        GOOD, model=ModelShape(kv_heads=1, latent=LatentShape()), tp_size=1
+    )
+    assert config_problem(whole) is None
+    parts = {Config: whole, ModelShape: whole.model, LatentShape: whole.model.latent}
+    inside = {Config: "", ModelShape: "model.", LatentShape: "model.latent."}[kind]
+    for name in kind.__struct_fields__:
+        wrong = msgspec.structs.replace(parts[kind], **{name: object})
+        if kind is LatentShape:
+            wrong = msgspec.structs.replace(whole.model, latent=wrong)
+        if kind is not Config:
+            wrong = msgspec.structs.replace(whole, model=wrong)
+        assert str(config_problem(wrong)).startswith(f"{inside}{name} is <class 'object'>; it must")
