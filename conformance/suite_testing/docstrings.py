@@ -62,12 +62,16 @@ def undescribed(file: Path, fewest: int = 1) -> list[str]:
 
 
 def _public(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Functions and methods that others may call; kernels are launched by one that is."""
+    """Functions and methods that others may call.
+
+    Kernels are launched by one that is; of an overload the last definition says all.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
             yield from _public(child, f"{prefix}{child.name}.")
         if not isinstance(child, ast.FunctionDef):
             continue
-        kernel = any("triton.jit" in ast.unparse(one) for one in child.decorator_list)
-        if (child.name == "__call__" or not child.name.startswith("_")) and not kernel:
+        decorators = " ".join(map(ast.unparse, child.decorator_list))
+        described = "triton.jit" not in decorators and "overload" not in decorators.split()
+        if (child.name == "__call__" or not child.name.startswith("_")) and described:
             yield f"{prefix}{child.name}", child

@@ -73,12 +73,12 @@ def _attending(function) -> type[HelixCache]:
     return Cache
 
 
-def _scaled_by_width(q, pages, tables, lengths, *, scale, value_dim):
-    return attend_pages(q, pages, tables, lengths, value_dim=value_dim)
+def _scaled_by_width(q, pages, tables, lengths, *, scale, value_dim, runs):
+    return attend_pages(q, pages, tables, lengths, value_dim=value_dim, runs=runs)
 
 
-def _values_from_the_end(q, pages, tables, lengths, *, scale, value_dim):
-    output, lse = attend_pages(q, pages, tables, lengths, scale=scale)
+def _values_from_the_end(q, pages, tables, lengths, *, scale, value_dim, runs):
+    output, lse = attend_pages(q, pages, tables, lengths, scale=scale, runs=runs)
     return output[..., -value_dim:], lse
 
 
@@ -93,7 +93,7 @@ def _turned_whole(x, cos, sin):
 class TurnsTheLatent(HelixCache):
     """RoPE goes over the whole row."""
 
-    _place = rebound(HelixCache._place, rotate=_turned_whole)
+    _prompt = rebound(HelixCache._prompt, rotate=_turned_whole)
     attend = rebound(HelixCache.attend, rotate=_turned_whole)
 
 
@@ -112,7 +112,7 @@ def _left_in_float32(x, cos, sin):
 class RoundsOnce(HelixCache):
     """K goes from float32 to 8 bits at once, which ends elsewhere where bfloat16 ends in a tie."""
 
-    _place = rebound(HelixCache._place, rotate=_left_in_float32)
+    _prompt = rebound(HelixCache._prompt, rotate=_left_in_float32)
 
 
 @pytest.mark.parametrize(

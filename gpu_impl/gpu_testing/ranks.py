@@ -43,8 +43,10 @@ def run_ranks(
 ) -> list[Any]:
     """Return what `body(cache, rank)` gives on every rank of a configuration.
 
-    `options` go to `make`, which makes the caches. The first failure is raised.
+    `options` go to `make`, which makes the caches. The first failure is raised. Pages are poisoned
+    where the configuration says so.
     """
+    options = {"poison": config.poison} | options
     cp_size = config.layout.cp_size
     exchanges = [ThreadAllToAll(cp_size) for _ in range(config.tp_size)]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -12,29 +14,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from helix_gpu.attention.backends import AttendPages
+from helix_gpu.attention.backends import PACKAGES, AttendPages, load
 from helix_gpu.attention.merge import merge
-from helix_gpu.attention.paged import attend_pages
+from helix_gpu.attention.paged import attend_pages, runs_of
 from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.attention.rope import rope_table, rotate
+from helix_gpu.bookkeeping.inputs import integer, integers
 from helix_gpu.bookkeeping.ledger import Admission, Ints, Step
-from helix_gpu.bookkeeping.rank_book import PageCopy, RankBook, RankStep
-from helix_gpu.bookkeeping.refusals import check_config
+from helix_gpu.bookkeeping.rank_book import PageCopy, PromptChunk, RankBook, RankStep
+from helix_gpu.bookkeeping.refusals import StepError, check_config
+from helix_gpu.bookkeeping.written import StepTokens, Written
+from helix_gpu.comm.agreement import RanksDisagree, compare, config_points, error_in_words
 from helix_gpu.comm.exchange import Exchange, MakeExchange, all_to_all
 from helix_gpu.comm.hop_b import Costs, Lane, SameLane
-from helix_gpu.comm.mesh import check_mesh, slice_of
-from helix_spec.config import Config
+from helix_gpu.comm.mesh import check_mesh, slice_of, whole_group
+from helix_spec.config import Config, ModelShape
 
 if TYPE_CHECKING:
     from helix_gpu.attention.kernels.step import StepBuffers
 
-Backend = Literal["torch", "triton"] | AttendPages
+Backend = Literal["torch", "triton", "flashinfer"] | AttendPages
 """What attends over a rank's own pages: see `HelixCache`."""
 PromptKV = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """From int64 positions [n] to K (not yet rotated) and V, each [layers, n, kv_heads, head_dim].
 
 With a latent cache K is the latent and the part to rotate, [layers, n, 1, latent_dim + rope_dim],
 and V is None."""
+Rope = Literal["config"] | None
+"""What is done to Q and K before they meet: RoPE by the configuration, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,8 @@ class DecodeStep:
     book: RankStep
     outputs: int
     """Rows that `attend` returns: those of the new tokens."""
+    positions: Tensor
+    """int64 [m + pad]: global positions."""
     cos: Tensor
     sin: Tensor
     tables: Tensor
@@ -59,14 +68,20 @@ class DecodeStep:
     """What the kernels write on the way, where these rows go through them together."""
     halves: tuple[DecodeStep, ...] = ()
     """With HOP-B, where it pays: two steps over parts of these very tensors."""
+    runs: Sequence[slice] = ()
+    """Rows that are many consecutive tokens of one request."""
+    tokens: StepTokens | None = None
+    """Which tokens of which requests these are; None of a step of `reserve`."""
+    of_prompt: bool = False
+    """Whether these are tokens of prompts that are computed here."""
 
     def split(self) -> tuple[DecodeStep, DecodeStep]:
         """Return the first half of the rows, and the others."""
         border = len(self.lengths) // 2
         first, second = (
             replace(
-                self, cos=self.cos[part], sin=self.sin[part], tables=self.tables[part],
-                lengths=self.lengths[part], slots=self.slots[part],
+                self, positions=self.positions[part], cos=self.cos[part], sin=self.sin[part],
+                tables=self.tables[part], lengths=self.lengths[part], slots=self.slots[part],
             )
             for part in (slice(0, border), slice(border, None))
         )  # fmt: skip
@@ -78,6 +93,17 @@ class DecodeStep:
             return [(slice(None), self)]
         border = len(self.halves[0].lengths)
         return list(zip((slice(0, border), slice(border, None)), self.halves, strict=True))
+
+    def with_runs(self, rows: Ints) -> DecodeStep:
+        """Return the step with its runs, those of its halves too.
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [m]
+            Row of each token's request in the block tables.
+        """
+        halves = tuple(half.with_runs(rows[part]) for part, half in self.parts() if self.halves)
+        return replace(self, runs=runs_of(rows), halves=halves)
 
 
 class HelixCache:
@@ -97,11 +123,13 @@ class HelixCache:
     beyond its largest number, 448, must be divided by a scale before, and Q or the output
     multiplied by it.
 
-    Methods that change something raise Refused before they do, the same on all ranks, and
-    ValueError for tensors of the wrong shape or type.
+    What is wrong with a call is said before anything changes: Refused for what no rank may do,
+    StepError for steps that are over and tokens that are not there yet, ValueError for arguments,
+    RanksDisagree where ranks would do different things. A step that has begun is attended to by
+    every layer, or undone by `cancel`; until then its requests take no other step.
 
-    The cache holds the group: drop it before `destroy_process_group`, for torch 2.13 often aborts a
-    process that still refers to a gloo group when it exits.
+    A cache is a context manager. Without `close` or the end of its `with`, its memory goes when it
+    is collected, and its hold on the group at the end of the program at the latest.
 
     Parameters
     ----------
@@ -113,21 +141,33 @@ class HelixCache:
     device : torch.device or str
     exchange : Exchange, optional
         Used in place of the group's all-to-all.
-    backend : {"torch", "triton"} or AttendPages, optional
+    backend : {"torch", "triton", "flashinfer"} or AttendPages, optional
         What attends: `torch` (only on the CPU, where it is the default), `triton`, the kernels of
-        `attention.kernels`, or a function such as `attention.native.attend_pages` and those of
-        `attention.backends`. The steps of `triton` wait for nothing on the host, and can be
-        captured in a CUDA graph: see `reserve` and `graphs`.
+        `attention.kernels`, a library of `attention.backends`, or a function such as
+        `attention.native.attend_pages`. The steps of `triton` wait for nothing on the host, and can
+        be captured in a CUDA graph: see `reserve` and `graphs`.
     hop_b : Costs, optional
         What attending and exchanging cost here, the same on every rank. With it a step's rows
         attend in two halves, the first of which travels meanwhile, wherever that saves time.
+    all_ranks : ProcessGroup, optional
+        The ranks of all tp_ranks, in the order of `rank`; `group` where tp_size is 1. Only with it
+        ranks hear of each other's errors, and `gather` gathers.
+    rope : {"config"} or None
+        None for Q and K that are rotated already, on every path: as the model likes it, or not at
+        all.
+    poison : bool
+        Whether pages are filled with NaN when taken, so that whoever reads a slot that was not
+        written shows. It takes time, and `config.poison` has no say here.
+    debug : bool
+        Whether ranks compare every call before they do it, and errors in the middle of it. A
+        collective each time, through the host; HOP-B then does one thing after the other.
 
     Raises
     ------
     Refused
         With `bad_config`.
     ValueError
-        For a rank or group that does not fit.
+        For a rank, a group or a backend that does not fit.
 
     Examples
     --------
@@ -151,8 +191,14 @@ class HelixCache:
         make_exchange: MakeExchange = all_to_all,
         backend: Backend | None = None,
         hop_b: Costs | None = None,
+        *,
+        rope: Rope = "config",
+        poison: bool = False,
+        debug: bool = False,
     ) -> Self:
         """Return the cache of this process on a mesh; every rank calls it.
+
+        Ranks compare what they are given, once.
 
         Parameters
         ----------
@@ -161,7 +207,7 @@ class HelixCache:
             With axes ("tp", "cp"), as `helix_mesh` makes it.
         make_exchange : MakeExchange
             One of `comm.exchange`, or `comm.push.push`.
-        backend, hop_b
+        backend, hop_b, rope, poison, debug
             As the class takes them.
 
         Raises
@@ -170,9 +216,23 @@ class HelixCache:
             With `bad_config`, before anything else happens.
         ValueError
             For a mesh that does not fit, before anything else happens.
+        RanksDisagree
+            With what differs, before anything else happens.
         """
-        check_config(config)
-        check_mesh(config, mesh)
+        error = None
+        try:
+            check_config(config)
+            check_mesh(config, mesh)
+        except Exception as found:
+            error = found
+        all_ranks = whole_group(mesh) if mesh.size() > 1 else None
+        if all_ranks is not None:
+            options = {"make_exchange": getattr(make_exchange, "__name__", "")}
+            options |= {"hop_b": str(hop_b), "rope": str(rope), "debug": str(debug)}
+            points = config_points(config) | options | {"error": error_in_words(error)}
+            compare("What HelixCache.on is given", points, all_ranks)
+        if error is not None:
+            raise error
         exchange = None
         if config.layout.cp_size > 1:
             exchange = make_exchange(mesh.get_group("cp"), config.model)
@@ -183,6 +243,10 @@ class HelixCache:
             exchange=exchange,
             backend=backend,
             hop_b=hop_b,
+            all_ranks=all_ranks,
+            rope=rope,
+            poison=poison,
+            debug=debug,
         )
 
     def __init__(
@@ -195,20 +259,33 @@ class HelixCache:
         exchange: Exchange | None = None,
         backend: Backend | None = None,
         hop_b: Costs | None = None,
+        all_ranks: dist.ProcessGroup | None = None,
+        rope: Rope = "config",
+        poison: bool = False,
+        debug: bool = False,
     ) -> None:
         check_config(config)
-        if not 0 <= rank < config.world_size:
+        if not 0 <= integer("rank", rank) < config.world_size:
             raise ValueError(
                 f"rank is {rank}; with tp_size * cp_size = {config.world_size} it must lie "
                 f"between 0 and {config.world_size - 1}."
             )
+        if rope not in ("config", None):
+            raise ValueError(f"rope is {rope!r}; it must be 'config', or None for rotated Q and K.")
         cp_size, model = config.layout.cp_size, config.model
         self.config = config
-        self.book = RankBook(config, rank % cp_size)
         self.device = torch.device(device)
+        self.backend: Backend = _resolved(backend, self.device, model)
+        self.book = RankBook(config, rank % cp_size)
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.kv_heads = 1 if model.latent else model.kv_heads // config.tp_size
         self.q_heads = model.q_heads // config.tp_size
+        exchange = exchange or _group_exchange(config, group, self.book.cp_rank)
+        link = _Link(exchange, all_ranks or (group if config.tp_size == 1 else None))
+        weakref.finalize(self, link.cut)
+        if debug and config.world_size > 1 and link.all_ranks is None:
+            raise ValueError("Ranks compare their calls through all_ranks, which is not given.")
+        self._link, self._exchange = link, link.exchange
         self.pool = torch.empty(
             model.layers,
             config.pages[self.book.cp_rank],
@@ -223,13 +300,27 @@ class HelixCache:
 
         With a latent cache [layers, pages, 1, tokens_per_block, 1, latent_dim + rope_dim].
         """
-        self._exchange = exchange or _group_exchange(config, group, self.book.cp_rank)
-        self.backend: Backend = backend or ("torch" if self.device.type == "cpu" else "triton")
-        if self.backend == "torch" and self.device.type != "cpu":
-            raise ValueError(f"The backend torch attends on the CPU alone, not on {self.device}.")
+        self._rope_dim = model.rope_dim if rope == "config" else 0
+        self._poison, self._debug = poison, debug
+        self._written = Written(model.layers)
         self._reserved: dict[int, DecodeStep] = {}
+        self._lodgers: dict[int, StepTokens] = {}
+        """The last step that began in the reserved buffers, by its number of rows."""
         self._hop_b = hop_b
-        self._lane = Lane(self.device) if hop_b else SameLane()
+        self._lane = Lane(self.device) if hop_b and not debug else SameLane()
+
+    def close(self) -> None:
+        """Give up the memory and the group; every call but this one is an error from now on."""
+        self._lane.close()
+        self._link.cut()
+        closed: Any = _Closed()
+        self.book = self.pool = self._written = self._reserved = closed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def request_ids(self) -> list[int]:
@@ -290,7 +381,7 @@ class HelixCache:
             changes; not asked when the rank holds none.
         rotated : bool
             Whether its K is rotated already, as that of another cache is. Otherwise it is rotated
-            here.
+            here, unless the cache has rope None.
 
         Raises
         ------
@@ -298,8 +389,15 @@ class HelixCache:
             For an id that is known, an empty prompt, one that is too long, and exhausted pools.
         ValueError
             For K or V of the wrong shape or type.
+        RanksDisagree
+            Where one rank cannot have its KV, on the others; it names the rank and its error. That
+            rank raises its own. Nothing is placed on any.
         """
-        self._place(self.book.plan_admit(id, prompt_len), prompt_kv, rotated)
+        id, prompt_len = integer("id", id), integer("prompt_len", prompt_len)
+        with self._together("admit", id, prompt_len, always=True):
+            plan = self.book.plan_admit(id, prompt_len)
+            given = self._prompt(plan, prompt_kv, rotated)
+        self._place(plan, given)
 
     @torch.no_grad()
     def resume(self, id: int, prompt_kv: PromptKV, *, rotated: bool = False) -> None:
@@ -319,8 +417,14 @@ class HelixCache:
             For a request that is not preempted, and exhausted pools.
         ValueError
             For K or V of the wrong shape or type.
+        RanksDisagree
+            As `admit`.
         """
-        self._place(self.book.plan_resume(id), prompt_kv, rotated)
+        id = integer("id", id)
+        with self._together("resume", id, always=True):
+            plan = self.book.plan_resume(id)
+            given = self._prompt(plan, prompt_kv, rotated)
+        self._place(plan, given)
 
     @torch.no_grad()
     def read(self, id: int, first: int, tokens: int) -> tuple[Tensor, Tensor | None]:
@@ -345,8 +449,12 @@ class HelixCache:
             For a request that is not live.
         IndexError
             For tokens that are not on this rank.
+        StepError
+            While layers lack tokens of the request.
         """
+        first, tokens = integer("first", first), integer("tokens", tokens)
         table, held = self.book.block_table(id), self.book.local_len(id)
+        self._written.check_whole([id], self.book.ledger.rows([id]))
         if not 0 <= first <= first + tokens <= held:
             raise IndexError(
                 f"Local indices {first} to {first + tokens - 1} of request {id} are not all here; "
@@ -356,34 +464,58 @@ class HelixCache:
         k, *v = (part[:, pages, offsets].to(self.dtype) for part in self.pool.unbind(2))
         return k, v[0] if v else None
 
-    def prefill(self, id: int, prompt_len: int, chunk: int) -> Iterator[DecodeStep]:
-        """Take a prompt whose KV is computed here, and return its steps.
+    def prefill(
+        self, id: int | Sequence[int], prompt_len: int | Sequence[int], chunk: int
+    ) -> PromptSteps:
+        """Take prompts whose KV is computed here, and return their steps.
 
-        Pages are taken at once. Call `attend` for every layer of each step, in order, before
-        anything else that names the request.
+        Pages are taken at once. Call `attend` for every layer of each step, in order. The rows of
+        a step stand request after request; one may hold the end of a prompt and the next ones.
 
         Parameters
         ----------
-        id : int
-        prompt_len : int
-            Tokens of the prompt.
+        id : int or sequence of int, [n]
+        prompt_len : int or sequence of int, [n]
+            Tokens of each prompt.
         chunk : int
-            Tokens of a step, at most.
+            Tokens of a step, at most, of all prompts together.
 
         Returns
         -------
-        iterator of DecodeStep
+        PromptSteps
+            An iterator of DecodeStep. A request that is released before its steps ends it.
 
         Raises
         ------
         Refused
-            As `admit`.
+            As `admit`, for all prompts together.
         ValueError
             For a chunk below one token.
-        """
-        return self._chunks(self.book.plan_admit(id, prompt_len), chunk)
 
-    def recompute(self, id: int, chunk: int) -> Iterator[DecodeStep]:
+        Examples
+        --------
+        >>> from helix_spec.config import ModelShape
+        >>> config = Config(layout="pr9757/1:C=1,T=2", pages=[8], max_len=16, model=ModelShape())
+        >>> cache = HelixCache(config, rank=0)
+        >>> steps = cache.prefill([7, 8], [5, 2], chunk=4)
+        >>> step = next(steps)
+        >>> step.book.position_ids.tolist()
+        [0, 1, 2, 3]
+        >>> q, k, v = (torch.zeros(4, heads, 16) for heads in (4, 2, 2))
+        >>> cache.attend(step, 0, q, k, v).shape
+        torch.Size([4, 4, 16])
+        >>> next(steps).book.position_ids.tolist()  # the last one of 7, and those of 8
+        [4, 0, 1]
+        """
+        if not hasattr(id, "__iter__"):
+            id, prompt_len = [integer("id", id)], [integer("prompt_len", prompt_len)]
+        ids, prompt_lens = integers("id", id), integers("prompt_len", prompt_len)
+        chunk = _checked_chunk(chunk)
+        with self._together("prefill", ids, prompt_lens, chunk):
+            plans = self.book.plan_admissions(ids, prompt_lens)
+        return self._steps(plans, chunk)
+
+    def recompute(self, id: int, chunk: int) -> PromptSteps:
         """Resume a preempted request like `prefill`, computing all its tokens again.
 
         Parameters
@@ -394,7 +526,7 @@ class HelixCache:
 
         Returns
         -------
-        iterator of DecodeStep
+        PromptSteps
 
         Raises
         ------
@@ -403,7 +535,10 @@ class HelixCache:
         ValueError
             For a chunk below one token.
         """
-        return self._chunks(self.book.plan_resume(id), chunk)
+        id, chunk = integer("id", id), _checked_chunk(chunk)
+        with self._together("recompute", id, chunk):
+            plan = self.book.plan_resume(id)
+        return self._steps([plan], chunk)
 
     @torch.no_grad()
     def begin(
@@ -411,8 +546,8 @@ class HelixCache:
     ) -> DecodeStep:
         """Begin a step of new tokens for each request: pages are taken, lengths advance.
 
-        Call `attend` once for each layer next. The new tokens stand request after request, m in
-        all.
+        Call `attend` once for each layer next, or `cancel`. The new tokens stand request after
+        request, m in all.
 
         Parameters
         ----------
@@ -431,61 +566,189 @@ class HelixCache:
         Refused
             For a batch or a count that is not right, a request that is not live or would be too
             long, and exhausted pools.
+        StepError
+            For a request whose tokens layers still lack, and where the buffers reserved for so many
+            rows hold another step that is not done.
         """
-        return self._start(self.book.plan_step(ids, query_lens, pad))
+        ids, query_lens, pad = _batch(ids, query_lens, pad)
+        with self._together("begin", ids, query_lens, pad):
+            plan = self.book.plan_step(ids, query_lens, pad)
+            self._check_whole(plan, ids)
+        return self._tracked(self._start(plan), plan, ids)
+
+    def cancel(self, step: DecodeStep) -> None:
+        """Undo a step of `begin`, attended to or not: its tokens were never there.
+
+        Nothing else may have happened to its requests since. A group of tokens that the step closed
+        stays closed, and pages that it copied stay the requests' own.
+
+        Parameters
+        ----------
+        step : DecodeStep
+
+        Raises
+        ------
+        StepError
+            For a step that is over, and one of a prompt, which ends by `release` alone.
+
+        Examples
+        --------
+        >>> from helix_spec.config import ModelShape
+        >>> config = Config(layout="pr9757/1:C=1,T=2", pages=[8], max_len=16, model=ModelShape())
+        >>> cache = HelixCache(config, rank=0)
+        >>> cache.admit(7, 2, lambda at: (torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 2, 16)))
+        >>> step = cache.begin([7])
+        >>> cache.local_len(7), cache.free_pages
+        (3, 6)
+        >>> cache.cancel(step)
+        >>> cache.local_len(7), cache.free_pages
+        (2, 7)
+        """
+        with self._together("cancel", _named(_checked_step(step))):
+            tokens = self._tokens(step)
+            self._written.check_step(tokens)
+            if step.of_prompt:
+                raise StepError("The step is of a prompt; release its requests to end them.")
+        self.book.cancel(tokens.ids)
+        for row, first in zip(tokens.rows.tolist(), tokens.firsts.tolist(), strict=True):
+            self._written.rewind(row, first)
+
+    def finish(self, step: DecodeStep) -> None:
+        """Count a step as attended to by all layers, since a captured graph has replayed it.
+
+        Parameters
+        ----------
+        step : DecodeStep
+            One that began in buffers of `reserve`.
+
+        Raises
+        ------
+        StepError
+            For a step that is over, and one that lies elsewhere, where no graph has seen it.
+        """
+        with self._together("finish", _named(_checked_step(step))):
+            tokens = self._tokens(step)
+            self._written.check_step(tokens)
+            reserved = self._reserved.get(len(step.lengths))
+            if reserved is None or reserved.slots is not step.slots:
+                raise StepError(
+                    f"The step is not in buffers reserved for {len(step.lengths)} rows, where a "
+                    "graph would have found it; attend to it."
+                )
+        for layer in range(self.config.model.layers):
+            self._written.give(tokens, layer)
+
+    @overload
+    def attend(
+        self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None,
+        *, scale: float | None = None, return_lse: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def attend(
+        self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None,
+        *, scale: float | None = None, return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     @torch.no_grad()
     def attend(
-        self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
-    ) -> Tensor:
+        self,
+        step: DecodeStep,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Do one layer of a step begun: append K and V where owned, attend, exchange, merge.
 
-        Each token sees those before it and itself, of its own group too.
+        Each token sees those before it and itself, of its own group too. After an error a layer may
+        attend again.
 
         Parameters
         ----------
         step : DecodeStep
         layer : int
+            From 0 on.
         q : Tensor, the model's type [m + pad, q_heads, head_dim]
-            Not rotated; dummies last, whose content counts for nothing.
+            Not rotated, unless the cache has rope None; dummies last, whose content counts for
+            nothing.
         k : Tensor, the model's type [m + pad, kv_heads, head_dim]
-            Not rotated.
+            As `q`.
         v : Tensor, the model's type [m + pad, kv_heads, head_dim], optional
             None exactly where a latent is cached.
+        scale : float, optional
+            Of the scores; the configuration's, 1 / sqrt(head_dim), unless given.
+        return_lse : bool
+            Whether the log-sum-exp comes too: by it a model adds what no key stands for. With a
+            sink of logit s, say, a head's output is `output * sigmoid(lse - s)`.
 
         Returns
         -------
-        Tensor, the model's type [m, q_heads / cp_size, head_dim]
+        output : Tensor, the model's type [m, q_heads / cp_size, head_dim]
             The output of this rank's slice of the query heads.
+        lse : Tensor, float32 [m, q_heads / cp_size]
+            With `return_lse`: the natural log-sum-exp of the scaled scores over all keys.
 
         Raises
         ------
+        StepError
+            For a step that is over, and while the layer lacks earlier tokens of a request.
         ValueError
-            For tensors of the wrong shape or type.
+            For a layer that is not there, and tensors of the wrong shape, type or device.
         """
-        model, rows, pool = self.config.model, len(step.lengths), self.pool[layer]
-        self._check("Q", q, (rows, self.q_heads, model.key_dim))
-        self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
+        model, rows = self.config.model, len(_checked_step(step).lengths)
+        with self._together("attend", _named(step), layer, unless=step.tokens is None):
+            layer = self._check_attend(step, layer)
+            self._check("Q", q, (rows, self.q_heads, model.key_dim))
+            self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
+        pool, scale = self.pool[layer], model.scale if scale is None else float(scale)
         v = None if v is None else self._cached(v)
         if self.backend == "triton":
-            return self._launch(step, pool, q, k, v)[: step.outputs]
-        q, k = rotate(q, step.cos, step.sin), self._cached(rotate(k, step.cos, step.sin))
-        own, t = (step.slots >= 0).nonzero()[:, 0], pool.shape[2]
-        page, offset = step.slots[own] // t, step.slots[own] % t
-        pool[page, 0, offset] = k[own]
-        if v is not None:
-            pool[page, 1, offset] = v[own]
-        local, merged = self.backend if callable(self.backend) else attend_pages, []
-        for part, half in step.parts():
-            output, lse = local(
-                q[part], pool, half.tables, half.lengths,
-                scale=model.scale, value_dim=model.value_dim,
-            )  # fmt: skip
-            merged.append(self._lane.hand(self.combine, output, lse))
-        return _joined(merged)[: step.outputs]
+            found = self._launch(step, pool, q, k, v, scale, return_lse)
+        else:
+            q, k = rotate(q, step.cos, step.sin), self._cached(rotate(k, step.cos, step.sin))
+            own, t = (step.slots >= 0).nonzero()[:, 0], pool.shape[2]
+            page, offset = step.slots[own] // t, step.slots[own] % t
+            pool[page, 0, offset] = k[own]
+            if v is not None:
+                pool[page, 1, offset] = v[own]
+            merged = []
+            for part, half in step.parts():
+                given = q[part], pool, half.tables, half.lengths
+                with self._together("attention", _named(step), layer, unless=step.tokens is None):
+                    if callable(self.backend):
+                        local = self.backend(
+                            *given, scale=scale, value_dim=model.value_dim,
+                            layer=layer, positions=half.positions,
+                        )  # fmt: skip
+                    else:
+                        local = attend_pages(
+                            *given, scale=scale, value_dim=model.value_dim, runs=half.runs
+                        )
+                merged.append(self._lane.hand(self._combined, *local))
+            found = _joined(merged)
+        if step.tokens is not None:
+            self._written.give(step.tokens, layer)
+        output, lse = (x[: step.outputs] for x in found)
+        return (output, lse) if return_lse else output
+
+    @overload
+    def combine(
+        self, output: Tensor, lse: Tensor, *, return_lse: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def combine(
+        self, output: Tensor, lse: Tensor, *, return_lse: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
 
     @torch.no_grad()
-    def combine(self, output: Tensor, lse: Tensor) -> Tensor:
+    def combine(
+        self, output: Tensor, lse: Tensor, *, return_lse: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Exchange the partials of all ranks and merge those of this rank's slice of the heads.
 
         Every rank of the group calls it.
@@ -495,19 +758,77 @@ class HelixCache:
         output : Tensor, float32 [n, q_heads, value_dim]
         lse : Tensor, float32 [n, q_heads]
             Natural log-sum-exp, -inf where this rank has no keys.
+        return_lse : bool
+            Whether the merged log-sum-exp comes too.
 
         Returns
         -------
-        Tensor, the model's type [n, q_heads / cp_size, value_dim]
+        output : Tensor, the model's type [n, q_heads / cp_size, value_dim]
+        lse : Tensor, float32 [n, q_heads / cp_size]
+            With `return_lse`.
+
+        Raises
+        ------
+        ValueError
+            For partials of another shape.
         """
         model, cp_size = self.config.model, self.book.layout.cp_size
+        wanted = (len(lse), self.q_heads, model.value_dim)
+        if tuple(output.shape) != wanted or tuple(lse.shape) != wanted[:2]:
+            raise ValueError(
+                f"Partials have shapes {tuple(output.shape)} and {tuple(lse.shape)}; they must "
+                f"have {wanted} and {wanted[:2]}."
+            )
         partials = output[None], lse[None]
         if cp_size > 1:
             received = self._exchange(pack(output, lse, cp_size, self._wire))
             heads = self.q_heads // cp_size
             partials = unpack(received, len(lse), heads, model.value_dim, self._wire)
-        merged, _ = merge(*partials)
-        return merged.to(self.dtype)
+        merged, merged_lse = merge(*partials)
+        merged = merged.to(self.dtype)
+        return (merged, merged_lse) if return_lse else merged
+
+    def _combined(self, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        return self.combine(output, lse, return_lse=True)
+
+    @torch.no_grad()
+    def gather(self, output: Tensor) -> Tensor:
+        """Return the outputs of all heads from the slices that the ranks hold; every rank calls it.
+
+        A model that splits its output projection by heads needs no gather: see
+        `block.AttentionBlock`.
+
+        Parameters
+        ----------
+        output : Tensor [..., q_heads / (tp_size * cp_size), dim]
+            What `attend` or `decode` returned here.
+
+        Returns
+        -------
+        Tensor [..., q_heads, dim]
+            The same on all ranks.
+
+        Raises
+        ------
+        ValueError
+            Without `all_ranks`, and for another number of heads.
+        """
+        ranks = self.config.world_size
+        heads = self.config.model.q_heads // ranks
+        with self._together("gather", *output.shape):
+            if output.ndim < 2 or output.shape[-2] != heads:
+                raise ValueError(
+                    f"The output has shape {tuple(output.shape)}; its last axis but one must hold "
+                    f"this rank's {heads} heads."
+                )
+            if ranks > 1 and self._link.all_ranks is None:
+                raise ValueError("Outputs are gathered through all_ranks, which is not given.")
+        if ranks == 1:
+            return output
+        mine = output.contiguous()
+        slices = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(slices, mine, group=self._link.all_ranks)
+        return torch.cat(slices, -2)
 
     @torch.no_grad()
     def reserve(self, rows: int) -> DecodeStep:
@@ -518,7 +839,7 @@ class HelixCache:
         tokens are. `attend` returns all `rows` for it. A step is good until the next one of as many
         rows begins: attend to all its layers, or replay, before that. Tables are made for the
         longest request that the configuration allows, and for those HOP-B is decided. Reserving
-        again gives the same buffers.
+        again gives the same buffers. Say `finish` of a step that was replayed.
 
         Parameters
         ----------
@@ -534,7 +855,7 @@ class HelixCache:
         ValueError
             For less than one row.
         """
-        if rows < 1:
+        if integer("rows", rows) < 1:
             raise ValueError(f"rows is {rows}; a step has at least one.")
         if rows not in self._reserved:
             t, pages = self.book.layout.tokens_per_block, self.pool.shape[1]
@@ -571,16 +892,19 @@ class HelixCache:
 
         Raises
         ------
-        Refused
+        Refused, StepError
             As `begin`.
         ValueError
             For tensors of the wrong shape or type.
         """
-        plan = self.book.plan_step(ids, query_lens, pad)
-        model, rows = self.config.model, len(plan.positions) + pad
-        self._check("Q", q, (model.layers, rows, self.q_heads, model.key_dim))
-        self._check_kv(k, v, (model.layers, rows, self.kv_heads, model.key_dim))
-        step, layers = self._start(plan), range(model.layers)
+        ids, query_lens, pad = _batch(ids, query_lens, pad)
+        with self._together("decode", ids, query_lens, pad):
+            plan = self.book.plan_step(ids, query_lens, pad)
+            model, rows = self.config.model, len(plan.positions) + pad
+            self._check_whole(plan, ids)
+            self._check("Q", q, (model.layers, rows, self.q_heads, model.key_dim))
+            self._check_kv(k, v, (model.layers, rows, self.kv_heads, model.key_dim))
+        step, layers = self._tracked(self._start(plan), plan, ids), range(model.layers)
         values = [None if v is None else v[i] for i in layers]
         return torch.stack([self.attend(step, i, q[i], k[i], values[i]) for i in layers])
 
@@ -597,7 +921,9 @@ class HelixCache:
         Refused
             As `begin`.
         """
-        self.book.skip(ids, query_lens)
+        ids, query_lens, _ = _batch(ids, query_lens, 0)
+        with self._together("skip", ids, query_lens):
+            self.book.skip(ids, query_lens)
 
     def accept(self, id: int, kept: int) -> None:
         """Keep the first tokens of a request's last group; the others were never decoded.
@@ -613,8 +939,16 @@ class HelixCache:
         Refused
             For a count outside the group, a request that is not live, and one without an open
             group.
+        StepError
+            While layers lack tokens of the group.
         """
+        id, kept = integer("id", id), integer("kept", kept)
+        with self._together("accept", id, kept):
+            self.book.ledger.plan_accept(id, kept)
+            rows = self.book.ledger.rows([id])
+            self._written.check_whole([id], rows)
         self.book.accept(id, kept)
+        self._written.rewind(int(rows[0]), self.book.ledger.total(id))
 
     def sampled(self, ids: Sequence[int]) -> None:
         """Count each request's oldest outstanding decode as sampled; with `config.overlap` alone.
@@ -628,7 +962,9 @@ class HelixCache:
         Refused
             Without overlap, for an empty or repeated list, and for a request without such a decode.
         """
-        self.book.sampled(ids)
+        ids = integers("ids", ids)
+        with self._together("sampled", ids):
+            self.book.sampled(ids)
 
     def fork(self, parent: int, child: int) -> None:
         """Begin a request as a copy of another, whose pages it shares until it writes.
@@ -644,8 +980,16 @@ class HelixCache:
         ------
         Refused
             For a parent that is not live, and a child that is known.
+        StepError
+            While layers lack tokens of the parent.
         """
+        parent, child = integer("parent", parent), integer("child", child)
+        with self._together("fork", parent, child):
+            self.book.ledger.plan_fork(parent, child)
+            self._written.check_whole([parent], self.book.ledger.rows([parent]))
         self.book.fork(parent, child)
+        source, row = self.book.ledger.rows([parent, child]).tolist()
+        self._written.fork(source, row, self.book.ledger.total(child))
 
     def preempt(self, id: int) -> None:
         """Free the pages of a live request, which stays known until `resume` or `release`.
@@ -659,7 +1003,11 @@ class HelixCache:
         Refused
             For a request that is not live.
         """
+        id = integer("id", id)
+        with self._together("preempt", id):
+            (row,) = self.book.ledger.rows([id]).tolist()
         self.book.preempt(id)
+        self._written.end(row)
 
     def release(self, id: int) -> None:
         """End a request, live or preempted; pages that no other request holds are free again.
@@ -673,33 +1021,134 @@ class HelixCache:
         Refused
             For a request that is not known.
         """
+        id = integer("id", id)
+        with self._together("release", id):
+            live = [] if id in self.book.preempted_ids else self.book.ledger.rows([id]).tolist()
         self.book.release(id)
+        for row in live:
+            self._written.end(row)
 
-    def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:
-        """Ask for the KV of this rank's share of a prompt, then take pages and write it."""
-        shard = plan.shards[self.book.cp_rank]
-        if not shard.tokens:
-            self._clear(self.book.place(plan))
+    @contextmanager
+    def _together(
+        self, call: str, *given: object, always: bool = False, unless: bool = False
+    ) -> Iterator[None]:
+        """What a call checks and plans: with `debug`, or `always`, the ranks then compare it.
+
+        An error of one rank ends it on all of them.
+        """
+        all_ranks = self._link.all_ranks
+        if all_ranks is None or not (always or self._debug) or unless:
+            yield
             return
+        error = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        said = {"call": f"{call}({', '.join(map(repr, given))})", "error": error_in_words(error)}
+        try:
+            compare("What the ranks do next", said, all_ranks)
+        except RanksDisagree as disagree:
+            raise (error or disagree) from (disagree if error else None)
+        if error is not None:
+            raise error
+
+    def _check_attend(self, step: DecodeStep, layer: int) -> int:
+        """A layer that is there, as a number, and a step to which it may attend."""
+        layers = self.config.model.layers
+        if not 0 <= integer("layer", layer) < layers:
+            raise ValueError(f"layer is {layer}; this cache has layers 0 to {layers - 1}.")
+        if step.tokens is not None:
+            self._written.check_layer(step.tokens, layer)
+        elif all(step is not reserved for reserved in self._reserved.values()):
+            raise StepError("The step is none that this cache has begun or reserved.")
+        return layer
+
+    def _tokens(self, step: DecodeStep) -> StepTokens:
+        tokens = _checked_step(step).tokens
+        if tokens is None:
+            raise StepError("The step is of dummies, as `reserve` returns it; it has no tokens.")
+        return tokens
+
+    def _check_whole(self, plan: Step, ids: Sequence[int]) -> None:
+        """A step may begin: its requests are whole, and buffers reserved for it are free."""
+        self._written.check_whole(ids, plan.rows)
+        self._check_reserved(len(plan.positions) + plan.pad)
+
+    def _check_reserved(self, rows: int) -> None:
+        lodger = self._lodgers.get(rows) if rows in self._reserved else None
+        layers = self._written.lacking(lodger) if lodger is not None else []
+        if layers:
+            raise StepError(
+                f"The buffers reserved for {rows} rows hold a step to which layer {layers[0]} has "
+                "not attended; attend to it, or finish or cancel it, before the next one begins."
+            )
+
+    def _tracked(self, step: DecodeStep, plan: Step, ids: Sequence[int]) -> DecodeStep:
+        """The step, with what says which tokens of which requests it holds."""
+        firsts = plan.positions[plan.firsts]
+        tokens = self._written.begin(ids, plan.rows, firsts, firsts + plan.query_lens)
+        return self._lodged(step, tokens)
+
+    def _lodged(self, step: DecodeStep, tokens: StepTokens) -> DecodeStep:
+        """The step of these tokens, noted where it lies in buffers that another will need."""
+        if len(step.lengths) in self._reserved:
+            self._lodgers[len(step.lengths)] = tokens
+        return replace(step, tokens=tokens)
+
+    def _prompt(
+        self, plan: Admission, prompt_kv: PromptKV, rotated: bool
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Ask for the KV of this rank's share of a prompt, and return it as it is cached."""
+        shard = plan.shards[self.book.cp_rank]
+        if not callable(prompt_kv):
+            raise ValueError(f"prompt_kv is {prompt_kv!r}; it must be a function of positions.")
+        if not shard.tokens:
+            return None
         positions = torch.from_numpy(shard.positions()).to(self.device)
-        k, v = prompt_kv(positions)
+        given = prompt_kv(positions)
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise ValueError(
+                f"prompt_kv returned a {type(given).__name__}; it must return K and V."
+            )
+        k, v = given
         model = self.config.model
-        shape = (model.layers, shard.tokens, self.kv_heads, model.key_dim)
-        self._check_kv(k, v, shape, "The prompt's ")
+        self._check_kv(
+            k, v, (model.layers, shard.tokens, self.kv_heads, model.key_dim), "The prompt's "
+        )
         if not rotated:
-            k = rotate(k, *rope_table(positions, model.rope_dim, model.rope_base))
+            k = rotate(k, *rope_table(positions, self._rope_dim, model.rope_base))
+        return self._cached(k), None if v is None else self._cached(v)
+
+    def _place(self, plan: Admission, given: tuple[Tensor, Tensor | None] | None) -> None:
+        """Take pages for a prompt, and write this rank's share of it."""
         table = self.book.place(plan)
         self._clear(table)
-        pages, offsets = self._slots(table, np.arange(shard.tokens))
-        self.pool[:, pages, 0, offsets] = self._cached(k)
-        if v is not None:
-            self.pool[:, pages, 1, offsets] = self._cached(v)
+        (row,) = self.book.ledger.rows([plan.id]).tolist()
+        self._written.place(row, plan.prompt_len, given=True)
+        if given is not None:
+            k, v = given
+            pages, offsets = self._slots(table, np.arange(k.shape[1]))
+            self.pool[:, pages, 0, offsets] = k
+            if v is not None:
+                self.pool[:, pages, 1, offsets] = v
 
-    def _chunks(self, plan: Admission, chunk: int) -> Iterator[DecodeStep]:
-        if chunk < 1:
-            raise ValueError(f"chunk is {chunk}; it must be at least one token.")
-        self._clear(self.book.place(plan))
-        return map(self._begun, self.book.prompt_chunks(plan, chunk))
+    def _steps(self, plans: Sequence[Admission], chunk: int) -> PromptSteps:
+        """Take pages for prompts that are computed here."""
+        for plan in plans:
+            self._clear(self.book.place(plan))
+            (row,) = self.book.ledger.rows([plan.id]).tolist()
+            self._written.place(row, plan.prompt_len, given=False)
+        return PromptSteps(self, plans, chunk)
+
+    def _begun_chunk(self, chunk: PromptChunk, generations: Ints) -> DecodeStep:
+        """Begin a piece of prompts that have these generations since they were placed."""
+        tokens = StepTokens(
+            self._written, chunk.ids, chunk.rows, chunk.firsts, chunk.ends, generations
+        )
+        self._written.check_step(tokens)
+        self._check_reserved(len(chunk.step.rows))
+        return replace(self._lodged(self._begun(chunk.step), tokens), of_prompt=True)
 
     def _start(self, plan: Step) -> DecodeStep:
         book = self.book.advance(plan)
@@ -718,21 +1167,22 @@ class HelixCache:
         places[2] = -1
         places[:, :tokens] = book.position_ids, book.visible, book.slots
         positions, lengths, slots = self._put(places)
-        cos, sin = rope_table(positions, model.rope_dim, model.rope_base)
+        cos, sin = rope_table(positions, self._rope_dim, model.rope_base)
+        step.positions.copy_(positions)
         step.cos.copy_(cos)
         step.sin.copy_(sin)
         step.lengths.copy_(lengths)
         step.slots.copy_(slots)
         tables = self.book.tables.read(book.rows, width)
         step.tables[:tokens, :width] = self._put(tables)
-        return replace(step, book=book, outputs=tokens)
+        return replace(step, book=book, outputs=tokens).with_runs(book.rows)
 
     def _blank(self, rows: int, width: int, seen: int) -> DecodeStep:
         """Buffers of a step that does nothing yet: `rows` dummies, tables of `width` pages.
 
         `seen` are the keys that its rows will see on all ranks together.
         """
-        half = self.config.model.rope_dim // 2
+        half = self._rope_dim // 2
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -740,6 +1190,7 @@ class HelixCache:
         step = DecodeStep(
             RankStep.of_dummies(rows),
             outputs=rows,
+            positions=zeros(rows, dtype=torch.int64),
             cos=zeros(rows, 1, half, dtype=torch.float32),
             sin=zeros(rows, 1, half, dtype=torch.float32),
             tables=zeros(rows, width, dtype=torch.int64),
@@ -797,8 +1248,9 @@ class HelixCache:
         )
 
     def _launch(
-        self, step: DecodeStep, pool: Tensor, q: Tensor, k: Tensor, v: Tensor | None
-    ) -> Tensor:
+        self, step: DecodeStep, pool: Tensor, q: Tensor, k: Tensor, v: Tensor | None,
+        scale: float, return_lse: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One layer by the kernels: nothing here waits for the device, or reads from it."""
         from helix_gpu.attention.kernels.merge import merge_received
         from helix_gpu.attention.kernels.rope import rotated
@@ -809,16 +1261,19 @@ class HelixCache:
         for part, half in step.parts():
             buffers = half.buffers
             assert buffers is not None
-            attend_shard(
-                buffers, q[part], k[part], None if v is None else v[part], pool,
-                half.slots, half.tables, half.lengths,
-                scale=model.scale, wide=model.product_dtype != model.dtype,
-            )  # fmt: skip
+            with self._together("attention", _named(step), unless=step.tokens is None):
+                attend_shard(
+                    buffers, q[part], k[part], None if v is None else v[part], pool,
+                    half.slots, half.tables, half.lengths,
+                    scale=scale, wide=model.product_dtype != model.dtype,
+                )  # fmt: skip
 
-            def combine(send: Tensor, buffers: StepBuffers = buffers) -> Tensor:
-                output = torch.empty_like(buffers.output)  # layers share only the buffers
-                merge_received(self._exchange(send), output, buffers.lse, buffers.wire)
-                return output
+            def combine(send: Tensor, buffers: StepBuffers = buffers) -> tuple[Tensor, Tensor]:
+                # Layers share only the buffers.
+                output = torch.empty_like(buffers.output)
+                lse = torch.empty_like(buffers.lse) if return_lse else buffers.lse
+                merge_received(self._exchange(send), output, lse, buffers.wire)
+                return output, lse
 
             merged.append(self._lane.hand(combine, buffers.send))
         return _joined(merged)
@@ -830,7 +1285,7 @@ class HelixCache:
 
     def _clear(self, pages: list[int]) -> None:
         """With `poison`, fill pages just taken with NaN: whoever reads an unwritten slot shows."""
-        if self.config.poison and pages:
+        if self._poison and pages:
             nan = self.pool.new_full((), torch.nan)  # on the device: a number would be waited for
             self.pool[:, self._put(np.array(pages))] = nan
 
@@ -866,16 +1321,146 @@ class HelixCache:
             self._check(f"{of}V", v, shape)
 
     def _check(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}; it must be a Tensor.")
         if tuple(tensor.shape) != shape or tensor.dtype != self.dtype:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {self.dtype} {shape}."
             )
+        if tensor.device.type != self.device.type:
+            raise ValueError(f"{name} is on {tensor.device}; the cache is on {self.device}.")
 
 
-def _joined(merged: Sequence[Callable[[], Tensor]]) -> Tensor:
+class PromptSteps(Iterator[DecodeStep]):
+    """The steps of prompts that are computed here, each begun when it is asked for.
+
+    Parameters
+    ----------
+    cache : HelixCache
+    plans : sequence of Admission
+        Prompts that were placed just now.
+    chunk : int
+        Tokens of a step, at most.
+    """
+
+    def __init__(self, cache: HelixCache, plans: Sequence[Admission], chunk: int) -> None:
+        self._cache = cache
+        self._chunks = cache.book.prompt_chunks(plans, chunk)
+        self._next: PromptChunk | None = None
+        ids = [plan.id for plan in plans]
+        placed = cache._written.generations(cache.book.ledger.rows(ids))
+        self._generations = dict(zip(ids, placed.tolist(), strict=True))
+
+    def __next__(self) -> DecodeStep:
+        """Begin the next step.
+
+        Raises
+        ------
+        StepError
+            For a request that has ended or gone on, and while the buffers reserved for so many rows
+            hold another step that is not done; then it may be asked for again.
+        """
+        chunk = self._next = self._next or next(self._chunks)
+        generations = np.array([self._generations[id] for id in chunk.ids])
+        step = self._cache._begun_chunk(chunk, generations)
+        self._next = None
+        return step
+
+
+class _Link:
+    """What a cache holds of the outside: all of it is let go by `cut`, which keeps no cache alive.
+
+    A group that is still referred to when its process ends may abort it (torch 2.13, gloo), and in
+    a circle of references a cache lives until then.
+    """
+
+    def __init__(self, exchange: Exchange, all_ranks: dist.ProcessGroup | None) -> None:
+        self.inner: Exchange | None = exchange
+        self.all_ranks = all_ranks
+
+    def exchange(self, send: Tensor) -> Tensor:
+        if self.inner is None:
+            raise ValueError("This cache is closed.")
+        return self.inner(send)
+
+    def cut(self) -> None:
+        self.inner = self.all_ranks = None
+
+
+class _Closed:
+    """Stands for the parts of a cache that was closed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError("This cache is closed.")
+
+    def __getitem__(self, key: object) -> Any:
+        raise ValueError("This cache is closed.")
+
+
+def _batch(
+    ids: Sequence[int], query_lens: Sequence[int] | None, pad: int
+) -> tuple[list[int], list[int] | None, int]:
+    """A batch as lists of Python's integers."""
+    lens = None if query_lens is None else integers("query_lens", query_lens)
+    return integers("ids", ids), lens, integer("pad", pad)
+
+
+def _checked_step(step: DecodeStep) -> DecodeStep:
+    if not isinstance(step, DecodeStep):
+        raise ValueError(f"step is {step!r}; it must be a step that `begin` or `prefill` returned.")
+    return step
+
+
+def _named(step: DecodeStep) -> str:
+    """A step as ranks compare it."""
+    if step.tokens is None:
+        return "reserved"
+    return f"{list(step.tokens.ids)} at {step.tokens.firsts.tolist()}"
+
+
+def _checked_chunk(chunk: int) -> int:
+    if integer("chunk", chunk) < 1:
+        raise ValueError(f"chunk is {chunk}; it must be at least one token.")
+    return int(chunk)
+
+
+def _resolved(backend: Backend | None, device: torch.device, model: ModelShape) -> Backend:
+    """What attends, where it can."""
+    if backend is None:
+        return "torch" if device.type == "cpu" else "triton"
+    if backend == "torch":
+        if device.type != "cpu":
+            raise ValueError(f"The backend torch attends on the CPU alone, not on {device}.")
+    elif backend == "triton":
+        if device.type == "cpu" and not _kernels_are_interpreted():
+            raise ValueError(
+                "The backend triton attends on a GPU, and on the CPU under TRITON_INTERPRET=1 "
+                "alone."
+            )
+    elif not callable(backend):
+        if backend not in PACKAGES:
+            raise ValueError(
+                f"There is no backend {backend!r}; there are torch, triton, {', '.join(PACKAGES)}, "
+                "and any function like attention.paged.attend_pages."
+            )
+        return load(backend, model)
+    return backend
+
+
+def _kernels_are_interpreted() -> bool:
+    try:
+        from helix_gpu.attention.kernels.common import interpreted
+        from helix_gpu.attention.kernels.merge import merge_kernel
+    except ImportError:
+        return False
+    return interpreted(merge_kernel)
+
+
+def _joined(merged: Sequence[Callable[[], tuple[Tensor, ...]]]) -> tuple[Tensor, Tensor]:
     """The rows of all parts, waited for in order; those of a single one are not copied."""
-    rows = [wait() for wait in merged]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    parts = [wait() for wait in merged]
+    output, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    return output, lse
 
 
 def _group_exchange(config: Config, group: dist.ProcessGroup | None, cp_rank: int) -> Exchange:

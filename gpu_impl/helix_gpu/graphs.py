@@ -119,12 +119,16 @@ class StepGraph:
         """
         tokens = len(ids) if query_lens is None else sum(query_lens)
         inputs = self._inputs(tokens, q, k, v)
-        self.cache.begin(ids, query_lens, pad=self.rows - tokens)
-        return self._replayed(tokens, inputs)
+        step = self.cache.begin(ids, query_lens, pad=self.rows - tokens)
+        output = self._replayed(tokens, inputs)
+        self.cache.finish(step)
+        return output
 
     @torch.no_grad()
     def replay(self, q: Tensor, k: Tensor, v: Tensor | None = None) -> Tensor:
         """Do all layers of the step that `HelixCache.begin` has begun last, of `rows` rows.
+
+        Tell the cache so by `HelixCache.finish`.
 
         Parameters
         ----------

@@ -249,7 +249,7 @@ def test_a_prompt_in_chunks_is_every_token_once() -> None:
         book = book_of("pr13180/1:C=2,T=2", rank)
         plan = book.plan_admit(0, 7)
         book.place(plan)
-        chunks = list(book.prompt_chunks(plan, 3))
+        chunks = [chunk.step for chunk in book.prompt_chunks([plan], 3)]
         assert [chunk.position_ids.tolist() for chunk in chunks] == [[0, 1, 2], [3, 4, 5], [6]]
         for chunk in chunks:
             assert set(chunk.slots[~chunk.active].tolist()) <= {-1}
@@ -279,7 +279,11 @@ def test_steps_say_what_was_there_before() -> None:
     book = RankBook(Config(layout="pr9757/1:C=2,T=4", pages=[9, 9], max_len=99), 0)
     plan = book.plan_admit(0, 13)
     book.place(plan)
-    assert [step.past_len.tolist() for step in book.prompt_chunks(plan, 5)] == [[0], [5], [8]]
+    assert [chunk.step.past_len.tolist() for chunk in book.prompt_chunks([plan], 5)] == [
+        [0],
+        [5],
+        [8],
+    ]
     none = RankStep.of_dummies(3)
     assert [len(none.past_len), len(none.position_ids), len(none.slots)] == [0] * 3
     assert book.ledger.plan_step([0], [1]).pad == 0

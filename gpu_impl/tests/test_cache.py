@@ -348,12 +348,12 @@ def test_missing_group() -> None:
 
 
 def test_another_function_may_attend(values: Fixture) -> None:
-    """A backend that is a function is called for every layer in the place of torch's operation."""
+    """A function is called in the place of torch's operation, and told layer and positions."""
     setting = config("pr9757/1:C=1,T=2")
     model, calls = Model(setting, values), []
 
     def counted(*args: Tensor, **shape: Any) -> tuple[Tensor, Tensor]:
-        calls.append(shape)
+        calls.append(shape | {"positions": shape["positions"].tolist()})
         return attend_pages(*args, **shape)
 
     outputs = []
@@ -362,7 +362,8 @@ def test_another_function_may_attend(values: Fixture) -> None:
         model.admit(cache, 0, 0, 5)
         outputs.append(model.decode(cache, 0, [0], [5]))
     assert torch.equal(*outputs)
-    assert calls == [{"scale": DIM**-0.5, "value_dim": DIM}] * LAYERS
+    shape = {"scale": DIM**-0.5, "value_dim": DIM, "positions": [5]}
+    assert calls == [shape | {"layer": layer} for layer in range(LAYERS)]
 
 
 def test_torch_attends_on_the_cpu_alone() -> None:
@@ -576,7 +577,7 @@ def test_four_ranks_hold_nearly_four_times_the_tokens(run_ranks: Fixture) -> Non
         tokens = 1
         while True:
             try:
-                cache.begin([0])
+                cache.book.decode_step([0])
             except Refused:
                 return cache.pool.nbytes, tokens
             tokens += 1

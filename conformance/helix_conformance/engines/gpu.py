@@ -185,6 +185,7 @@ class GpuEngine:
                 exchange=exchange,
                 backend=self.backend,
                 hop_b=self.hop_b(),
+                poison=config.poison,
             )
         except Refused as refused:
             return Outcome(refused.reason)

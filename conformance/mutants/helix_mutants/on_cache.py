@@ -140,7 +140,7 @@ class RopeAnglesInHalf(OverCache):
     """Angles are rounded to 11 bits: fine at the first positions, worse at each one after."""
 
     class Cache(HelixCache):
-        _place = rebound(HelixCache._place, rope_table=_half_angles)
+        _prompt = rebound(HelixCache._prompt, rope_table=_half_angles)
 
     cache_class = Cache
 
@@ -150,12 +150,14 @@ class SignOfPositionZero(OverCache):
     """Keys are turned by the sign of their position, and the very first key is wiped out."""
 
     class Cache(HelixCache):
-        def _place(self, plan: Admission, prompt_kv: PromptKV, rotated: bool) -> None:
+        def _prompt(
+            self, plan: Admission, prompt_kv: PromptKV, rotated: bool
+        ) -> tuple[Tensor, Tensor | None] | None:
             def signed(positions: Tensor) -> tuple[Tensor, Tensor | None]:
                 k, v = prompt_kv(positions)
                 return k * positions.sign()[:, None, None].to(k.dtype), v
 
-            super()._place(plan, signed, rotated)
+            return super()._prompt(plan, signed, rotated)
 
     cache_class = Cache
 
@@ -186,12 +188,10 @@ class LastLayerNotAppended(OverCache):
     """New tokens are appended in all layers but the last of several."""
 
     class Cache(HelixCache):
-        def attend(
-            self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
-        ) -> Tensor:
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
             if layer and layer == self.config.model.layers - 1:
                 step = dataclasses.replace(step, slots=torch.full_like(step.slots, -1))
-            return super().attend(step, layer, q, k, v)
+            return super().attend(step, layer, *given, **how)
 
     cache_class = Cache
 
@@ -201,10 +201,8 @@ class PageClearedTooLate(OverCache):
     """Clearing a page that was just taken overtakes the write of the token that opened it."""
 
     class Cache(HelixCache):
-        def attend(
-            self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
-        ) -> Tensor:
-            output = super().attend(step, layer, q, k, v)
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
+            output = super().attend(step, layer, *given, **how)
             self._clear(step.book.taken)
             return output
 
@@ -467,10 +465,8 @@ class MergeOfOneRank(OverCache):
     """With one rank nothing is merged, and row 0 is handed out for the whole batch."""
 
     class Cache(HelixCache):
-        def attend(
-            self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
-        ) -> Tensor:
-            output = super().attend(step, layer, q, k, v)
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
+            output = super().attend(step, layer, *given, **how)
             return output if self.book.layout.cp_size > 1 else output[:1].expand_as(output)
 
     cache_class = Cache
@@ -492,13 +488,11 @@ class RankOrderTpFastest(OverCache):
 
 
 class _SkipsWhenEmpty(HelixCache):
-    def attend(
-        self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
         if self.book.layout.cp_size > 1 and not step.lengths.any():
             n, heads = len(step.book.rows), self.q_heads // self.book.layout.cp_size
-            return q.new_zeros(n, heads, self.config.model.value_dim)
-        return super().attend(step, layer, q, k, v)
+            return given[0].new_zeros(n, heads, self.config.model.value_dim)
+        return super().attend(step, layer, *given, **how)
 
 
 @mutant("vLLM #40996", "LIVE-1")

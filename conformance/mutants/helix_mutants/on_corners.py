@@ -496,14 +496,12 @@ class RewoundSlotKeepsItsToken(OverCache):
     """What a rejected token left in a slot is taken for the token that comes in its place."""
 
     class Cache(HelixCache):
-        def attend(
-            self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None
-        ) -> Tensor:
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
             t = self.pool.shape[3]
             slots = step.slots[step.slots >= 0]
             pages, offsets = slots // t, slots % t
             there = self.pool[layer, pages, :, offsets].clone()
-            output = super().attend(step, layer, q, k, v)
+            output = super().attend(step, layer, *given, **how)
             full = ~there.float().isnan().flatten(1).any(1)
             self.pool[layer, pages[full], :, offsets[full]] = there[full]
             return output

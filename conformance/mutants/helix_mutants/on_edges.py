@@ -153,7 +153,7 @@ class RopeBaseIgnored(OverCache):
 
     class Cache(HelixCache):
         _begun = rebound(HelixCache._begun, rope_table=_base_10000)
-        _place = rebound(HelixCache._place, rope_table=_base_10000)
+        _prompt = rebound(HelixCache._prompt, rope_table=_base_10000)
 
     cache_class = Cache
 

@@ -111,8 +111,14 @@ class ChunkBelowTheRanks(OverCache):
         self.short = False
 
     def _compute(self, steps: Iterable[DecodeStep], identity: Callable[[int], Identity]) -> None:
-        chunks = list(steps) if getattr(self, "short", False) else steps
-        super()._compute(chunks[:-1] if isinstance(chunks, list) else chunks, identity)
+        if not getattr(self, "short", False):
+            super()._compute(steps, identity)
+            return
+        *chunks, lost = list(steps)
+        super()._compute(chunks, identity)
+        if lost.tokens is not None:
+            for layer in range(self.config.model.layers):
+                self.cache._written.give(lost.tokens, layer)
 
 
 @mutant("own: a grid of 64 rows", "ATT-1")
@@ -120,8 +126,8 @@ class RowsBeyondTheGrid(OverCache):
     """Of a batch of more than 64 tokens the output of the last ones is that of the first."""
 
     class Wrong(HelixCache):
-        def attend(self, step: DecodeStep, layer: int, *parts: Tensor | None) -> Tensor:
-            merged: Tensor = super().attend(step, layer, *parts)  # type: ignore[arg-type]
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
+            merged: Tensor = super().attend(step, layer, *given, **how)
             merged[64:] = merged[: max(0, len(merged) - 64)][: len(merged[64:])]
             return merged
 
@@ -133,8 +139,8 @@ class ThirdLayer(OverCache):
     """The third layer attends with the scale of no model."""
 
     class Wrong(HelixCache):
-        def attend(self, step: DecodeStep, layer: int, *parts: Tensor | None) -> Tensor:
-            merged: Tensor = super().attend(step, layer, *parts)  # type: ignore[arg-type]
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
+            merged: Tensor = super().attend(step, layer, *given, **how)
             return merged * 1.01 if layer == 2 else merged
 
     cache_class = Wrong

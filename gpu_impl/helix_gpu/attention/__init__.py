@@ -6,7 +6,8 @@
 - `backends`: the same by other libraries, where they are installed;
 - `kernels`: the same, and the rest of a step, as Triton kernels;
 - `partials`: the layout in which partials travel;
-- `merge`: the attention over all keys, from partials over disjoint keys.
+- `merge`: the attention over all keys, from partials over disjoint keys;
+- `heads`: heads that do not divide over the ranks, padded.
 
 Nothing is imported here.
 """

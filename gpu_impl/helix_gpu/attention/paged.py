@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from helix_gpu.attention.merge import merge
@@ -22,6 +25,17 @@ VECTOR: Final = 16
 so there must be none (2.13, AVX-512: 6 units of roundoff in the output)."""
 
 
+MIN_RUN: Final = 5
+"""From so many tokens of one request on, gathering its pages once is worth a call of its own."""
+ROWS_OF_A_RUN: Final = 256
+"""Tokens of a run that attend together: they all meet the keys that the last one sees."""
+KEYS_OF_A_CALL: Final = 512
+"""Up to so many keys, which torch's operation takes at a time, one call with a mask is faster than
+two."""
+SLOTS_OF_A_RUN: Final = 8192
+"""Slots gathered at a time for a run; it bounds the scratch memory."""
+
+
 def attend_pages(
     q: Tensor,
     pages: Tensor,
@@ -30,6 +44,9 @@ def attend_pages(
     *,
     scale: float | None = None,
     value_dim: int | None = None,
+    layer: int | None = None,
+    positions: Tensor | None = None,
+    runs: Sequence[slice] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return the partial attention of each new token over the slots of its request on this rank.
 
@@ -49,6 +66,11 @@ def attend_pages(
         Of the scores; 1 / sqrt(key_dim) unless given.
     value_dim : int, optional
         Elements of a value; key_dim unless given.
+    layer, positions
+        Not looked at: all layers attend alike, to all positions.
+    runs : sequence of slice
+        Rows that are consecutive tokens of one request, as `runs_of` finds them; each sees no less
+        than the one before it. Their pages are gathered once, those of other rows for each row.
 
     Returns
     -------
@@ -64,17 +86,60 @@ def attend_pages(
     >>> output.item()  # the mean of the values 12 to 15 of page 1 and the first one of page 0, 4
     11.600000381469727
     """
-    t, kv_heads, key_dim = pages.shape[2:]
+    kv_heads, key_dim = pages.shape[3:]
     scale, value_dim = scale or key_dim**-0.5, value_dim or key_dim
     # A group of query heads shares a KV head: it becomes the rows of one matrix product.
     query = q.float().reshape(len(q), kv_heads, -1, key_dim)
+    if not runs:
+        output, lse = _by_rows(query, pages, tables, lengths, scale, value_dim)
+        return output.flatten(1, 2), lse.flatten(1)
+    output = query.new_empty((*query.shape[:3], value_dim))
+    lse = query.new_empty(query.shape[:3])
+    alone = torch.ones(len(q), dtype=torch.bool)
+    for run in runs:
+        alone[run] = False
+        _attend_run(query[run], pages, tables[run][0], lengths[run], scale, output[run], lse[run])
+    if alone.any():
+        output[alone], lse[alone] = _by_rows(
+            query[alone], pages, tables[alone], lengths[alone], scale, value_dim
+        )
+    return output.flatten(1, 2), lse.flatten(1)
+
+
+def runs_of(rows: NDArray[np.int64]) -> list[slice]:
+    """Return where MIN_RUN or more tokens of one request stand one after the other.
+
+    Parameters
+    ----------
+    rows : ndarray, int64 [n]
+        Of each token, what tells its request from others.
+
+    Returns
+    -------
+    list of slice
+
+    Examples
+    --------
+    >>> runs_of(np.array([3, 3, 1, 1, 1, 1, 1, 1]))
+    [slice(2, 8, None)]
+    """
+    borders = np.concatenate(([0], (rows[1:] != rows[:-1]).nonzero()[0] + 1, [len(rows)]))
+    long = (np.diff(borders) >= MIN_RUN).nonzero()[0]
+    return [slice(int(borders[i]), int(borders[i + 1])) for i in long]
+
+
+def _by_rows(
+    query: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, scale: float, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Attend with queries [n, kv_heads, group, key_dim], each over pages gathered for it."""
+    t = pages.shape[2]
     output = query.new_zeros((*query.shape[:3], value_dim))
     lse = query.new_full(query.shape[:3], -torch.inf)
     pages_at_once = max(1, TOKENS_AT_ONCE // t)
     most = min(pages_at_once, tables.shape[1])
     of_a_row = most * prod(pages.shape[1:]) * torch.float32.itemsize
     rows_at_once = max(1, BYTES_AT_ONCE // max(1, of_a_row))
-    gather = _Gather(pages, min(rows_at_once, len(q)), most)
+    gather = _Gather(pages, min(rows_at_once, len(query)), most)
     for first in range(0, tables.shape[1], pages_at_once):
         # Torch's operation ends the process when it is given no keys: such rows are left out.
         seeing = (lengths > first * t).nonzero()[:, 0]
@@ -93,7 +158,74 @@ def attend_pages(
                     torch.stack((output[rows], piece)), torch.stack((lse[rows], piece_lse))
                 )
             output[rows], lse[rows] = piece, piece_lse
-    return output.flatten(1, 2), lse.flatten(1)
+    return output, lse
+
+
+def _attend_run(
+    query: Tensor, pages: Tensor, table: Tensor, lengths: Tensor, scale: float,
+    output: Tensor, lse: Tensor,
+) -> None:  # fmt: skip
+    """Attend with consecutive tokens of a request, whose lengths rise, into `output` and `lse`."""
+    t = pages.shape[2]
+    pages_at_once = max(1, SLOTS_OF_A_RUN // t)
+    empty = int((lengths == 0).sum())
+    output[:empty], lse[:empty] = 0, -torch.inf
+    for first in range(0, -(-int(lengths[-1]) // t), pages_at_once):
+        seen = (lengths - first * t).clamp(min=0, max=pages_at_once * t)
+        keys, values = _gathered(pages, table[first : first + pages_at_once], int(seen[-1]))
+        for begin in range(int((seen == 0).sum()), len(query), ROWS_OF_A_RUN):
+            rows = slice(begin, begin + ROWS_OF_A_RUN)
+            into = output[rows].permute(1, 2, 0, 3), lse[rows].permute(1, 2, 0)
+            for place, piece in enumerate(_block(query[rows], keys, values, seen[rows], scale)):
+                _add(*piece, *into, begun=bool(first or place))
+
+
+def _gathered(pages: Tensor, table: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+    """K and V of the first slots of these pages: float32 [kv_heads, 1, slots, dim].
+
+    Slots are filled up to a multiple of VECTOR by 0.
+    """
+    t = pages.shape[2]
+    parts = []
+    for part in (0, -1):
+        rows = pages[table[: -(-seen // t)], part].flatten(0, 1)[:seen].transpose(0, 1)
+        room = torch.zeros(len(rows), 1, -(-seen // VECTOR) * VECTOR, rows.shape[-1])
+        room[:, 0, :seen] = rows
+        parts.append(room)
+    return parts[0], parts[1]
+
+
+def _block(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Attend with queries [n, kv_heads, group, dim] that see the first `seen[i]` slots, 1 or more.
+
+    Yields partials [kv_heads, group, n, dim] over disjoint slots: those of which some are hidden
+    from some queries, and without a mask those that all of them see.
+    """
+    by_head = query.permute(1, 2, 0, 3)
+    keys, values = (x.expand(-1, query.shape[2], -1, -1) for x in (keys, values))
+    end = -(-int(seen[-1]) // VECTOR) * VECTOR
+    # Every row sees a key behind the border: of a row that sees none the operation makes NaN.
+    border = (int(seen[0]) - 1) // VECTOR * VECTOR if end > KEYS_OF_A_CALL else 0
+    mask = torch.where(torch.arange(border, end) >= seen[:, None], -torch.inf, 0.0)[None, None]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    yield flash(
+        by_head, keys[:, :, border:end], values[:, :, border:end], attn_mask=mask, scale=scale
+    )
+    if border:
+        yield flash(by_head, keys[:, :, :border], values[:, :, :border], scale=scale)
+
+
+def _add(piece: Tensor, piece_lse: Tensor, output: Tensor, lse: Tensor, *, begun: bool) -> None:
+    """Merge a partial into what was found before, where both have keys: `merge` in one pass."""
+    piece = piece[..., : output.shape[-1]]
+    if not begun:
+        output.copy_(piece)
+        lse.copy_(piece_lse)
+        return
+    output.lerp_(piece, (piece_lse - lse).sigmoid()[..., None])
+    torch.logaddexp(lse, piece_lse, out=lse)
 
 
 class _Gather:

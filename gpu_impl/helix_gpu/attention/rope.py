@@ -19,7 +19,7 @@ def rope_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor
     positions : Tensor, int64 [n]
         Global positions.
     dim : int
-        Elements that are rotated.
+        Elements that are rotated; 0 for none.
     base : float
 
     Returns
@@ -63,6 +63,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     >>> rotate(x, *rope_table(torch.tensor([1]), dim=2, base=10000.0))
     tensor([[[0.5403, 0.8415]]])
     """
+    if not cos.shape[-1]:
+        return x
     still = x.shape[-1] - 2 * cos.shape[-1]
     a, b = x[..., still:].float().chunk(2, dim=-1)
     turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

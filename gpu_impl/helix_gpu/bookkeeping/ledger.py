@@ -287,19 +287,56 @@ class Ledger:
             For an id that is known, an empty prompt, one that is too long, and pools that are
             exhausted.
         """
-        self._check_new(id)
-        if prompt_len < 1:
+        (plan,) = self.plan_admissions([id], [prompt_len])
+        return plan
+
+    def plan_admissions(self, ids: Sequence[int], prompt_lens: Sequence[int]) -> list[Admission]:
+        """Plan the admission of new requests, one after the other; nothing changes.
+
+        Parameters
+        ----------
+        ids : sequence of int, [n]
+        prompt_lens : sequence of int, [n]
+            Tokens of each prompt.
+
+        Returns
+        -------
+        list of Admission, [n]
+
+        Raises
+        ------
+        Refused
+            As `plan_admit`, for what they take together; for no id, and another number of prompts.
+        """
+        if not ids or len(ids) != len(prompt_lens):
             raise Refused(
-                Reason.EMPTY_PROMPT,
-                f"The prompt of request {id} has {prompt_len} tokens; it must have at least one.",
+                Reason.BAD_COUNT,
+                f"{len(ids)} ids and {len(prompt_lens)} prompts are to be admitted; each id needs "
+                "a prompt, and there must be one at least.",
             )
-        if prompt_len > self.max_len:
-            raise Refused(
-                Reason.TOO_LONG,
-                f"The prompt of request {id} has {prompt_len} tokens; max_len is {self.max_len}.",
-            )
-        shift = self.admitted % self.layout.cp_size if self.layout.start == "rotated" else 0
-        return self._plan_placing(id, prompt_len, shift)
+        plans, pages = list[Admission](), np.zeros_like(self.free)
+        for id in ids:
+            self._check_new(id)
+        _check_distinct(ids)
+        for id, prompt_len in zip(ids, prompt_lens, strict=True):
+            if prompt_len < 1:
+                raise Refused(
+                    Reason.EMPTY_PROMPT,
+                    f"The prompt of request {id} has {prompt_len} tokens; it must have at least "
+                    "one.",
+                )
+            if prompt_len > self.max_len:
+                raise Refused(
+                    Reason.TOO_LONG,
+                    f"The prompt of request {id} has {prompt_len} tokens; max_len is "
+                    f"{self.max_len}.",
+                )
+        for id, prompt_len in zip(ids, prompt_lens, strict=True):
+            place = self.admitted + len(plans)
+            shift = place % self.layout.cp_size if self.layout.start == "rotated" else 0
+            plans.append(self._plan_placing(id, prompt_len, shift, pages))
+            pages = pages + plans[-1].pages
+        return plans
 
     def plan_resume(self, id: int) -> Admission:
         """Plan to place all tokens of a preempted request as a prompt; nothing changes.
@@ -443,10 +480,31 @@ class Ledger:
                 f"Request {id} has {state['outstanding']} decodes to be sampled and an open group "
                 f"of {group} tokens; an acceptance needs none of those and one of these.",
             )
-        rewound = np.arange(kept - group, 0)
-        owners, _ = self._turn(state["owner"], state["left"], rewound)
-        owner, left = self._turn(state["owner"], state["left"], np.array(kept - group))
-        total = state["total"] + kept - group
+        return self._rewound(row, group - kept)
+
+    def plan_cancel(self, id: int) -> Rewind:
+        """Plan to undo a live request's last step, after which nothing else has changed it.
+
+        Nothing changes. The group that the step closed stays closed, and a page that it copied
+        stays the request's own.
+
+        Parameters
+        ----------
+        id : int
+
+        Returns
+        -------
+        Rewind
+        """
+        row = self._row_of[id]
+        return self._rewound(row, int(self._rows["group"][row]))
+
+    def _rewound(self, row: int, tokens: int) -> Rewind:
+        """Plan to take the last tokens from a request."""
+        state = self._rows[row]
+        owners, _ = self._turn(state["owner"], state["left"], np.arange(-tokens, 0))
+        owner, left = self._turn(state["owner"], state["left"], np.array(-tokens))
+        total = state["total"] - tokens
         local_len = state["local_len"] - np.bincount(owners, minlength=self.layout.cp_size)
         held = self._pages_for(state["total"], state["local_len"])
         return Rewind(
@@ -469,6 +527,17 @@ class Ledger:
         state["local_len"][plan.row] = plan.local_len
         # Pages beyond were taken by this very group: nobody else holds them.
         self.free += plan.held - plan.kept
+
+    def cancel(self, plan: Rewind) -> None:
+        """Apply a cancellation planned against the present state.
+
+        Parameters
+        ----------
+        plan : Rewind
+        """
+        self.accept(plan)
+        if self.overlap:
+            self._rows["outstanding"][plan.row] -= 1
 
     def sampled(self, ids: Sequence[int]) -> None:
         """Count the oldest outstanding decode of each request as sampled.
@@ -497,6 +566,40 @@ class Ledger:
             )
         self._rows["outstanding"][rows] -= 1
 
+    def plan_fork(self, parent: int, child: int) -> int:
+        """Return the row of a request that may be forked; nothing changes.
+
+        Parameters
+        ----------
+        parent, child : int
+            As `fork` takes them.
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        Refused
+            As `fork`.
+        """
+        self._check_new(child)
+        return int(self.rows([parent])[0])
+
+    def total(self, id: int) -> int:
+        """Return the tokens of a live request on all ranks.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            As `rows`.
+        """
+        return int(self._rows["total"][self.rows([id])[0]])
+
     def fork(self, parent: int, child: int) -> None:
         """Begin a request as a copy of another that shares its pages.
 
@@ -512,8 +615,7 @@ class Ledger:
         Refused
             For a parent that is not live, and a child that is known.
         """
-        self._check_new(child)
-        source = int(self.rows([parent])[0])
+        source = self.plan_fork(parent, child)
         row = self._take_row(child)
         state = self._rows
         state["group"][source] = 0
@@ -572,11 +674,14 @@ class Ledger:
             )
         return Refused(Reason.UNKNOWN_REQUEST, f"Request {id} is not known.")
 
-    def _plan_placing(self, id: int, prompt_len: int, shift: int) -> Admission:
+    def _plan_placing(
+        self, id: int, prompt_len: int, shift: int, before: Ints | int = 0
+    ) -> Admission:
+        """Plan to place a prompt behind others that take the pages `before`."""
         shards = deal_prompt(self.layout, prompt_len, shift)
         local_len = np.array([shard.tokens for shard in shards])
         pages = self._pages_for(np.array(prompt_len), local_len)
-        self._check_pages(pages)
+        self._check_pages(before + pages)
         return Admission(id, prompt_len, shift, shards, pages)
 
     def _take_row(self, id: int) -> int:

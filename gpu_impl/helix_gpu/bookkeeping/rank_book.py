@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from helix_gpu.bookkeeping.allocator import PageAllocator
 from helix_gpu.bookkeeping.block_tables import BlockTables
-from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Step
+from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Rewind, Step
 from helix_gpu.bookkeeping.refusals import check_config
 from helix_spec.config import Config
 
@@ -68,6 +68,19 @@ class PageCopy(NamedTuple):
     source: int
     target: int
     tokens: int
+
+
+class PromptChunk(NamedTuple):
+    """Pieces of prompts that were placed, one for each of n requests, as one step."""
+
+    step: RankStep
+    ids: list[int]
+    rows: Ints
+    """[n] rows of the requests."""
+    firsts: Ints
+    """[n] position of each piece's first token."""
+    ends: Ints
+    """[n] position behind its last one."""
 
 
 class RankBook:
@@ -208,6 +221,25 @@ class RankBook:
         """
         return self.ledger.plan_admit(id, prompt_len)
 
+    def plan_admissions(self, ids: Sequence[int], prompt_lens: Sequence[int]) -> list[Admission]:
+        """Plan the admission of new requests, one after the other; nothing changes.
+
+        Parameters
+        ----------
+        ids, prompt_lens
+            As `Ledger.plan_admissions` takes them.
+
+        Returns
+        -------
+        list of Admission, [n]
+
+        Raises
+        ------
+        Refused
+            As `Ledger.plan_admissions`.
+        """
+        return self.ledger.plan_admissions(ids, prompt_lens)
+
     def plan_resume(self, id: int) -> Admission:
         """Plan to place all tokens of a preempted request as a prompt; nothing changes.
 
@@ -281,31 +313,57 @@ class RankBook:
         """
         return self.place(self.plan_resume(id))
 
-    def prompt_chunks(self, plan: Admission, tokens: int) -> Iterator[RankStep]:
-        """Yield the prompt of an admission that was placed, as steps of a limited number of tokens.
+    def prompt_chunks(self, plans: Sequence[Admission], tokens: int) -> Iterator[PromptChunk]:
+        """Yield the prompts of admissions that were placed, as steps of a limited number of tokens.
 
-        Each token sees those before it and itself; nothing is taken or changed.
+        A step takes up where the one before it ended, and may hold the end of one prompt and the
+        next ones. Each token sees those of its own prompt before it and itself; nothing is taken or
+        changed.
 
         Parameters
         ----------
-        plan : Admission
+        plans : sequence of Admission
         tokens : int
             Tokens of a step, at most.
 
         Yields
         ------
-        RankStep
+        PromptChunk
         """
-        mine, row = plan.shards[self.cp_rank].positions(), self.ledger.rows([plan.id])
-        t = self.layout.tokens_per_block
-        for first in range(0, plan.prompt_len, tokens):
-            positions = np.arange(first, min(first + tokens, plan.prompt_len))
+        pieces, left = list[tuple[Admission, int, int]](), tokens
+        for plan in plans:
+            first = 0
+            while first < plan.prompt_len:
+                end = min(first + left, plan.prompt_len)
+                pieces.append((plan, first, end))
+                left -= end - first
+                first = end
+                if not left:
+                    yield self._chunk(pieces)
+                    pieces, left = [], tokens
+        if pieces:
+            yield self._chunk(pieces)
+
+    def _chunk(self, pieces: Sequence[tuple[Admission, int, int]]) -> PromptChunk:
+        """The positions [first, end) of each of these prompts, as one step."""
+        t, columns = self.layout.tokens_per_block, list[tuple[NDArray[Any], ...]]()
+        ids = [plan.id for plan, _, _ in pieces]
+        rows = self.ledger.rows(ids)
+        for row, (plan, first, end) in zip(rows, pieces, strict=True):
+            mine, positions = plan.shards[self.cp_rank].positions(), np.arange(first, end)
             past_len, visible = (mine.searchsorted(positions, side) for side in ("left", "right"))
-            active, rows = past_len < visible, row.repeat(len(positions))
+            active = past_len < visible
             own = past_len[active]
             slots = np.full(len(positions), -1)
-            slots[active] = self.tables.page(rows[active], own // t) * t + own % t
-            yield RankStep(past_len[:1], positions, active, slots, visible, rows, [], [], 0)
+            slots[active] = self.tables.page(np.full(len(own), row), own // t) * t + own % t
+            row_of_each = np.full(len(positions), row)
+            columns.append((past_len[:1], positions, active, slots, visible, row_of_each))
+        past_lens, positions, active, slots, visible, row_of_each = map(
+            np.concatenate, zip(*columns, strict=True)
+        )
+        step = RankStep(past_lens, positions, active, slots, visible, row_of_each, [], [], 0)
+        firsts, ends = (np.array(x) for x in zip(*((a, b) for _, a, b in pieces), strict=True))
+        return PromptChunk(step, ids, rows, firsts, ends)
 
     def plan_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
@@ -410,10 +468,22 @@ class RankBook:
             As `Ledger.plan_accept`.
         """
         plan = self.ledger.plan_accept(id, kept)
-        mine = slice(self.cp_rank, self.cp_rank + 1)
-        (table,) = self.tables.lists(np.array([plan.row]), plan.held[mine])
+        pages = self._beyond(plan)
         self.ledger.accept(plan)
-        self._allocator.give_back(table[int(plan.kept[self.cp_rank]) :])
+        self._allocator.give_back(pages)
+
+    def cancel(self, ids: Sequence[int]) -> None:
+        """Undo the last step of live requests, after which nothing else has changed them.
+
+        Parameters
+        ----------
+        ids : sequence of int
+        """
+        for id in ids:
+            plan = self.ledger.plan_cancel(id)
+            pages = self._beyond(plan)
+            self.ledger.cancel(plan)
+            self._allocator.give_back(pages)
 
     def sampled(self, ids: Sequence[int]) -> None:
         """Count the oldest outstanding decode of each request as sampled.
@@ -480,6 +550,12 @@ class RankBook:
         pages = [] if id in self.ledger.preempted else self.block_table(id)
         self.ledger.release(id)
         self._allocator.give_back(pages)
+
+    def _beyond(self, plan: Rewind) -> list[int]:
+        """The pages here that a rewind gives back."""
+        mine = slice(self.cp_rank, self.cp_rank + 1)
+        (table,) = self.tables.lists(np.array([plan.row]), plan.held[mine])
+        return table[int(plan.kept[self.cp_rank]) :]
 
     def _open_pages(self, step: Step, rows: Ints, pages: list[int]) -> None:
         """Put pages just taken where the step's tokens open one on this rank."""

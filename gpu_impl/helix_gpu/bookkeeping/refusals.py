@@ -37,3 +37,10 @@ def check_config(config: Config) -> None:
     problem = config_problem(config)
     if problem is not None:
         raise Refused(Reason.BAD_CONFIG, problem)
+
+
+class StepError(ValueError):
+    """A step that is over, or one whose tokens are not all there; nothing has changed.
+
+    The trace language has no reason for it: events there are whole.
+    """

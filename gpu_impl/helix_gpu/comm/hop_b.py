@@ -21,7 +21,8 @@ from torch import Tensor
 from helix_gpu.comm.exchange import Exchange
 from helix_spec.config import ModelShape
 
-Work = Callable[..., Tensor]
+Found = tuple[Tensor, ...]
+Work = Callable[..., Found]
 """Takes tensors."""
 REPEATS: Final = 20
 """Times that each thing is measured; the median counts."""
@@ -176,13 +177,16 @@ def _synchronize(device: torch.device) -> None:
 class SameLane:
     """Does work at once, in the caller's stream or thread."""
 
-    def hand(self, work: Work, *given: Tensor) -> Callable[[], Tensor]:
+    def close(self) -> None:
+        """End nothing."""
+
+    def hand(self, work: Work, *given: Tensor) -> Callable[[], Found]:
         """Do `work(*given)`, and return a function that returns its result.
 
         Parameters
         ----------
         work : callable
-            Takes tensors and returns one.
+            Takes tensors and returns some.
         *given : Tensor
         """
         result = work(*given)
@@ -206,13 +210,18 @@ class Lane:
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.thread = None if self.stream else ThreadPoolExecutor(1)
 
-    def hand(self, work: Work, *given: Tensor) -> Callable[[], Tensor]:
+    def close(self) -> None:
+        """End the thread, if there is one."""
+        if self.thread is not None:
+            self.thread.shutdown()
+
+    def hand(self, work: Work, *given: Tensor) -> Callable[[], Found]:
         """Begin `work(*given)`, and return a function that waits for its result.
 
         Parameters
         ----------
         work : callable
-            Takes tensors and returns one.
+            Takes tensors and returns some.
         *given : Tensor
         """
         if self.thread is not None:
@@ -225,9 +234,10 @@ class Lane:
         for tensor in given:
             tensor.record_stream(self.stream)
 
-        def wait() -> Tensor:
+        def wait() -> Found:
             torch.cuda.current_stream().wait_event(ended)
-            result.record_stream(torch.cuda.current_stream())
+            for tensor in result:
+                tensor.record_stream(torch.cuda.current_stream())
             return result
 
         return wait

@@ -7,7 +7,8 @@ from typing import Final
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from helix_gpu.bookkeeping.refusals import check_config
+from helix_gpu.bookkeeping.refusals import Refused, check_config
+from helix_gpu.comm.agreement import compare, config_points, error_in_words
 from helix_spec.config import Config
 
 AXES: Final = ("tp", "cp")
@@ -37,13 +38,25 @@ def helix_mesh(config: Config, device_type: str = "cpu") -> DeviceMesh:
         KV heads; before any group is made.
     ValueError
         For another number of processes; before any group is made.
+    RanksDisagree
+        Where the ranks are given different configurations; before any group is made.
     """
-    check_config(config)
-    if dist.get_world_size() != config.world_size:
-        raise ValueError(
-            f"{dist.get_world_size()} processes run; tp_size {config.tp_size} x cp_size "
-            f"{config.layout.cp_size} needs {config.world_size}."
-        )
+    error: Exception | None = None
+    try:
+        check_config(config)
+        if dist.get_world_size() != config.world_size:
+            raise ValueError(
+                f"{dist.get_world_size()} processes run; tp_size {config.tp_size} x cp_size "
+                f"{config.layout.cp_size} needs {config.world_size}."
+            )
+    except (Refused, ValueError) as found:
+        error = found
+    if dist.group.WORLD is not None and dist.get_world_size() > 1:
+        # Ranks that make groups of other sizes would wait for each other.
+        points = config_points(config) | {"error": error_in_words(error)}
+        compare("What helix_mesh is given", points, dist.group.WORLD)
+    if error is not None:
+        raise error
     sizes = (config.tp_size, config.layout.cp_size)
     return init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
 

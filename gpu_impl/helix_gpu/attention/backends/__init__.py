@@ -31,6 +31,8 @@ class AttendPages(Protocol):
         *,
         scale: float | None = None,
         value_dim: int | None = None,
+        layer: int | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the partial attention of each new token over its request's slots on this rank.
 
@@ -38,6 +40,10 @@ class AttendPages(Protocol):
         ----------
         q, pages, tables, lengths, scale, value_dim
             As `paged.attend_pages` takes them.
+        layer : int, optional
+            Number of the layer, for a model whose layers attend differently. `HelixCache` gives it.
+        positions : Tensor, int64 [n], optional
+            Global position of each new token, 0 of a dummy. `HelixCache` gives them.
 
         Returns
         -------

@@ -57,6 +57,8 @@ class FlashInfer:
         *,
         scale: float | None = None,
         value_dim: int | None = None,
+        layer: int | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the partial attention of each new token over its request's slots on this rank.
 
@@ -64,6 +66,8 @@ class FlashInfer:
         ----------
         q, pages, tables, lengths, scale, value_dim
             As `paged.attend_pages` takes them, on one GPU; pages of q's type, no latents.
+        layer, positions
+            Not looked at: all layers attend alike, to all positions.
 
         Returns
         -------

@@ -55,6 +55,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ValueError
         For other strides.
     """
+    if not cos.shape[-1]:
+        return x
     check_layout(rows={"x": x}, whole={"cos": cos, "sin": sin})
     n, heads, dim = x.shape
     half = cos.shape[-1]

@@ -64,6 +64,8 @@ def attend_pages(
     *,
     scale: float | None = None,
     value_dim: int | None = None,
+    layer: int | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `paged.attend_pages` returns, for the same arguments and with the same errors.
 
@@ -73,6 +75,8 @@ def attend_pages(
     ----------
     q, pages, tables, lengths, scale, value_dim
         As `paged.attend_pages` takes them.
+    layer, positions
+        Not looked at: all layers attend alike, to all positions.
 
     Returns
     -------
