@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -1370,13 +1371,16 @@ class PromptSteps(Iterator[DecodeStep]):
 class _Link:
     """What a cache holds of the outside: all of it is let go by `cut`, which keeps no cache alive.
 
-    A group that is still referred to when its process ends may abort it (torch 2.13, gloo), and in
-    a circle of references a cache lives until then.
+    A thread of a gloo group that lets a tensor go while Python is ending aborts the process (torch
+    2.13), so groups must end before: a cache in a circle of references would hold them until then.
     """
 
     def __init__(self, exchange: Exchange, all_ranks: dist.ProcessGroup | None) -> None:
         self.inner: Exchange | None = exchange
         self.all_ranks = all_ranks
+        if all_ranks is not None:
+            atexit.unregister(_end_gloo)
+            atexit.register(_end_gloo)
 
     def exchange(self, send: Tensor) -> Tensor:
         if self.inner is None:
@@ -1385,6 +1389,12 @@ class _Link:
 
     def cut(self) -> None:
         self.inner = self.all_ranks = None
+
+
+def _end_gloo() -> None:
+    """End the groups of a program that ends without having done so, by an error say."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 class _Closed:

@@ -31,9 +31,9 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     ([2.0], 3.0)
     """
     weights, lse = shares(lses)
-    merged = torch.zeros_like(outputs[0], dtype=torch.float32)
-    for output, share in zip(outputs.unbind(), weights.unbind(), strict=True):
-        merged = merged + weighted(output, share)
+    merged = weighted(outputs[0], weights[0])
+    for output, share in zip(outputs[1:].unbind(), weights[1:].unbind(), strict=True):
+        merged += weighted(output, share)
     return merged, lse
 
 
