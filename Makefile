@@ -129,6 +129,8 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	    ring-attention-pytorch==0.5.20 einops==0.8.2 beartype==0.23.1 jaxtyping==0.3.11 wadler-lindig==0.1.8
 	OMP_NUM_THREADS=2 PYTHONPATH=.peers $(BIN)/python gpu_impl/benchmarks/decode_cpu.py --flex \
 	    --json $(FIGURES)/decode_cpu.json
+	$(BIN)/python gpu_impl/benchmarks/prefill_cpu.py --json $(FIGURES)/prefill_cpu.json
+	$(BIN)/torchrun --nproc-per-node=4 gpu_impl/benchmarks/prefill_cpu.py --json $(FIGURES)/prefill_cpu_4.json
 	$(BIN)/torchrun --nproc-per-node=4 gpu_impl/benchmarks/skew.py --json $(FIGURES)/skew.json
 	PYTHONPATH=.peers $(BIN)/torchrun --nproc-per-node=4 gpu_impl/benchmarks/exchange.py \
 	    --json $(FIGURES)/exchange.json

@@ -59,7 +59,7 @@ from torch import Tensor
 from helix_gpu.attention.kernels.step import attend_shard
 from helix_gpu.bookkeeping.rank_book import RankBook
 from helix_gpu.bookkeeping.refusals import Refused
-from helix_gpu.cache import HelixCache
+from helix_gpu.cache import DecodeStep, HelixCache
 from helix_gpu.comm import exchange as exchanges
 from helix_gpu.comm import hop_b
 from helix_gpu.comm.exchange import MakeExchange
@@ -302,7 +302,7 @@ class Steps:
 
     def begin(self, place: int = 0) -> None:
         """A token more for the batch of a fraction: what `replay` does from now on."""
-        self.cache.begin(self.batches[place])
+        self.cache.finish(self.cache.begin(self.batches[place]))
 
     def output(self) -> Tensor:
         """What the step that was begun gives."""
@@ -417,7 +417,10 @@ def until_refused(layout: str, ranks: int) -> int:
 def costs_of(shape: Shape) -> dict[str, hop_b.Costs]:
     """What attending and exchanging cost here, launched and in graphs."""
     steps, model, rows = Steps(shape, dist.get_world_size()), shape.model, shape.batch
-    begun = {n: steps.cache.begin(steps.batches[0][:n]) for n in (rows, rows // 2)}
+    begun = dict[int, DecodeStep]()
+    for n in (rows, rows // 2):
+        begun[n] = steps.cache.begin(steps.batches[0][:n])
+        steps.cache.cancel(begun[n])  # its tensors are all that is needed
     exchange = exchanges.all_to_all(world(), model)
 
     def attend(n: int) -> None:

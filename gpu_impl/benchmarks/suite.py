@@ -69,7 +69,9 @@ class GraphEngine(KernelEngine):
         if graph is None:
             return super()._attend(step, tokens)
         q = self._tensor(queries(self.config.model, self.config.seed, tokens, self.q_heads))
-        return graph.replay(q, *self._kv(tokens))
+        output = graph.replay(q, *self._kv(tokens))
+        self.cache.finish(step)
+        return output
 
 
 class HopBEngine(KernelEngine, gpu.HopBEngine):

@@ -74,6 +74,8 @@ def grown(
         while decoded < x * prompt:
             cache.book.decode_step(ids, [PAGE] * batch)
             decoded += PAGE
+        for id, row in zip(ids, cache.book.ledger.rows(ids).tolist(), strict=True):
+            cache._written.rewind(row, cache.book.ledger.total(id))  # as if layers had them
         batches.append(ids)
     return batches
 
