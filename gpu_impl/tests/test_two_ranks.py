@@ -152,7 +152,7 @@ def test_after_random_calls_each_request_has_its_own_tokens(found: list[dict[str
         for id in mine:
             assert sorted(mine[id] + theirs[id]) == list(range(lens[id]))
             seen += lens[id]
-    assert seen > 10
+    assert seen > 50
 
 
 def test_a_cache_in_a_circle_lets_its_group_go(found: list[dict[str, Any]]) -> None:

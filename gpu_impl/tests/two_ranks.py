@@ -28,7 +28,7 @@ from helix_spec.config import Config, ModelShape
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 8
 MODEL = ModelShape(layers=LAYERS, q_heads=Q_HEADS, kv_heads=KV_HEADS, head_dim=DIM)
 CONFIG = Config(layout="pr9757/1:C=2,T=2", pages=[14, 14], max_len=40, model=MODEL)
-CALLS, SEEDS = 150, 4
+CALLS, SEEDS, LOOK = 120, 3, 12
 IDS = range(4)
 Result = dict[str, Any]
 
@@ -328,19 +328,23 @@ class Caller:
         if found[0, :, 0].tolist() != [0, 0, 1, 1]:
             raise AssertionError("The gathered heads are wrong.")
 
-    def places(self) -> dict[int, list[int]]:
-        """Which positions of each whole request this rank holds, found by their K."""
-        found = {}
+    def places(self) -> list[Any]:
+        """Which positions of each whole request this rank holds, found by their V, and its length.
+
+        A row that is none of the request's own is at position -1.
+        """
+        found, lengths = {}, {}
         for id in self.cache.request_ids:
             try:
-                k, v = self.cache.read(id, 0, self.cache.local_len(id))
+                _, v = self.cache.read(id, 0, self.cache.local_len(id))
             except ValueError:  # layers lack tokens
                 continue
-            whole_k, whole_v = self.whole.read(id, 0, len(self.tokens[id]))
-            assert v is not None and whole_v is not None
-            same = (whole_k[0, :, None] == k[0]) & (whole_v[0, :, None] == v[0])
-            found[id] = [int(column.nonzero()[0]) for column in same.all(-1).all(-1).T]
-        return found
+            assert v is not None
+            own = numbers(self.tokens[id], 2)
+            same = (own[:, :, None] == v[:, None]).flatten(3).all(-1).all(0)
+            found[id] = [int(row.nonzero()[0]) if row.any() else -1 for row in same.T]
+            lengths[id] = len(self.tokens[id])
+        return [found, lengths]
 
 
 def main() -> None:
@@ -354,8 +358,10 @@ def main() -> None:
     results: Result = {"disagreements": disagreements(rank, mesh), "calls": [], "places": []}
     for seed in range(SEEDS):
         caller = Caller(rank, mesh, seed)
-        results["calls"] += [caller.call() for _ in range(CALLS)]
-        results["places"].append([caller.places(), {i: len(t) for i, t in caller.tokens.items()}])
+        for n in range(CALLS):
+            results["calls"].append(caller.call())
+            if n % LOOK == LOOK - 1:
+                results["places"].append(caller.places())
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     EXITS.append(weakref.finalize(dist.Store, leave, folder, rank))
     left_open: Any = HelixCache.on(CONFIG, mesh)
