@@ -11,7 +11,7 @@ An event goes one way through the folders:
 
 Beside them: `api` (`check`, `Report`), `cli`, `pytest_plugin` and `suite` (the same as tests of
 pytest), `testing` (what an engine's own tests draw from), `engines` (how an engine is named; the
-adapter of `helix_gpu`), `prove` (the theorems).
+adapter of `helix_gpu`), `prove` (the theorems), `foreign` (text of others, made fit to be shown).
 """
 
 from typing import TYPE_CHECKING, Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from helix_conformance.foreign import shown_lines
 from helix_conformance.judge.xfail import Known
 from helix_conformance.report.stream import FailureLine, Settings, Summary, encode_line
 from helix_conformance.report.text import failure_text
@@ -38,7 +39,7 @@ class ReportedFailure:
         self.trace, self.minimal = found.drawn or found.trace, found.trace
         self.event, self.violations = found.event, found.violations
         self.engine_failure = found.engine_failure
-        self.text = "\n".join(failure_text(found))
+        self.text = shown_lines(failure_text(found))
 
 
 class Report:

@@ -505,7 +505,8 @@ def _show(session: Session) -> Console:
     """Print the table of a run."""
     console = Console()
     if session.not_started is not None:
-        click.echo(f"The engine did not start. {session.not_started}", err=True)
+        sentence = f"The engine did not start. {session.not_started}"
+        print_lines(Console(stderr=True), [sentence])
     rows = session.stream.of(Row)
     if rows or session.not_started is None:
         print_table(console, rows)

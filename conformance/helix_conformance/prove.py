@@ -18,11 +18,12 @@ from typing import Final, Literal
 
 import msgspec
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 import helix_spec
+from helix_conformance.foreign import shown, shown_lines
 from helix_conformance.report.stream import (
     CONFIRMED,
     ProofReport,
@@ -225,16 +226,16 @@ def _print(report: ProofReport, console: Console) -> None:
     for result in report.theorems:
         good = result.verdict == CONFIRMED and not _empty_proof(result)
         table.add_row(
-            "\n".join(result.proves) or "-",
-            f"[dim]{escape(result.id)}[/dim]\n{escape(result.statement)}",
+            Text(shown_lines(result.proves) or "-"),
+            Text.assemble((shown(result.id), "dim"), f"\n{shown(result.statement)}"),
             result.method,
-            f"[{'green' if good else 'red'}]{escape(result.verdict)}[/]",
+            Text(shown(result.verdict), style="green" if good else "red"),
             f"{result.seconds:.2f}",
         )
     console.print(table)
     console.print(_wrong_formulas(report.theorems))
     for problem in report.problems:
-        console.print(f"[red]not proved[/red] {escape(problem)}", highlight=False)
+        console.print(Text.assemble(("not proved", "red"), f" {shown(problem)}"))
     confirmed = sum(result.verdict == CONFIRMED for result in report.theorems)
     console.print(
         f"{confirmed} of {len(report.theorems)} theorems confirmed in {report.seconds} s: "
@@ -253,5 +254,5 @@ def _wrong_formulas(results: Sequence[TheoremResult]) -> Table:
                 continue
             seen.add(kill.wrong)
             at = " ".join(f"{name}={value}" for name, value in kill.refuted_by.items())
-            table.add_row(escape(kill.wrong), result.id, escape(at))
+            table.add_row(*(Text(shown(cell)) for cell in (kill.wrong, result.id, at)))
     return table

@@ -19,6 +19,7 @@ from helix_conformance import session
 from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.opening import default_driver, open_driver
 from helix_conformance.engines import EngineSpecError
+from helix_conformance.foreign import shown_lines
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
@@ -330,7 +331,7 @@ class Suite:
         if name in NUMBERS and others:
             lines.append(f"The same trace also breaks {', '.join(others)}.")
         path = save_trace(self.options.helix_traces, f"{layout}-{name}", failure.trace)
-        return "\n".join([*lines, *replay_text(path, self.engine, self.driver.name)])
+        return shown_lines([*lines, *replay_text(path, self.engine, self.driver.name)])
 
 
 def _has(trace: Trace, feature: str) -> bool:

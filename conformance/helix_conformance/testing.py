@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from helix_conformance.drive.driver import Played
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.expect.recorder import Recorder
+from helix_conformance.foreign import shown_lines
 from helix_conformance.generate.actions import Action, Scope
 from helix_conformance.generate.strategies import actions as actions
 from helix_conformance.generate.strategies import configs as configs
@@ -120,7 +121,7 @@ class EngineMachine(RuleBasedStateMachine):
         if violations:
             trace = Trace(config=self.judge.config, events=self.told)
             failure = Failure(trace=trace, event=event, violations=violations)
-            raise AssertionError("\n".join(failure_text(failure)))
+            raise AssertionError(shown_lines(failure_text(failure)))
 
 
 def engine_machine(

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from helix_conformance.drive.driver import Answer
+from helix_conformance.foreign import bounded
 from helix_spec.config import Config
 from helix_spec.engine import Engine, Outcome, RankView
 from helix_spec.events import Event, ids_of
@@ -137,9 +138,9 @@ def words(error: BaseException) -> str:
     if isinstance(error, ReportedError):
         return str(error)
     if isinstance(error, SystemExit):
-        return f"exited with status {error.code}"
+        return f"exited with status {bounded(str(error.code))}"
     try:
-        text = str(error)
+        text = bounded(str(error))
     except Exception:
         text = "(its message cannot be printed)"
     return f"raised {type(error).__name__}: {text}"

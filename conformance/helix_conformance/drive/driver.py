@@ -8,6 +8,7 @@ from typing import Final, Literal, Protocol, get_args
 
 import msgspec
 
+from helix_conformance.foreign import bounded
 from helix_spec.capabilities import Box, Freedoms
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
@@ -30,7 +31,7 @@ class EngineFailure(Exception):
     event : int or None
         Index of the event in the trace; None at the start or at the end.
     what : str
-        Verb and object, for a sentence that begins with the rank.
+        Verb and object, for a sentence that begins with the rank; what is too long is cut.
     how : Kind
         How it failed, one of `KINDS`.
 
@@ -41,10 +42,10 @@ class EngineFailure(Exception):
     """
 
     def __init__(self, rank: int, event: int | None, what: str, how: Kind = "raised") -> None:
-        super().__init__(what)
+        self.what = bounded(what)
+        super().__init__(self.what)
         self.rank = rank
         self.event = event
-        self.what = what
         self.how = how
 
     def __str__(self) -> str:

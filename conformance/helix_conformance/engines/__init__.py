@@ -19,6 +19,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final
 
+from helix_conformance.foreign import bounded
 from helix_spec.capabilities import Box, Freedoms, boxes_of, freedoms_of
 from helix_spec.engine import Engine, declaration_problem
 
@@ -130,7 +131,8 @@ def engine_settings(engine: type[Engine]) -> dict[str, str]:
     >>> engine_settings(load_engine("reference"))
     {}
     """
-    return {str(name): str(value) for name, value in getattr(engine, "settings", {}).items()}
+    told = getattr(engine, "settings", {}).items()
+    return {bounded(str(name)): bounded(str(value)) for name, value in told}
 
 
 def engine_declaration(engine: type[Engine]) -> tuple[tuple[Box, ...], Freedoms]:

@@ -10,10 +10,11 @@ import click
 import msgspec
 from rich.console import Console
 
+from helix_conformance.foreign import shown, shown_json
 from helix_conformance.report.certificate import CertificateRefused, badge, certificate
 from helix_conformance.report.html import run_page
 from helix_conformance.report.junit import junit
-from helix_conformance.report.stream import Record, read_stream
+from helix_conformance.report.stream import Record, encoded, read_stream
 from helix_conformance.report.text import failure_text, print_lines, print_table
 
 
@@ -21,6 +22,10 @@ class BadInput(click.ClickException):
     """Something the user gave cannot be used."""
 
     exit_code = 2
+
+    def format_message(self) -> str:
+        """Return the sentence; what it quotes is foreign."""
+        return shown(self.message)
 
 
 VIEWS: Final[dict[str, tuple[str, Callable[[Record], object]]]] = {
@@ -55,14 +60,14 @@ def report(streams: tuple[Path, ...], **paths: Path | None) -> None:
             try:
                 write_file(path, _data(view(record)))
             except CertificateRefused as refused:
-                raise click.ClickException(str(refused)) from refused
+                raise click.ClickException(shown(str(refused))) from refused
 
 
 def _data(view: object) -> bytes:
     """Return what is written: a text and bytes as they are, all else as JSON."""
     if isinstance(view, str | bytes):
         return view if isinstance(view, bytes) else view.encode()
-    return msgspec.json.format(msgspec.json.encode(view), indent=1) + b"\n"
+    return shown_json(msgspec.json.format(encoded(view), indent=1)) + b"\n"
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -1,7 +1,7 @@
 """Traces and runs as self-contained pages, and the README's picture, through jinja2 templates.
 
 A page loads nothing: style and script are inside, and its content security policy forbids the
-rest. Everything that comes from a trace or a stream is escaped by the templates.
+rest. Whatever a template prints goes through `foreign.shown`, and is escaped.
 """
 
 from __future__ import annotations
@@ -11,18 +11,26 @@ from typing import Any
 
 import jinja2
 
+from helix_conformance.foreign import shown
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.report.diagram import diagram, scene
 from helix_conformance.report.stream import Record
-from helix_conformance.report.text import event_text, trace_text, value_text
+from helix_conformance.report.text import event_text, replay_text, trace_text, value_text
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import sentence
 from helix_spec.trace import Trace
+
+
+def _foreign(value: Any) -> Any:
+    """What is printed of a value: of the templates' own markup all, of text what `shown` says."""
+    return shown(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
 
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.PackageLoader("helix_conformance.report"),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
+    finalize=_foreign,
     trim_blocks=True,
     lstrip_blocks=True,
 )
@@ -34,6 +42,7 @@ _ENVIRONMENT.globals |= {
     "PROFILES": PROFILES,
     "SITUATIONS": SITUATIONS,
     "event_text": event_text,
+    "replay_text": replay_text,
     "trace_text": trace_text,
     "sentence": sentence,
 }

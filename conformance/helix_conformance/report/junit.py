@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 from junitparser.junitparser import FinalResult
 
+from helix_conformance.foreign import shown, shown_lines
 from helix_conformance.report.stream import CONFIRMED, MutationRun, ProofReport, Record, Run
 from helix_conformance.report.text import failure_text
 
@@ -30,9 +31,9 @@ def junit(record: Record) -> bytes:
     document = JUnitXml("helix-conformance")
 
     def add(name: str, cases: Iterable[TestCase], **properties: str) -> None:
-        suite = TestSuite(" ".join(["helix-conformance", name]).strip())
+        suite = TestSuite(shown(" ".join(["helix-conformance", name]).strip()))
         for key, value in properties.items():
-            suite.add_property(key, value)
+            suite.add_property(key, shown(value))
         suite.add_testcases(list(cases))
         document.add_testsuite(suite)
 
@@ -41,7 +42,7 @@ def junit(record: Record) -> bytes:
         properties = {key: getattr(run.settings, key) for key in keys}
         add(f"{run.settings.command} {run.settings.engine}", _of_run(run), **properties)
     if not record.runs:
-        add("", [_case("the run is whole", "none", Error(" ".join(record.shortcomings)))])
+        add("", [_case("the run is whole", "none", Error(shown(" ".join(record.shortcomings))))])
     if record.proofs is not None:
         add("prove", _of_proofs(record.proofs.report))
     if record.zoo is not None:
@@ -54,7 +55,7 @@ def junit(record: Record) -> bytes:
 def _case(
     name: str, group: str, result: FinalResult | None = None, seconds: float = 0.0
 ) -> TestCase:
-    case = TestCase(name, f"helix.{group}", seconds)
+    case = TestCase(shown(name), shown(f"helix.{group}"), seconds)
     if result is not None:
         case.result = [result]
     return case
@@ -63,12 +64,13 @@ def _case(
 def _of_run(run: Run) -> Iterator[TestCase]:
     for row in run.rows:
         failure = run.failure_of(row)
-        text = "" if failure is None else _plain("\n".join(failure_text(failure)))
+        text = "" if failure is None else shown_lines(failure_text(failure))
         found = {p: one for p, one in run.profile_states(row).items() if one[0] != "not declared"}
         for profile, (state, why) in found.items():
             result = None
             if state != "pass":
-                result = {"fail": Failure, "error": Error}.get(state, Skipped)(f"{state}: {why}")
+                kind = {"fail": Failure, "error": Error}.get(state, Skipped)
+                result = kind(shown(f"{state}: {why}"))
                 if state in ("fail", "error"):
                     result.text = text
             group = f"{row.engine}.{row.driver}"
@@ -76,7 +78,7 @@ def _of_run(run: Run) -> Iterator[TestCase]:
     whole: FinalResult | None = None
     if run.shortcomings:
         kind = Error if run.verdict == "error" else Skipped
-        whole = kind(_plain(" ".join(run.shortcomings)))
+        whole = kind(shown(" ".join(run.shortcomings)))
     elif run.verdict == "fail" and all(row.verdict == "pass" for row in run.rows):
         whole = Failure("The expected failures (xfail) of the engine are no longer true.")
     yield _case("the run is whole", run.settings.engine, whole)
@@ -84,26 +86,21 @@ def _of_run(run: Run) -> Iterator[TestCase]:
 
 def _of_proofs(report: ProofReport) -> Iterator[TestCase]:
     for theorem in report.theorems:
-        wrong = None if theorem.verdict == CONFIRMED else Failure(_plain(theorem.verdict))
+        wrong = None if theorem.verdict == CONFIRMED else Failure(shown(theorem.verdict))
         yield _case(theorem.id, "proofs", wrong, theorem.seconds)
     whole: FinalResult | None = None
     if report.verdict == "partial":
         whole = Skipped("Only some theorems were tried.")
     elif report.problems:
-        whole = Failure(_plain("; ".join(report.problems)))
+        whole = Failure(shown("; ".join(report.problems)))
     yield _case("the manifest is whole", "proofs", whole)
 
 
 def _of_mutants(zoo: MutationRun) -> Iterator[TestCase]:
     for kill in zoo.mutants:
         by = ", ".join(kill.by) or "nothing"
-        survived = None if kill.killed else Failure(f"Not killed by name; named: {by}.")
+        survived = None if kill.killed else Failure(shown(f"Not killed by name; named: {by}."))
         yield _case(kill.name, "zoo", survived, kill.seconds)
     for name, wrongly in zoo.controls.items():
-        accused = Failure(f"Wrongly named: {', '.join(wrongly)}.") if wrongly else None
+        accused = Failure(shown(f"Wrongly named: {', '.join(wrongly)}.")) if wrongly else None
         yield _case(name, "zoo.unmutated", accused)
-
-
-def _plain(text: str) -> str:
-    """Return text without the control characters that XML cannot hold."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from helix_conformance.foreign import shown_json, without_surrogates
 from helix_conformance.judge.failure import Failure
 from helix_spec.capabilities import STRICT, Box, Freedoms
 from helix_spec.config import decode_layout, encode_layout, layout_schema
@@ -350,7 +351,22 @@ def encode_line(line: Line) -> bytes:
     bytes
         UTF-8, its line feed included.
     """
-    return msgspec.json.encode(line, enc_hook=encode_layout) + b"\n"
+    return shown_json(encoded(line)) + b"\n"
+
+
+def encoded(value: object) -> bytes:
+    """Return the JSON of a line or a view; what no UTF-8 can hold is in it as an escape.
+
+    Parameters
+    ----------
+    value : object
+        Anything that msgspec encodes; texts may hold lone surrogates.
+    """
+    try:
+        return msgspec.json.encode(value, enc_hook=encode_layout)
+    except UnicodeEncodeError:
+        plain = msgspec.to_builtins(value, enc_hook=encode_layout, str_keys=True)
+        return msgspec.json.encode(without_surrogates(plain))
 
 
 def append_line(path: Path, line: Line) -> None:

@@ -6,7 +6,6 @@ Everything that is shown is in the stream first; the tables and texts are views 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
@@ -17,12 +16,14 @@ from msgspec import NODEFAULT
 from rich import progress
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from helix_conformance.expect.expectation import Request
 from helix_conformance.expect.recorder import Recorder
+from helix_conformance.foreign import shell_command, shown
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.judge.failure import Failure
-from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Summary
+from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Summary, encoded
 from helix_spec.capabilities import STRICT, freedoms_in_words, in_words
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import CUMULATIVE
@@ -48,13 +49,20 @@ def progress_bar(console: Console, *more: progress.ProgressColumn) -> progress.P
     Progress
         To be entered.
     """
-    what = progress.TextColumn("{task.description}")
     counts = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn()
-    return progress.Progress(what, *counts, *more, console=console, transient=True)
+    return progress.Progress(_Description(), *counts, *more, console=console, transient=True)
+
+
+class _Description(progress.ProgressColumn):
+    """What is played."""
+
+    def render(self, task: progress.Task) -> Text:
+        """Return it without markup."""
+        return Text(shown(task.description))
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are, without markup and without breaking them.
+    """Print lines as `shown` has them, without markup and without breaking them.
 
     Parameters
     ----------
@@ -64,7 +72,7 @@ def print_lines(console: Console, lines: Iterable[str]) -> None:
         The lines.
     """
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(Text(shown(line)), soft_wrap=True)
 
 
 def print_table(console: Console, rows: Iterable[Row]) -> None:
@@ -84,13 +92,14 @@ def print_table(console: Console, rows: Iterable[Row]) -> None:
     table = Table(layout, *texts, *counts, "verdict", box=None, pad_edge=False)
     for row in rows:
         cumulative = [profile for profile in CUMULATIVE if profile in row.profiles]
+        others = [profile for profile in row.profiles if profile not in CUMULATIVE]
         colour = "green" if row.verdict == "pass" else "red"
         xfail = f", [yellow]{len(row.known)} xfail[/]" if row.known else ""
         table.add_row(
-            row.layout,
-            row.driver,
+            Text(shown(row.layout)),
+            Text(shown(row.driver)),
             ranges_text(row.cp_sizes),
-            " ".join(cumulative[-1:] + [p for p in row.profiles if p not in CUMULATIVE]),
+            Text(shown(" ".join(cumulative[-1:] + others))),
             f"{row.traces:,}",
             f"{row.events:,}",
             f"{row.events / row.seconds:,.0f}" if row.seconds else "-",
@@ -178,7 +187,7 @@ def print_coverage(
         console.print("Coverage ends where a layout failed; what was missed is in the JSON stream.")
         return
     if table:
-        columns = [Column(f"{one.engine} {one.driver}", justify="right") for one in coverage]
+        columns = [Column(_title(one), justify="right") for one in coverage]
         counts = Table("situation", *columns, box=None, pad_edge=False)
         for name in SITUATIONS:
             counts.add_row(name, *(_count(one, name) for one in coverage))
@@ -192,12 +201,17 @@ def print_coverage(
 
 def _sizes(coverage: CoverageLine) -> Table:
     """The table of sizes that one driver's traces had, and had not."""
-    title = f"{coverage.engine} {coverage.driver}"
-    table = Table(f"size ({title})", "played, how often", "never", box=None, pad_edge=False)
+    title = Column(Text.assemble("size (", _title(coverage), ")"))
+    table = Table(title, "played, how often", "never", box=None, pad_edge=False)
     for dimension, counts in coverage.sizes.items():
         played = ", ".join(f"{size}: {count:,}" for size, count in counts.items() if count)
-        table.add_row(dimension, played, ", ".join(s for s, count in counts.items() if not count))
+        never = ", ".join(size for size, count in counts.items() if not count)
+        table.add_row(*(Text(shown(cell)) for cell in (dimension, played, never)))
     return table
+
+
+def _title(coverage: CoverageLine) -> Text:
+    return Text(shown(f"{coverage.engine} {coverage.driver}"))
 
 
 def _count(coverage: CoverageLine, name: str) -> str:
@@ -242,7 +256,8 @@ def replay_text(path: Path | str, engine: str, driver: str | None = None) -> lis
     """
     words = ["helix-conformance", "replay", str(path), "--engine", engine]
     words += ["--driver", driver] if driver else []
-    return [f"The trace is in {path}; replay it with:", f"  {shlex.join(words)}"]
+    place, command = shell_command(words[2:3]), shell_command(words)
+    return [f"The trace is in {place}; replay it with:", f"  {command}"]
 
 
 def failure_text(failure: Failure) -> Iterator[str]:
@@ -364,8 +379,7 @@ def value_text(value: Any) -> str:
     >>> value_text({"output": [1 / 3, 2.0], "E": 1e-9})
     '{"E": 1e-09, "output": [0.333333, 2.0]}'
     """
-    text = msgspec.json.encode(value)
-    value = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    value = json.loads(encoded(value), parse_float=lambda digits: float(f"{float(digits):.6g}"))
     if isinstance(value, dict):
         value = dict(sorted(value.items(), key=lambda item: isinstance(item[1], list)))
     line = json.dumps(value, ensure_ascii=False)
