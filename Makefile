@@ -11,7 +11,9 @@ export OMP_NUM_THREADS ?= 1
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
 PACKAGES := $(addprefix conformance/,mutants planner adapters/vllm adapters/trtllm)
+# Pip would look for minutes for packages that an older Python could have.
 .venv/installed: pyproject.toml constraints.txt $(PACKAGES:=/pyproject.toml)
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit(f"Python {sys.version.split()[0]} is not 3.11 to 3.13; make PYTHON=python3.12 picks one.")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' $(PACKAGES:%=--editable ./%)
 	@touch $@

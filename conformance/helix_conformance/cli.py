@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,7 +29,14 @@ from helix_conformance.probe import NothingStartsError, beyond, probe_text, prop
 from helix_conformance.probe import probe as probe_engine
 from helix_conformance.prove import ProveError
 from helix_conformance.prove import prove as prove_theorems
-from helix_conformance.report.command import FILE, BadInput, report, write_file
+from helix_conformance.report.command import (
+    FILE,
+    OUTPUT,
+    BadInput,
+    exit_statuses,
+    report,
+    write_file,
+)
 from helix_conformance.report.html import show_page
 from helix_conformance.report.stream import (
     CoverageLine,
@@ -50,6 +58,7 @@ from helix_conformance.report.text import (
     verdict_text,
 )
 from helix_conformance.session import Advance, Session, SessionError
+from helix_conformance.version import __version__
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
@@ -58,6 +67,37 @@ from helix_spec.trace import TraceError, load_trace
 
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
 CHECKED_NOTHING: Final = 2
+NOT_WRITTEN: Final = 2
+INTERRUPTED: Final = 130
+"""As a shell has it of a command that Ctrl-C has ended."""
+SUITE_FAILED: Final = 70
+"""EX_SOFTWARE of <sysexits.h>."""
+JUDGED: Final = {
+    0: "every answer was correct",
+    1: "a difference was found",
+    2: "bad usage or input, something missing, nothing checked, or a file not written",
+    3: "an engine died, timed out or gave a malformed answer",
+    SUITE_FAILED: "the suite itself failed, with a traceback",
+    INTERRUPTED: "Ctrl-C; what had ended is shown",
+}
+"""What the exit statuses mean of a command that judges an engine."""
+PROVED: Final = {
+    0: "every theorem was confirmed, or all of those asked for",
+    1: "one was not, or wrong formulas survived",
+    2: "bad usage, or z3 or CrossHair is missing",
+    INTERRUPTED: "Ctrl-C; what had ended is shown",
+}
+PROBED: Final = {
+    0: "a declaration was proposed",
+    2: "bad usage, something missing, or nothing that could be started",
+    INTERRUPTED: "Ctrl-C",
+}
+SHOWN: Final = {0: "it was shown, or written", 2: "bad usage, or a file that cannot be used"}
+SERVED: Final = {
+    0: "stdin has ended",
+    1: "a line was no request",
+    2: "bad usage, or an engine that cannot be served",
+}
 SAID_EVERY_S: Final = 5.0
 """Seconds from one line of progress to the next."""
 _ONE_LAYOUT: Final = (
@@ -77,11 +117,21 @@ class Commands(click.Group):
     """The commands of this module, and those that installed packages add by entry points."""
 
     def invoke(self, context: click.Context) -> Any:
-        """Run a command; what it refuses ends it in a sentence and status 2."""
+        """Run a command; what it refuses ends it in a sentence and status 2.
+
+        No defect of the suite ends it with the status of a difference.
+        """
         try:
             return super().invoke(context)
         except REFUSED as error:
             raise BadInput(str(error)) from error
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception:
+            traceback.print_exc()
+            sys.exit(SUITE_FAILED)
 
     def list_commands(self, context: click.Context) -> list[str]:
         """Return the names of all commands, in the order of the alphabet."""
@@ -109,6 +159,7 @@ class Commands(click.Group):
         "show_default": True,
     },
 )
+@click.version_option(__version__, prog_name="helix-conformance")
 def main() -> None:
     """Check an engine's sharded decode KV cache against the specification.
 
@@ -130,10 +181,9 @@ def main() -> None:
       helix-conformance show helix-failures/pr9757-local-1a2b3c4d.json
           where the tokens of a trace belong, rank by rank and page by page
 
-    Exit status: 0 all answers were correct; 1 a difference was found; 2 bad usage, configuration
-    or input file; 3 an engine died, timed out or gave a malformed answer. Under a torchrun of your
-    own only 0 or not 0 survives, and the last line of --json holds the verdict. An mpiexec of your
-    own needs --continuous, or it ends the report together with a rank that dies.
+    Each command's help ends with what its exit statuses mean. Under a torchrun of your own only 0
+    or not 0 survives, and the last line of --json holds the verdict. An mpiexec of your own needs
+    --continuous, or it ends the report together with a rank that dies.
     """  # noqa: D301  # click keeps the lines of a paragraph that begins with a real backspace
 
 
@@ -182,7 +232,7 @@ _ENGINE_OPTIONS = [
     click.option(
         "--json",
         "json_path",
-        type=FILE,
+        type=OUTPUT,
         help="Write the run as JSON lines; the last is the summary.",
     ),
 ]
@@ -213,7 +263,7 @@ def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@main.command()
+@main.command(epilog=exit_statuses(JUDGED))
 @_on_an_engine
 @_layouts
 @click.option(
@@ -310,11 +360,11 @@ def run(**options: Any) -> None:
     passing = {row.layout for row in session.stream.of(Row) if row.verdict == "pass"}
     if session.failures and len(passing) == 1 and not options["layouts"]:
         print_lines(console, [_ONE_LAYOUT.format(*passing)])
-    print_lines(console, session.known.sentences())
+    print_lines(console, [*session.unwritten, *session.known.sentences()])
     _leave(session)
 
 
-@main.command()
+@main.command(epilog=exit_statuses(JUDGED))
 @click.argument("trace_path", metavar="TRACE.json", type=click.Path(path_type=Path))
 @_on_an_engine
 def replay(**options: Any) -> None:
@@ -333,7 +383,7 @@ def replay(**options: Any) -> None:
 main.add_command(report)
 
 
-@main.command()
+@main.command(epilog=exit_statuses(PROBED))
 @_on_an_engine
 @click.option(
     "--around",
@@ -356,12 +406,12 @@ def probe(**options: Any) -> None:
         drivers.close()
 
 
-@main.command()
+@main.command(epilog=exit_statuses(SHOWN))
 @click.argument("trace_path", metavar="TRACE.json", type=click.Path(path_type=Path))
 @click.option(
     "--html",
     "html_path",
-    type=FILE,
+    type=OUTPUT,
     help="Write a self-contained page instead, with a slider over the events.",
 )
 def show(trace_path: Path, html_path: Path | None) -> None:
@@ -379,7 +429,7 @@ def vectors() -> None:
     """Test vectors: cases as JSON, for engines and test runners in any language."""
 
 
-@vectors.command("export")
+@vectors.command("export", epilog=exit_statuses(SHOWN))
 @click.argument("folder", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
 def vectors_export(folder: Path) -> None:
     """Write the vectors, their format page (FORMAT.md) and their JSON Schema into DIR."""
@@ -390,7 +440,7 @@ def vectors_export(folder: Path) -> None:
     click.echo(f"wrote {count} files to {folder}; begin with {folder / FORMAT_PAGE}")
 
 
-@vectors.command("check")
+@vectors.command("check", epilog=exit_statuses(JUDGED))
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @_on_an_engine
 @_layouts
@@ -399,7 +449,7 @@ def vectors_check(**options: Any) -> None:
     """Run the vectors of DIR, or those shipped with this package, against an engine.
 
     Only what the files say counts. Cases that need a profile which the engine does not declare,
-    or which was not asked for, are named as not checked. Exit status as of `run`.
+    or which was not asked for, are named as not checked.
     """
     cases = _cases(options["folder"] or SHIPPED, options["layouts"])
     with _session(options) as session:
@@ -411,7 +461,7 @@ def vectors_check(**options: Any) -> None:
     _leave(session)
 
 
-@main.command()
+@main.command(epilog=exit_statuses(PROVED))
 @click.option(
     "--theorem",
     "only",
@@ -423,13 +473,13 @@ def vectors_check(**options: Any) -> None:
 @click.option(
     "--json",
     "json_path",
-    type=FILE,
+    type=OUTPUT,
     help="Write the theorems, their verdicts, witnesses and kills as one JSON object.",
 )
 @click.option(
     "--stream",
     "stream_path",
-    type=FILE,
+    type=OUTPUT,
     help="Append the result to a run's JSON stream, for `helix-conformance report`.",
 )
 def prove(**options: Any) -> None:
@@ -437,13 +487,12 @@ def prove(**options: Any) -> None:
 
     Z3 proves the arithmetic over unbounded integers, CrossHair confirms contracts on the very
     functions that run. The exact manifest must be confirmed, every precondition has a witness,
-    and every theorem refutes at least one wrong formula; whatever is missing is named, and the
-    exit status is 1.
+    and every theorem refutes at least one wrong formula; whatever is missing is named.
     """
     sys.exit(prove_theorems(**options))
 
 
-@main.command()
+@main.command(epilog=exit_statuses(SERVED))
 @click.option("--engine", required=True, help="A name, or module:Class; it needs no processes.")
 def serve(engine: str) -> None:
     """Be one rank of a Python engine on stdin and stdout, in the words of PROTOCOL.md.
@@ -582,6 +631,9 @@ def _leave(session: Session) -> None:
     if not session.stream.of(Row) and session.not_started is None:
         status = CHECKED_NOTHING
     [summary] = session.stream.of(Summary)
+    if session.stream.problem is not None:
+        print_lines(Console(stderr=True), [session.stream.problem])
+        status = status or NOT_WRITTEN
     print_lines(Console(), [verdict_text(summary)])
     leave_verdict(status)
     sys.exit(status)

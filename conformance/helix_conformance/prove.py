@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
 
@@ -23,13 +24,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import helix_spec
-from helix_conformance.foreign import shown, shown_lines
+from helix_conformance.foreign import shown, shown_json, shown_lines
 from helix_conformance.report.stream import (
     CONFIRMED,
     ProofReport,
     Proofs,
     TheoremResult,
     append_line,
+    encoded,
 )
 from helix_conformance.report.text import progress_bar
 from helix_conformance.version import __version__
@@ -90,13 +92,15 @@ def prove(
     ProveError
         When z3 or CrossHair is not installed, or `only` names no theorem.
     """
+    if find_spec("z3") is None or find_spec("crosshair") is None:
+        raise ProveError("Proofs need z3 and CrossHair: pip install 'helix-conformance[prove]'.")
     console = console or Console()
     root = spec_root or Path(helix_spec.__file__).parents[1]
     started = time.monotonic()
     catalog = _catalog(root)
     unknown = [identifier for identifier in only if identifier not in catalog.manifest]
     if unknown:
-        raise ProveError(f"the manifest has no theorem {', '.join(unknown)}")
+        raise ProveError(f"The manifest has no theorem {', '.join(unknown)}.")
     chosen = list(only) or catalog.manifest
     results = _confirm_all(root, [i for i in chosen if i in catalog.theorems], jobs, console)
     problems = gate(catalog, chosen, results)
@@ -104,11 +108,11 @@ def prove(
         "fail" if problems else "partial" if only else "pass"
     )
     report = ProofReport(results, verdict, problems, round(time.monotonic() - started, 1))
+    _print(report, console)
     if json_path is not None:
-        json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        json_path.write_bytes(shown_json(msgspec.json.format(encoded(report), indent=2)))
     if stream_path is not None:
         append_line(stream_path, Proofs(suite_version=__version__, report=report))
-    _print(report, console)
     return 1 if problems else 0
 
 
@@ -197,10 +201,7 @@ def _catalog(root: Path) -> Catalog:
     try:
         return msgspec.json.decode(answer.stdout, type=Catalog)
     except msgspec.MsgspecError:
-        raise ProveError(
-            f"the theorems cannot be listed: {_last_line(answer)}. Proofs need the packages of the "
-            "extra `prove` (z3-solver, crosshair-tool)."
-        ) from None
+        raise ProveError(f"The theorems cannot be listed: {_last_line(answer)}.") from None
 
 
 def _last_line(answer: subprocess.CompletedProcess[str]) -> str:

@@ -20,6 +20,7 @@ from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.engines import COMMAND, load_engine
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, shipped_vectors
 from helix_conformance.generate.actions import Scope
@@ -60,7 +61,7 @@ from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
 from helix_spec.events import FEATURES, MERGE, Accept, Event
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
-from helix_spec.trace import Earlier, Trace, Watch, load_trace
+from helix_spec.trace import Earlier, Trace, Watch, dump_trace, load_trace
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
 """Drivers that this process opens by itself; others are launched around the whole command."""
@@ -447,9 +448,14 @@ class Session:
     failures: list[FailureLine] = field(default_factory=list, init=False)
     not_started: EngineFailure | None = field(default=None, init=False)
     seed: int | None = field(default=None, init=False)
+    unwritten: list[str] = field(default_factory=list, init=False)
+    """Failing traces that could not be written, in lines, and why."""
 
     def __post_init__(self) -> None:
         self.tiers = self._tiers()
+        for engine, _ in self.tiers:  # what cannot be loaded is said before anything is played
+            if isinstance(self.given, str) and not engine.startswith(COMMAND):
+                load_engine(engine)
 
     @property
     def engine(self) -> str:
@@ -915,9 +921,7 @@ class Session:
     def _found(self, row: Row, failure: Failure, path: Path | None) -> None:
         if path is None:
             name = f"{row.layout}-{row.driver}"
-            path = Path("-")
-            if self.folder:
-                path = save_trace(self.folder, name, failure.trace, apart=True)
+            path = self._saved(name, failure.trace)
         line = FailureLine(
             layout=row.layout,
             engine=row.engine,
@@ -928,6 +932,16 @@ class Session:
         )
         self.failures.append(line)
         self.stream.write(msgspec.structs.replace(line, drawn=None))
+
+    def _saved(self, name: str, trace: Trace) -> Path:
+        """Write a failing trace; `-` when it is to go nowhere, or cannot be written."""
+        if self.folder:
+            try:
+                return save_trace(self.folder, name, trace, apart=True)
+            except OSError as error:
+                why = f"{self.folder}: {error.strerror}"
+                self.unwritten += [f"This trace could not be written ({why}):", *_lines_of(trace)]
+        return Path("-")
 
     def _cover(self, engine: str, driver: Driver, coverage: Coverage) -> None:
         """Write what the traces of a driver visited, when all were played."""
@@ -1158,6 +1172,10 @@ def check_inside(driver: Driver, trace: Trace) -> None:
     why = why_outside(driver.capabilities, trace)
     if why is not None:
         raise SessionError(f"The trace is not for this engine: {why}.")
+
+
+def _lines_of(trace: Trace) -> list[str]:
+    return dump_trace(trace).decode().splitlines()
 
 
 def _limits(driver: Driver) -> list[Box]:

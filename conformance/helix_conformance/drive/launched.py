@@ -44,7 +44,7 @@ from helix_conformance.drive.process import (
     Rank,
     served,
 )
-from helix_conformance.engines import COMMAND, EngineSpecError, load_engine
+from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, require_torch
 
 LAUNCHED: Final = ("torchrun", "mpi")
 """Drivers whose processes are launched from outside."""
@@ -116,6 +116,7 @@ class Torchrun:
         >>> words[-2:], more
         (['--standalone', '--nproc-per-node=4'], {})
         """
+        require_torch("Driver torchrun")
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         return [*words, f"--nproc-per-node={ranks}"], {}
 
@@ -206,13 +207,14 @@ class Mpi:
             When there is no mpiexec or no mpi4py.
         """
         if find_spec("mpi4py") is None:
-            raise EngineSpecError("There is no mpi4py; install helix-conformance[mpi].")
+            raise EngineSpecError("Driver mpi needs mpi4py: pip install 'helix-conformance[mpi]'.")
         beside = str(Path(sys.executable).parent)
         path = os.pathsep.join([beside, os.environ.get("PATH", "")])
         mpiexec = shutil.which("mpiexec", path=path)
         if mpiexec is None:
             raise EngineSpecError(
-                "There is no mpiexec on the PATH; install one, or helix-conformance[mpi]."
+                "Driver mpi needs an mpiexec on the PATH: install one, or "
+                "pip install 'helix-conformance[mpi]'."
             )
         more = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
         if os.geteuid() == 0:

@@ -176,8 +176,9 @@ def main(spec: str, group: Group | None = None) -> None:
     Raises
     ------
     SystemExit
-        At the end: with status 0, with 1 after a line that is no request, or with a sentence when
-        the engine cannot be served. A rank of a group that has begun to serve ends by `os._exit`.
+        At the end: with status 0, with 1 after a line that is no request, or with 2 and a sentence
+        when the engine cannot be served. A rank of a group that has begun to serve ends by
+        `os._exit`.
     """
     faulthandler.register(signal.SIGUSR1)  # by which a driver asks a silent rank where it is
     if group is not None:
@@ -187,7 +188,8 @@ def main(spec: str, group: Group | None = None) -> None:
     try:
         server = Server(spec, group)
     except EngineSpecError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
     gc.freeze()  # what was imported stays: each full collection would look through all of it
     while line := sys.stdin.buffer.readline(MAX_LINE_BYTES):
         try:

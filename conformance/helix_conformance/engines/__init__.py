@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import tomllib
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,12 +78,31 @@ def load_engine(spec: str) -> type[Engine]:
             raise EngineSpecError(f"Engine {spec!r} has no {name!r}; see the Engine protocol.")
     if found.needs_processes and not hasattr(found, "join"):
         raise EngineSpecError(f"Engine {spec!r} needs processes and has no 'join'.")
+    if found.needs_processes:
+        require_torch(f"Engine {spec!r}")
     problem = declaration_problem(found.profiles)
     if problem is not None:
         raise EngineSpecError(f"Engine {spec!r} {problem}")
     engine: type[Engine] = found
     engine_declaration(engine)
     return engine
+
+
+def require_torch(what: str) -> None:
+    """Check that torch is installed.
+
+    Parameters
+    ----------
+    what : str
+        What needs it, as a sentence begins.
+
+    Raises
+    ------
+    EngineSpecError
+        When it is not; the sentence names the extra that brings it.
+    """
+    if find_spec("torch") is None:
+        raise EngineSpecError(f"{what} needs torch: pip install 'helix-conformance[gpu]'.")
 
 
 def needs_group(spec: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 import msgspec
@@ -28,6 +30,42 @@ class BadInput(click.ClickException):
         return shown(self.message)
 
 
+class OutputFile(click.Path):
+    """A file that a command writes: one that cannot be is refused before any work."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path.
+
+        Parameters
+        ----------
+        value : str
+            What was given.
+        param, ctx : click.Parameter, click.Context
+            Where it was given, for the message of a refusal.
+        """
+        if value == "-":
+            self.fail("'-' is no file: the table is on standard output. Give a name.", param, ctx)
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        there = path if path.exists() else path.absolute().parent
+        if not there.exists():
+            self.fail(f"{path}: cannot be written: there is no folder {there}.", param, ctx)
+        if not os.access(there, os.W_OK):
+            self.fail(f"{path}: cannot be written: Permission denied.", param, ctx)
+        return path
+
+
+def exit_statuses(meanings: Mapping[int, str]) -> str:
+    """Return the end of a command's help: what each exit status means.
+
+    Parameters
+    ----------
+    meanings : mapping of int to str
+        In the order of the statuses.
+    """
+    lines = [f"  {status:<4} {meaning}" for status, meaning in meanings.items()]
+    return "\n".join(["\b", "Exit status:", *lines])
+
+
 VIEWS: Final[dict[str, tuple[str, Callable[[Record], object]]]] = {
     "html": ("A self-contained page: verdicts, failing traces drawn, proofs, mutants.", run_page),
     "junit": ("A JUnit file.", junit),
@@ -40,17 +78,26 @@ _STREAMS = click.Argument(
     ["streams"], metavar="STREAM.jsonl...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 FILE: Final = click.Path(dir_okay=False, path_type=Path)
-"""A file that a command reads or writes."""
-_OPTIONS = [click.Option([f"--{name}"], type=FILE, help=what) for name, (what, _) in VIEWS.items()]
+"""A file that a command reads."""
+OUTPUT: Final = OutputFile(dir_okay=False, path_type=Path)
+"""A file that a command writes."""
+_OPTIONS = [
+    click.Option([f"--{name}"], type=OUTPUT, help=what) for name, (what, _) in VIEWS.items()
+]
+_STATUSES: Final = {
+    0: "all was written, and nothing in the streams is wrong",
+    1: "a run or what stands beside it failed, or a certificate was refused",
+    2: "bad usage; a file is no stream, holds nothing, or cannot be written",
+    3: "a run ended in an error or was cut off",
+}
 
 
-@click.command(params=[_STREAMS, *_OPTIONS])
+@click.command(params=[_STREAMS, *_OPTIONS], epilog=exit_statuses(_STATUSES))
 def report(streams: tuple[Path, ...], **paths: Path | None) -> None:
     """Show what a run's JSON stream holds: as a table here, and in the files asked for.
 
     Several files are read one after another: runs, proofs (`prove --stream`) and mutation runs
-    (`zoo --stream`) make one report. The exit status is 0 when all was written, 1 when a
-    certificate was refused, 2 when a file is no stream or cannot be written.
+    (`zoo --stream`) make one report.
     """
     record = read_stream(streams)
     _print(record)
@@ -61,6 +108,7 @@ def report(streams: tuple[Path, ...], **paths: Path | None) -> None:
                 write_file(path, _data(view(record)))
             except CertificateRefused as refused:
                 raise click.ClickException(shown(str(refused))) from refused
+    sys.exit({"fail": 1, "error": 3}.get(record.verdict, 0))
 
 
 def _data(view: object) -> bytes:

@@ -8,12 +8,16 @@ The format is published as `stream.schema.json` beside this file, generated from
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, TypeVar
+from weakref import finalize
 
 import msgspec
 
@@ -237,19 +241,31 @@ class Stream:
     Parameters
     ----------
     path : Path or None
-        The file, which is emptied; without one the lines go nowhere.
+        The file, which is emptied, and is this run's until its summary is written; without one the
+        lines go nowhere.
 
     Attributes
     ----------
     lines : list of Line
         All lines so far.
+    problem : str or None
+        Why lines are missing in the file, as a sentence.
+
+    Raises
+    ------
+    StreamError
+        When the file cannot be written, or another run writes it.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.lines: list[Line] = []
+        self.problem: str | None = None
+        self.file: int | None = None
+        """Descriptor of the file, while it is open."""
         if path is not None:
-            path.write_bytes(b"")
+            self.file = _opened(path)
+            self.close = finalize(self, os.close, self.file)
 
     def write(self, line: Line) -> None:
         """Write one line, to disk at once: a run that is cut off leaves what it knew.
@@ -260,8 +276,14 @@ class Stream:
             Any line of the stream.
         """
         self.lines.append(line)
-        if self.path is not None:
-            append_line(self.path, line)
+        if self.file is not None:
+            try:
+                _write(self.file, encode_line(line))
+            except OSError as error:
+                self.problem = f"{self.path} is not whole: {error.strerror}."
+            if self.problem or isinstance(line, Summary):
+                self.file = None
+                self.close()
 
     def of(self, kind: type[Kind]) -> list[Kind]:
         """Return the lines so far that are of one type.
@@ -334,7 +356,12 @@ def save_trace(folder: Path, name: str, trace: Trace, *, apart: bool = False) ->
     data = dump_trace(trace)
     digest = f"-{sha256(data).hexdigest()[:8]}" if apart else ""
     path = folder / f"{re.sub('[/:]', '-', name)}{digest}.json"
-    path.write_bytes(data)
+    try:
+        path.write_bytes(data)
+    except OSError:
+        with suppress(OSError):
+            path.unlink()  # a part of a trace is none, and the next run would read it
+        raise
     return path
 
 
@@ -381,6 +408,29 @@ def append_line(path: Path, line: Line) -> None:
     """
     with path.open("ab") as file:
         file.write(encode_line(line))
+
+
+def _opened(path: Path) -> int:
+    """Open a stream's file for one run alone. Raises StreamError."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    except OSError as error:
+        raise StreamError(f"{path}: cannot be written: {error.strerror}.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise StreamError(f"{path}: another run writes this file; give each its own.") from None
+    except OSError:
+        pass  # a file system, or a kind of file, without locks
+    with suppress(OSError):  # a pipe has nothing to empty
+        os.ftruncate(file, 0)
+    return file
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
 
 
 # Reading back
@@ -607,6 +657,8 @@ def read_stream(paths: Sequence[Path]) -> Record:
     """
     lines = [line for path in paths for line in _read(path)]
     try:
+        if not lines:
+            raise StreamError("there is no run, no proof and no mutation run in it")
         return Record(lines)
     except StreamError as error:
         raise StreamError(f"{', '.join(map(str, paths))}: {error}.") from error

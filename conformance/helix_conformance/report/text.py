@@ -254,6 +254,8 @@ def replay_text(path: Path | str, engine: str, driver: str | None = None) -> lis
     list of str
         A line each.
     """
+    if str(path) == "-":
+        return ["The trace is in no file."]
     words = ["helix-conformance", "replay", str(path), "--engine", engine]
     words += ["--driver", driver] if driver else []
     place, command = shell_command(words[2:3]), shell_command(words)

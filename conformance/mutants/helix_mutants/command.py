@@ -7,8 +7,16 @@ from pathlib import Path
 
 import click
 
+from helix_conformance.report.command import OUTPUT, exit_statuses
 
-@click.command("zoo")
+_STATUSES = {
+    0: "every mutant was killed by name, and no unmutated engine was named",
+    1: "one was not, or an unmutated engine was named",
+    2: "bad usage",
+}
+
+
+@click.command("zoo", epilog=exit_statuses(_STATUSES))
 @click.option(
     "--tier",
     type=click.Choice(["one-process", "corners", "pool", "all"]),
@@ -26,13 +34,13 @@ import click
 @click.option(
     "--json",
     "json_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT,
     help="Write the mutants, the controls and the score as one JSON object.",
 )
 @click.option(
     "--stream",
     "stream_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT,
     help="Append the result to a run's JSON stream, for `helix-conformance report`.",
 )
 def command(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -12,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance.report.command import BadInput
+from helix_conformance.report.command import OUTPUT, BadInput, exit_statuses
 from helix_planner.plans import (
     HARDWARE,
     MODELS,
@@ -37,7 +36,10 @@ WIDTH: Final = 150
 """Characters that all columns take; a narrower terminal wraps lines rather than numbers."""
 
 
-@click.command("plan")
+_STATUSES: Final = {0: "the plans were printed", 2: "bad usage, or nothing fits"}
+
+
+@click.command("plan", epilog=exit_statuses(_STATUSES))
 @click.option("--model", default="llama-405b", show_default=True, metavar="NAME|FILE.json",
               help="llama-405b, deepseek-r1, or a file with the fields of ModelCard.")  # fmt: skip
 @click.option("--hardware", default="gb200", show_default=True, metavar="NAME|FILE.json",
@@ -55,7 +57,7 @@ WIDTH: Final = 150
 @click.option("--tokens-per-block", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--weight-bytes", default=1.0, show_default=True, help="Bytes of one weight.")
 @click.option("--kv-bytes", default=1.0, show_default=True, help="Bytes of one cached number.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("--json", "json_path", type=OUTPUT,
               help="Write the plans as one JSON object.")  # fmt: skip
 def command(**options: Any) -> None:
     """Print bytes, pages and step time of a sharded cache, on paper.
