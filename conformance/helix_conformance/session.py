@@ -59,9 +59,9 @@ from helix_conformance.version import __version__
 from helix_spec.capabilities import EVERYWHERE, STRICT, UNLIMITED, Box, in_words, outside
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
-from helix_spec.events import FEATURES, MERGE, Accept, Event
+from helix_spec.events import FEATURES, MERGE, Accept, Admit, Event, Fork
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
-from helix_spec.trace import Earlier, Trace, Watch, dump_trace, load_trace
+from helix_spec.trace import EVERYTHING, Earlier, Trace, Watch, dump_trace, load_trace
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
 """Drivers that this process opens by itself; others are launched around the whole command."""
@@ -71,6 +71,10 @@ LONG_TRACE: Final = 300
 """Events of the long trace that each layout begins with."""
 AGAIN: Final = 8
 """One random trace in so many starts the objects anew that have played the one before it."""
+LOOKED_AT: Final = 2**18
+"""Requests of which a replay looks at all state, counted at each look. Of a longer trace it is
+looked at less often: after each event what the event names, everything now and then and at the
+end."""
 Advance = Callable[[], None]
 """Called when one more trace was played, or one more request of a workload has ended."""
 
@@ -762,7 +766,10 @@ class Session:
             check_world(driver, trace.config.world_size)
             check_inside(driver, trace)
             profiles, tally = profiles_to_check(driver.profiles, self.profiles), Tally()
-            failure = check_trace(driver, trace, profiles, tally=tally)
+            requests = sum(isinstance(event, Admit | Fork) for event in trace.events)
+            every = 1 + len(trace.events) * requests // LOOKED_AT
+            watch = Watch(every=every) if trace.watch == EVERYTHING else trace.watch
+            failure = check_trace(driver, trace, profiles, tally=tally, watch=watch)
             layout = trace.config.layout
             sizes = [layout.cp_size]
             self._finish(driver, engine, str(layout), sizes, profiles, tally, failure, path)

@@ -16,8 +16,22 @@ from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.process import Due, Lines, ProcessDriver, Rank
 from helix_conformance.expect.vectors import SHIPPED, VectorError, load_vector
 from helix_conformance.generate.workload import WorkloadError, read_workload
+from helix_conformance.judge.failure import Violation
 from helix_conformance.judge.play import check_trace
 from helix_conformance.judge.xfail import Known, LedgerError
+from helix_conformance.report.certificate import badge
+from helix_conformance.report.html import run_page
+from helix_conformance.report.junit import junit
+from helix_conformance.report.stream import (
+    FailureLine,
+    Record,
+    Row,
+    Settings,
+    StreamError,
+    Summary,
+    encode_line,
+    read_stream,
+)
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import PROFILES, Outcome, RankView
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Release, Skip
@@ -183,6 +197,44 @@ does = "Interleave is ignored."
 link = "https://example.org/1"
 """
 
+
+def _stream(trace: Trace) -> bytes:
+    """A run that failed on this trace."""
+    row = {"layout": "pr9757", "engine": "mine", "driver": "local", "declared": ["placement"]}
+    settings = Settings(
+        command="run", engine="mine", suite_version="1", started="now", python="3", machine="m"
+    )
+    failure = FailureLine(
+        **row,
+        event=0,
+        violations=[Violation("OWN-1", "rank 0 owns it", 1, 0, 0)],
+        trace=trace,
+        trace_file="t.json",
+    )
+    counts = {"traces": 1, "events": 1, "verdict": "fail"}
+    lines = [
+        settings,
+        Row(**row, cp_sizes=[2], profiles=["placement"], seconds=1.0, **counts),
+        failure,
+        Summary(
+            engine="mine",
+            layouts=["pr9757"],
+            profiles_checked=["placement"],
+            profiles_not_checked=[],
+            events_per_s=None,
+            **counts,
+        ),
+    ]
+    return b"".join(map(encode_line, lines))
+
+
+def _shown(record: Record) -> None:
+    """Make every view of a stream."""
+    assert run_page(record)
+    assert junit(record)
+    assert badge(record)
+
+
 PARSERS: Final = [
     Parser(
         "trace", _from_file("trace.json", load_trace), (TraceError,), dump_trace(_TRACE), True
@@ -205,6 +257,13 @@ PARSERS: Final = [
         True,
     ),
     Parser("known", _from_file("known.toml", Known.read), (LedgerError,), _KNOWN, True),
+    Parser(
+        "stream",
+        _from_file("run.jsonl", lambda path: _shown(read_stream([path]))),
+        (StreamError,),
+        _stream(_TRACE),
+        True,
+    ),
     Parser(
         "layout",
         lambda data: parse_layout(data.decode(errors="replace")),
@@ -277,6 +336,9 @@ def bounded_but_large() -> list[tuple[str, bytes]]:
         ("workload-jsonl", b'{"input_length": 1, "output_length": 1}\n' * 10**5),
         ("workload-jsonl", b'{"hash_ids":' + b"[" * 10**6),
         ("workload-csv", b"ContextTokens,GeneratedTokens\n" + b"1," * 10**6),
+        ("stream", _stream(_TRACE).replace(b"C=2,T=2", b"C=999999999,T=2")),
+        ("stream", _stream(_TRACE).replace(b'"prompt_len":5', b'"prompt_len":16777216')),
+        ("stream", _stream(_TRACE)[:-2] * 10**4),
         ("known", b"difference = " + b"[" * 10**5),
         ("known", b"a." * 10**4 + b"a = 1"),
         ("vector", b'{"steps":' * 10**5),

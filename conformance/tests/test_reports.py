@@ -436,6 +436,14 @@ def test_a_broken_last_line_is_a_run_that_was_cut_off(tmp_path):
             encode_line(failing()[2]).decode().replace("pr9757/1", "pr1/1"),
             "There is no layout named 'pr1'",
         ),
+        (
+            encode_line(failing()[2]).decode().replace("C=2,T=1", "C=999999999,T=1"),
+            "in its trace, field $.config: ",
+        ),
+        (
+            encode_line(failing()[2]).decode().replace('"prompt_len":1', '"prompt_len":1e9'),
+            "line 1",
+        ),
         (encode_line(ROWS[0]).decode(), "a Row stands outside a run"),
         ("\xff\n", "line 1"),
     ],
@@ -449,6 +457,13 @@ def test_what_is_no_stream_is_refused(tmp_path, text, sentence):
     result = CliRunner().invoke(main, ["report", str(path)])
     assert result.exit_code == 2
     assert sentence in result.output.replace("\n", " ")
+
+
+def test_a_stream_that_is_too_large(tmp_path, monkeypatch):
+    """No more of it is read than there may be."""
+    monkeypatch.setattr(stream, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(StreamError, match=r"x\.jsonl: is too large; a stream has at most 1000"):
+        read_stream([written(tmp_path / "x.jsonl", WHOLE)])
 
 
 @settings(max_examples=150, deadline=None)

@@ -30,8 +30,10 @@ MAX_RANKS: Final = 2**12
 MAX_PAGES: Final = 2**23
 MAX_TOKENS: Final = 2**23
 MAX_NUMBERS: Final = 2**28
+MAX_REQUESTS: Final = 2**12
 """The most that a file may ask for: ranks; pages in all pools; tokens of all requests at one time;
-numbers of Q, K and V in a page. The reference keeps a list of all pages, and of all tokens."""
+numbers of Q, K and V in a page; requests at one time. The reference keeps a list of all pages, and
+of all tokens, and what is shown or looked at of all requests grows with them."""
 
 
 class TraceError(ValueError):
@@ -154,15 +156,40 @@ def load_trace(path: Path) -> Trace:
         byte = re.search(r"\(byte (\d+)\)", str(error))
         line = data.count(b"\n", 0, int(byte[1]) if byte else len(data)) + 1
         raise TraceError(f"{path}, line {line}: {error}.") from error
+    problem = trace_problem(trace)
+    if problem is not None:
+        field, what = problem
+        line = line_of(data.decode(), field)
+        raise TraceError(f"{path}, line {line}, field {field}: {what}")
+    return trace
+
+
+def trace_problem(trace: Trace) -> tuple[str, str] | None:
+    """Return why a trace cannot be played, though it is well formed.
+
+    Parameters
+    ----------
+    trace
+        What was read.
+
+    Returns
+    -------
+    tuple of str, or None
+        The field, as a path such as `$.config.pages`, and a sentence; None when it can be played.
+
+    Examples
+    --------
+    >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[2], max_len=8)
+    >>> trace_problem(Trace(config=config, events=[Merge([[0], [0]], [0, 1])]))
+    ('$.events[0].levels', 'There are 2 partials; there must be one for each of the 1 cp_ranks.')
+    """
     whole = [("$", trace.config, trace.events)]
     whole += [(f"$.before[{n}]", part.config, part.events) for n, part in enumerate(trace.before)]
     for at, config, events in whole:
         found = _unplayable(config, events)
         if found is not None:
-            field = at + found[0].removeprefix("$")
-            line = line_of(data.decode(), field)
-            raise TraceError(f"{path}, line {line}, field {field}: {found[1]}")
-    return trace
+            return at + found[0].removeprefix("$"), found[1]
+    return None
 
 
 def _unplayable(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
@@ -177,7 +204,7 @@ def _unplayable(config: Config, events: Sequence[Event]) -> tuple[str, str] | No
         if isinstance(event, Merge) and len(event.levels) != config.layout.cp_size:
             return (
                 f"$.events[{index}].levels",
-                f"there are {len(event.levels)} partials; there must be one for each of the "
+                f"There are {len(event.levels)} partials; there must be one for each of the "
                 f"{config.layout.cp_size} cp_ranks.",
             )
     return None
@@ -219,6 +246,9 @@ def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
             total += tokens[id] - before
         if isinstance(event, Release):
             total -= tokens.pop(event.id, 0)
+        if len(tokens) > MAX_REQUESTS:
+            what = f"There may be {len(tokens)} requests by now; a file may ask for {MAX_REQUESTS}."
+            return f"$.events[{index}]", what
         if total > MAX_TOKENS:
             what = f"Requests may have {total} tokens by now; a file may ask for {MAX_TOKENS}."
             return f"$.events[{index}]", what

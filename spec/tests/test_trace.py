@@ -160,7 +160,7 @@ def test_a_merge_of_too_few_partials_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(dump_trace(Trace(config=CONFIG, events=[Merge([[0]], [0])])))
     with pytest.raises(
-        TraceError, match=r"\$\.events\[0\]\.levels: there are 1 partials; .* 2 cp_r"
+        TraceError, match=r"\$\.events\[0\]\.levels: There are 1 partials; .* 2 cp_r"
     ):
         load_trace(path)
 
@@ -237,6 +237,7 @@ def test_a_bad_value_before_broken_text_is_still_a_trace_error(
         ({}, [Admit(0, 1), Skip([0], [2**24])], "$.events[1]", "16777217 tokens"),
         ({}, [Admit(0, 1), Admit(0, 2**24)], "$.events[1]", "16777216 tokens"),
         ({}, [Admit(0, 2**22), Fork(0, 1), Fork(1, 2)], "$.events[2]", "12582912 tokens"),
+        ({}, [Admit(id, 1) for id in range(4097)], "$.events[4096]", "4097 requests by now"),
     ],
 )
 def test_a_file_that_asks_for_too_much_is_refused(

@@ -31,7 +31,7 @@ _Fields = tuple[tuple[str, tuple[str, ...]], ...]
 
 PROTOCOL: Final = "helix-engine/1"
 """The version that is spoken. Fields may be added to what the suite says, nothing else changes."""
-MAX_LINE_BYTES: Final = 2**28
+MAX_LINE_BYTES: Final = 2**26
 """Bytes of one request or answer; a line that does not end before is malformed."""
 
 

@@ -167,14 +167,15 @@ class Known:
             When it cannot be read, is too large or no ledger; the message says where.
         """
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
             raise LedgerError(f"{path}: cannot be read: {error.strerror}.") from error
         longest = max(map(len, data.splitlines()), default=0)
         if len(data) > MAX_FILE_BYTES or longest > MAX_LINE_BYTES:
             raise LedgerError(
-                f"{path}: has {len(data)} bytes and a line of {longest}; a ledger has at most "
-                f"{MAX_FILE_BYTES} and lines of {MAX_LINE_BYTES}."
+                f"{path}: has {len(data)} bytes or more and a line of {longest}; a ledger has at "
+                f"most {MAX_FILE_BYTES} and lines of {MAX_LINE_BYTES}."
             )
         try:
             return cls(msgspec.toml.decode(data, type=_File).difference)

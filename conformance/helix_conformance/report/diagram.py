@@ -140,19 +140,18 @@ def diagram(
     """
     chosen = _chosen(len(trace.events), at)
     recorder, layout = Recorder(trace.config, declared), trace.config.layout
+    seen = _seen(trace, declared)
+    drawn = _drawn(seen, wrong, None if at is None else trace.events[at])
     state, t = recorder.state, layout.tokens_per_block
-    stops, frames = [Stop(None, "before the first event")], [_states(state, None, t)]
+    stops, frames = [Stop(None, "before the first event")], [_states(state, None, t, drawn)]
     free = [state.free_pages]
-    seen: dict[int, None] = {}
     for index, event in enumerate(trace.events):
         expected = recorder.next(event)
-        seen |= dict.fromkeys(state.requests)
         if index in chosen:
             stops.append(Stop(index, event_text(event), expected.refused))
             decode = index if isinstance(event, Decode) else None
-            frames.append(_states(state, decode, t))
+            frames.append(_states(state, decode, t, drawn))
             free.append(state.free_pages)
-    drawn = _drawn(list(seen), wrong, None if at is None else trace.events[at])
     shown = len(stops) - 1 if at is None else [stop.event for stop in stops].index(at)
     return Diagram(
         str(layout),
@@ -164,6 +163,16 @@ def diagram(
         len(trace.events),
         len(seen),
     )
+
+
+def _seen(trace: Trace, declared: Collection[str]) -> list[int]:
+    """Return the requests that live at some time, in the order in which they come."""
+    recorder = Recorder(trace.config, declared)
+    seen: dict[int, None] = {}
+    for event in trace.events:
+        recorder.next(event)
+        seen |= dict.fromkeys(id for id in ids_of(event) if id in recorder.state.requests)
+    return list(seen)
 
 
 def _chosen(events: int, at: int | None) -> set[int]:
@@ -225,13 +234,17 @@ _identity = id
 """By it pages are told apart; `id` is a request's everywhere else."""
 
 
-def _states(state: ModelState, decode: int | None, t: int) -> dict[int, _State]:
-    """Return what there is of each request; tokens made by the event `decode` are fresh."""
+def _states(
+    state: ModelState, decode: int | None, t: int, drawn: Sequence[int]
+) -> dict[int, _State]:
+    """Return what there is of each drawn request; tokens made by the event `decode` are fresh."""
     holders, found = defaultdict[int, list[int]](list), dict[int, _State]()
     for id, request in state.requests.items():
         for page in chain.from_iterable(request.tables):
             holders[_identity(page)].append(id)
     for id, request in state.requests.items():
+        if id not in drawn:
+            continue
         ranks = list[list[_Page]]()
         for positions, table in zip(request.ranks, request.tables, strict=True):
             ranks.append([])

@@ -29,9 +29,11 @@ from helix_spec.engine import PROFILES
 from helix_spec.events import MERGE, Merge
 from helix_spec.invariants import NUMBERS, profiles_of
 from helix_spec.layouts import LAYOUT_NAMES
-from helix_spec.trace import Trace, dump_trace, unindented
+from helix_spec.trace import Trace, dump_trace, trace_problem, unindented
 
 SCHEMA_FILE: Final = "stream.schema.json"
+MAX_FILE_BYTES: Final = 2**28
+"""Of a stream that is read."""
 CONFIRMED: Final = "confirmed"
 """The verdict of a theorem that holds."""
 
@@ -666,9 +668,13 @@ def read_stream(paths: Sequence[Path]) -> Record:
 
 def _read(path: Path) -> Iterator[Line]:
     try:
-        raw = path.read_bytes().splitlines(keepends=True)
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise StreamError(f"{path}: cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise StreamError(f"{path}: is too large; a stream has at most {MAX_FILE_BYTES} bytes.")
+    raw = data.splitlines(keepends=True)
     for number, text in enumerate(raw, 1):
         try:
             if text.strip():
@@ -683,6 +689,9 @@ def _read(path: Path) -> Iterator[Line]:
 def _checked(line: Line) -> Line:
     """Return the line, when what it refers to is there. Raises StreamError."""
     if isinstance(line, FailureLine):
+        problem = trace_problem(line.trace)
+        if problem is not None:
+            raise StreamError(f"in its trace, field {problem[0]}: {problem[1].rstrip('.')}")
         events = len(line.trace.events)
         if line.event is not None and not 0 <= line.event < events:
             raise StreamError(f"event is {line.event}, and its trace has {events} events")
