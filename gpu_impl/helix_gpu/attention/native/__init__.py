@@ -47,12 +47,16 @@ class _Sizes(ctypes.Structure):
 def available() -> bool:
     """Return whether the operation is built, or can be.
 
-    It takes ninja and a C++ compiler with OpenMP.
+    It takes ninja, a C++ compiler with OpenMP, and a folder for torch's extensions; where one of
+    them is missing or fails, `paged.attend_pages` does its work.
     """
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None or shutil.which("ninja") is None:
         return False
-    _library()
+    try:
+        _library()
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError):
+        return False
     return True
 
 
