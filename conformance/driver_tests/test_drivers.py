@@ -19,6 +19,7 @@ import pytest
 from helix_spec.config import Config
 from helix_spec.events import Admit, Decode
 from helix_spec.trace import Trace, dump_trace, load_trace
+from suite_testing.sabotage import processes_of
 
 BESIDE = Path(sys.executable).parent
 LIMIT_S = 150
@@ -48,26 +49,10 @@ def environment(monkeypatch):
             "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
         }
     )
-    left = processes_of(token)
+    left = processes_of(token, within_s=10)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert left == [], "a run has left processes behind"
-
-
-def processes_of(token, *, within_s=10):
-    """Processes of a run that have not ended soon after it."""
-    until = time.monotonic() + within_s
-    while True:
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"HELIX_TEST={token}".encode() in (folder / "environ").read_bytes():
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-        if not found or time.monotonic() > until:
-            return found
-        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -16,8 +16,15 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
-from helix_conformance.drive.launched import LAUNCHED, leave_verdict, take_part
+from helix_conformance.drive.launched import (
+    INTERRUPTED,
+    LAUNCHED,
+    leave_interrupted,
+    leave_verdict,
+    take_part,
+)
 from helix_conformance.drive.opening import DRIVERS
+from helix_conformance.drive.processes import nothing_left
 from helix_conformance.drive.serve import main as serve_engine
 from helix_conformance.engines import EngineSpecError
 from helix_conformance.expect.making import export
@@ -68,8 +75,6 @@ from helix_spec.trace import TraceError, load_trace
 EXIT_STATUS = {"pass": 0, "fail": 1, "error": 3}
 CHECKED_NOTHING: Final = 2
 NOT_WRITTEN: Final = 2
-INTERRUPTED: Final = 130
-"""As a shell has it of a command that Ctrl-C has ended."""
 SUITE_FAILED: Final = 70
 """EX_SOFTWARE of <sysexits.h>."""
 JUDGED: Final = {
@@ -125,8 +130,8 @@ class Commands(click.Group):
             return super().invoke(context)
         except REFUSED as error:
             raise BadInput(str(error)) from error
-        except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            sys.exit(getattr(interrupt, "status", INTERRUPTED))
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception:
@@ -532,8 +537,12 @@ def _session(options: dict[str, Any]) -> Iterator[Session]:
         stop_at_first=options.get("stop_at_first", False),
         exchanges_done=options.get("exchanges_done", 0),
     )
-    with bars:
-        yield session
+    try:
+        with bars, nothing_left():
+            yield session
+    except KeyboardInterrupt as interrupt:
+        _show_part(session)
+        leave_interrupted(session.driver, getattr(interrupt, "status", INTERRUPTED))
 
 
 def _said_now_and_then(console: Console, description: str, total: int) -> Advance:
@@ -548,6 +557,16 @@ def _said_now_and_then(console: Console, description: str, total: int) -> Advanc
             print_lines(console, [f"{description}: {number:,} of {total:,}"])
 
     return advance
+
+
+def _show_part(session: Session) -> None:
+    """Print what a run had found when it was interrupted."""
+    console = _show(session)
+    for failure in session.failures:
+        where = replay_text(failure.trace_file, failure.engine, failure.driver)
+        print_lines(console, [*failure_text(failure), *where])
+    done = ", ".join(dict.fromkeys(row.layout for row in session.stream.of(Row))) or "none"
+    print_lines(console, [*session.unwritten, f"Interrupted; layouts that had ended: {done}."])
 
 
 def _show(session: Session) -> Console:

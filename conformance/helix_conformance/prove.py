@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import helix_spec
+from helix_conformance.drive.processes import leashed, nothing_left
 from helix_conformance.foreign import shown, shown_json, shown_lines
 from helix_conformance.report.stream import (
     CONFIRMED,
@@ -36,6 +37,8 @@ from helix_conformance.report.stream import (
 from helix_conformance.report.text import progress_bar
 from helix_conformance.version import __version__
 
+INTERRUPTED: Final = 130
+"""The exit status after Ctrl-C, as a shell has it."""
 MAX_SECONDS: Final = 200
 """For one theorem. The proofs end by their own resource budgets; this is for one that does not."""
 
@@ -85,7 +88,7 @@ def prove(
     Returns
     -------
     int
-        The exit status: 0 when nothing is missing, else 1.
+        The exit status: 0 when nothing is missing, 130 after Ctrl-C, else 1.
 
     Raises
     ------
@@ -102,7 +105,15 @@ def prove(
     if unknown:
         raise ProveError(f"The manifest has no theorem {', '.join(unknown)}.")
     chosen = list(only) or catalog.manifest
-    results = _confirm_all(root, [i for i in chosen if i in catalog.theorems], jobs, console)
+    there = [identifier for identifier in chosen if identifier in catalog.theorems]
+    found: dict[str, TheoremResult] = {}
+    try:
+        _confirm_all(root, there, jobs, console, found)
+    except KeyboardInterrupt as interrupt:
+        seconds = round(time.monotonic() - started, 1)
+        _print(ProofReport([*found.values()], "partial", [], seconds), console)
+        return getattr(interrupt, "status", INTERRUPTED)
+    results = [found[identifier] for identifier in there]
     problems = gate(catalog, chosen, results)
     verdict: Literal["pass", "fail", "partial"] = (
         "fail" if problems else "partial" if only else "pass"
@@ -164,21 +175,27 @@ def _empty_proof(result: TheoremResult) -> list[str]:
 
 
 def _confirm_all(
-    root: Path, identifiers: Sequence[str], jobs: int, console: Console
-) -> list[TheoremResult]:
-    """Return the results in the order asked for; `jobs` processes at a time."""
-    found: dict[str, TheoremResult] = {}
+    root: Path,
+    identifiers: Sequence[str],
+    jobs: int,
+    console: Console,
+    found: dict[str, TheoremResult],
+) -> None:
+    """Put the results into `found` as they come; `jobs` processes at a time."""
     bar = progress_bar(console, TextColumn("{task.fields[last]}"))
-    with bar as progress, ThreadPoolExecutor(jobs) as pool:
+    with bar as progress, ThreadPoolExecutor(jobs) as pool, nothing_left():
         task = progress.add_task("proving", total=len(identifiers), last="")
         # CrossHair takes longest, so its contracts go first: none is left over at the end.
         by_length = sorted(identifiers, key=lambda i: not i.startswith("contract-"))
         running: list[Future[TheoremResult]] = [pool.submit(_confirm, root, i) for i in by_length]
-        for done in as_completed(running):
-            result = done.result()
-            found[result.id] = result
-            progress.update(task, advance=1, last=result.id)
-    return [found[identifier] for identifier in identifiers]
+        try:
+            for done in as_completed(running):
+                result = done.result()
+                found[result.id] = result
+                progress.update(task, advance=1, last=result.id)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _confirm(root: Path, identifier: str) -> TheoremResult:
@@ -210,9 +227,10 @@ def _last_line(answer: subprocess.CompletedProcess[str]) -> str:
 
 
 def _ask(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    # An empty entry would be the current folder.
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
-        [sys.executable, "-m", "helix_spec.theorems", *arguments],
+        leashed([sys.executable, "-P", "-m", "helix_spec.theorems", *arguments]),
         capture_output=True,
         text=True,
         check=False,

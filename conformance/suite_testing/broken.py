@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -90,6 +91,14 @@ class SlowReference(ReferenceEngine):
     @classmethod
     def join(cls, world_size):
         """Nothing to join."""
+
+
+class Daemon(LedgerEngine):
+    """Each rank leaves a process behind that has a session of its own and another parent."""
+
+    def start(self, config, profiles):
+        subprocess.Popen(["setsid", "--fork", "sleep", "3600"]).wait()
+        return super().start(config, profiles)
 
 
 class Mischief(LedgerEngine):

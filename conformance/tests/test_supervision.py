@@ -9,10 +9,18 @@ from contextlib import suppress
 
 import pytest
 
-from helix_conformance.drive import launched
+from helix_conformance.drive import launched, meeting
 from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.launched import Remote, Supervised
-from helix_conformance.drive.meeting import Address, Rendezvous, call
+from helix_conformance.drive.meeting import (
+    KEY,
+    NONCE,
+    PROOF,
+    Address,
+    RefusedError,
+    Rendezvous,
+    call,
+)
 from helix_conformance.drive.messages import (
     Apply,
     Ended,
@@ -330,28 +338,119 @@ def test_requests_go_out_ahead_of_answers(window):
     driver.far.close()
 
 
-def test_only_those_with_the_key_are_let_in():
-    """A stranger is disconnected, a rank that comes gets its line, one that does not is named."""
-    rendezvous = Rendezvous("127.0.0.1")
-    strange = Address(rendezvous.address.host, rendezvous.address.port, b"x" * 16)
-    stranger = socket.socket(fileno=call(strange, 1, 5.0))
-    ours = socket.socket(fileno=call(rendezvous.address, 2, 5.0))
-    with ours, stranger:
-        with pytest.raises(EngineFailure, match="has no supervisor") as caught:
-            rendezvous.lines(3, 0.5)
-        assert caught.value.rank == 1
-        stranger.settimeout(5)
+HERE = Address(name=f"helix-tests/{os.getpid()}")
+BY_TCP = Address("127.0.0.1")
+
+
+def met(address, world, *callers, limit_s=5.0):
+    """Lines that rank 0 gets from callers, each a function of the address; and what they return."""
+    rendezvous, returned = Rendezvous(address), [None] * len(callers)
+
+    def answer(place):
+        try:
+            returned[place] = callers[place](rendezvous.address)
+        except (RefusedError, OSError) as error:
+            returned[place] = error
+
+    threads = [threading.Thread(target=answer, args=(place,)) for place in range(len(callers))]
+    for thread in threads:
+        thread.start()
+    try:
+        return rendezvous.lines(world, limit_s), returned
+    except EngineFailure as failure:
+        return failure, returned
+    finally:
+        for thread in threads:
+            thread.join()
+
+
+@pytest.fixture
+def key(monkeypatch):
+    """The key of this environment."""
+    monkeypatch.setenv(KEY, "a secret")
+    return b"a secret"
+
+
+def ranked(rank):
+    """A rank that calls."""
+    return lambda address: call(address, rank, 5.0)
+
+
+def close(ends):
+    """Close descriptors."""
+    for end in ends:
+        os.close(end)
+
+
+@pytest.mark.parametrize("address", [HERE, BY_TCP])
+def test_ranks_are_let_in(key, address):
+    """On one machine and on several every rank has its line."""
+    found, returned = met(address, 3, ranked(2), ranked(1))
+    assert set(found) == {1, 2}
+    close([*found.values(), *returned])
+
+
+def silent(address):
+    """Someone who connects and says nothing."""
+    with socket.create_connection((address.host, address.port)) as end:
+        end.settimeout(10)
         with suppress(ConnectionError):
-            assert stranger.recv(1) == b""
+            return end.recv(1)
+
+
+def guessing(address):
+    """Someone who does not know the key, and repeats what rank 0 says."""
+    with socket.create_connection((address.host, address.port)) as end:
+        end.sendall(b"x" * NONCE + (1).to_bytes(4))
+        heard = end.recv(NONCE + PROOF)
+        end.sendall(heard[NONCE:])
+        end.settimeout(10)
+        with suppress(ConnectionError):
+            return end.recv(1)
+
+
+def test_only_those_with_the_key_are_let_in(key, monkeypatch):
+    """Strangers are disconnected, a rank that comes gets its line, one that does not is named."""
+    monkeypatch.setattr(meeting, "HANDSHAKE_S", 0.2)
+    failure, (said, answered, ours) = met(BY_TCP, 3, silent, guessing, ranked(2), limit_s=1.0)
+    assert (failure.rank, failure.what) == (1, "has no supervisor after 1 seconds")
+    assert (said or b"", answered or b"") == (b"", b"")
+    close([ours])
+
+
+def test_a_rank_knows_rank_0(key):
+    """Who listens in the place of rank 0 without the key is told nothing, and is no rank 0."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        heard = []
+
+        def pretend():
+            with server.accept()[0] as end:
+                heard.append(end.recv(NONCE + 4))
+                end.sendall(b"x" * (NONCE + PROOF))
+                heard.append(end.recv(1000))
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with pytest.raises(RefusedError, match="Who answers where rank 0 should has another key"):
+            call(Address("127.0.0.1", server.getsockname()[1]), 1, 5.0)
+        thread.join()
+        assert [len(said) for said in heard] == [NONCE + 4, 0]
+        assert key not in b"".join(heard)
+
+
+def test_another_user_is_not_let_in(monkeypatch):
+    """On one machine the system says who calls, and who answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting.os, "getuid", lambda: 12345)
+        failure, (refused,) = met(HERE, 2, ranked(1), limit_s=0.5)
+    assert failure.rank == 1
+    assert isinstance(refused, RefusedError)
 
 
 def test_lines_of_any_length_cross():
     """Short lines and long ones arrive whole, and then the end."""
-    rendezvous = Rendezvous("127.0.0.1")
-    here, there = (
-        Lines(end, os.dup(end))
-        for end in (call(rendezvous.address, 1, 5.0), rendezvous.lines(2, 5.0)[1])
-    )
+    found, returned = met(HERE, 2, ranked(1))
+    here, there = (Lines(end, os.dup(end)) for end in (returned[0], found[1]))
     sent, heard = [b"", b"{}", b"x" * 10_000_000, b"last"], []
     here.unsent += b"".join(text + b"\n" for text in sent)
     while len(heard) < len(sent):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -27,9 +29,13 @@ from helix_conformance.drive import messages
 from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.meeting import (
+    INTERFACE,
+    KEY,
     Address,
     Group,
+    RefusedError,
     Rendezvous,
+    address_of,
     call,
     hosted_store,
     joined_store,
@@ -44,41 +50,80 @@ from helix_conformance.drive.process import (
     Rank,
     served,
 )
+from helix_conformance.drive.processes import end_with_the_parent, leashed, nothing_left
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, require_torch
 
 LAUNCHED: Final = ("torchrun", "mpi")
 """Drivers whose processes are launched from outside."""
 VERDICT_FILE: Final = "HELIX_CONFORMANCE_VERDICT"
-"""Where such a run leaves its exit status: torchrun turns every failure into status 1."""
+"""Where such a run leaves its exit status: torchrun turns every failure into status 1. Until then
+the process id of rank 0 is there, behind a word."""
 NO_VERDICT: Final = 3
 """Exit status of a run that has none, and of a supervisor that rank 0 has left."""
 ASK_LIMIT_S: Final = 5.0
 """How long a supervisor may take to say where its engine is."""
 BAD_INPUT: Final = 2
 """Exit status of a run that ended before it met its ranks."""
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C, as a shell has it."""
+INTERRUPT_S: Final = 4.0
+"""How long rank 0 may take to show what it knows then."""
 
 
 class Meeting(msgspec.Struct, frozen=True):
-    """What rank 0 sends all supervisors at the beginning: where the lines and the group meet.
+    """What rank 0 sends all supervisors first, over their lines: where the engines' group meets.
 
     Parameters
     ----------
-    address : Address
-        Where rank 0 waits for a line from each supervisor.
     host, port : str, int
-        Where the store of the engines' process group listens; empty and 0 when they need none.
+        Where the store of the group listens; empty and 0 when the engines need none.
     """
 
-    address: Address
     host: str = ""
     port: int = 0
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where the ranks are.
+
+    Parameters
+    ----------
+    host : str
+        Address on which rank 0 listens to the others.
+    interface : str
+        The network interface on which all ranks wait for each other.
+    alone : bool
+        Whether they are all on one machine.
+    """
+
+    host: str = "127.0.0.1"
+    interface: str = "lo"
+    alone: bool = True
+
+
+def _place(*, alone: bool) -> Place:
+    """The place of this process. Raises EngineSpecError when several machines know no way."""
+    if alone:
+        return Place()
+    interface = os.environ.get(INTERFACE, "")
+    if not interface or not os.environ.get(KEY):
+        raise EngineSpecError(
+            "The ranks are on several machines. Name the network interface by which they reach "
+            f"each other in {INTERFACE}, and give all of them one secret in {KEY}."
+        )
+    try:
+        return Place(address_of(interface), interface, alone=False)
+    except OSError as error:
+        raise EngineSpecError(
+            f"{INTERFACE}: {interface!r} is no network interface with an IPv4 address."
+        ) from error
 
 
 # Torchrun
 
 
 class Torchrun:
-    """Processes that torchrun launches, whose own key-value store they meet at.
+    """Processes that torchrun launches; those of several machines meet at its key-value store.
 
     What it reads is in the environment that torchrun gives each process.
     """
@@ -113,41 +158,43 @@ class Torchrun:
         Examples
         --------
         >>> words, more = Torchrun().command(4)
-        >>> words[-2:], more
-        (['--standalone', '--nproc-per-node=4'], {})
+        >>> words[-3:], more
+        (['--nproc-per-node=4', '--no-python', '--'], {'OMP_NUM_THREADS': '1'})
         """
         require_torch("Driver torchrun")
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return [*words, f"--nproc-per-node={ranks}"], {}
+        words = leashed([sys.executable, "-P", "-m", "helix_conformance.drive.agent"])
+        words += [f"--nproc-per-node={ranks}", "--no-python", "--"]
+        return [*words], {"OMP_NUM_THREADS": "1"}
 
-    def host(self) -> str:
-        """Return the name of rank 0's machine to the others."""
-        return os.environ["MASTER_ADDR"]
+    def place(self) -> Place:
+        """Return where the ranks are. Raises EngineSpecError; in every process alike."""
+        return _place(alone=os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"])
 
-    def store(self, host: str) -> tuple[str, int]:
-        """Return where rank 0 has a store for the engines' group: torchrun's own.
+    def rendezvous(self, place: Place) -> Rendezvous:
+        """Return what rank 0 waits at for the others.
 
         Parameters
         ----------
-        host : str
-            What `host` returns.
-
-        Returns
-        -------
-        host : str
-            Name or address of the machine.
-        port : int
-            Its TCP port.
+        place : Place
+            Where the ranks are.
         """
-        return host, int(os.environ["MASTER_PORT"])
+        if place.alone:
+            return Rendezvous(self._here())
+        found = Rendezvous(Address(place.host))
+        self._control().set("address", msgspec.json.encode(found.address).decode())
+        return found
 
-    def tell(self, meeting: Meeting) -> None:
-        """Send the meeting to all other ranks, as rank 0."""
-        self._control().set("meeting", msgspec.json.encode(meeting).decode())
+    def address(self, place: Place) -> Address:
+        """Return where rank 0 waits; of several machines once it has said so.
 
-    def hear(self) -> Meeting:
-        """Return the meeting that rank 0 sends; it waits for it."""
-        return msgspec.json.decode(self._control().get("meeting"), type=Meeting)
+        Parameters
+        ----------
+        place : Place
+            Where the ranks are.
+        """
+        if place.alone:
+            return self._here()
+        return msgspec.json.decode(self._control().get("address"), type=Address)
 
     def lines(self, descriptor: int, peer: int) -> Lines:
         """Return the lines to and from a peer.
@@ -167,8 +214,14 @@ class Torchrun:
         Nothing waits for peers here.
         """
 
+    def _here(self) -> Address:
+        """The same in all processes of this launch, and in no other."""
+        keys = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        return Address(name="/".join(["helix", str(os.getuid()), *(os.environ[k] for k in keys)]))
+
     def _control(self) -> Any:
-        return joined_store(*self.store(self.host()), "helix-control")
+        store = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return joined_store(*store, "helix-control")
 
 
 # MPI
@@ -217,35 +270,33 @@ class Mpi:
                 "pip install 'helix-conformance[mpi]'."
             )
         more = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+        # On one machine ranks need no network among them; the listener of mpiexec itself cannot be
+        # kept from any interface but by a network of its own.
+        more |= {"OMPI_MCA_btl": "self,sm", "OMPI_MCA_pml": "ob1"}
         if os.geteuid() == 0:
             more |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        return [mpiexec, "--continuous", "-n", str(ranks), sys.executable], more
+        return leashed([mpiexec, "--continuous", "-n", str(ranks)], apart=True), more
 
-    def host(self) -> str:
-        """See `Torchrun.host`: the loopback, when all ranks are on one machine. All ranks call."""
+    def place(self) -> Place:
+        """See `Torchrun.place`. All ranks call."""
         mpi, world = _mpi(), _world()
         longest = mpi.MAX_PROCESSOR_NAME
         mine = mpi.Get_processor_name().encode().ljust(longest, b"\0")
         names = bytearray(longest * world.size)
         world.Allgather([mine, mpi.BYTE], [names, mpi.BYTE])
-        if bytes(names) == mine * world.size:
-            return "127.0.0.1"
-        return names[:longest].rstrip(b"\0").decode()
+        return _place(alone=bytes(names) == mine * world.size)
 
-    def store(self, host: str) -> tuple[str, int]:
-        """See `Torchrun.store`: it listens as long as this object lives."""
-        self.hosted = hosted_store(host)
-        return host, self.hosted.port
-
-    def tell(self, meeting: Meeting) -> None:
-        """See `Torchrun.tell`."""
-        self._broadcast(bytearray(msgspec.json.encode(meeting).ljust(_MEETING)))
+    def rendezvous(self, place: Place) -> Rendezvous:
+        """See `Torchrun.rendezvous`."""
+        here = Address(name=f"helix/{secrets.token_hex(16)}")
+        found = Rendezvous(here if place.alone else Address(place.host))
+        self._broadcast(bytearray(msgspec.json.encode(found.address).ljust(_ADDRESS)))
         self.has_met = True
+        return found
 
-    def hear(self) -> Meeting:
-        """See `Torchrun.hear`."""
-        self.host()
-        return msgspec.json.decode(self._broadcast(bytearray(_MEETING)), type=Meeting)
+    def address(self, place: Place) -> Address:
+        """See `Torchrun.address`."""
+        return msgspec.json.decode(self._broadcast(bytearray(_ADDRESS)), type=Address)
 
     def lines(self, descriptor: int, peer: int) -> Lines:
         """See `Torchrun.lines`."""
@@ -267,8 +318,8 @@ class Mpi:
             _world().Abort(BAD_INPUT)
 
 
-_MEETING: Final = 1024
-"""Bytes of a meeting, blanks behind it, as it is broadcast."""
+_ADDRESS: Final = 1024
+"""Bytes of an address, blanks behind it, as it is broadcast."""
 
 
 class MpiLines(Lines):
@@ -442,19 +493,18 @@ class LaunchedDriver(ProcessDriver):
         super().__init__(engine, deadline_s, in_group=in_group)
         self.name, self.launcher = name, _LAUNCHERS[name]
         self.largest_world = world = self.launcher.world()
-        host = self.launcher.host()
-        rendezvous = Rendezvous(host)
-        meeting = Meeting(rendezvous.address)
-        if in_group:
-            meeting = Meeting(rendezvous.address, *self.launcher.store(host))
-        self.launcher.tell(meeting)
+        place = self.launcher.place()
+        self.store = hosted_store(place.host) if in_group else None  # it listens while this lives
+        meeting = Meeting(place.host, self.store.port) if self.store else Meeting()
         try:
-            found = rendezvous.lines(world, START_LIMIT_S)
+            found = self.launcher.rendezvous(place).lines(world, START_LIMIT_S)
+            for line in found.values():
+                os.write(line, msgspec.json.encode(meeting) + b"\n")
         except EngineFailure:
             self.launcher.leave_at_once(NO_VERDICT)
             raise
         self.child = served(
-            engine, _group(self.launcher, meeting, 0, backend, deadline_s), self.loop
+            engine, _group(self.launcher, place, meeting, 0, backend, deadline_s), self.loop
         )
         self.remotes = [
             Remote(rank, self.launcher.lines(line, rank), self.loop)
@@ -494,7 +544,7 @@ class LaunchedDriver(ProcessDriver):
 
 
 def _group(
-    launcher: Launcher, meeting: Meeting, rank: int, backend: str, deadline_s: float
+    launcher: Launcher, place: Place, meeting: Meeting, rank: int, backend: str, deadline_s: float
 ) -> Group:
     """The place of a rank's engine in its group."""
     return Group(
@@ -505,6 +555,7 @@ def _group(
         name="helix-engine",
         backend=backend,
         timeout_s=10 * deadline_s,  # a hang is rank 0's to call
+        interface=place.interface,
     )
 
 
@@ -591,14 +642,28 @@ def _told_to_stop(*_: Any) -> None:
 
 def _supervise(launcher: Launcher, engine: str, *, backend: str, deadline_s: float) -> int:
     """Be the supervisor of a rank but 0; returns the exit status."""
-    rank, meeting = launcher.rank(), launcher.hear()
-    group = _group(launcher, meeting, rank, backend, deadline_s)
-    up = launcher.lines(call(meeting.address, rank, START_LIMIT_S), 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 ends in order, and the others with it
+    rank, place = launcher.rank(), launcher.place()
+    try:
+        line = call(launcher.address(place), rank, START_LIMIT_S)
+    except RefusedError as error:
+        raise EngineSpecError(str(error)) from error
+    meeting = msgspec.json.decode(_first_line(line), type=Meeting)
+    group = _group(launcher, place, meeting, rank, backend, deadline_s)
+    up = launcher.lines(line, 0)
     stop = Supervised(rank, [*SERVE, engine, group.to_json()], up).run()
     status = NO_VERDICT if stop is None else 0
     if stop is None or not stop.whole:
         launcher.leave_at_once(status)
     return status
+
+
+def _first_line(line: int) -> bytes:
+    """What rank 0 says first, byte by byte: what follows is not for this reader."""
+    said = b""
+    while not said.endswith(b"\n"):
+        said += os.read(line, 1) or b"\n"
+    return said
 
 
 # Launching, and taking part
@@ -636,26 +701,63 @@ def take_part(engine: str, driver: str, *, ranks: int, backend: str, deadline_s:
     launcher = _LAUNCHERS[driver]
     if not launcher.is_here():
         sys.exit(_launch(*launcher.command(ranks), driver))
+    end_with_the_parent()
     if launcher.rank() != 0:
         sys.exit(_supervise(launcher, engine, backend=backend, deadline_s=deadline_s))
+    if VERDICT_FILE in os.environ:
+        Path(os.environ[VERDICT_FILE]).write_text(f"rank-0 {os.getpid()}")
 
 
 def _launch(command: Sequence[str], more: dict[str, str], driver: str) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        verdict = Path(folder) / "verdict"
-        subprocess.run(
-            [*command, "-m", "helix_conformance", *sys.argv[1:]],
-            env=more | os.environ | {VERDICT_FILE: str(verdict)},
-            check=False,
+    """Run this command in processes of a launcher; the exit status is that of their rank 0."""
+    words = [*command, sys.executable, "-P", "-m", "helix_conformance", *sys.argv[1:]]
+    with tempfile.NamedTemporaryFile(prefix="helix-verdict-") as verdict, nothing_left():
+        place = verdict.name
+        launched = subprocess.Popen(
+            words,
+            env=more | os.environ | {VERDICT_FILE: place},
+            start_new_session=True,  # Ctrl-C is for rank 0 alone
         )
-        if verdict.exists():
-            return int(verdict.read_text())
+        try:
+            launched.wait()
+        except KeyboardInterrupt as interrupt:
+            _interrupt(place)
+            return getattr(interrupt, "status", INTERRUPTED)
+        told = Path(place).read_text()
+    if told.isdecimal():
+        return int(told)
     print(
         f"The processes under {driver} have ended without a verdict: rank 0 did not live to give "
         "one. What was known by then is in the file of --json.",
         file=sys.stderr,
     )
     return NO_VERDICT
+
+
+def _interrupt(place: str) -> None:
+    """Have rank 0 show what it knows, and wait no longer than it may take."""
+    said, until = Path(place).read_text().split(), time.monotonic() + INTERRUPT_S
+    if said:
+        with suppress(ProcessLookupError):
+            os.kill(int(said[-1]), signal.SIGINT)
+        while not Path(place).read_text().isdecimal() and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+def leave_interrupted(driver: str | None, status: int) -> None:
+    """End the process in which Ctrl-C was noticed, a launched one without a farewell to its peers.
+
+    Parameters
+    ----------
+    driver : str or None
+        The driver's name.
+    status : int
+        The exit status.
+    """
+    leave_verdict(status)
+    if driver in LAUNCHED:
+        _exit(status)
+    sys.exit(status)
 
 
 def leave_verdict(status: int) -> None:

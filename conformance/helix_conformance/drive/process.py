@@ -7,10 +7,12 @@ carries its answers and nothing else; the end of its stderr is shown when it fai
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import selectors
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from helix_conformance.drive.blame import NOTHING_DUE, blame_silent, first_cause
 from helix_conformance.drive.driver import Answer, EngineFailure, Kind, Played, signal_name
 from helix_conformance.drive.meeting import Group, hosted_store
 from helix_conformance.drive.messages import MAX_LINE_BYTES
+from helix_conformance.drive.processes import end, leashed
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, needs_group
 from helix_spec.capabilities import EVERYWHERE, STRICT, boxes_of
 from helix_spec.config import Config
@@ -406,8 +409,9 @@ class Child(Rank):
         self.ours = ours
         self.last_words, self.printed, self.printed_before_look = b"", 0, 0
         try:
+            _check_there(command[0])
             self.process = subprocess.Popen(
-                command,
+                leashed(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -479,11 +483,20 @@ class Child(Rank):
 
     def kill(self) -> None:
         """See `Rank.kill`: with all that the process has started."""
+        if self.process.poll() is None:
+            end(self.process.pid)
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it left behind when it died
         self.process.wait()
         self.lines.close()
         os.close(self.stderr)
+
+
+def _check_there(program: str) -> None:
+    """Raise OSError when there is no such program: it is another one that starts it."""
+    if shutil.which(program) is None:
+        number = errno.EACCES if os.path.exists(program) else errno.ENOENT
+        raise OSError(number, os.strerror(number))
 
 
 def collect(
@@ -837,7 +850,7 @@ def command_of(engine: str) -> list[str]:
     --------
     >>> command_of("stdio:./my_engine --device 'GPU 0'")
     ['./my_engine', '--device', 'GPU 0']
-    >>> command_of("reference")[1:]
+    >>> command_of("reference")[2:]
     ['-m', 'helix_conformance.drive.serve', 'reference']
     """
     if not engine.startswith(COMMAND):
@@ -853,8 +866,9 @@ def command_of(engine: str) -> list[str]:
     return command
 
 
-SERVE: Final = (sys.executable, "-m", "helix_conformance.drive.serve")
-"""The command that serves the Python engine that is named after it."""
+SERVE: Final = (sys.executable, "-P", "-m", "helix_conformance.drive.serve")
+"""The command that serves the Python engine that is named after it; it imports nothing from the
+current folder."""
 
 
 def served(engine: str, group: Group, loop: Loop) -> Child:

@@ -9,13 +9,12 @@ as JSON: the rank's place in torch.distributed.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import gc
 import os
 import signal
 import sys
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -48,9 +47,6 @@ from helix_conformance.engines import (
 )
 from helix_spec.capabilities import EVERYWHERE
 from helix_spec.engine import Engine
-
-PR_SET_PDEATHSIG: Final = 1
-"""Of <sys/prctl.h>."""
 
 
 class Server:
@@ -181,8 +177,6 @@ def main(spec: str, group: Group | None = None) -> None:
         `os._exit`.
     """
     faulthandler.register(signal.SIGUSR1)  # by which a driver asks a silent rank where it is
-    if group is not None:
-        _end_with_the_driver()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
@@ -206,12 +200,6 @@ def _leave(status: int, group: Group | None) -> None:
     if group is not None:
         os._exit(status)
     sys.exit(status)
-
-
-def _end_with_the_driver() -> None:
-    """Have the system end this process with the driver: a blocked engine does not read stdin."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def reply(server: Server, line: bytes) -> bytes:

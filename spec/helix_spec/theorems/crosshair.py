@@ -55,7 +55,7 @@ def contract_problem(name: str) -> str | None:
     if expected == 0:
         return f"{name} has no contract"
     home = str(Path(helix_spec.__file__).parents[1])
-    command = [sys.executable, "-m", "crosshair", "check", "--report_all"]
+    command = [sys.executable, "-P", "-m", "crosshair", "check", "--report_all"]
     command += ["--analysis_kind=PEP316", f"--per_condition_timeout={MAX_SECONDS}"]
     command += [f"--per_path_timeout={MAX_SECONDS // 2}", f"helix_spec.{name}"]
     done = subprocess.run(
@@ -64,11 +64,12 @@ def contract_problem(name: str) -> str | None:
         text=True,
         check=False,
         timeout=2 * MAX_SECONDS,
+        cwd=home,  # CrossHair imports what lies in the current folder
         env=os.environ
         | {
             "PYTHONHASHSEED": "0",
             "CROSSHAIR_SMT_RLIMIT": str(SOLVER_BUDGET),
-            "PYTHONPATH": os.pathsep.join([home, os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
         },
     )
     return read_report(done.stdout, done.stderr, expected)
