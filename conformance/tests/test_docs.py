@@ -16,7 +16,7 @@ from helix_conformance.cli import main
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted(ROOT.glob("*/README.md")),
     ROOT / "conformance/IMPLEMENTING.md",
     *sorted(ROOT.glob("conformance/adapters/*/FINDINGS.md")),
@@ -49,6 +49,20 @@ def test_links_lead_somewhere():
         if not (path.parent / link).exists()
     ]
     assert missing == []
+
+
+def test_what_is_said_to_hold_is_a_test():
+    """Each line of the table of SECURITY.md names tests that there are."""
+    text = (ROOT / "SECURITY.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| (`.*) \|$", text, re.M)
+    assert len(rows) > 15
+    for row in rows:
+        path = None
+        for named in re.findall("`([^`]+)`", row):
+            file, _, name = named.rpartition("::")
+            if file:
+                path = ROOT / file if "/" in file else path.with_name(file)
+            assert f"def {name}(" in path.read_text(), named
 
 
 def test_options_in_documents_exist():
