@@ -110,6 +110,42 @@ def test_killed(starts: Starts, token: str, tmp_path: Path, driver: str) -> None
     run.communicate()
 
 
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node=2", "--no-python"],
+    "mpi": ["mpiexec", "--continuous", "-n", "2"],
+}
+AS_ROOT = dict.fromkeys(["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"], "1")
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("driver", DRIVERS[3:])
+def test_a_launcher_of_ones_own(
+    token: str, tmp_path: Path, driver: str, number: signal.Signals
+) -> None:
+    """Whatever happens to a torchrun or mpiexec of the user's own, the ranks end with it."""
+    name, _, value = token.partition("=")
+    words = ["run", "--engine", "gpu-ledger", "--driver", driver, "--examples", "100000"]
+    launcher, *options = LAUNCHERS[driver]
+    run = subprocess.Popen(
+        [BESIDE / launcher, *options, BESIDE / "helix-conformance", *words, "--json", "run.jsonl"],
+        cwd=tmp_path,
+        env=os.environ
+        | (AS_ROOT if os.geteuid() == 0 else {})
+        | {name: value, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 100
+    while not (tmp_path / "run.jsonl").exists() or len(processes_of(token, within_s=0)) < 5:
+        assert run.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    run.send_signal(number)
+    assert processes_of(token, within_s=WITHIN_S) == []
+    run.wait()
+
+
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_daemon_of_an_engine_is_ended(starts: Starts, token: str, driver: str) -> None:
