@@ -195,6 +195,16 @@ def test_launched_from_outside(helix, stored, driver, mischief, verdict):
     assert verdict == lines[-1].get("verdict")
 
 
+@pytest.mark.parametrize("driver", TORN)
+def test_bad_input_of_a_launched_run(helix, driver):
+    """What rank 0 alone finds wrong is a sentence and status 2, whoever launches."""
+    words = ["run", "--engine", "suite_testing.broken:Mischief", "--ranks", 2, "--cp", 3]
+    status, output, _ = helix(*words, "--driver", driver)
+    assert status == 2, output
+    assert f"3 ranks are needed, and the {driver} has 2" in output
+    assert "Traceback" not in output
+
+
 @needs_mpi
 def test_bad_input_under_mpiexec(helix, environment):
     """What rank 0 alone finds wrong ends all processes, with status 2."""

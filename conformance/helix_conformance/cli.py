@@ -129,13 +129,18 @@ class Commands(click.Group):
         try:
             return super().invoke(context)
         except REFUSED as error:
+            leave_verdict(BadInput.exit_code)
             raise BadInput(str(error)) from error
+        except click.ClickException as error:
+            leave_verdict(error.exit_code)
+            raise
         except KeyboardInterrupt as interrupt:
             sys.exit(getattr(interrupt, "status", INTERRUPTED))
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception:
             traceback.print_exc()
+            leave_verdict(SUITE_FAILED)
             sys.exit(SUITE_FAILED)
 
     def list_commands(self, context: click.Context) -> list[str]:

@@ -6,12 +6,14 @@ lies there; with one agent nobody has to be met, and the store is a dictionary o
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
 from typing import Any, Final
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in the stub
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -19,7 +21,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousStoreInfo,
     rendezvous_handler_registry,
 )
-from torch.distributed.run import main
+from torch.distributed.run import parse_args, run
 
 NAME: Final = "helix-alone"
 """What torchrun calls this rendezvous."""
@@ -68,5 +70,14 @@ class Alone(RendezvousHandler):
 
 if __name__ == "__main__":
     rendezvous_handler_registry.register(NAME, Alone)
-    here = [f"--rdzv-backend={NAME}", f"--rdzv-id={uuid.uuid4().hex}", "--local-addr=127.0.0.1"]
-    main([*here, f"--log-dir={os.devnull}", *sys.argv[1:]])
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    here = [
+        f"--rdzv-backend={NAME}",
+        f"--rdzv-id={uuid.uuid4().hex}",
+        "--rdzv-endpoint=127.0.0.1:0",
+    ]
+    here += ["--local-addr=127.0.0.1", f"--log-dir={os.devnull}"]
+    try:
+        run(parse_args([*here, *sys.argv[1:]]))  # type: ignore[no-untyped-call]
+    except ChildFailedError:
+        sys.exit(1)  # rank 0 has said what there is to say

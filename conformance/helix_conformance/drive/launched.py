@@ -761,6 +761,9 @@ def leave_interrupted(driver: str | None, status: int) -> None:
 
 
 def leave_verdict(status: int) -> None:
-    """Write the exit status where a launching process looks for it."""
+    """Write the exit status where a launching process looks for it.
+
+    Several processes may end before they meet, and alike.
+    """
     if VERDICT_FILE in os.environ:
         Path(os.environ[VERDICT_FILE]).write_text(str(status))
