@@ -148,8 +148,9 @@ def test_what_came_before_must_be_legal(tmp_path: Path) -> None:
         load_trace(path)
 
 
-def test_a_served_engine_is_started_again() -> None:
+def test_a_served_engine_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over pipes too the same object plays on."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     driver = StdioDriver(f"{__name__}:Leftover")
     try:
         again = msgspec.structs.replace(PLAIN, before=[Earlier(CONFIG, EVENTS)])

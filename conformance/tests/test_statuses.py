@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from helix_conformance import engines, prove
 from helix_conformance.cli import main
-from helix_conformance.drive import launched
+from helix_conformance.drive import launched, leash
+from helix_conformance.drive.processes import leashed
 from helix_conformance.report.stream import Stream
 from helix_conformance.session import Session
 from helix_conformance.version import __version__
@@ -109,6 +110,29 @@ def test_a_missing_mpiexec(monkeypatch):
     result = call("run", "--engine", "reference", "--driver", "mpi")
     assert result.exit_code == 2
     assert "Driver mpi needs an mpiexec on the PATH" in result.output
+
+
+def test_a_launcher_that_cannot_be_started(monkeypatch, capfd):
+    """A program that is none, and a system that gives no network of its own, are told so too."""
+    no_program = leashed(["/no/such/launcher"])
+    monkeypatch.setattr(launched.Torchrun, "command", lambda *_: (no_program, {}))
+    words = ["run", "--engine", "reference", "--driver", "torchrun"]
+    assert call(*words).exit_code == 2
+    assert capfd.readouterr().err == (
+        "/no/such/launcher cannot be started: No such file or directory.\n"
+    )
+
+    def refused():
+        raise OSError(1, os.strerror(1))
+
+    monkeypatch.setattr(leash, "leave_the_network", refused)
+    monkeypatch.setattr(leash, "control", lambda *_: None)
+    monkeypatch.setattr(leash.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="127"):
+        leash.main("apart", str(os.getppid()), "mpiexec")
+    assert "gives it no network of its own (Operation not permitted): start it yourself" in (
+        capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("folder", ["a-file/below", "/proc/nowhere"])

@@ -28,6 +28,7 @@ import msgspec
 from helix_conformance.drive import messages
 from helix_conformance.drive.asking import MalformedAnswer
 from helix_conformance.drive.driver import EngineFailure
+from helix_conformance.drive.leash import NOT_STARTED
 from helix_conformance.drive.meeting import (
     INTERFACE,
     KEY,
@@ -726,6 +727,8 @@ def _launch(command: Sequence[str], more: dict[str, str], driver: str) -> int:
         told = Path(place).read_text()
     if told.isdecimal():
         return int(told)
+    if launched.returncode == NOT_STARTED:
+        return BAD_INPUT  # why is on stderr
     print(
         f"The processes under {driver} have ended without a verdict: rank 0 did not live to give "
         "one. What was known by then is in the file of --json.",
