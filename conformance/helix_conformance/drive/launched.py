@@ -712,11 +712,17 @@ def take_part(engine: str, driver: str, *, ranks: int, backend: str, deadline_s:
 def _launch(command: Sequence[str], more: dict[str, str], driver: str) -> int:
     """Run this command in processes of a launcher; the exit status is that of their rank 0."""
     words = [*command, sys.executable, "-P", "-m", "helix_conformance", *sys.argv[1:]]
-    with tempfile.NamedTemporaryFile(prefix="helix-verdict-") as verdict, nothing_left():
-        place = verdict.name
+    with (
+        tempfile.TemporaryDirectory(prefix="helix-", ignore_cleanup_errors=True) as folder,
+        nothing_left(),
+    ):
+        place = str(Path(folder, "verdict"))
+        Path(place).touch()
+        # Mpiexec that is killed leaves its own folder behind: it goes with ours.
+        kept = {VERDICT_FILE: place, "PRTE_MCA_prte_tmpdir_base": folder}
         launched = subprocess.Popen(
             words,
-            env=more | os.environ | {VERDICT_FILE: place},
+            env=more | os.environ | kept,
             start_new_session=True,  # Ctrl-C is for rank 0 alone
         )
         try:
