@@ -30,6 +30,12 @@ EVENTS = [Admit(0, 3), Decode([0], [1])]
 PLAIN = Trace(config=CONFIG, events=EVENTS)
 
 
+@pytest.fixture(autouse=True)
+def _engines_of_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children find them: they do not look into the current folder."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
 class Bookkeeping(ReferenceEngine):
     """The reference, without caches."""
 
@@ -148,9 +154,8 @@ def test_what_came_before_must_be_legal(tmp_path: Path) -> None:
         load_trace(path)
 
 
-def test_a_served_engine_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_engine_is_started_again() -> None:
     """Over pipes too the same object plays on."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     driver = StdioDriver(f"{__name__}:Leftover")
     try:
         again = msgspec.structs.replace(PLAIN, before=[Earlier(CONFIG, EVENTS)])
