@@ -9,10 +9,12 @@ for a contract that was never reached.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +25,8 @@ import helix_spec
 
 SOLVER_BUDGET: Final = 40_000_000
 """Z3 resource units for one question of CrossHair's; the contracts here need a tenth."""
+PR_SET_PDEATHSIG: Final = 1
+"""Of <sys/prctl.h>."""
 MAX_SECONDS: Final = 60
 """CPU seconds for one contract. The resource budget ends first; this is a last resort."""
 
@@ -64,6 +68,7 @@ def contract_problem(name: str) -> str | None:
         text=True,
         check=False,
         timeout=2 * MAX_SECONDS,
+        preexec_fn=_end_with_the_parent,
         cwd=home,  # CrossHair imports what lies in the current folder
         env=os.environ
         | {
@@ -73,6 +78,12 @@ def contract_problem(name: str) -> str | None:
         },
     )
     return read_report(done.stdout, done.stderr, expected)
+
+
+def _end_with_the_parent() -> None:
+    """Have the system end this process when the one that started it ends, however it does."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def read_report(stdout: str, stderr: str, expected: int) -> str | None:
