@@ -33,6 +33,8 @@ TRIED: Final[dict[str, tuple[Any, ...]]] = {
     "cache_dtype": get_args(CacheDType),
     "product_dtype": get_args(DType),
     "partial_dtype": get_args(DType),
+    "rope": ("half", "none"),
+    "scale": ("default", "given"),
     "max_len": SIZES["max_len"],
     "overlap": (False, True),
     "admission": get_args(Admission),

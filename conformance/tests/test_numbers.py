@@ -203,7 +203,7 @@ class Sharded:
                 page = torch.full_like(parts[:, :1], torch.nan)[None]
             table, length = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([len(mine)])
             output, logsum = attend_pages(
-                q, page, table, length, scale=shape.scale, value_dim=shape.value_dim
+                q, page, table, length, scale=shape.softmax_scale, value_dim=shape.value_dim
             )
             outputs.append(output)
             lses.append(lse(logsum))
@@ -290,7 +290,7 @@ def _undivided(shape, cp_size, seed, *, heavier=1.0):
     q = numbers.rotated_queries(shape, seed, last, range(shape.q_heads)).stored[0, 0]
     k = numbers.cached_keys(shape, seed, tokens, range(1)).stored[0, :, 0]
     v = numbers.cached_values(shape, seed, tokens, range(1))[0, :, 0]
-    scores = shape.scale * (q @ k.T)
+    scores = shape.softmax_scale * (q @ k.T)
     outputs, lses = [], []
     for rank in range(cp_size):
         mine = scores[:, ranks == rank]

@@ -428,7 +428,7 @@ def costs_of(shape: Shape) -> dict[str, hop_b.Costs]:
         step = begun[n]
         attend_shard(
             step.buffers, q, k, v, steps.cache.pool[0], step.slots, step.tables, step.lengths,
-            scale=model.scale, wide=model.product_dtype != model.dtype,
+            scale=model.softmax_scale, wide=model.product_dtype != model.dtype,
         )  # fmt: skip
 
     graphs = dict[int, Replay]()

@@ -705,7 +705,7 @@ class HelixCache:
             layer = self._check_attend(step, layer)
             self._check("Q", q, (rows, self.q_heads, model.key_dim))
             self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
-        pool, scale = self.pool[layer], model.scale if scale is None else float(scale)
+        pool, scale = self.pool[layer], model.softmax_scale if scale is None else float(scale)
         v = None if v is None else self._cached(v)
         if self.backend == "triton":
             found = self._launch(step, pool, q, k, v, scale, return_lse)

@@ -209,7 +209,7 @@ def test_decode_reads_an_8_bit_cache(values: Values) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("heads", "latent", "rope", "t", "lengths"),
-    [(20, 64, 16, 16, [0, 1, 17, 70]), (2, 512, 64, 64, [65])],
+    [(20, 64, 16, 16, [0, 1, 17, 70]), (2, 512, 64, 64, [65]), (3, 64, 0, 16, [0, 1, 17])],
 )
 def test_decode_latent_against_float64(
     dtype: torch.dtype, heads: int, latent: int, rope: int, t: int, lengths: list[int],

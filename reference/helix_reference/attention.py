@@ -404,7 +404,7 @@ def error_bound(
     float32 True
     bfloat16 False
     """
-    width, dim, scale = model.key_dim, model.value_dim, model.scale
+    width, dim, scale = model.key_dim, model.value_dim, model.softmax_scale
     whole = attend(q.stored, [k.stored for k in keys], values, dim, scale)
     scores = [
         scale * math.fsum(a * b for a, b in zip(q.stored, k.stored, strict=True)) for k in keys

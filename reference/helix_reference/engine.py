@@ -184,7 +184,7 @@ class ReferenceEngine:
             [key(shape, seed, token, layer, kv_head).stored for token in seen],
             [value(shape, seed, token, layer, kv_head) for token in seen],
             shape.value_dim,
-            shape.scale,
+            shape.softmax_scale,
         ).output
 
     def _cached(self, request: Request) -> tuple[Rows, Rows]:

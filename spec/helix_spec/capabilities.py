@@ -63,6 +63,10 @@ class Box(
     head_dim: Numbers | None = None
     latent: list[tuple[Natural, Natural]] | None = None
     """Pairs of latent_dim and rope_dim; free for models without a latent."""
+    rope: list[Literal["half", "none"]] | None = None
+    """How RoPE rotates; `none` where Q and K are supplied as they are cached."""
+    scale: list[Literal["default", "given"]] | None = None
+    """Whether the factor of the scores is 1 / sqrt(head_dim), or is given."""
     dtype: list[DType] | None = None
     cache_dtype: list[CacheDType] | None = None
     """Element types of cached K and V: that of the model where no other is configured."""
@@ -217,6 +221,8 @@ def values_of(config: Config) -> dict[str, list[Any]]:
         "q_heads_per_kv_head": [shape.q_heads // shape.kv_heads],
         "head_dim": [shape.head_dim],
         "latent": [] if latent is None else [(latent.latent_dim, latent.rope_dim)],
+        "rope": [shape.rope or "none"],
+        "scale": ["default" if shape.scale is None else "given"],
         "dtype": [shape.dtype],
         "cache_dtype": [shape.cached_dtype],
         "product_dtype": [shape.product_dtype],

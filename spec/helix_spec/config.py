@@ -14,6 +14,7 @@ from helix_spec.layouts import Layout, LayoutError, layout_problem, parse_layout
 DType = Literal["float32", "float16", "bfloat16"]
 CacheDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 Admission = Literal["transfer", "prefill"]
+Rope = Literal["half"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 MAX_REQUEST_LEN: Final = 2**31 - 1
@@ -86,11 +87,12 @@ class LatentShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """What multi-head latent attention (MLA) caches of a token: one row, read by all heads.
 
     The row is its key. Its first `latent_dim` elements are also its value; RoPE rotates the
-    `rope_dim` elements after them. DeepSeek: kv_lora_rank 512 and qk_rope_head_dim 64.
+    `rope_dim` elements after them, which may be none. DeepSeek: kv_lora_rank 512 and
+    qk_rope_head_dim 64.
     """
 
     latent_dim: Count = 512
-    rope_dim: Count = 64
+    rope_dim: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] = 64
 
 
 class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -112,6 +114,11 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     partial_dtype: DType = "float32"
     """Dtype of partial outputs on the wire; their log-sum-exp is always float32."""
     rope_base: float = 10000.0
+    rope: Rope | None = "half"
+    """Which elements RoPE rotates with each other: d and d + R/2; None for Q and K that are
+    supplied as they are cached."""
+    scale: Annotated[float, msgspec.Meta(gt=0, le=16)] | None = None
+    """The factor of the scores; None for 1 / sqrt(head_dim)."""
 
     @property
     def cached_dtype(self) -> CacheDType:
@@ -131,18 +138,20 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     @property
     def rope_dim(self) -> int:
         """How many of the last elements of a query head and a key RoPE rotates: R of SPEC.md."""
+        if self.rope is None:
+            return 0
         return self.latent.rope_dim if self.latent else self.head_dim
 
     @property
-    def scale(self) -> float:
-        """The factor of the scores: 1 / sqrt(head_dim).
+    def softmax_scale(self) -> float:
+        """The factor of the scores: `scale`, or 1 / sqrt(head_dim).
 
         Examples
         --------
-        >>> ModelShape(head_dim=64).scale
-        0.125
+        >>> ModelShape(head_dim=64).softmax_scale, ModelShape(scale=0.5).softmax_scale
+        (0.125, 0.5)
         """
-        return 1.0 / math.sqrt(self.head_dim)
+        return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -306,9 +315,11 @@ def _heads_problem(model: ModelShape, tp_size: int, cp_size: int) -> str | None:
             f"latent_dim is {model.value_dim}; it must be even, so that what travels in 16 bits "
             "fills whole words."
         )
-    if model.rope_dim % 2 != 0:
-        name = "head_dim" if model.latent is None else "rope_dim"
-        return f"{name} is {model.rope_dim}; RoPE rotates pairs, so it must be even."
+    name, pairs = "head_dim", model.head_dim
+    if model.latent is not None:
+        name, pairs = "rope_dim", model.latent.rope_dim
+    if pairs % 2 != 0:
+        return f"{name} is {pairs}; RoPE rotates pairs, so it must be even."
     if not 1.0 < model.rope_base < 1e12:
         return f"rope_base is {model.rope_base}; it must lie between 1 and 1e12."
     return None

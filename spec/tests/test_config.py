@@ -21,7 +21,7 @@ def test_a_latent_is_cached_by_every_tensor_parallel_rank() -> None:
     assert config_problem(config) is None
     assert [config.kv_heads_of(tp_rank) for tp_rank in range(4)] == [range(1)] * 4
     assert (model.key_dim, model.value_dim, model.rope_dim) == (576, 512, 64)
-    assert model.scale == 191**-0.5
+    assert model.softmax_scale == 191**-0.5
 
 
 def test_kv_heads_are_dealt_in_order() -> None:
@@ -151,3 +151,16 @@ def test_every_field_is_checked(kind: type[msgspec.Struct]) -> None:
         if kind is not Config:
             wrong = msgspec.structs.replace(whole, model=wrong)
         assert str(config_problem(wrong)).startswith(f"{inside}{name} is <class 'object'>; it must")
+
+
+def test_nothing_is_rotated_where_rope_is_none_or_the_latent_has_no_such_part() -> None:
+    """The row keeps its width, and the part to rotate is empty."""
+    rotated_already = ModelShape(head_dim=64, rope=None)
+    assert (rotated_already.key_dim, rotated_already.rope_dim) == (64, 0)
+    plain = ModelShape(q_heads=8, kv_heads=1, latent=LatentShape(latent_dim=512, rope_dim=0))
+    assert (plain.key_dim, plain.value_dim, plain.rope_dim) == (512, 512, 0)
+    of_both = ModelShape(kv_heads=1, latent=LatentShape(latent_dim=64, rope_dim=16), rope=None)
+    assert (of_both.key_dim, of_both.rope_dim) == (80, 0)
+    layout = {"layout": "pr9757/1:C=1,T=4", "pages": [3], "max_len": 8}
+    for model in (rotated_already, plain, of_both):
+        assert config_problem(Config(**layout, model=model)) is None

@@ -411,7 +411,7 @@ def exact_attention(
     float32 [True, True, True, True]
     bfloat16 [False, False, False, False]
     """
-    width, scale, heads = model.key_dim, model.scale, model.kv_heads
+    width, scale, heads = model.key_dim, model.softmax_scale, model.kv_heads
     # The query heads of a group share a KV head: they are the rows of one matrix product.
     q, q_uncertainty = (x.reshape(heads, -1, width) for x in (q, q_uncertainty))
     k, dk, v = (x.transpose(1, 0, 2) for x in (kv.stored, kv.uncertainty, kv.values))

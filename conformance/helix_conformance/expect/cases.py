@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from helix_conformance.expect.notation import parse_events
-from helix_spec.config import Config, ModelShape
+from helix_spec.config import Config, LatentShape, ModelShape
 from helix_spec.events import Event
 from helix_spec.layouts import layout_name, parse_layout
 
@@ -617,6 +617,24 @@ CASES: Sequence[Case] = [
         "admit 0 2; admit 1 7; admit 2 1; decode 0 1 2",
         "ATT-1 ATT-3",
         "Rows without keys on a rank stand before, and behind, one that has some.",
+    ),
+    _attention("attention-with-a-scale", "pr9757/1:C=2,T=2", head_dim=8, scale=0.75).plays(
+        "admit 0 4; decode 0", "ATT-1", "The factor of the scores is given, and not 1/sqrt(8)."
+    ),
+    _attention("attention-without-rope", "pr9757/1:C=2,T=2", head_dim=8, rope=None).plays(
+        "admit 0 3; decode 0 *2",
+        "POS-2 OWN-1 ATT-1",
+        "Q and K are supplied as they are cached: nobody rotates them.",
+    ),
+    _attention(
+        "attention-of-a-latent-alone",
+        "pr9757/1:C=2,T=2",
+        kv_heads=1,
+        latent=LatentShape(latent_dim=8, rope_dim=0),
+    ).plays(
+        "admit 0 3; decode 0 *2",
+        "OWN-1 ATT-1",
+        "A latent without a part to rotate; each token is written by one rank.",
     ),
     # Merges.
     *MERGES,

@@ -6,6 +6,7 @@ pools. Bounds are keyword-only; impossible ones raise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Final, Literal, get_args
 
@@ -46,7 +47,7 @@ LONG_PREFILL: Final = 600
 FAR_MAX_LEN: Final = 70_000
 """Where contents are not looked at: positions, steps and pages that 16 or 8 bits do not hold."""
 HEAD_DIMS: Final = (16, 32, 64, 16, 32, 64, 128)
-LATENTS: Final = ((32, 16), (64, 16))
+LATENTS: Final = ((32, 16), (64, 16), (32, 16), (64, 16), (64, 0))
 """Pairs of latent_dim and rope_dim."""
 _TRIES: Final = 200
 """Custom layouts that are drawn to find one of a pattern."""
@@ -196,6 +197,9 @@ def draw_model_shape(
     wider = list(dict.fromkeys(("float32", dtype)))
     head_dim = choices.pick(within(box, "head_dim", HEAD_DIMS))
     layers = within(box, "layers", range(1, max_layers + 1))
+    ropes = within(box, "rope", ("half", "half", "half", "half", "half", "none"))
+    scales = within(box, "scale", ("default", "default", "default", "default", "given"))
+    rope, is_given = choices.pick(ropes), choices.pick(scales) == "given"
     caches: tuple[Literal["float8_e4m3fn"] | None, ...] = (None, None, "float8_e4m3fn")
     cached = [one for one in caches if allows(box.cache_dtype, one or dtype)]
     if not cached:
@@ -211,6 +215,8 @@ def draw_model_shape(
         product_dtype=choices.pick(only(box, "product_dtype", wider, f"drawn are {wider}")),
         partial_dtype=choices.pick(only(box, "partial_dtype", wider, f"drawn are {wider}")),
         rope_base=choices.pick((10_000.0, 500_000.0)),
+        rope=None if rope == "none" else "half",
+        scale=choices.pick((0.5, 1.5)) / math.sqrt(head_dim) if is_given else None,
     )
 
 

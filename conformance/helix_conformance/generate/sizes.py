@@ -18,7 +18,7 @@ SIZES: Final[dict[str, tuple[Any, ...]]] = {
     "tp_size": (1, 2, 4),
     "tokens_per_block": (1, 2, 3, 4, 8, 16, 32, 64, 128, 256),
     "head_dim": (16, 32, 64, 80, 96, 128, 192, 256),
-    "latent": ((32, 16), (64, 16), (512, 64)),
+    "latent": ((32, 16), (64, 16), (64, 0), (512, 64), (512, 0)),
     "q_heads_per_kv_head": (1, 2, 3, 4, 8, 16, 128),
     "layers": (1, 2, 3, 5, 7),
     "max_len": (9, 24, 200, 600, 2000, 70_000),
@@ -38,7 +38,7 @@ REAL_SHAPES: Final = (
         tokens_per_block=[16, 64], layers=[1],
     ),
     Box(
-        attention=["latent"], q_heads=[16, 128], head_dim=[192], latent=[(512, 64)],
+        attention=["latent"], q_heads=[16, 128], head_dim=[192], latent=[(512, 64), (512, 0)],
         tokens_per_block=[64], layers=[1],
     ),
     Box(attention=["gqa"], head_dim=[80, 96, 192, 256], layers=[1]),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused
 from helix_mutants.on_cache import attending, merging
 from helix_mutants.parts import NAMED_LAZY, OverCache, OverLedger, mutant
+from helix_spec.config import Config
+from helix_spec.engine import Outcome
 from helix_spec.events import Reason
 from helix_spec.layouts import Layout
 
@@ -123,3 +126,32 @@ class RowsWithoutKeysDropped(OverCache):
     """Rows of requests without keys on a rank are left out of an index that counts all of them."""
 
     cache_class = attending(_rows_with_keys)
+
+
+class _AnotherModel(OverCache):
+    """Starts with a model of other fields than it is told."""
+
+    fields: ClassVar[dict[str, Any]]
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Begin with what it takes the model for."""
+        outcome = super().start(config, profiles)
+        if outcome.reason is None:
+            model = msgspec.structs.replace(config.model, **self.fields)
+            self.cache.config = msgspec.structs.replace(config, model=model)
+            self.cache._rope_dim = model.rope_dim
+        return outcome
+
+
+@mutant("own: a scale that is always that of the head", "ATT-1")
+class ScaleIgnored(_AnotherModel):
+    """Scores are divided by the root of head_dim, whatever scale the model has."""
+
+    fields: ClassVar[dict[str, Any]] = {"scale": None}
+
+
+@mutant("own: keys that are rotated already, and again", "POS-2", "OWN-1")
+class RotatedAgain(_AnotherModel):
+    """Q and K are rotated by their positions, also where they are supplied as they are cached."""
+
+    fields: ClassVar[dict[str, Any]] = {"rope": "half"}

@@ -31,7 +31,7 @@ def mla_kernel(  # type: ignore[no-untyped-def]
     split, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     head_there = head < heads
-    in_latent, in_rope = tl.arange(0, LATENT), tl.arange(0, ROPE)
+    in_latent = tl.arange(0, LATENT)
     lse_at = partial_lse2 + split * lse_split + row * lse_row + head
 
     begin, end = split_bounds(tl.load(lengths + row).to(tl.int32), BLOCK)
@@ -41,9 +41,13 @@ def mla_kernel(  # type: ignore[no-untyped-def]
 
     q_at = q + row * q_row + head[:, None] * q_head
     q_latent = tl.load(q_at + in_latent[None, :], mask=head_there[:, None], other=0.0)
-    q_rope = tl.load(q_at + LATENT + in_rope[None, :], mask=head_there[:, None], other=0.0)
     if UPCAST:
-        q_latent, q_rope = q_latent.to(tl.float32), q_rope.to(tl.float32)
+        q_latent = q_latent.to(tl.float32)
+    if ROPE > 0:
+        in_rope = tl.arange(0, ROPE)
+        q_rope = tl.load(q_at + LATENT + in_rope[None, :], mask=head_there[:, None], other=0.0)
+        if UPCAST:
+            q_rope = q_rope.to(tl.float32)
     top = tl.full([BLOCK_HEADS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     output = tl.zeros([BLOCK_HEADS, LATENT], tl.float32)
@@ -58,14 +62,18 @@ def mla_kernel(  # type: ignore[no-untyped-def]
         pages = read_pages(table, start + BLOCK, end, TOKENS_PER_PAGE, BLOCK)
         seen = start + tl.arange(0, BLOCK) < end
         latent = tl.load(keys_at + in_latent[None, :], mask=seen[:, None], other=0.0)
-        rope = tl.load(keys_at + LATENT + in_rope[None, :], mask=seen[:, None], other=0.0)
         latent = converted(latent, q.dtype.element_ty)
-        rope = converted(rope, q.dtype.element_ty)
         values = latent
         if UPCAST:
-            latent, rope = latent.to(tl.float32), rope.to(tl.float32)
+            latent = latent.to(tl.float32)
         scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-        scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision="ieee") * scale_log2e
+        if ROPE > 0:
+            rope = tl.load(keys_at + LATENT + in_rope[None, :], mask=seen[:, None], other=0.0)
+            rope = converted(rope, q.dtype.element_ty)
+            if UPCAST:
+                rope = rope.to(tl.float32)
+            scores = tl.dot(q_rope, tl.trans(rope), scores, input_precision="ieee")
+        scores = scores * scale_log2e
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
@@ -100,7 +108,8 @@ def decode_latent(
     Parameters
     ----------
     q : Tensor, any float type [n, heads, latent + rope]
-        The absorbed query, then its rotated part; both sizes powers of 2 (512 + 64).
+        The absorbed query, then its rotated part; both sizes powers of 2 (512 + 64); the
+        second may be 0.
     pool : Tensor, q's type or 8 bits [pages, tokens_per_block, latent + rope]
     tables, lengths
         As `decode` takes them.
