@@ -609,13 +609,16 @@ class Session:
     def _long(
         self, driver: Driver, name: str, cp_sizes: Sequence[int], *, mixed_in: Sequence[str]
     ) -> list[Trace]:
-        """A long trace of a layout; with contents of a single layout, and not in this process."""
+        """A long trace of a layout; with contents of one layout, for engines in a group alone.
+
+        Others may be as slow as the reference, whose attention is plain Python.
+        """
         profiles = profiles_to_check(driver.profiles, self.profiles)
         if "placement" not in profiles:
             return []
         if "cache" in profiles:
             chosen = mixed_in[int(self.seed or 0) % len(mixed_in)]
-            if driver.name == "local" or name != chosen:
+            if driver.name in ("local", "stdio") or name != chosen:
                 return []
         features = frozenset(feature for feature in FEATURES if feature in profiles)
         box = _usable(driver, name, profiles, cp_sizes, (1,), driver.capabilities)[0]
