@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 from helix_conformance.api import check
 from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.process import StdioDriver
 from helix_conformance.engines.gpu import LedgerEngine
+from helix_conformance.foreign import shown
 from helix_conformance.generate.choices import Seeded
 from helix_conformance.generate.sizes import SIZES
 from helix_conformance.judge.failure import Failure
@@ -247,3 +250,28 @@ def test_coverage_counts_sizes() -> None:
     [sizes] = [line["sizes"] for line in lines if line["kind"] == "coverage"]
     assert set(sizes) == set(SIZES)
     assert (sizes["cp_size"]["2"] > 5, sizes["cp_size"]["3"], sizes["tp_size"]["4"]) == (True, 0, 0)
+
+
+class Raises(LedgerEngine):
+    """Raises in its own code, with a message of two lines."""
+
+    def apply(self, event):
+        raise RuntimeError("no page\nleft")
+
+
+@pytest.mark.holds("LIVE-1")
+@pytest.mark.parametrize("served", [False, True])
+def test_what_is_raised_is_one_line_and_its_traceback_is_in_the_file(served, monkeypatch):
+    """In this process, and over pipes."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    name = f"{__name__}:Raises"
+    driver = StdioDriver(name) if served else LocalDriver(Raises)
+    try:
+        config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8)
+        failure = check_trace(driver, Trace(config=config, events=[Admit(0, 5)]), driver.profiles)
+    finally:
+        driver.close()
+    assert failure is not None
+    [line] = [line for line in failure_text(failure) if "raised RuntimeError" in line]
+    assert r"no page\nleft" in shown(line)
+    assert 'raise RuntimeError("no page\\nleft")' in failure.trace.note

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -144,6 +145,22 @@ def words(error: BaseException) -> str:
     except Exception:
         text = "(its message cannot be printed)"
     return f"raised {type(error).__name__}: {text}"
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback of what an engine raised, its end where it is long.
+
+    Parameters
+    ----------
+    error : BaseException
+        What the call of the engine raised.
+    """
+    if isinstance(error, MalformedAnswer | ReportedError):
+        return ""
+    try:
+        return bounded("".join(traceback.format_exception(error)))
+    except Exception:  # whatever its text does
+        return ""
 
 
 def check_types(answers: Sequence[Answer]) -> None:

@@ -47,6 +47,8 @@ class EngineFailure(Exception):
         self.rank = rank
         self.event = event
         self.how = how
+        self.traceback = ""
+        """Of what it raised, where that is known."""
 
     def __str__(self) -> str:
         where = "outside any event" if self.event is None else f"at event {self.event}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TypeVar
 
-from helix_conformance.drive.asking import apply, finish, start, words
+from helix_conformance.drive.asking import apply, finish, start, traceback_of, words
 from helix_conformance.drive.blame import timed_out
 from helix_conformance.drive.driver import EngineFailure, Played
 from helix_conformance.engines import (
@@ -129,7 +129,9 @@ class LocalDriver:
             raise EngineFailure(len(told), index, what) from None
         except (Exception, SystemExit) as error:
             self.ranks = []
-            raise EngineFailure(len(told), index, words(error)) from error
+            failure = EngineFailure(len(told), index, words(error))
+            failure.traceback = traceback_of(error)
+            raise failure from error
         finally:
             self.asked_at = None
             os._exit = EXIT

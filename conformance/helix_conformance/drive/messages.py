@@ -164,10 +164,11 @@ class Failed(_Answer, frozen=True, tag="failed"):
     """Answers anything: the adapter could not do what was asked, and says why. It ends the run.
 
     This is no refusal. The text goes on where "Rank 1" begins, as in "raised ValueError: no GPU";
-    it is shown to people and never looked at.
+    it is shown to people and never looked at. So is the traceback, in the file of the trace.
     """
 
     what: str
+    traceback: str = ""
 
 
 class Where(_Asked, frozen=True, tag="where"):

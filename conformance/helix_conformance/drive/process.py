@@ -33,6 +33,7 @@ from helix_conformance.drive.meeting import Group, hosted_store
 from helix_conformance.drive.messages import MAX_LINE_BYTES
 from helix_conformance.drive.processes import end, leashed
 from helix_conformance.engines import COMMAND, EngineSpecError, load_engine, needs_group
+from helix_conformance.foreign import bounded
 from helix_spec.capabilities import EVERYWHERE, STRICT, boxes_of
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, declaration_problem
@@ -329,7 +330,9 @@ class Rank:
             raise MalformedAnswer(f"it sent {_kind(answer)} {answer.seq}, and nothing was asked")
         seq, kind, event = self.due[0]
         if isinstance(answer, messages.Failed):
-            self.answers.append(self.failure(answer.what))
+            failure = self.failure(answer.what)
+            failure.traceback = bounded(answer.traceback)
+            self.answers.append(failure)
         elif answer.seq != seq:
             raise MalformedAnswer(f"it answered request {answer.seq}, and was asked {seq}")
         elif not isinstance(answer, kind):

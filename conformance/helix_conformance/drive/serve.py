@@ -18,7 +18,13 @@ from typing import Any
 
 import msgspec
 
-from helix_conformance.drive.asking import ReportedError, checked_outcome, checked_view, words
+from helix_conformance.drive.asking import (
+    ReportedError,
+    checked_outcome,
+    checked_view,
+    traceback_of,
+    words,
+)
 from helix_conformance.drive.meeting import Group
 from helix_conformance.drive.messages import (
     MAX_LINE_BYTES,
@@ -80,7 +86,7 @@ class Server:
         try:
             return self._answer(request)
         except Exception as error:
-            return Failed(request.seq, words(error))
+            return Failed(request.seq, words(error), traceback_of(error))
 
     def _answer(self, request: ToEngine) -> FromEngine:
         seq = request.seq

@@ -65,9 +65,10 @@ def engine_failure(trace: Trace, error: EngineFailure) -> Failure:
     Returns
     -------
     Failure
-        A failure of verdict `error`, without violations.
+        A failure of verdict `error`, without violations; its trace notes the traceback.
     """
-    return Failure(trace=trace, event=error.event, engine_failure=str(error), rank=error.rank)
+    noted = msgspec.structs.replace(trace, note=error.traceback or trace.note)
+    return Failure(trace=noted, event=error.event, engine_failure=str(error), rank=error.rank)
 
 
 def shown(answer: Answer) -> Answer:

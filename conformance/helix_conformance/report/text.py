@@ -283,6 +283,8 @@ def failure_text(failure: Failure) -> Iterator[str]:
     yield ""
     if failure.engine_failure is not None:
         yield f"{failure.engine_failure} {sentence('LIVE-1')}"
+        if failure.trace.note.startswith("Traceback"):
+            yield "  The traceback is in the file of the trace, as its note."
     else:
         numbers = ", ".join(dict.fromkeys(v.invariant for v in failure.violations))
         yield f"{numbers} violated {where}."
