@@ -32,6 +32,8 @@ BUDGET: Final = 4 * 10**6
 """Of a trace with a wide model: elements of queries times the keys that they meet."""
 CHUNKS: Final = (0, 0, 1, 2, 3, 5, 16, 33)
 """Tokens in a chunk of a computed prompt; 0 leaves them to the engine."""
+MOST_CHUNKS: Final = 12
+"""A prompt is cut into about so many chunks at most, for time."""
 WATCHES: Final = (
     *[EVERYTHING] * 10, Watch(twice=True), Watch(every=4), Watch(every=7, touched=False),
     Watch(every=10**6, touched=False),
@@ -231,7 +233,9 @@ def chunked(event: Event, choices: Choices, box: Box) -> Event:
     """
     if not isinstance(event, ev.Admit):
         return event
-    return msgspec.structs.replace(event, chunk=choices.pick(within(box, "chunk", CHUNKS)))
+    chunk = choices.pick(within(box, "chunk", CHUNKS))
+    least = event.prompt_len // MOST_CHUNKS
+    return msgspec.structs.replace(event, chunk=chunk and nearest(box.chunk, max(chunk, least)))
 
 
 def played(

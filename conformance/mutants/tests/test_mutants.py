@@ -13,7 +13,8 @@ from helix_mutants.run import TIERS, mutation_run
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import NUMBERS
 
-SEED = 0
+SEED = 6
+"""One whose first traces are short, for time; `make sweep` plays ten."""
 pytestmark = pytest.mark.timeout(480)  # the first test plays all mutants, on a busy machine too
 
 
