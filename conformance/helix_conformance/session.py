@@ -371,7 +371,7 @@ def layout_run(
     failure = played(profiles, tally, coverage) if profiles else None
     if failure is not None:
         return profiles, failure
-    known.played(name, profiles, void=tally.traces > 0 and tally.events <= tally.cut)
+    known.played(name, profiles, void=0 < tally.cut >= tally.events)
     for difference in known.suspended(name):
         if difference.profile in wanted:
             alone = profiles_to_check(driver.profiles, {*profiles, difference.profile})

@@ -160,7 +160,7 @@ class View(_Answer, frozen=True, tag="view"):
     values: dict[RequestId, Rows] | UnsetType = UNSET
 
 
-class Failed(_Answer, frozen=True, tag="failed"):
+class Failed(_Answer, frozen=True, tag="failed", omit_defaults=True):
     """Answers anything: the adapter could not do what was asked, and says why. It ends the run.
 
     This is no refusal. The text goes on where "Rank 1" begins, as in "raised ValueError: no GPU";
