@@ -43,12 +43,11 @@ TRIED: Final[dict[str, tuple[Any, ...]]] = {
 }
 """What single changes are made to."""
 _FOLLOWING: Final = {
-    "cp_size": ("q_heads", "kv_heads", "q_heads_per_kv_head", "pages"),
+    "cp_size": ("q_heads", "kv_heads", "q_heads_per_kv_head"),
     "tp_size": ("q_heads", "kv_heads", "q_heads_per_kv_head"),
     "kv_heads": ("q_heads", "q_heads_per_kv_head"),
     "q_heads_per_kv_head": ("q_heads",),
-    "tokens_per_block": ("interleave", "pages"),
-    "max_len": ("pages",),
+    "tokens_per_block": ("interleave",),
     "dtype": ("cache_dtype", "product_dtype", "partial_dtype"),
 }
 """What may have to change with a dimension, the least to be expected first."""

@@ -10,12 +10,16 @@ from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.judge.coverage import Tally
+from helix_conformance.judge.play import check_trace
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.session import layout_run
 from helix_reference.engine import ReferenceEngine
+from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Outcome
 from helix_spec.events import FEATURES, Admit, Decode, Reason
 from helix_spec.invariants import NUMBERS
+from helix_spec.layouts import layout_name
+from helix_spec.trace import Earlier, Trace
 
 LINK = 'link = "https://example.org/issues/7"\ndoes = "it is wrong"\n'
 WRONG = 'kind = "answers_wrongly"\n' + LINK
@@ -249,3 +253,23 @@ def test_the_command_names_known_differences_and_stale_ones(tmp_path, monkeypatc
     assert (result.exit_code, summary["verdict"]) == (1, "fail"), result.output
     assert "The expected failure of LEN-2 no longer fails" in result.output
     assert set(PROFILES) >= set(summary["profiles_checked"])
+
+
+def test_what_must_not_run_is_not_played_before_a_trace_either(tmp_path):
+    """A trace that needs an earlier one leaves out what the list forbids."""
+    started = []
+
+    class Watched(LedgerEngine):
+        def start(self, config, profiles):
+            started.append(layout_name(config.layout))
+            return super().start(config, profiles)
+
+    config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8)
+    forbidden = Config(layout="balanced/1:C=1,T=4", pages=[3], max_len=8)
+    trace = Trace(config=config, events=[], before=[Earlier(forbidden, [])])
+    ledger = known(tmp_path, f'layout = "balanced"\n{NEVER}')
+    for differences, names in ((Known(), ["balanced", "pr9757"]), (ledger, ["pr9757"])):
+        started.clear()
+        driver = LocalDriver(Watched)
+        assert check_trace(driver, trace, driver.profiles, known=differences) is None
+        assert started == names

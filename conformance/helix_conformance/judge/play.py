@@ -97,8 +97,9 @@ class Player:
         self.tally.cut += allowed != trace
         if allowed is None:
             return None
-        failure, turn = None if warm else self._earlier(trace), 0
-        outputs, again = list[Array](), bool(trace.before)
+        before = [] if warm else self._runnable_before(trace)
+        failure, turn = self._earlier(before, trace), 0
+        outputs, again = list[Array](), warm or bool(before)
         while failure is None and turn < trace.times:
             if config_problem(trace.config) is not None:
                 failure = self.refused(trace.config, again=again)
@@ -121,18 +122,23 @@ class Player:
         )
         return msgspec.structs.replace(failure, trace=played)
 
-    def _earlier(self, trace: Trace) -> Failure | None:
+    def _runnable_before(self, trace: Trace) -> list[Trace]:
+        """What comes before a trace, as far as it may be run."""
+        wholes = (Trace(config=one.config, events=one.events) for one in trace.before)
+        allowed = (self.known.runnable(whole, self.driver.profiles) for whole in wholes)
+        return [one for one in allowed if one is not None]
+
+    def _earlier(self, before: Sequence[Trace], trace: Trace) -> Failure | None:
         """Play what comes before a trace; return how the engine failed then, if it did."""
-        for number, earlier in enumerate(trace.before):
-            whole = Trace(config=earlier.config, events=earlier.events)
-            allowed = self.known.runnable(whole, self.driver.profiles) or whole
+        for number, earlier in enumerate(before):
             legal = config_problem(earlier.config) is None
-            events, again = allowed.events if legal else [], number > 0
+            events, again = earlier.events if legal else [], number > 0
             play = self.driver.play(earlier.config, self.profiles, events, NEVER, again=again)
             try:
                 deque(play if legal else islice(play, 1), maxlen=0)
             except EngineFailure as error:
-                return engine_failure(trace, EngineFailure(error.rank, None, error.what))
+                error.event = None  # it is of none of the events that are judged
+                return engine_failure(trace, error)
         return None
 
     def refused(self, config: Config, *, again: bool = False) -> Failure | None:
