@@ -19,6 +19,7 @@ from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import check_trace
 from helix_conformance.report.text import circumstances
 from helix_conformance.session import layout_traces, random_traces
+from helix_mutants.on_runs import LookedIntoShape, StartedAgainWithLess
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
@@ -42,40 +43,6 @@ class Bookkeeping(ReferenceEngine):
     profiles: ClassVar = ReferenceEngine.profiles - {"cache", "attention"}
 
 
-class Leftover(Bookkeeping):
-    """An object that is started again has a page less."""
-
-    starts = 0
-
-    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-        self.starts += 1
-        return super().start(config, profiles)
-
-    def observe(self, ids: Sequence[int] | None = None) -> RankView:
-        view = super().observe(ids)
-        return msgspec.structs.replace(view, free_pages=view.free_pages - (self.starts > 1))
-
-
-class Lazy(Bookkeeping):
-    """It counts when somebody looks: unseen decodes are missing from past_len."""
-
-    def apply(self, event: Event) -> Outcome:
-        outcome = super().apply(event)
-        if isinstance(event, Decode) and outcome.reason is None and self.stale:
-            told = [max(0, held - 1) for held in outcome.past_len]
-            outcome = msgspec.structs.replace(outcome, past_len=told)
-        self.stale = True
-        return outcome
-
-    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
-        self.stale = False
-        return super().start(config, profiles)
-
-    def observe(self, ids: Sequence[int] | None = None) -> RankView:
-        self.stale = False
-        return super().observe(ids)
-
-
 def failure_of(engine: type, trace: Trace) -> Failure | None:
     """What one trace shows."""
     return check_trace(LocalDriver(engine), trace, engine.profiles)
@@ -93,19 +60,19 @@ def found(engine: type) -> Failure:
 @pytest.mark.holds("PAGE-3")
 def test_objects_that_have_played_before_are_started_again() -> None:
     """What is left of an earlier trace is found, and the failing trace holds what it needs."""
-    assert failure_of(Leftover, PLAIN) is None
-    failure = found(Leftover)
+    assert failure_of(StartedAgainWithLess, PLAIN) is None
+    failure = found(StartedAgainWithLess)
     assert failure.invariants == {"PAGE-3"}
     assert len(failure.trace.before) + failure.trace.times > 1
     assert "".join(circumstances(failure.trace))
-    assert failure_of(Leftover, failure.trace) is not None
+    assert failure_of(StartedAgainWithLess, failure.trace) is not None
 
 
 @pytest.mark.holds("LEN-2")
 def test_a_look_must_not_be_needed() -> None:
     """Who is right only where somebody looks after each event is found, and told when it shows."""
-    assert failure_of(Lazy, PLAIN) is None
-    failure = found(Lazy)
+    assert failure_of(LookedIntoShape, PLAIN) is None
+    failure = found(LookedIntoShape)
     assert failure.invariants == {"LEN-2"}
     assert failure.trace.watch != Watch()
     assert "It depends on when state is looked at" in "".join(circumstances(failure.trace))
@@ -156,7 +123,7 @@ def test_what_came_before_must_be_legal(tmp_path: Path) -> None:
 
 def test_a_served_engine_is_started_again() -> None:
     """Over pipes too the same object plays on."""
-    driver = StdioDriver(f"{__name__}:Leftover")
+    driver = StdioDriver("helix_mutants.on_runs:StartedAgainWithLess")
     try:
         again = msgspec.structs.replace(PLAIN, before=[Earlier(CONFIG, EVENTS)])
         assert check_trace(driver, PLAIN, driver.profiles) is None

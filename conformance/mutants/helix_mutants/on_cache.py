@@ -85,17 +85,22 @@ class FirstKeyReadAsZero(OverCache):
     cache_class = attending(_without_first_key)
 
 
-def _one_chunk(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
-) -> tuple[Tensor, Tensor]:
-    return attend_pages(q, pages, tables, lengths.clamp(max=24), **shape)
+def first_keys(most: int) -> Attend:
+    """Attention over the first so many keys of a rank."""
+
+    def attend(
+        q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
+    ) -> tuple[Tensor, Tensor]:
+        return attend_pages(q, pages, tables, lengths.clamp(max=most), **shape)
+
+    return attend
 
 
 @mutant("own: attention stops after its first chunk", "ATT-1")
 class OneChunkAttended(OverCache):
     """Keys are gathered chunk by chunk (here of 24 slots), and only the first chunk is read."""
 
-    cache_class = attending(_one_chunk)
+    cache_class = attending(first_keys(24))
 
 
 # RoPE
@@ -279,10 +284,18 @@ class DummyWritesLivePages(OverCache):
 # Partials
 
 
-def _base_two(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
-) -> tuple[Tensor, Tensor]:
-    output, lse = attend_pages(q, pages, tables, lengths, **shape)
+def told(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Attend:
+    """Attention whose output and log-sum-exp are changed, given them and the lengths."""
+
+    def attend(
+        q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
+    ) -> tuple[Tensor, Tensor]:
+        return change(*attend_pages(q, pages, tables, lengths, **shape), lengths)
+
+    return attend
+
+
+def _base_two(output: Tensor, lse: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return output, lse * torch.tensor(2.0).log().reciprocal()
 
 
@@ -290,7 +303,7 @@ def _base_two(
 class LseBaseMixed(OverCache):
     """A log-sum-exp of base 2 is merged with the natural exponential."""
 
-    cache_class = attending(_base_two)
+    cache_class = attending(told(_base_two))
 
 
 def _emptied(output: float, lse: float) -> Attend:

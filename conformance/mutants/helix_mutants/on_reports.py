@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
+import torch
 from torch import Tensor
 
-from helix_gpu.attention.paged import attend_pages
 from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Step
 from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused
-from helix_mutants.on_cache import attending, merging
+from helix_mutants.on_cache import attending, merging, told
 from helix_mutants.parts import NAMED_LAZY, OverCache, OverLedger, mutant
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
@@ -81,10 +81,7 @@ class PartialsNeverMerged(OverCache):
     cache_class = merging(_first_alone)
 
 
-def _first_heads(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
-) -> tuple[Tensor, Tensor]:
-    output, lse = attend_pages(q, pages, tables, lengths, **shape)
+def _first_heads(output: Tensor, lse: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     lse[:, 16:] = 0
     return output, lse
 
@@ -93,27 +90,21 @@ def _first_heads(
 class LseOfTheFirstHeads(OverCache):
     """The log-sum-exp is written for the first 16 heads."""
 
-    cache_class = attending(_first_heads)
+    cache_class = attending(told(_first_heads))
 
 
-def _never_written(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
-) -> tuple[Tensor, Tensor]:
-    output, lse = attend_pages(q, pages, tables, lengths, **shape)
-    return output, lse.clamp(min=0, max=0)
+def _never_written(output: Tensor, lse: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    return output, torch.zeros_like(lse)
 
 
 @mutant("SGLang #34355", "ATT-1", "ATT-3")
 class LseNeverWritten(OverCache):
     """With several splits nobody writes the log-sum-exp: it is 0 for every row."""
 
-    cache_class = attending(_never_written)
+    cache_class = attending(told(_never_written))
 
 
-def _rows_with_keys(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
-) -> tuple[Tensor, Tensor]:
-    output, lse = attend_pages(q, pages, tables, lengths, **shape)
+def _rows_with_keys(output: Tensor, lse: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     held = lengths > 0
     count = int(held.sum())
     packed, packed_lse = output.clone(), lse.clone()
@@ -125,7 +116,7 @@ def _rows_with_keys(
 class RowsWithoutKeysDropped(OverCache):
     """Rows of requests without keys on a rank are left out of an index that counts all of them."""
 
-    cache_class = attending(_rows_with_keys)
+    cache_class = attending(told(_rows_with_keys))
 
 
 class _AnotherModel(OverCache):

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from helix_conformance.engines.gpu import Identity
-from helix_gpu.attention.paged import attend_pages
 from helix_gpu.cache import DecodeStep, HelixCache
-from helix_mutants.on_cache import attending
+from helix_mutants.on_cache import attending, first_keys
 from helix_mutants.parts import OverCache, OverLedger, mutant
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
@@ -146,17 +145,11 @@ class ThirdLayer(OverCache):
     cache_class = Wrong
 
 
-def _thousand_keys(
-    q: Tensor, pages: Tensor, tables: Tensor, lengths: Tensor, **shape: Any
-) -> tuple[Tensor, Tensor]:
-    return attend_pages(q, pages, tables, lengths.clamp(max=1024), **shape)
-
-
 @mutant("own: a kernel with room for 1,024 keys", "ATT-1", corner=True)
 class KeysBeyondAThousand(OverCache):
     """Of more than 1,024 keys on a rank only the first ones are read."""
 
-    cache_class = attending(_thousand_keys)
+    cache_class = attending(first_keys(1024))
 
 
 @mutant("own: a release that takes effect with the next step", "REF-1", "REF-2")
