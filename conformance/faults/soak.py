@@ -23,14 +23,14 @@ from helix_conformance.drive.process import PoolDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.actions import Scope
-from helix_conformance.generate.choices import Choices, Seeded
-from helix_conformance.generate.soak import PROMPT_LENS, mixed
+from helix_conformance.generate.choices import Seeded
+from helix_conformance.generate.soak import PROMPT_LENS, long_events, mixed
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.judge import Judge
 from helix_conformance.judge.play import check_trace
 from helix_conformance.report.text import failure_text
 from helix_spec.config import Config, ModelShape
-from helix_spec.events import FEATURES, Event
+from helix_spec.events import FEATURES
 from helix_spec.trace import Trace, Watch
 from suite_testing.sabotage import worker
 
@@ -108,7 +108,10 @@ def on_gloo(events: int, seed: int) -> bool:
                 model=ModelShape(q_heads=8, kv_heads=2, layers=2), seed=number,
             )  # fmt: skip
             recorder = Recorder(config)
-            trace = Trace(config=config, events=planned(recorder, Seeded(f"{seed + number}"), each))
+            trace = Trace(
+                config=config,
+                events=[*long_events(recorder, Seeded(f"{seed + number}"), SCOPE, each)],
+            )
             failure = check_trace(
                 driver, trace, driver.profiles, watch=Watch(every=50, touched=False), tally=Tally()
             )
@@ -124,15 +127,6 @@ def on_gloo(events: int, seed: int) -> bool:
     finally:
         driver.close()
     return good
-
-
-def planned(recorder: Recorder, choices: Choices, events: int) -> list[Event]:
-    """The same mix as a list, for a driver that wants traces whole."""
-    made = list[Event]()
-    for event in mixed(recorder, choices, SCOPE, events):
-        made.append(event)
-        recorder.next(event)
-    return made
 
 
 @click.command()

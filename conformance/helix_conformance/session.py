@@ -28,7 +28,7 @@ from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config, soaked_config
 from helix_conformance.generate.narrowing import NothingInsideError, within
 from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
-from helix_conformance.generate.soak import LIVE, PROMPT_LENS, TOKENS, mixed
+from helix_conformance.generate.soak import LIVE, PROMPT_LENS, TOKENS, long_events
 from helix_conformance.generate.traces import draw_merge_trace, draw_trace, why_outside
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
@@ -59,7 +59,7 @@ from helix_conformance.version import __version__
 from helix_spec.capabilities import EVERYWHERE, STRICT, UNLIMITED, Box, in_words, outside
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
-from helix_spec.events import FEATURES, MERGE, Accept, Admit, Event, Fork
+from helix_spec.events import FEATURES, MERGE, Accept, Admit, Fork
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
 from helix_spec.trace import EVERYTHING, Earlier, Trace, Watch, dump_trace, load_trace
 
@@ -626,10 +626,8 @@ class Session:
         few = [size for size in cp_sizes if size <= 8] or cp_sizes
         config = soaked_config(choices, name, few, features, profiles, box, LIVE * TOKENS)
         recorder = Recorder(config, {*features, "pages"})
-        scope, events = Scope(features, prompt_lens=PROMPT_LENS), list[Event]()
-        for event in mixed(recorder, choices, scope, LONG_TRACE, box):
-            events.append(event)
-            recorder.next(event)
+        scope = Scope(features, prompt_lens=PROMPT_LENS)
+        events = [*long_events(recorder, choices, scope, LONG_TRACE, box)]
         return [Trace(config=config, events=events, watch=Watch(every=50))]
 
     def _inside(
@@ -746,8 +744,7 @@ class Session:
                 driver, config, features, profiles, steps=steps, seed=f"{self.seed or 0}", box=box,
                 tally=tally, done=done,
             )  # fmt: skip
-            checked = (driver, engine, name, largest, profiles, tally, failure)
-            self._finish(*checked)
+            self._finish(driver, engine, name, largest, profiles, tally, failure)
 
     def replay(self, trace: Trace, path: Path) -> None:
         """Play one stored trace.

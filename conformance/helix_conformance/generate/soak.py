@@ -79,3 +79,18 @@ def mixed(
                 break
             made, last = made + 1, [event]
             yield event
+
+
+def long_events(
+    recorder: Recorder, choices: Choices, scope: Scope, events: int, box: Box = UNLIMITED
+) -> Iterator[Event]:
+    """Yield what `mixed` does; the recorder has seen each event when it is yielded.
+
+    Parameters
+    ----------
+    recorder, choices, scope, events, box
+        As `mixed` takes them.
+    """
+    for event in mixed(recorder, choices, scope, events, box):
+        recorder.next(event)
+        yield event

@@ -19,7 +19,7 @@ from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, expectations
 from helix_conformance.generate.actions import Scope
 from helix_conformance.generate.choices import Seeded
-from helix_conformance.generate.soak import PROMPT_LENS, mixed
+from helix_conformance.generate.soak import PROMPT_LENS, long_events
 from helix_conformance.generate.traces import why_outside
 from helix_conformance.generate.workload import Request, schedule
 from helix_conformance.judge.causes import tried
@@ -488,8 +488,7 @@ def check_long(
     scope = Scope(features, prompt_lens=PROMPT_LENS)
 
     def events() -> Iterator[Event]:
-        for event in mixed(ahead, Seeded(seed), scope, steps, box):
-            ahead.next(event)
+        for event in long_events(ahead, Seeded(seed), scope, steps, box):
             yield event
             done()
 

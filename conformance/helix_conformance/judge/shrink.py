@@ -100,6 +100,11 @@ class _Search:
                 self.attempt(plainer)
         for place in range(len(self.trace.before)):
             self.less_before(place)
+        # A trace that is cheap to play leaves time for the rest.
+        for changes in ({"admission": "transfer"}, {"model": _set(plain.config.model, layers=1)}):
+            config = _set(self.trace.config, **changes)
+            if config != self.trace.config:
+                self.attempt(_set(self.trace, config=config))
 
     def less_before(self, place: int) -> None:
         """Make what was played before small, too."""
