@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -1392,9 +1394,15 @@ class _Link:
 
 
 def _end_gloo() -> None:
-    """End the groups of a program that ends without having done so, by an error say."""
+    """End the groups of a program that ends without having done so, by an error say.
+
+    Destroyed groups live on in a mesh: one that is garbage, a circle by `_flatten`, is collected, and
+    for one that the program still holds the threads are given Python once more.
+    """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
+    gc.collect()
+    time.sleep(0.01)
 
 
 class _Closed:

@@ -15,13 +15,20 @@ from helix_gpu.cache import DecodeStep, HelixCache
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "helix_gpu.md").read_text()
+THREADS = """\
+import atexit, pathlib
+@atexit.register
+def _():
+    names = [file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm")]
+    print("left:", names.count("pt_gloo_runloop"))
+"""
 PROGRAM = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)[0]
 
 
 @pytest.mark.timeout(120)
 def test_the_program_runs_on_two_ranks(tmp_path: Path) -> None:
-    """It prints what the page says, in forty lines."""
-    (tmp_path / "page.py").write_text(PROGRAM)
+    """It prints what the page says, in forty lines; none of gloo's threads outlives Python."""
+    (tmp_path / "page.py").write_text(THREADS + PROGRAM)
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(
         [torchrun, "--standalone", "--nproc-per-node=2", "page.py"],
@@ -30,6 +37,7 @@ def test_the_program_runs_on_two_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     printed = sorted(line for line in done.stdout.splitlines() if line.startswith("["))
     assert printed == ["[5, 9, 5] 21 (2, 8, 16)", "[9, 12, 10] 21 (2, 8, 16)"]
+    assert done.stdout.count("left: 0") == 2, done.stdout
     assert all(f"`{line}`" in PAGE.replace("\n", " ") for line in printed)
     assert len([line for line in PROGRAM.splitlines() if line.strip()]) <= 40
 
