@@ -68,7 +68,7 @@ workloads: .venv/installed ## Production traces, replayed
 	$(REPLAY) $(WORKLOADS)/mooncake_conversation.jsonl --driver pool --cp 4 --profile attention \
 	    --limit 200 --scale 64
 
-# The one-process tier is part of `make test`; TIER=pool is the rest.
+# `make test` plays a sample, a mutant for each invariant.
 TIER ?= all
 zoo: .venv/installed ## The suite against every mutant: each must be killed by name
 	$(BIN)/helix-conformance zoo --tier $(TIER)

@@ -141,3 +141,18 @@ class Mischief(LedgerEngine):
                     write_over_the_servers_head(b'{"type":"outcome","seq":99}\n')
                     time.sleep(3600)
         return super().apply(event)
+
+
+class Haunted(ReferenceEngine):
+    """What one object has seen, all later ones of its process know."""
+
+    profiles = ReferenceEngine.profiles - {"cache", "attention"}
+    events = 0
+
+    def apply(self, event):
+        Haunted.events += 1
+        return super().apply(event)
+
+    def observe(self, ids=None):
+        view = super().observe(ids)
+        return msgspec.structs.replace(view, free_pages=view.free_pages - (Haunted.events > 20))

@@ -50,7 +50,7 @@ def held(panel: Panel, stop: int) -> dict[int, list[int]]:
     return {rank: [p for _, p in sorted(pairs)] for rank, pairs in found.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(traces(configs=configs(contents=False)))
 def test_a_diagram_shows_what_the_reference_holds(trace):
     """At each stop each request's tokens and pages are drawn where the model has them."""

@@ -14,6 +14,7 @@ import pytest
 
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import StdioDriver
+from helix_conformance.judge import play
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import check_trace
@@ -22,19 +23,13 @@ from helix_conformance.session import layout_traces, random_traces
 from helix_mutants.on_runs import LookedIntoShape, StartedAgainWithLess
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
-from helix_spec.engine import Outcome, RankView
-from helix_spec.events import Admit, Decode, Event
+from helix_spec.engine import RankView
+from helix_spec.events import Admit, Decode
 from helix_spec.trace import Earlier, Trace, Watch, dump_trace, load_trace
 
 CONFIG = Config(layout="pr9757/1:C=2,T=2", pages=[9, 9], max_len=40)
 EVENTS = [Admit(0, 3), Decode([0], [1])]
 PLAIN = Trace(config=CONFIG, events=EVENTS)
-
-
-@pytest.fixture(autouse=True)
-def _engines_of_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children find them: they do not look into the current folder."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
 class Bookkeeping(ReferenceEngine):
@@ -134,24 +129,13 @@ def test_a_served_engine_is_started_again() -> None:
     assert failure.invariants == {"PAGE-3"}
 
 
-class Haunted(Bookkeeping):
-    """What one object has seen, all later ones of its process know."""
-
-    events = 0
-
-    def apply(self, event: Event) -> Outcome:
-        Haunted.events += 1
-        return super().apply(event)
-
-    def observe(self, ids: Sequence[int] | None = None) -> RankView:
-        view = super().observe(ids)
-        return msgspec.structs.replace(view, free_pages=view.free_pages - (Haunted.events > 100))
-
-
 @pytest.mark.holds("PAGE-3")
-def test_a_failure_that_new_processes_do_not_show_is_handed_over_with_what_it_needs() -> None:
+def test_a_failure_that_new_processes_do_not_show_is_handed_over_with_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The traces before it, which the file holds; played again on new processes it fails."""
-    driver = StdioDriver(f"{__name__}:Haunted")
+    monkeypatch.setattr(play, "REDUCTION_LIMIT_S", 1.0)
+    driver = StdioDriver("suite_testing.broken:Haunted")
     try:
         draw = layout_traces(driver, "pr9757", driver.profiles, cp_sizes=[1])
         failure = random_traces(driver, draw, driver.profiles, examples=100, seed=0, tally=Tally())

@@ -240,7 +240,8 @@ def test_the_base_needs_no_extra():
     """Without torch, z3 and mpi4py, an engine of one's own is run, shown and reported."""
     block = "import sys; sys.modules.update(dict.fromkeys(('torch', 'z3', 'crosshair', 'mpi4py')));"
     code = f"{block} from helix_conformance.cli import main; main(sys.argv[1:])"
-    words = ["run", "--engine", "reference", "--cp", "2", "--examples", "1", "--json", "r.jsonl"]
+    words = ["run", "--engine", "reference", "--layout", "pr9757", "--cp", "2", "--examples", "1"]
+    words += ["--json", "r.jsonl"]
     for call_of in (words, ["report", "r.jsonl", "--html", "r.html", "--junit", "r.xml"]):
         done = subprocess.run([sys.executable, "-c", code, *call_of], capture_output=True)
         assert done.returncode == 0, done.stderr

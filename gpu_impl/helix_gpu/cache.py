@@ -1396,8 +1396,8 @@ class _Link:
 def _end_gloo() -> None:
     """End the groups of a program that ends without having done so, by an error say.
 
-    Destroyed groups live on in a mesh: one that is garbage, a circle by `_flatten`, is collected, and
-    for one that the program still holds the threads are given Python once more.
+    Destroyed groups live on in a mesh: one that is garbage, a circle by `_flatten`, is collected,
+    and for one that the program still holds the threads are given Python once more.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()

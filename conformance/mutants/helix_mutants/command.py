@@ -19,11 +19,11 @@ _STATUSES = {
 @click.command("zoo", epilog=exit_statuses(_STATUSES))
 @click.option(
     "--tier",
-    type=click.Choice(["one-process", "corners", "pool", "all"]),
+    type=click.Choice(["sample", "one-process", "corners", "pool", "all"]),
     default="all",
     show_default=True,
-    help="Mutants that show in one process soon, those that show there in corners only, those that "
-    "need a pool of gloo workers, or all.",
+    help="One mutant for each invariant, mutants that show in one process soon, those that show "
+    "there in corners only, those that need a pool of gloo workers, or all.",
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the random traces.")
 @click.option(

@@ -42,6 +42,7 @@ for _module in ("ledger", "model", "cache", "corners", "edges", "runs", "reports
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
 TIERS: Final = {
+    "sample": ONE_PROCESS,
     "one-process": ONE_PROCESS,
     "corners": ONE_PROCESS,
     "pool": ("pool",),
@@ -49,7 +50,8 @@ TIERS: Final = {
 }
 """What a mutation run may be asked for, and the tiers of mutants that this takes in.
 
-Mutants that show in corners only are in `corners` and `all`.
+Mutants that show in corners only are in `corners` and `all`; `sample` has one mutant for each
+invariant, of the cheapest tier on which one breaks it.
 """
 
 
@@ -66,7 +68,7 @@ class _Play(msgspec.Struct, frozen=True):
 _PLAYS: Final = {
     "bookkeeping": _Play((1, 2, 3, 4, 8), 8, 1000, 150),
     "contents": _Play((1, 2, 3, 4), 8, 400, 15),
-    "threads": _Play((1, 2, 3, 4), 4, 400, 40),
+    "threads": _Play((1, 2, 3, 4), 4, 400, 20),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
 _CORNER: Final = 4
@@ -186,13 +188,20 @@ def _driver(engine: str, tier: str, deadline_s: float) -> Iterator[Driver]:
 def mutants_of(tier: str) -> list[Mutant]:
     """Return the mutants that a run of this tier plays."""
     corners = {"corners": {True}, "all": {True, False}}.get(tier, {False})
-    return [mutant for mutant in MUTANTS if mutant.tier in TIERS[tier] and mutant.corner in corners]
+    found = [
+        mutant for mutant in MUTANTS if mutant.tier in TIERS[tier] and mutant.corner in corners
+    ]
+    if tier != "sample":
+        return found
+    found.sort(key=lambda mutant: ONE_PROCESS.index(mutant.tier))
+    firsts = (next((m for m in found if number in m.expected), None) for number in NUMBERS)
+    return [m for m in dict.fromkeys(firsts) if m is not None]
 
 
 def mutation_run(
     tier: str, seed: int, progress: Callable[[Iterator[MutantKill]], Iterable[MutantKill]] = iter
 ) -> MutationRun:
-    """Play every mutant and control of a tier (`one-process`, `corners`, `pool` or `all`)."""
+    """Play every mutant and control of one of TIERS."""
     with _workers() as pool:
         controls = {
             f"{engine.rpartition(':')[2]} ({on})": pool.submit(play_control, engine, on, seed=seed)
