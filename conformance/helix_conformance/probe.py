@@ -40,6 +40,7 @@ TRIED: Final[dict[str, tuple[Any, ...]]] = {
     "admission": get_args(Admission),
     "query_len": (1, 2, 5, 8),
     "batch": (1, 2, 8, 64, 130),
+    "chunk": (1, 2, 3, 4, 8),
 }
 """What single changes are made to."""
 _FOLLOWING: Final = {
@@ -94,7 +95,8 @@ def probe(
     driver
         The engine.
     around
-        A configuration that works; None to look for one of each kind of attention.
+        A configuration that works; None to look for one of each kind of attention. Where larger
+        pools work too they are taken, so that they limit nothing.
     tried
         Called after each configuration.
 
@@ -123,7 +125,8 @@ def probe(
             raise NothingStartsError(
                 f"The engine does not start with the configuration given: {trial.why}."
             )
-        return [trial.changed(around)]
+        roomy = msgspec.structs.replace(around, pages=[ROOM] * len(around.pages))
+        return [trial.changed(roomy if trial.works(roomy) else around)]
     kinds = [config for kind in ("gqa", "latent") for config in trial.first(kind)]
     if not kinds:
         raise NothingStartsError(
@@ -288,6 +291,11 @@ class _Trial:
         if dimension == "batch":
             admits = [Admit(id, 1) for id in range(value)]
             return self.works(config, [*admits, Decode([*range(value)], [1] * value)])
+        if dimension == "chunk":
+            computed = self._near(config, own, {"admission": ["prefill"]}, ())
+            if computed is None or not self.works(computed):
+                return None
+            return self.works(computed, [Admit(0, 5, value), Decode([0], [1])])
         if dimension == "latent" and config.model.latent is None:
             return None
         other = self._near(config, own, {dimension: [value]}, _FOLLOWING.get(dimension, ()))

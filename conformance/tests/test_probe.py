@@ -13,10 +13,10 @@ from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.probe import NothingStartsError, beyond, probe, proposal
-from helix_spec.capabilities import boxes_around, boxes_of
+from helix_spec.capabilities import Box, boxes_around, boxes_of
 from helix_spec.config import Config
 from helix_spec.engine import Outcome
-from helix_spec.events import Reason
+from helix_spec.events import Admit, Event, Reason
 
 
 class Undeclared(LedgerEngine):
@@ -53,6 +53,21 @@ def test_an_engine_without_limits_needs_no_declaration() -> None:
 def test_what_is_refused_is_found(limits: dict[str, Any]) -> None:
     """Dimension by dimension, as the engine would have declared it."""
     assert proposed(limits) == [limits]
+
+
+def test_the_chunks_that_are_refused_are_found() -> None:
+    """Prompts are computed as the engine cuts them, or in two or four tokens at a time."""
+
+    class Cutting(LedgerEngine):
+        def apply(self, event: Event) -> Outcome:
+            if isinstance(event, Admit) and event.chunk not in (0, 2, 4):
+                return Outcome(reason=Reason.UNSUPPORTED)
+            return super().apply(event)
+
+    [probed] = probe(
+        LocalDriver(Cutting), Config(layout="pr9757/1:C=2,T=4", pages=[9] * 2, max_len=40)
+    )
+    assert probed.box() == Box(attention=["gqa"], chunk=[2, 4])
 
 
 def test_two_kinds_of_attention_may_have_other_limits() -> None:

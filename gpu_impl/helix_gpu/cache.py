@@ -723,10 +723,12 @@ class HelixCache:
                 given = q[part], pool, half.tables, half.lengths
                 with self._together("attention", _named(step), layer, unless=step.tokens is None):
                     if callable(self.backend):
-                        local = self.backend(
+                        output, lse = self.backend(
                             *given, scale=scale, value_dim=model.value_dim,
                             layer=layer, positions=half.positions,
                         )  # fmt: skip
+                        # Libraries differ in what they deliver for a row without keys.
+                        local = output, lse.masked_fill(half.lengths[:, None] == 0, -torch.inf)
                     else:
                         local = attend_pages(
                             *given, scale=scale, value_dim=model.value_dim, runs=half.runs

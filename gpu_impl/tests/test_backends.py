@@ -27,6 +27,7 @@ from helix_spec.config import Config, LatentShape, ModelShape
 
 Fixture = Callable[..., Any]
 INF = torch.inf
+SMALL = ModelShape(q_heads=4, kv_heads=1)
 MODEL = ModelShape(
     q_heads=8, kv_heads=2, head_dim=64,
     dtype="bfloat16", partial_dtype="bfloat16", product_dtype="bfloat16",
@@ -222,6 +223,32 @@ def test_a_cache_attends_with_flashinfer(
     sizes = v[0].double().repeat_interleave(4, 1).norm(dim=-1).T
     rounded = (p.softmax(-1) * sizes * UNIT[torch.bfloat16]).square().sum(-1)
     assert ((o - output[0, 0]).norm(dim=-1) <= (bound.square() + rounded).sqrt()).all()
+
+
+@pytest.mark.holds("ATT-3")
+@pytest.mark.parametrize("lse", [-INF, INF, 0.0, 1000.0, math.nan])
+@pytest.mark.parametrize("output", [0.0, 7.0, math.nan])
+def test_what_a_backend_delivers_for_a_row_without_keys_counts_for_nothing(
+    output: float, lse: float, run_ranks: Fixture, values: Fixture
+) -> None:
+    """Libraries differ there: a cache goes by its own lengths."""
+    config = Config(layout="pr9757/1:C=4,T=2", pages=[9] * 4, max_len=40, model=SMALL)
+    q, k, v = (values((1, 6, heads, 16), code) for code, heads in enumerate((4, 1, 1)))
+
+    def delivering(*given: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+        found, found_lse = attend_pages(*given, **how)
+        empty = given[3] == 0
+        found[empty], found_lse[empty] = output, lse
+        return found, found_lse
+
+    def body(cache: HelixCache, rank: int) -> Tensor:
+        cache.admit(0, 5, lambda at: (k[:, at], v[:, at]))
+        decoded = cache.decode([0], q[:, -1:], k[:, -1:], v[:, -1:])
+        assert (cache.local_len(0) == 0) == (rank == 3)
+        return decoded
+
+    found, expected = (torch.cat(run_ranks(config, body, backend=b), 2) for b in (delivering, None))
+    assert found.equal(expected)
 
 
 @pytest.mark.parametrize(
