@@ -52,10 +52,13 @@ lint: .venv/installed ## Style, types, and import boundaries
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Processes that crash, hang and are killed, under every driver; several minutes. mpi4py and an
-# mpiexec come with the extra `mpi`.
-drivers: .venv/installed ## Every driver, and every way in which a rank fails
+# mpi4py and an mpiexec.
+.venv/mpi: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mpi]'
+	@touch $@
+
+# Processes that crash, hang and are killed, under every driver; several minutes.
+drivers: .venv/mpi ## Every driver, and every way in which a rank fails
 	$(BIN)/pytest conformance/driver_tests
 
 # Two production traces of request lengths. All of both against the ledger, at full lengths; the
@@ -95,7 +98,7 @@ conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; it
 sweep: .venv/installed ## Every mutant under ten seeds: the worst of each
 	$(BIN)/helix-conformance zoo --tier all --sweep
 
-faults: .venv/installed ## Ranks killed, stopped and slowed; pools and memory exhausted; broken input
+faults: .venv/mpi ## Ranks killed, stopped and slowed; pools and memory exhausted; broken input
 	$(BIN)/pytest conformance/faults -s
 
 soak: .venv/installed ## 200,000 events in one process and 5,000 on 4 gloo ranks, memory flat

@@ -201,10 +201,21 @@ def test_prompts_are_computed_together(layout: str, chunk: int) -> None:
 @pytest.mark.holds("ATT-1", "LEN-3")
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "latent"), [(4, 4, False), (6, 2, False), (8, 1, True)]
+    ("heads", "kv_heads", "latent", "dtype"),
+    [
+        (4, 4, False, torch.float32),
+        (6, 2, False, torch.float16),
+        (8, 1, True, torch.float32),
+        (8, 1, True, torch.bfloat16),
+    ],
 )
 def test_a_run_of_tokens_attends_as_each_alone(
-    ranks: int, heads: int, kv_heads: int, latent: bool, monkeypatch: pytest.MonkeyPatch
+    ranks: int,
+    heads: int,
+    kv_heads: int,
+    latent: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Blocks of rows, pieces of keys, tokens that see none, and rows between runs: float64's."""
     monkeypatch.setattr(paged, "ROWS_OF_A_RUN", 24)
@@ -214,14 +225,15 @@ def test_a_run_of_tokens_attends_as_each_alone(
     n, value_dim = 90, 8 if latent else DIM
     shards = []
     for length in (n // ranks, 7, n // ranks):
-        k, v = torch.randn(2, length, kv_heads, DIM, generator=generator).unbind()
+        drawn = torch.randn(2, length, kv_heads, DIM, generator=generator)
+        k, v = drawn.to(dtype).float().unbind()
         shards.append((k, k if latent else v))
     pages, tables, lengths = scattered(shards, 4)
-    pages = pages[:, :1] if latent else pages
+    pages = (pages[:, :1] if latent else pages).to(dtype)
     rising = [torch.arange(n).div(ranks, rounding_mode="floor"), torch.arange(1, n + 1) // ranks]
     seen = torch.cat((rising[0], lengths[1:2], rising[1]))
     request = torch.tensor([0] * n + [1] + [2] * n)
-    q = torch.randn(len(seen), heads, DIM, generator=generator)
+    q = torch.randn(len(seen), heads, DIM, generator=generator).to(dtype)
     runs = paged.runs_of(request.numpy())
     assert runs == [slice(0, n), slice(n + 1, 2 * n + 1)]
     output, lse = paged.attend_pages(
@@ -232,7 +244,7 @@ def test_a_run_of_tokens_attends_as_each_alone(
             assert not output[row].any() and bool((lse[row] == -torch.inf).all())
             continue
         k, v = (x[:keys] for x in shards[request[row]])
-        o, exact_lse, bound = exact_attention(q[row], [(k, v[..., :value_dim])], scale=0.25)
+        o, exact_lse, bound = exact_attention(q[row].float(), [(k, v[..., :value_dim])], scale=0.25)
         assert ((o - output[row]).norm(dim=-1) <= 2 * bound).all()
         torch.testing.assert_close(lse[row], exact_lse.float(), rtol=2e-6, atol=2e-6)
 

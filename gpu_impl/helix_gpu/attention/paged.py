@@ -88,8 +88,9 @@ def attend_pages(
     """
     kv_heads, key_dim = pages.shape[3:]
     scale, value_dim = scale or key_dim**-0.5, value_dim or key_dim
+    q = q.float()
     # A group of query heads shares a KV head: it becomes the rows of one matrix product.
-    query = q.float().reshape(len(q), kv_heads, -1, key_dim)
+    query = q.reshape(len(q), kv_heads, -1, key_dim)
     if not runs:
         output, lse = _by_rows(query, pages, tables, lengths, scale, value_dim)
         return output.flatten(1, 2), lse.flatten(1)
