@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from helix_conformance.drive.in_process import LocalDriver
+from helix_conformance.drive.opening import open_driver
 from helix_conformance.drive.process import StdioDriver
 from helix_conformance.judge import play
 from helix_conformance.judge.coverage import Tally
@@ -130,12 +131,13 @@ def test_a_served_engine_is_started_again() -> None:
 
 
 @pytest.mark.holds("PAGE-3")
+@pytest.mark.parametrize("kind", ["stdio", "local"])
 def test_a_failure_that_new_processes_do_not_show_is_handed_over_with_what_it_needs(
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The traces before it, which the file holds; played again on new processes it fails."""
     monkeypatch.setattr(play, "REDUCTION_LIMIT_S", 1.0)
-    driver = StdioDriver("suite_testing.broken:Haunted")
+    driver = open_driver("suite_testing.broken:Haunted", kind)
     try:
         draw = layout_traces(driver, "pr9757", driver.profiles, cp_sizes=[1])
         failure = random_traces(driver, draw, driver.profiles, examples=100, seed=0, tally=Tally())

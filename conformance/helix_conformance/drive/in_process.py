@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn, TypeVar
 
 from helix_conformance.drive.asking import apply, finish, start, traceback_of, words
 from helix_conformance.drive.blame import timed_out
-from helix_conformance.drive.driver import EngineFailure, Played
+from helix_conformance.drive.driver import Driver, EngineFailure, Played
 from helix_conformance.engines import (
     engine_declaration,
     engine_settings,
@@ -43,6 +43,8 @@ class LocalDriver:
     deadline_s : float or None
         Seconds that one call may take; None for no limit. It holds in the main thread alone, and
         where nobody else uses the alarm of this process.
+    elsewhere : callable, optional
+        Opens a driver of processes for the same engine, by which `renew` starts anew.
 
     Examples
     --------
@@ -66,8 +68,17 @@ class LocalDriver:
     largest_world: int | None = None
     streams = True
 
-    def __init__(self, engine: type[Engine], *, deadline_s: float | None = None) -> None:
+    def __init__(
+        self,
+        engine: type[Engine],
+        *,
+        deadline_s: float | None = None,
+        elsewhere: Callable[[], Driver] | None = None,
+    ) -> None:
         self.engine = engine
+        self.elsewhere = elsewhere
+        self.renewed: Driver | None = None
+        """Plays the trace after `renew`, and those for which the same ranks are started again."""
         self.profiles = frozenset(engine.profiles)
         self.capabilities, self.freedoms = engine_declaration(engine)
         self.settings = engine_settings(engine)
@@ -78,6 +89,7 @@ class LocalDriver:
         self.process = os.getpid()
         self.ranks: list[Engine] = []
         """The objects that have played the last trace."""
+        self.renewed_is_new = False
         self.asked_at: float | None = None
         """When the call that an engine is in began."""
 
@@ -91,6 +103,11 @@ class LocalDriver:
         again: bool = False,
     ) -> Iterator[Played]:
         """See `Driver.play`."""
+        if self.renewed is not None and (self.renewed_is_new or again):
+            self.renewed_is_new = False
+            yield from self.renewed.play(config, profiles, events, watch, again=again)
+            return
+        self.close()
         kept = dict(enumerate(self.ranks if again else ()))
         with self._alarm():
             world = range(config.world_size)
@@ -102,11 +119,22 @@ class LocalDriver:
             yield None, self._each(ranks, None, finish)
 
     def renew(self) -> bool:
-        """See `Driver.renew`: the ranks live in this process."""
-        return False
+        """See `Driver.renew`: that trace is played elsewhere, since the ranks live here."""
+        self.close()
+        if self.elsewhere is None:
+            return False
+        try:
+            self.renewed = self.elsewhere()
+        except EngineFailure:
+            return False
+        self.renewed.exchanges_done, self.renewed_is_new = self.exchanges_done, True
+        return True
 
     def close(self) -> None:
-        """Do nothing: there is nothing to end."""
+        """End what plays elsewhere."""
+        if self.renewed is not None:
+            self.renewed.close()
+            self.renewed = None
 
     def _made(self, rank: int) -> Engine:
         """A new object of the engine."""

@@ -97,7 +97,11 @@ def open_driver(
             raise EngineSpecError(
                 f"Engine {engine} needs a process for each rank; use --driver pool."
             )
-        return LocalDriver(engine_class, deadline_s=deadline_s)
+        return LocalDriver(
+            engine_class,
+            deadline_s=deadline_s,
+            elsewhere=lambda: StdioDriver(engine, deadline_s=deadline_s),
+        )
     if driver == "pool":
         return PoolDriver(engine, ranks, deadline_s=deadline_s)
     return LaunchedDriver(engine, driver, backend=backend, deadline_s=deadline_s)
