@@ -28,6 +28,7 @@ from helix_spec.capabilities import values_of
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import RankView
 from helix_spec.events import Admit, Decode
+from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace
 
 
@@ -241,6 +242,27 @@ def test_real_shapes_and_rare_sizes_are_drawn() -> None:
     real = {("cp_size", 16), ("cp_size", 7), ("tokens_per_block", 64), ("head_dim", 128),
             ("layers", 5), ("latent", (512, 64)), ("q_heads", 64), ("kv_heads", 8)}  # fmt: skip
     assert real - drawn == set()
+
+
+def test_a_page_that_alone_is_wrong_is_met() -> None:
+    """The first pages of a pool, and places in a request, hold tokens in a default run's traces."""
+    met = set[tuple[str, int]]()
+
+    class Telling(LedgerEngine):
+        def observe(self, ids=None):
+            view = super().observe(ids)
+            for table in view.block_tables.values():
+                met.update(("place", place) for place in range(len(table)))
+                met.update(("page", page) for page in table)
+            return view
+
+    driver = LocalDriver(Telling)
+    for name in LAYOUT_NAMES:
+        draw = layout_traces(driver, name, driver.profiles, cp_sizes=[1, 2, 3, 4, 8])
+        for number in range(40):
+            assert check_trace(driver, draw(Seeded(f"{name} {number}")), driver.profiles) is None
+    assert {("page", page) for page in range(48)} - met == set()
+    assert {("place", place) for place in range(64)} - met == set()
 
 
 def test_coverage_counts_sizes() -> None:
