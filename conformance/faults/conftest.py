@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,12 @@ from suite_testing.sabotage import DEADLINE_S
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A folder for the beacons of workers."""
+    """A folder for the beacons of workers; and signals that end a child, as a terminal's do.
+
+    What runs in the background of a shell script or under nohup ignores them, its children too.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["HELIX_FAULTS_BEACONS"] = str(tmp_path_factory.mktemp("beacons"))
 
 

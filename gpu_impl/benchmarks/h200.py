@@ -193,9 +193,9 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_latent(dtype: torch.dtype, cached: torch.dtype) -> dict[str, Any]:
+def check_latent(dtype: torch.dtype, cached: torch.dtype, heads: int) -> dict[str, Any]:
     """The latent kernel at DeepSeek's size."""
-    heads, latent, rope, page = (16, 64, 16, 16) if DRY else (128, 512, 64, 64)
+    latent, rope, page = (64, 16, 16) if DRY else (512, 64, 64)
     lengths = [0, 1, page + 1, *(() if DRY else (1000,))]
     scale, n = 192**-0.5, len(lengths)
     generator = torch.Generator().manual_seed(0)
@@ -282,7 +282,11 @@ def correctness(report: Report, found: dict[str, Any]) -> None:
         [{"kernel": k, "dtype": d, "error": e} for (k, d), e in worst.items()],
     )
     caches = [(dtype, dtype) for dtype in UNIT] + [(TYPE, NARROW)]
-    found["latent"] = [check_latent(dtype, cached) for dtype, cached in caches]
+    found["latent"] = [
+        check_latent(dtype, cached, heads)
+        for dtype, cached in caches
+        for heads in ((16, 3) if DRY else (128, 16))
+    ]
     report.table("latent decode: error over bound", found["latent"])
     found["decode"] = in_threads(check_decode, list(cases()))
     by_type: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -481,7 +485,8 @@ def sweep(report: Report, found: dict[str, Any]) -> None:
         if cached == TYPE:
             chosen |= ranked
     for cached in (TYPE, NARROW):
-        latent_sweep(report, found, ceiling, cached)
+        for heads in (16,) if DRY else (128, 16):
+            latent_sweep(report, found, ceiling, cached, heads)
 
 
 def decode_sweep(
@@ -576,17 +581,18 @@ def best_overall(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def latent_sweep(
-    report: Report, found: dict[str, Any], ceiling: float, cached: torch.dtype
+    report: Report, found: dict[str, Any], ceiling: float, cached: torch.dtype, heads: int
 ) -> None:
-    """MLA of 128 heads: bytes are few and products many, so both shares are given."""
-    heads, latent, dim, page = (16, 64, 80, 4) if DRY else (128, 512, 576, 64)
-    shapes = [(2, 32)] if DRY else [(8, 32768), (32, 8192)]
+    """MLA: with many heads bytes are few and products many, so both shares are given."""
+    latent, dim, page = (64, 80, 4) if DRY else (512, 576, 64)
+    shapes = [(2, 32)] if DRY else [(8, 32768), (32, 8192) if heads > 16 else (32, 32768)]
     options = (
         [DecodeSettings(16, 4, 1, 16)]
         if DRY
         else [
             DecodeSettings(block, warps, stages, of_heads)
             for of_heads, warps in ((64, 8), (32, 8), (32, 4), (16, 4), (16, 8))
+            if of_heads < 2 * heads
             for block in (64, 32, 16)
             for stages in (2, 3, 1)
         ]
@@ -639,7 +645,7 @@ def latent_sweep(
                     "of_matrix": 2 * rows * tokens * heads * (dim + latent) / us / 1e6 / matrix,
                 }
             )  # fmt: skip
-    found[f"latent, {short(cached)}"] = {"points": points, "refused": refused}
+    found[f"latent of {heads} heads, {short(cached)}"] = {"points": points, "refused": refused}
     report.table(
         f"MLA, {heads} heads, {latent} + {dim - latent}, {short(cached)} cache: the best three of "
         "each shape",

@@ -1235,13 +1235,13 @@ class HelixCache:
         model, ranks = self.config.model, self.book.layout.cp_size
         product = getattr(torch, model.product_dtype)
         if model.latent:
-            settings = latent_settings(product, self.pool.dtype)
+            settings = latent_settings(self.q_heads, product, self.pool.dtype)
         else:
             settings = decode_settings(model.head_dim, product, self.pool.dtype)
         return StepBuffers.allocate(
             rows,
             self.q_heads,
-            -(-self.q_heads // 64) if model.latent else self.kv_heads,
+            -(-self.q_heads // settings.heads_of(self.q_heads)) if model.latent else self.kv_heads,
             model.value_dim,
             ranks=ranks,
             longest=width * self.book.layout.tokens_per_block,

@@ -250,7 +250,8 @@ def partials(ranks: int, n: int, heads: int, dim: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("wire", DTYPES)
 @pytest.mark.parametrize(
-    ("splits", "n", "heads", "dim", "ranks"), [(1, 1, 2, 2, 2), (5, 3, 6, 80, 3), (4, 2, 4, 64, 1)]
+    ("splits", "n", "heads", "dim", "ranks"),
+    [(1, 1, 2, 2, 2), (5, 3, 6, 80, 3), (4, 2, 4, 64, 1), (19, 2, 2, 320, 2)],
 )
 def test_reduce_pack_is_merge_then_pack(
     wire: torch.dtype, splits: int, n: int, heads: int, dim: int, ranks: int

@@ -25,7 +25,7 @@ from helix_gpu.attention.kernels.append import append_kernel
 from helix_gpu.attention.kernels.decode import decode_kernel
 from helix_gpu.attention.kernels.merge import merge_kernel
 from helix_gpu.attention.kernels.mla import mla_kernel
-from helix_gpu.attention.kernels.reduce_pack import reduce_pack_kernel
+from helix_gpu.attention.kernels.reduce_pack import MOST_AT_ONCE, reduce_pack_kernel
 from helix_gpu.attention.kernels.rope import rotate_kernel
 from helix_gpu.attention.kernels.settings import decode_settings, latent_settings
 from helix_gpu.comm.push_kernels import BLOCK, PARTS, put_kernel, take_kernel
@@ -128,22 +128,30 @@ def test_decode(dtype: str, cached: str, dim: int, page: int, wide: bool, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cached", "page", "wide"),
+    ("heads", "dtype", "cached", "page", "wide"),
     [
-        *((dtype, cached, page, False)
+        (16, "bf16", "bf16", 64, False),
+        (16, "bf16", "bf16", 32, False),
+        (16, "fp16", "fp16", 128, False),
+        *((128, dtype, cached, page, False)
           for dtype, cached in (("bf16", "bf16"), ("bf16", "fp8e4nv"), ("fp16", "fp8e4nv"))
           for page in (16, 32, 64, 128)),
-        ("fp16", "fp16", 64, False),
-        ("fp32", "fp32", 64, True),
-        ("fp32", "fp8e4nv", 64, True),
-        ("bf16", "bf16", 64, True),
-        ("bf16", "fp8e4nv", 64, True),
+        (128, "fp16", "fp16", 64, False),
+        (128, "fp32", "fp32", 64, True),
+        (128, "fp32", "fp8e4nv", 64, True),
+        (128, "bf16", "bf16", 64, True),
+        (128, "bf16", "fp8e4nv", 64, True),
     ],
 )  # fmt: skip
-def test_decode_latent(dtype: str, cached: str, page: int, wide: bool, tmp_path: Path) -> None:
-    """DeepSeek's 512 + 64: on Hopper's matrix units, except where products are float32."""
+def test_decode_latent(
+    heads: int, dtype: str, cached: str, page: int, wide: bool, tmp_path: Path
+) -> None:
+    """DeepSeek's 512 + 64: on matrix units, except where products are float32.
+
+    Hopper's take 64 heads at a time; 16 go to those that it shares with its ancestors.
+    """
     narrow = torch.float8_e4m3fn if cached == "fp8e4nv" else None
-    settings = latent_settings(torch.float32 if wide else torch.bfloat16, narrow)
+    settings = latent_settings(heads, torch.float32 if wide else torch.bfloat16, narrow)
     kernel = compiled(
         mla_kernel,
         ATTENTION | {"q": f"*{dtype}", "pool": f"*{cached}"},
@@ -155,7 +163,7 @@ def test_decode_latent(dtype: str, cached: str, page: int, wide: bool, tmp_path:
     )  # fmt: skip
     code = check_resources(kernel, tmp_path)
     assert "F2F.BF16.F16" not in code, "8 bits are converted by one of Hopper's slow ways"
-    assert wide or ("LDGSTS.E" in code and "HGMMA" in code)
+    assert wide or ("LDGSTS.E" in code and ("HGMMA" if heads > 16 else "HMMA") in code)
 
 
 @pytest.mark.parametrize(("still", "half"), [(0, 64), (512, 32)])
@@ -186,16 +194,18 @@ def test_append(tmp_path: Path) -> None:
     assert "STG.E.128" in check_resources(kernel, tmp_path)
 
 
-def test_reduce_pack(tmp_path: Path) -> None:
-    """Joining 64 splits."""
+@pytest.mark.parametrize(("splits", "dim"), [(4, 512), (64, 128), (128, 512)])
+def test_reduce_pack(splits: int, dim: int, tmp_path: Path) -> None:
+    """Joining a few splits, and many, of which a program takes a part of the elements."""
+    block_dim = min(dim, MOST_AT_ONCE // splits)
     kernel = compiled(
         reduce_pack_kernel,
         {
             "partial_out": "*fp32", "partial_lse2": "*fp32",
             "send_out": "*bf16", "send_lse": "*fp32",
         },
-        {"PADDED_SPLITS": 64, "DIM": 128, "PADDED_DIM": 128},
-        warps=8, odd=("splits", "heads_per_rank"),
+        {"PADDED_SPLITS": splits, "DIM": dim, "BLOCK_DIM": block_dim},
+        warps=splits * block_dim // 1024, odd=("splits", "heads_per_rank"),
     )  # fmt: skip
     check_resources(kernel, tmp_path)
 

@@ -134,7 +134,7 @@ def decode_latent(
     )
     n, heads, dim = q.shape
     latent = partial_out.shape[3]
-    settings = settings or latent_settings(torch.float32 if wide else q.dtype, pool.dtype)
+    settings = settings or latent_settings(heads, torch.float32 if wide else q.dtype, pool.dtype)
     block_heads = settings.heads_of(heads)
     mla_kernel[(-(-heads // block_heads), partial_out.shape[0], n)](
         q, pool, tables, lengths, partial_out, partial_lse2,

@@ -85,14 +85,19 @@ def decode_settings(
     return DecodeSettings(block=64 if head_dim > 128 else 128, warps=8, stages=3)
 
 
-def latent_settings(dtype: torch.dtype, cached: torch.dtype | None = None) -> DecodeSettings:
+def latent_settings(
+    heads: int, dtype: torch.dtype, cached: torch.dtype | None = None
+) -> DecodeSettings:
     """Return the settings of `decode_latent`.
 
-    Chosen by the MLA table of benchmarks/results/h200.txt. A program keeps [heads, 512] sums in
-    registers, which bounds `heads`: 64 fit, and are by far the fastest.
+    Chosen by the MLA tables of benchmarks/results. A program keeps [heads, 512] sums in registers,
+    which bounds its heads: 64 fit, and are by far the fastest where there are so many. Where 16
+    hold all of them, their sums leave room for a second program.
 
     Parameters
     ----------
+    heads : int
+        Query heads of a tensor-parallel shard.
     dtype : torch.dtype
         Type of the P·V product.
     cached : torch.dtype, optional
@@ -106,6 +111,8 @@ def latent_settings(dtype: torch.dtype, cached: torch.dtype | None = None) -> De
         return DecodeSettings(block=16, warps=8, stages=1, heads=16)
     if cached is not None and cached.itemsize == 1:
         return DecodeSettings(block=64, warps=8, stages=3, heads=64)
+    if heads <= 16:
+        return DecodeSettings(block=32, warps=4, stages=3, heads=16, resident=2)
     return DecodeSettings(block=64, warps=8, stages=2, heads=64)
 
 
@@ -123,7 +130,7 @@ def splits_for(
     rows : int
         Requests.
     kv_heads : int
-        Programs of a row and split: for a latent cache, one for every 64 heads.
+        Programs of a row and split: for a latent cache, as many as its heads need.
     longest : int
         Local keys of a request, at most.
     resident : int

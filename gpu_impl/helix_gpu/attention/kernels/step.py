@@ -60,7 +60,7 @@ class StepBuffers:
         ----------
         rows, q_heads : int
         kv_heads : int
-            Used to choose `splits`; with a latent cache, one for every 64 heads.
+            Used to choose `splits`; with a latent cache, programs that share a row and split.
         value_dim : int
             head_dim, or the latent's 512.
         ranks : int
