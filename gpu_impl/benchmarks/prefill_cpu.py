@@ -2,9 +2,10 @@
 
 `PYTHONPATH=spec:gpu_impl python gpu_impl/benchmarks/prefill_cpu.py [--tokens N]... [--chunk N]` for
 one rank, under `torchrun --nproc-per-node=4` for several, which share a sequence. What is compared
-is processor time, for ranks share few cores: of `HelixCache.attend` for a layer, with Q and K
-rotated already, apart from the exchange (packing, sending, merging), and of causal SDPA over all
-tokens divided by the ranks. The slowest rank counts.
+is processor time, for ranks share few cores: of `HelixCache.prefill` and `attend` for LAYERS
+layers, with Q and K rotated already, apart from the exchange (packing, sending, merging), and of as
+many causal SDPAs over all tokens, divided by the ranks. Figures are of one layer, of the slowest
+rank.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from helix_spec.config import Config, ModelShape
 SHAPES = {"9 / 3 heads of 64": (9, 3, 64), "32 / 8 heads of 128": (32, 8, 128)}
 """SmolLM2-135M's heads (12 of them where they must divide by 4), and Llama 3's."""
 PAGE = 64
+LAYERS = 4
+"""Models have more: a step is begun once for all of them."""
 
 
 class Exchanging(HelixCache):
@@ -48,21 +51,23 @@ class Exchanging(HelixCache):
 
 
 def prompt_times(cache: Exchanging, chunk: int, given: list[Tensor]) -> tuple[float, float]:
-    """Seconds of a prompt's layer apart from its exchange, and of the exchange."""
+    """Seconds of a prompt's layers apart from their exchange, and of the exchange."""
     cache.exchanging = 0.0
     begun = time.process_time()
     for step in cache.prefill(0, len(given[0]), chunk):
         first, end = int(step.tokens.firsts[0]), int(step.tokens.ends[0])
-        cache.attend(step, 0, *(x[first:end] for x in given))
+        for layer in range(LAYERS):
+            cache.attend(step, layer, *(x[first:end] for x in given))
     taken = time.process_time() - begun
     cache.release(0)
     return taken - cache.exchanging, cache.exchanging
 
 
 def sdpa_time(run: Callable[[], object]) -> float:
-    """Seconds of processor time."""
+    """Seconds of processor time of as many layers."""
     begun = time.process_time()
-    run()
+    for _ in range(LAYERS):
+        run()
     return time.process_time() - begun
 
 
@@ -89,7 +94,7 @@ def main() -> None:
     figures = []
     for name, (q_heads, kv_heads, dim) in SHAPES.items():
         q_heads += -q_heads % (ranks * kv_heads)
-        model = ModelShape(q_heads=q_heads, kv_heads=kv_heads, head_dim=dim)
+        model = ModelShape(layers=LAYERS, q_heads=q_heads, kv_heads=kv_heads, head_dim=dim)
         for tokens in options.tokens or (1000, 2000, 4000):
             config = Config(
                 layout=f"pr13180/1:C={ranks},T={PAGE}",
@@ -118,6 +123,7 @@ def main() -> None:
                         ):
                             times[what].append(taken)
             sdpa, prompt, exchange = (slowest(statistics.median(x)) for x in times.values())
+            sdpa, prompt, exchange = (x / LAYERS for x in (sdpa, prompt, exchange))
             ratio = prompt / (sdpa / ranks)
             figures.append(
                 {"shape": name, "tokens": tokens, "ranks": ranks, "ratio": ratio, **times}

@@ -1382,7 +1382,7 @@ class _Link:
     def __init__(self, exchange: Exchange, all_ranks: dist.ProcessGroup | None) -> None:
         self.inner: Exchange | None = exchange
         self.all_ranks = all_ranks
-        if all_ranks is not None:
+        if dist.is_initialized():
             atexit.unregister(_end_gloo)
             atexit.register(_end_gloo)
 
