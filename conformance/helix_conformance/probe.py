@@ -114,7 +114,7 @@ def probe(
     --------
     >>> from helix_conformance.drive.in_process import LocalDriver
     >>> from helix_conformance.engines import load_engine
-    >>> [probed] = probe(LocalDriver(load_engine("reference")), Config(
+    >>> [probed] = probe(LocalDriver(load_engine("gpu-ledger")), Config(
     ...     layout="pr9757/1:C=2,T=4", pages=[100, 100], max_len=200))
     >>> probed.refused["tokens_per_block"], probed.worked["dtype"]
     ([], ['float32', 'float16', 'bfloat16'])

@@ -57,11 +57,12 @@ class GraphEngine(KernelEngine):
         return super().start(config, profiles)
 
     def _decode(self, ids: list[int], query_lens: list[int], pad: int) -> Outcome:
-        self.cache.skip(ids, query_lens)  # refused before there is a graph of so many rows
-        # Captured first: the step that begins next lies in the buffers of the graph.
-        rows = sum(query_lens) + pad
-        if pad >= 0 and rows not in self.graphs:
-            self.graphs[rows] = StepGraph(self.cache, rows, CAPTURE)
+        if pad >= 0:
+            self.cache.skip(ids, query_lens)  # refused before there is a graph of so many rows
+            # Captured first: the step that begins next lies in the buffers of the graph.
+            rows = sum(query_lens) + pad
+            if rows not in self.graphs:
+                self.graphs[rows] = StepGraph(self.cache, rows, CAPTURE)
         return super()._decode(ids, query_lens, pad)
 
     def _attend(self, step: DecodeStep, tokens: Tokens) -> torch.Tensor:

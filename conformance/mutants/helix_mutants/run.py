@@ -68,7 +68,7 @@ class _Play(msgspec.Struct, frozen=True):
 _PLAYS: Final = {
     "bookkeeping": _Play((1, 2, 3, 4, 8), 8, 1000, 150),
     "contents": _Play((1, 2, 3, 4), 8, 400, 15),
-    "threads": _Play((1, 2, 3, 4), 4, 400, 20),
+    "threads": _Play((1, 2, 3, 4), 4, 400, 40),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
 _CORNER: Final = 4
@@ -120,15 +120,19 @@ def play_mutant(mutant: Mutant, *, seed: int) -> MutantKill:
     )
 
 
-def play_control(engine: str, tier: str, *, seed: int) -> list[str]:
-    """Return the invariants that a run wrongly names for an unmutated engine."""
+def play_control(engine: str, tier: str, *, seed: int, share: float = 1.0) -> list[str]:
+    """Return the invariants that a run wrongly names for an unmutated engine.
+
+    `share` of its traces are played.
+    """
     deep = PROFILES if tier != "bookkeeping" else [p for p in PROFILES if p not in _DEEP]
     unmutated = Mutant(
         name=engine, source="", engine=engine, expected=(), tier=tier, profiles=tuple(deep),
         tp_sizes=(1, 2),
     )  # fmt: skip
     with _driver(engine, tier, _CONTROL_DEADLINE_S) as driver:
-        return _named(_played(driver, unmutated, _PLAYS[tier].control_traces, seed, Tally()))
+        traces = int(share * _PLAYS[tier].control_traces)
+        return _named(_played(driver, unmutated, traces, seed, Tally()))
 
 
 _DEEP: Final = ("cache", "attention")
@@ -204,7 +208,9 @@ def mutation_run(
     """Play every mutant and control of one of TIERS."""
     with _workers() as pool:
         controls = {
-            f"{engine.rpartition(':')[2]} ({on})": pool.submit(play_control, engine, on, seed=seed)
+            f"{engine.rpartition(':')[2]} ({on})": pool.submit(
+                play_control, engine, on, seed=seed, share=0.2 if tier == "sample" else 1.0
+            )
             for engine, on in CONTROLS
             if on in TIERS[tier] and tier != "corners"
         }
