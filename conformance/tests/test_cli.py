@@ -91,13 +91,15 @@ def test_engine_that_raises_or_gives_a_malformed_answer(name):
     ("pad", "what"),
     [
         (1, "died with signal SIGKILL; its stderr ends: 'last words of rank 1'"),
-        (2, "timed out: no answer within 3 s"),
-        (3, "raised RuntimeError: the adapter lost its way"),
-        (4, "skipped a collective that rank 0 is blocked in"),
+        (2, "raised RuntimeError: the adapter lost its way"),
+        (3, "skipped a collective that rank 0 is blocked in"),
     ],
 )
 def test_worker_in_trouble_is_named(stored, tmp_path, pad, what):
-    """A worker that dies, hangs, raises or skips the exchange is named, and the run ends."""
+    """A worker that dies, raises or skips the exchange is named, and the run ends.
+
+    The driver tests have one that hangs.
+    """
     result = call(
         *("replay", stored(pad), "--engine", "suite_testing.broken:Trouble", "--driver", "pool"),
         *("--ranks", 2, "--deadline", 3, "--json", tmp_path / "run.jsonl"),
