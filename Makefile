@@ -71,7 +71,7 @@ workloads: .venv/installed ## Production traces, replayed
 	$(REPLAY) $(WORKLOADS)/mooncake_conversation.jsonl --driver pool --cp 4 --profile attention \
 	    --limit 200 --scale 64
 
-# `make test` plays a sample, a mutant for each invariant.
+# `make test` plays a sample: a mutant for each invariant that one process can break.
 TIER ?= all
 zoo: .venv/installed ## The suite against every mutant: each must be killed by name
 	$(BIN)/helix-conformance zoo --tier $(TIER)

@@ -1398,8 +1398,9 @@ class _Link:
 def _end_gloo() -> None:
     """End the groups of a program that ends without having done so, by an error say.
 
-    Destroyed groups live on in a mesh: one that is garbage, a circle by `_flatten`, is collected,
-    and for one that the program still holds the threads are given Python once more.
+    Destroyed groups live on in a mesh. One that nothing but itself refers to (`_flatten` makes a
+    circle) is collected; for one that the program still holds the threads are given Python once
+    more.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()

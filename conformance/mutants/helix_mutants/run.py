@@ -51,7 +51,7 @@ TIERS: Final = {
 """What a mutation run may be asked for, and the tiers of mutants that this takes in.
 
 Mutants that show in corners only are in `corners` and `all`; `sample` has one mutant for each
-invariant, of the cheapest tier on which one breaks it.
+invariant that some of ONE_PROCESS break, of the cheapest tier.
 """
 
 

@@ -1,4 +1,4 @@
-"""The suite against a mutant for each invariant; `make zoo` plays them all."""
+"""The suite against a sample of the mutants; `make zoo` plays them all."""
 
 from __future__ import annotations
 
