@@ -29,7 +29,7 @@ from helix_conformance.generate.configs import draw_config, soaked_config
 from helix_conformance.generate.narrowing import NothingInsideError, within
 from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
 from helix_conformance.generate.soak import LIVE, PROMPT_LENS, TOKENS, long_events
-from helix_conformance.generate.traces import draw_merge_trace, draw_trace, why_outside
+from helix_conformance.generate.traces import draw_merge_trace, draw_trace, far_trace, why_outside
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
 from helix_conformance.judge.failure import Failure
@@ -61,7 +61,7 @@ from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
 from helix_spec.events import FEATURES, MERGE, Accept, Admit, Fork
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
-from helix_spec.trace import EVERYTHING, Earlier, Trace, Watch, dump_trace, load_trace
+from helix_spec.trace import EVERYTHING, Earlier, Trace, Watch, dump_trace, load_trace, too_much
 
 INSIDE: Final = [name for name in DRIVERS if name not in LAUNCHED]
 """Drivers that this process opens by itself; others are launched around the whole command."""
@@ -92,6 +92,7 @@ def random_traces(
     known: Known | None = None,
     asked: Box = UNLIMITED,
     first: Iterable[Trace] = (),
+    last: Iterable[Trace] = (),
 ) -> Failure | None:
     """Play random traces until one fails, and make that one small and sure if it fails again.
 
@@ -115,8 +116,8 @@ def random_traces(
         Differences that are not failures.
     asked
         What was asked for: a failing trace is not made small beyond it.
-    first
-        Traces that are played before the random ones.
+    first, last
+        Traces that are played before the random ones, and after them.
 
     Returns
     -------
@@ -139,7 +140,7 @@ def random_traces(
     began = time.perf_counter()
     drawn = (draw(Seeded(f"{seed} {number}")) for number in range(examples))
     history = deque[Earlier](maxlen=REMEMBERED)
-    for number, one in enumerate(chain(first, drawn)):
+    for number, one in enumerate(chain(first, drawn, last)):
         trace, warm = one, False
         if history and Seeded(f"{seed} {number} again").one_in(AGAIN):
             trace, warm = msgspec.structs.replace(one, before=[history[-1]]), True
@@ -305,6 +306,7 @@ def layout_run(
     coverage: Coverage | None = None,
     asked_for: Box = UNLIMITED,
     first: Sequence[Trace] = (),
+    last: Sequence[Trace] = (),
     real: bool = False,
 ) -> tuple[frozenset[str], Failure | None]:
     """Play random traces of one layout; return the profiles that were checked, and the failure.
@@ -334,8 +336,8 @@ def layout_run(
         Called after each trace.
     asked_for
         No failing trace is made small beyond it.
-    first
-        Traces that are played before the random ones.
+    first, last
+        Traces that are played before the random ones, and after them.
     real
         Whether a share of the traces has shapes of real models.
 
@@ -362,6 +364,7 @@ def layout_run(
             coverage=coverage,
             asked=asked_for,
             first=first,
+            last=last,
         )
 
     if not known.runs(name):
@@ -538,6 +541,7 @@ class Session:
                 at_hand(driver.profiles, layouts=played, cp_sizes=sizes, boxes=driver.capabilities)
             )
             count = examples or default_examples(driver.name)
+            far = self._far(driver, played, sizes)
             for name in played:
                 tally = Tally()
                 checked, failure = layout_run(
@@ -557,6 +561,7 @@ class Session:
                         *self._earlier(driver, name, asked_for),
                         *self._long(driver, name, sizes, mixed_in=played),
                     ],
+                    last=far.get(name, []),
                     real=True,
                 )
                 vectors = 0
@@ -604,6 +609,7 @@ class Session:
             and trace.config.world_size <= (driver.largest_world or trace.config.world_size)
             and not outside(asked_for, trace.config)
             and why_outside(driver.capabilities, trace) is None
+            and not is_too_long(trace, profiles_to_check(driver.profiles, self.profiles))
         ]
 
     def _long(
@@ -629,6 +635,23 @@ class Session:
         scope = Scope(features, prompt_lens=PROMPT_LENS)
         events = [*long_events(recorder, choices, scope, LONG_TRACE, box)]
         return [Trace(config=config, events=events, watch=Watch(every=50))]
+
+    def _far(
+        self, driver: Driver, names: Sequence[str], cp_sizes: Sequence[int]
+    ) -> dict[str, list[Trace]]:
+        """A trace at far positions, of one of the layouts; none where contents are looked at."""
+        profiles = profiles_to_check(driver.profiles, self.profiles)
+        if "placement" not in profiles or "cache" in profiles:
+            return {}
+        features = [feature for feature in FEATURES if feature in profiles]
+        first = int(self.seed or 0) % len(names)
+        for name in [*names[first:], *names[:first]]:
+            for box in driver.capabilities:
+                choices = Seeded(f"{self.seed or 0} {name} far")
+                trace = far_trace(choices, name, cp_sizes, features, box)
+                if trace is not None:
+                    return {name: [trace]}
+        return {}
 
     def _inside(
         self,
@@ -766,6 +789,11 @@ class Session:
             check_world(driver, trace.config.world_size)
             check_inside(driver, trace)
             profiles, tally = profiles_to_check(driver.profiles, self.profiles), Tally()
+            if is_too_long(trace, profiles):
+                raise SessionError(
+                    "The trace has requests that are too long for their contents to be compared; "
+                    "give --profile pages."
+                )
             requests = sum(isinstance(event, Admit | Fork) for event in trace.events)
             every = 1 + len(trace.events) * requests // LOOKED_AT
             watch = Watch(every=every) if trace.watch == EVERYTHING else trace.watch
@@ -1179,6 +1207,19 @@ def check_inside(driver: Driver, trace: Trace) -> None:
     why = why_outside(driver.capabilities, trace)
     if why is not None:
         raise SessionError(f"The trace is not for this engine: {why}.")
+
+
+def is_too_long(trace: Trace, profiles: Collection[str]) -> bool:
+    """Return whether contents would be compared of more tokens than fit (SPEC.md, section 5).
+
+    Parameters
+    ----------
+    trace
+        The trace.
+    profiles
+        Profiles to check.
+    """
+    return "cache" in profiles and too_much(trace.config, trace.events, contents=True) is not None
 
 
 def _lines_of(trace: Trace) -> list[str]:

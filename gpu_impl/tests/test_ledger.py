@@ -132,6 +132,24 @@ def test_decoding_goes_on_as_the_prompt_was_dealt(text: str) -> None:
             assert book.local_lens([0])[0].tolist() == [shard.tokens for shard in shards]
 
 
+@pytest.mark.holds("LEN-1", "POS-1", "OWN-3")
+@pytest.mark.parametrize(
+    "text", ["pr17866/1:C=3,T=256", "vllm_dcp/1:C=3,T=256,I=1", "balanced/1:C=3,T=256"]
+)
+def test_counters_hold_up_to_the_longest_request(text: str) -> None:
+    """The last tokens before 2^31 - 1 are dealt as a prompt of that length, by counters alone."""
+    longest = 2**31 - 1
+    book = started(text, longest - 601, pages=[2**31] * 3, max_len=longest)
+    for _ in range(300):
+        decode(book, 0)
+    step = book.plan_step([0], [301])
+    book.advance(step)
+    assert step.positions.tolist() == list(range(longest - 301, longest))
+    shards = deal_prompt(book.layout, longest, 0)
+    assert book.local_lens([0])[0].tolist() == [shard.tokens for shard in shards]
+    assert reason(book, "plan_step", [0], [1]) == Reason.TOO_LONG
+
+
 @st.composite
 def layouts(draw: st.DrawFn) -> Layout:
     """Named layouts and lazy custom ones, of small sizes."""

@@ -1,6 +1,7 @@
 """The reference: what every rank must hold after every event, written to be read.
 
-- `dealing`: which rank gets which token, by dealing lists of tokens;
+- `tokens`: lists of a request's tokens, a prompt of millions as ranges;
+- `dealing`: which rank gets which token, by dealing pieces of the prompt;
 - `state`: what all ranks of one sharded cache hold;
 - `refusals`: when an event is refused, and why;
 - `model`: the state, changed by one event at a time;

@@ -1,14 +1,17 @@
-"""Which rank gets which token, by dealing lists of tokens (SPEC.md section 3).
+"""Which rank gets which token, by dealing pieces of the prompt (SPEC.md section 3).
 
 Ranks here are the rule's; `rotated` layouts turn the result by the request's shift.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+from helix_reference.tokens import Positions
 from helix_spec.layouts import Layout
 
 
-def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[list[int]]:
+def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[Positions]:
     """Return the prompt's positions on each cp_rank, in local order (SPEC.md section 3.1).
 
     Parameters
@@ -23,7 +26,7 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[list[int]]:
 
     Returns
     -------
-    list of list of int
+    list of Positions
         For each of the C cp_ranks, rising global positions from 0 to prompt_len - 1. Each position
         is on one rank.
 
@@ -37,7 +40,7 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[list[int]]:
     >>> deal_prompt(parse_layout("balanced/1:C=2,T=2"), prompt_len=7, shift=1)
     [[2, 3, 6], [0, 1, 4, 5]]
     """
-    positions = list(range(prompt_len))
+    positions = range(prompt_len)
     if layout.prompt == "contiguous":
         hands = _consecutive(_chunks(positions, layout.tokens_per_block), layout.cp_size)
     elif layout.prompt == "round_robin":
@@ -45,7 +48,7 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[list[int]]:
     else:
         assert layout.prompt_interleave is not None
         hands = _in_turn(_chunks(positions, layout.prompt_interleave), layout.cp_size)
-    return [hands[(rank - shift) % layout.cp_size] for rank in range(layout.cp_size)]
+    return [Positions(hands[(rank - shift) % layout.cp_size]) for rank in range(layout.cp_size)]
 
 
 def decode_owner(layout: Layout, prompt_len: int, step: int, shift: int) -> int:
@@ -89,26 +92,22 @@ def decode_owner(layout: Layout, prompt_len: int, step: int, shift: int) -> int:
     return (rank + shift) % c
 
 
-def _chunks(positions: list[int], size: int) -> list[list[int]]:
+def _chunks(positions: range, size: int) -> list[range]:
     """The positions cut into pieces of `size`; the last may be shorter."""
     return [positions[first : first + size] for first in range(0, len(positions), size)]
 
 
-def _consecutive(blocks: list[list[int]], ranks: int) -> list[list[int]]:
+def _consecutive(blocks: Sequence[range], ranks: int) -> list[Iterable[range]]:
     """Neighbouring blocks stay together; the first ranks take one more where it does not divide."""
     share, larger = divmod(len(blocks), ranks)
-    hands, first = [], 0
+    hands, first = list[Iterable[range]](), 0
     for rank in range(ranks):
         count = share + (1 if rank < larger else 0)
-        hands.append(_joined(blocks[first : first + count]))
+        hands.append(blocks[first : first + count])
         first += count
     return hands
 
 
-def _in_turn(chunks: list[list[int]], ranks: int) -> list[list[int]]:
+def _in_turn(chunks: Sequence[range], ranks: int) -> list[Iterable[range]]:
     """One chunk for each rank in turn."""
-    return [_joined(chunks[rank::ranks]) for rank in range(ranks)]
-
-
-def _joined(chunks: list[list[int]]) -> list[int]:
-    return [position for chunk in chunks for position in chunk]
+    return [chunks[rank::ranks] for rank in range(ranks)]

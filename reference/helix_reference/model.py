@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from helix_reference.dealing import deal_prompt
 from helix_reference.refusals import refusal
-from helix_reference.state import Identity, Request, State, Step
+from helix_reference.state import Request, State, Step
+from helix_reference.tokens import Identity, Positions, Tokens
 from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
@@ -108,7 +109,7 @@ class Model(State):
         if self.layout.start == "rotated":
             shift = self.admissions % self.layout.cp_size
         self.admissions += 1
-        tokens = [(self.events_seen, place) for place in range(prompt_len)]
+        tokens = Tokens(self.events_seen, prompt_len)
         self.requests[id] = request = Request(prompt_len, shift, tokens, [], [], [])
         self._place_prompt(request)
 
@@ -154,10 +155,9 @@ class Model(State):
     def _accept(self, request: Request, kept: int) -> None:
         total = len(request.tokens) - request.open_group + kept
         request.open_group = 0
-        del request.tokens[total:]
+        request.tokens.rewind(total)
         for positions in request.ranks:
-            while positions and positions[-1] >= total:
-                positions.pop()
+            positions.rewind(total)
         if self.freedoms.rewind_pages == "kept":
             return
         for rank, wanted in enumerate(self.pages_of(request.ranks)):
@@ -176,8 +176,8 @@ class Model(State):
         self.requests[child] = Request(
             parent.prompt_len,
             parent.shift,
-            list(parent.tokens),
-            [list(positions) for positions in parent.ranks],
+            parent.tokens.copy(),
+            [positions.copy() for positions in parent.ranks],
             shared,
             list(parent.written),
         )
@@ -186,7 +186,7 @@ class Model(State):
         self._give_pages_back(request)
         request.preempted = True
         request.open_group = request.outstanding = 0
-        request.ranks = [[] for _ in self.pools]
+        request.ranks = [Positions() for _ in self.pools]
         request.tables = [[] for _ in self.pools]
 
     def _resume(self, request: Request) -> None:

@@ -2,19 +2,18 @@
 
 A request's tokens lie in lists: `tokens[p]` is the identity of the token at global position p,
 `ranks[r]` the positions whose KV is on cp_rank r, in local order, and `tables[r]` the pages that
-hold them.
+hold them. Module `tokens` has the first two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from helix_reference.dealing import decode_owner
+from helix_reference.tokens import Positions, Tokens
 from helix_spec.config import Config
-
-Identity = tuple[int, int]
-"""What a token is: the index in the trace of the event that created it, its place in that event."""
 
 
 @dataclass(eq=False, slots=True)
@@ -98,8 +97,8 @@ class Request:
 
     prompt_len: int
     shift: int
-    tokens: list[Identity]
-    ranks: list[list[int]]
+    tokens: Tokens
+    ranks: list[Positions]
     tables: list[list[Page]]
     written: list[int]
     """Slots of its present pages that were ever written; those from there on never were."""
@@ -164,7 +163,7 @@ class State:
             for step in range(steps, steps + query_len)
         ]
 
-    def pages_of(self, ranks: list[list[int]]) -> list[int]:
+    def pages_of(self, ranks: Sequence[Sequence[int]]) -> list[int]:
         """Return how many pages each rank holds for these positions (PAGE-1, SPEC.md section 3.4).
 
         Parameters

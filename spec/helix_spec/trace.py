@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib.resources import files
 from inspect import cleandoc
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -33,7 +33,7 @@ MAX_NUMBERS: Final = 2**28
 MAX_REQUESTS: Final = 2**12
 """The most that a file may ask for: ranks; pages in all pools; tokens of all requests at one time;
 numbers of Q, K and V in a page; requests at one time. The reference keeps a list of all pages, and
-of all tokens, and what is shown or looked at of all requests grows with them."""
+of all tokens, a piece of a prompt as one, and what is shown or looked at grows with them."""
 
 
 class TraceError(ValueError):
@@ -210,11 +210,23 @@ def _unplayable(config: Config, events: Sequence[Event]) -> tuple[str, str] | No
     return None
 
 
-def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
+def too_much(
+    config: Config, events: Sequence[Event], *, contents: bool = False
+) -> tuple[str, str] | None:
     """Return what a trace asks for beyond the limits above.
 
     Tokens are counted as if no event were refused and no group cut short; a request counts at
-    most `max_len` of them. So no request has more tokens than are counted here.
+    most `max_len` of them. So no request has more tokens than are counted here. Tokens of a prompt
+    that its split deals out together count as one.
+
+    Parameters
+    ----------
+    config
+        The configuration.
+    events
+        The events that follow.
+    contents
+        Whether cached rows or outputs are looked at: then every token counts.
 
     Returns
     -------
@@ -238,33 +250,48 @@ def too_much(config: Config, events: Sequence[Event]) -> tuple[str, str] | None:
     ):
         if asked > most:
             return field, f"It asks for {asked} {unit}; a file may ask for {most}."
-    tokens, total = dict[int, int](), 0
+    layout = config.layout
+    piece = 1 if contents else layout.prompt_interleave or layout.tokens_per_block
+    requests, total = dict[int, _Length](), 0
     for index, event in enumerate(events):
-        for id, most in _tokens_after(event, tokens):
-            before = tokens.get(id, 0)
-            tokens[id] = max(before, min(most, config.max_len))
-            total += tokens[id] - before
-        if isinstance(event, Release):
-            total -= tokens.pop(event.id, 0)
-        if len(tokens) > MAX_REQUESTS:
-            what = f"There may be {len(tokens)} requests by now; a file may ask for {MAX_REQUESTS}."
-            return f"$.events[{index}]", what
+        for id, (tokens, counted) in _lengths_after(event, requests, config.max_len, piece):
+            had = requests.get(id, _Length(0, 0))
+            requests[id] = _Length(max(had.tokens, tokens), max(had.counted, counted))
+            total += requests[id].counted - had.counted
+        if isinstance(event, Release) and event.id in requests:
+            total -= requests.pop(event.id).counted
+        if len(requests) > MAX_REQUESTS:
+            what = f"There may be {len(requests)} requests by now; a file may ask for "
+            return f"$.events[{index}]", f"{what}{MAX_REQUESTS}."
         if total > MAX_TOKENS:
-            what = f"Requests may have {total} tokens by now; a file may ask for {MAX_TOKENS}."
-            return f"$.events[{index}]", what
+            as_one = f", {piece} of a prompt counted as one" if piece > 1 else ""
+            what = f"Requests may have {total} tokens by now{as_one}; a file may ask for "
+            return f"$.events[{index}]", f"{what}{MAX_TOKENS}."
     return None
 
 
-def _tokens_after(event: Event, tokens: dict[int, int]) -> list[tuple[int, int]]:
-    """The most tokens that requests have after an event; only those to which it may add some."""
+class _Length(NamedTuple):
+    """The most tokens that a request may have, and what they count for."""
+
+    tokens: int
+    counted: int
+
+
+def _lengths_after(
+    event: Event, requests: dict[int, _Length], max_len: int, piece: int
+) -> list[tuple[int, _Length]]:
+    """The lengths of requests after an event; only of those to which it may add tokens."""
     match event:
         case Admit(id, prompt_len):
-            return [(id, prompt_len)]
+            tokens = min(prompt_len, max_len)
+            return [(id, _Length(tokens, -(-tokens // piece)))]
         case Decode(ids, query_lens) | Skip(ids, query_lens):
-            pairs = zip(ids, query_lens, strict=False)
-            return [(id, tokens[id] + more) for id, more in pairs if id in tokens]
+            pairs = [(id, n) for id, n in zip(ids, query_lens, strict=False) if id in requests]
+            room = {id: max_len - requests[id].tokens for id, _ in pairs}
+            added = [(id, requests[id], min(query_len, room[id])) for id, query_len in pairs]
+            return [(id, _Length(had.tokens + n, had.counted + n)) for id, had, n in added]
         case Fork(parent, child):
-            return [(child, tokens.get(parent, 0))]
+            return [(child, requests.get(parent, _Length(0, 0)))]
         case _:
             return []
 

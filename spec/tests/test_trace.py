@@ -30,6 +30,7 @@ from helix_spec.trace import (
     line_of,
     load_trace,
     published_schema,
+    too_much,
     trace_schema,
 )
 
@@ -232,11 +233,12 @@ def test_a_bad_value_before_broken_text_is_still_a_trace_error(
         ({"tp_size": 4096}, [], "$.config", "8192 ranks"),
         ({"layers": 2**31 - 1}, [], "$.config.model", "numbers in a page; .* 268435456"),
         ({"layout": "pr9757/1:C=2,T=999999999"}, [], "$.config.model", "numbers in a page"),
-        ({}, [Admit(0, 2**31 - 1)], "$.events[0]", "2147483647 tokens by now"),
+        ({}, [Admit(0, 2**31 - 1)], "$.events[0]", "536870912 tokens by now, 4 of a prompt"),
+        ({"layout": "vllm_dcp/1:C=2,T=4,I=1"}, [Admit(0, 2**24)], "$.events[0]", "16777216 tokens"),
         ({}, [Admit(0, 1), Decode([0], [2**24])], "$.events[1]", "16777217 tokens"),
         ({}, [Admit(0, 1), Skip([0], [2**24])], "$.events[1]", "16777217 tokens"),
-        ({}, [Admit(0, 1), Admit(0, 2**24)], "$.events[1]", "16777216 tokens"),
-        ({}, [Admit(0, 2**22), Fork(0, 1), Fork(1, 2)], "$.events[2]", "12582912 tokens"),
+        ({}, [Admit(0, 1), Admit(0, 2**26)], "$.events[1]", "16777216 tokens"),
+        ({}, [Admit(0, 2**24), Fork(0, 1), Fork(1, 2)], "$.events[2]", "12582912 tokens"),
         ({}, [Admit(id, 1) for id in range(4097)], "$.events[4096]", "4097 requests by now"),
     ],
 )
@@ -251,6 +253,15 @@ def test_a_file_that_asks_for_too_much_is_refused(
     with pytest.raises(TraceError, match=complaint) as caught:
         load_trace(path)
     assert f"field {field}: " in str(caught.value)
+
+
+def test_a_long_prompt_counts_by_its_pieces_unless_contents_are_looked_at() -> None:
+    """Positions beyond 2^24 may be asked for; their rows may not."""
+    config = Config(layout="pr9757/1:C=2,T=256", pages=[2**16] * 2, max_len=2**25)
+    events = [Admit(0, 2**24), Decode([0], [2]), Fork(0, 1)]
+    assert too_much(config, events) is None
+    asked = "Requests may have 16777216 tokens by now; a file may ask for 8388608."
+    assert too_much(config, events, contents=True) == ("$.events[0]", asked)
 
 
 def test_what_is_large_and_refused_for_its_counts_may_be_asked(tmp_path: Path) -> None:

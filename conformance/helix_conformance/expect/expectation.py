@@ -31,20 +31,25 @@ class Page(Protocol):
 class Request(Protocol):
     """A request as the recorder knows it: what `helix_reference.state.Request` has.
 
-    The lists are by cp_rank, except for `tokens`.
+    The lists are by cp_rank, except for `tokens`. A prompt in `tokens` and `ranks` may be longer
+    than a list can be: all of their entries are read for contents alone.
     """
 
     prompt_len: int
     shift: int
-    tokens: list[tuple[int, int]]
-    """Of each global position: index of the event that created the token, place in that event."""
-    ranks: list[list[int]]
-    """Global positions, in local order."""
     tables: list[list[Any]]
     written: list[int]
     preempted: bool
     open_group: int
     outstanding: int
+
+    @property
+    def tokens(self) -> Sequence[tuple[int, int]]:
+        """Of each global position: index of the event that created it, place in that event."""
+
+    @property
+    def ranks(self) -> Sequence[Sequence[int]]:
+        """Global positions, in local order."""
 
     @property
     def steps(self) -> int:

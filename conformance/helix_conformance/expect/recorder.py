@@ -167,14 +167,15 @@ class ModelState:
     def contents(self, id: int, rank: int) -> tuple[list[tuple[int, tuple[int, int]]], int]:
         """Return what rows of request `id` on cp_rank `rank` depend on; see `State.contents`."""
         request = self.requests[id]
-        held = [(position, request.tokens[position]) for position in request.ranks[rank]]
+        tokens = [*request.tokens]
+        held = [(position, tokens[position]) for position in request.ranks[rank]]
         return held, request.written[rank]
 
     def rows(self, id: int, rank: int, heads: range) -> Rows:
         """Return rows of request `id` on cp_rank `rank`, for KV heads `heads`; see `State.rows`."""
         request = self.requests[id]
-        positions, mine = request.ranks[rank], slice(heads.start, heads.stop)
-        kept = self._kept.of(id, request.tokens)
+        positions, mine = [*request.ranks[rank]], slice(heads.start, heads.stop)
+        kept = self._kept.of(id, [*request.tokens])
         return Rows(
             positions,
             kept.keys.lower[:, positions, mine],
@@ -185,22 +186,22 @@ class ModelState:
     def outputs(self) -> list[Output]:
         """Return the attention output of each new token of the last decode."""
         shape, steps = self._model.config.model, self._model.last_steps
-        requests = [self.requests[step.id] for step in steps]
-        self._kept.work_out({step.id: r.tokens for step, r in zip(steps, requests, strict=True)})
+        tokens_of = {step.id: [*self.requests[step.id].tokens] for step in steps}
+        self._kept.work_out(tokens_of)
         fresh = [
-            (*request.tokens[position], position)
-            for step, request in zip(steps, requests, strict=True)
+            (*tokens_of[step.id][position], position)
+            for step in steps
             for position in range(step.first, step.first + len(step.owners))
         ]
         queries = rotated_queries(
             shape, self._model.config.seed, token_columns(fresh), range(shape.q_heads)
         )
         found = list[Output]()
-        for step, request in zip(steps, requests, strict=True):
-            kept = self._kept.of(step.id, request.tokens)
-            holders = np.empty(len(request.tokens), dtype=np.int64)
-            for rank, positions in enumerate(request.ranks):
-                holders[positions] = rank
+        for step in steps:
+            kept = self._kept.of(step.id, tokens_of[step.id])
+            holders = np.empty(len(kept.tokens), dtype=np.int64)
+            for rank, positions in enumerate(self.requests[step.id].ranks):
+                holders[[*positions]] = rank
             for position in range(step.first, step.first + len(step.owners)):
                 query = queries.between(len(found), len(found) + 1)
                 output = token_attention(shape, query, kept, holders[: position + 1])

@@ -13,6 +13,13 @@ import msgspec
 from helix_conformance.generate.narrowing import within
 from helix_spec.capabilities import Box
 
+FAR_POSITIONS: Final = (2**17, 2**20, 2**24)
+"""A float32 holds every number up to the last; one trace a run has tokens there (`far_trace`)."""
+FAR_LEN: Final = 2**24 + 2**11
+"""A max_len that leaves room behind them."""
+FAR_CHUNKS: Final = (64, 128, 256)
+"""Tokens that a rank is dealt at a time there, in pages of the last size: so that the pieces of a
+prompt are few."""
 SIZES: Final[dict[str, tuple[Any, ...]]] = {
     "cp_size": (1, 2, 3, 4, 5, 6, 7, 8, 16),
     "tp_size": (1, 2, 4),
@@ -21,7 +28,8 @@ SIZES: Final[dict[str, tuple[Any, ...]]] = {
     "latent": ((32, 16), (64, 16), (64, 0), (512, 64), (512, 0)),
     "q_heads_per_kv_head": (1, 2, 3, 4, 8, 16, 128),
     "layers": (1, 2, 3, 5, 7),
-    "max_len": (9, 24, 200, 600, 2000, 70_000),
+    "max_len": (9, 24, 200, 600, 2000, 70_000, FAR_LEN),
+    "position": FAR_POSITIONS,
     "live_requests": (1, 2, 64, 65, 128, 130, 256, 260),
     "batch": (1, 2, 64, 65, 128, 130, 256, 260),
     "query_len": (1, 2, 3, 4, 5, 6, 7, 8),

@@ -11,9 +11,15 @@ from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.actions import SHORT, Action, Admit, Scope, draw_action
 from helix_conformance.generate.actions import Decode as Step
 from helix_conformance.generate.choices import Choices
-from helix_conformance.generate.configs import FAR_MAX_LEN, WIDE, draw_illegal_config
-from helix_conformance.generate.narrowing import fitted, limits_events, nearest, within
-from helix_conformance.generate.sizes import CROWDS
+from helix_conformance.generate.configs import FAR_MAX_LEN, WIDE, draw_illegal_config, draw_layout
+from helix_conformance.generate.narrowing import (
+    NothingInsideError,
+    fitted,
+    limits_events,
+    nearest,
+    within,
+)
+from helix_conformance.generate.sizes import CROWDS, FAR_CHUNKS, FAR_LEN, FAR_POSITIONS, both
 from helix_spec import events as ev
 from helix_spec.capabilities import UNLIMITED, Box, allows, boxes_around, event_outside, outside
 from helix_spec.config import Config, ModelShape, config_problem
@@ -47,6 +53,9 @@ CROWDED: Final = 40
 """One trace in so many begins with a crowd of requests, all decoded at once."""
 TWICE: Final = 24
 """One trace in so many is played twice in a row, for the same bits."""
+MAX_FAR_CP: Final = 8
+MORE_PAGES: Final = 64
+"""Pages of a rank at far positions, beyond those of the prompts."""
 LEVELS: Final = (0, 0, None, 3, -3, 20, 90, -90, 1000, -(10**4), 2**17, -(2**17))
 """Levels of supplied partials: alike, without keys, one outweighing the rest, far apart."""
 
@@ -217,6 +226,73 @@ def deep_trace(choices: Choices, config: Config, box: Box) -> Trace | None:
     events: list[Event] = [ev.Admit(0, prompt_len), *(sampled if deep.overlap else steps)]
     trace = Trace(config=deep, events=events, watch=Watch(every=len(events)))
     return trace if why_outside([box], trace) is None else None
+
+
+def far_trace(
+    choices: Choices,
+    name: str,
+    cp_sizes: Sequence[int],
+    features: Collection[str],
+    box: Box,
+) -> Trace | None:
+    """Return a trace at positions beyond 2^17 and 2^24; None where it is not for this engine.
+
+    It is for placement, lengths and pages: contents would take minutes. Requests begin a few tokens
+    before such a position, the last one behind the largest, and go on until their owner changes.
+
+    Parameters
+    ----------
+    choices : Choices
+        What makes the choices.
+    name : str
+        The layout's name.
+    cp_sizes : sequence of int
+        Numbers of ranks that share a sequence.
+    features : collection of str
+        Features that are played.
+    box : Box
+        Where the engine works.
+
+    Examples
+    --------
+    >>> from helix_conformance.generate.choices import Seeded
+    >>> trace = far_trace(Seeded("0"), "pr17866", [2], [], UNLIMITED)
+    >>> trace.config.max_len, trace.events[2], len(trace.events)
+    (16779264, Admit(id=2, prompt_len=16777216), 329)
+    """
+    t = max(FAR_CHUNKS)
+    chunks = [*FAR_CHUNKS] if name in ("vllm_dcp", "custom") else None
+    inside = both(box, Box(tokens_per_block=[t], interleave=chunks))
+    if inside is None:
+        return None
+    few = [c for c in cp_sizes if c <= MAX_FAR_CP] or cp_sizes
+    try:
+        layout = draw_layout(choices, names=[name], cp_sizes=few, box=inside)
+    except NothingInsideError:
+        return None
+    c = layout.cp_size
+    lengths = [position - choices.integer(0, 3) for position in FAR_POSITIONS]
+    lengths.append(max(FAR_POSITIONS) + 1 + 2 * choices.integer(0, 3))
+    config = Config(
+        layout=layout,
+        pages=[sum(lengths) // (c * t) + MORE_PAGES] * c,
+        max_len=FAR_LEN,
+        model=ModelShape(q_heads=c, kv_heads=1, head_dim=2, dtype="float16"),
+    )
+    ids, far, fresh = [*range(len(lengths))], len(lengths) - 1, len(lengths)
+    step, turn = Decode(ids, [1] * len(ids)), t + t // 4
+    events: list[Event] = [ev.Admit(id, length) for id, length in enumerate(lengths)]
+    events += [step] * 5
+    if "speculative" in features and allows(box.query_len, turn):
+        events += [Decode(ids, [turn] * len(ids)), ev.Accept(far, t + 1), step]
+    else:
+        events += [step] * turn
+    if "preempt" in features:
+        events += [Preempt(far), Resume(far), step]
+    if "fork" in features:
+        events += [Fork(far, fresh), Decode([fresh, far], [1, 1]), Release(far)]
+    trace = Trace(config=config, events=events, watch=Watch(every=50, touched=False))
+    return None if outside(box, config) or why_outside([box], trace) else trace
 
 
 def chunked(event: Event, choices: Choices, box: Box) -> Event:

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from helix_conformance.expect.expectation import Expectation, Page, Request, State
-from helix_conformance.generate.sizes import SIZES
+from helix_conformance.generate.sizes import FAR_POSITIONS, SIZES
 from helix_spec import events as ev
 from helix_spec.capabilities import EVERYWHERE, Box, Numbers, Span, values_of
 from helix_spec.config import Config
@@ -70,6 +70,8 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
 }
 SITUATIONS: Final = {name: (STEPS, *needs) for name, needs in _NEEDS.items()}
 """What is looked for, with all that it takes to happen."""
+
+_FAR: Final = frozenset(FAR_POSITIONS)
 
 ALL_NEEDS: Final = frozenset(need for needs in SITUATIONS.values() for need in needs)
 
@@ -182,6 +184,9 @@ class Coverage:
         if isinstance(event, Decode):
             self.sizes["batch"][len(event.ids) + event.pad] += 1
             self.sizes["query_len"].update(event.query_lens)
+            assert expected.decoded is not None
+            positions = _FAR.intersection(expected.decoded.position_ids)
+            self.sizes["position"].update(positions)
         elif isinstance(event, ev.Admit | ev.Fork):
             assert expected.state is not None
             self.sizes["live_requests"][len(expected.state.live)] += 1
@@ -327,7 +332,7 @@ class _Trace:
                 self._grouped(owners, past_len, request.shift, found)
                 self.grown[id] = [len(table) for table in request.tables]
             if self.cp > 1:
-                if [] in request.ranks:
+                if not all(request.ranks):
                     found.add("empty rank")
                 turn_begins = (owners[0] - request.shift) % self.cp == 0
                 if turn_begins and self._last_was_last(first, past_len, request):

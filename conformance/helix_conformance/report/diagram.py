@@ -30,6 +30,8 @@ MAX_STOPS: Final = 500
 """Of a longer trace every so many events are drawn, and all around the one that fails."""
 MAX_REQUESTS: Final = 24
 """Of more requests those that the failing event names are drawn, then the first."""
+MAX_PAGES: Final = 2000
+"""A request with more pages on all ranks is not drawn."""
 MAX_CELLS: Final = 16
 """Pages of at most so many tokens are drawn token by token, larger ones as runs."""
 COLOURS: Final = 8
@@ -136,12 +138,13 @@ def diagram(
     -------
     Diagram
         At most `MAX_STOPS` stops and `MAX_REQUESTS` panels, the failing event and its requests
-        among them.
+        among them but for those of more than `MAX_PAGES` pages.
     """
     chosen = _chosen(len(trace.events), at)
     recorder, layout = Recorder(trace.config, declared), trace.config.layout
     seen = _seen(trace, declared)
-    drawn = _drawn(seen, wrong, None if at is None else trace.events[at])
+    small = [id for id, pages in seen.items() if pages <= MAX_PAGES]
+    drawn = _drawn(small, wrong, None if at is None else trace.events[at])
     state, t = recorder.state, layout.tokens_per_block
     stops, frames = [Stop(None, "before the first event")], [_states(state, None, t, drawn)]
     free = [state.free_pages]
@@ -165,14 +168,16 @@ def diagram(
     )
 
 
-def _seen(trace: Trace, declared: Collection[str]) -> list[int]:
-    """Return the requests that live at some time, in the order in which they come."""
-    recorder = Recorder(trace.config, declared)
-    seen: dict[int, None] = {}
+def _seen(trace: Trace, declared: Collection[str]) -> dict[int, int]:
+    """Return the requests that live at some time, as they come, and the most pages of each."""
+    recorder, seen = Recorder(trace.config, declared), dict[int, int]()
     for event in trace.events:
         recorder.next(event)
-        seen |= dict.fromkeys(id for id in ids_of(event) if id in recorder.state.requests)
-    return list(seen)
+        for id in ids_of(event):
+            if id in recorder.state.requests:
+                pages = sum(map(len, recorder.state.tables(id)))
+                seen[id] = max(seen.get(id, 0), pages)
+    return seen
 
 
 def _chosen(events: int, at: int | None) -> set[int]:
@@ -240,8 +245,9 @@ def _states(
     """Return what there is of each drawn request; tokens made by the event `decode` are fresh."""
     holders, found = defaultdict[int, list[int]](list), dict[int, _State]()
     for id, request in state.requests.items():
-        for page in chain.from_iterable(request.tables):
-            holders[_identity(page)].append(id)
+        if sum(map(len, request.tables)) <= MAX_PAGES:
+            for page in chain.from_iterable(request.tables):
+                holders[_identity(page)].append(id)
     for id, request in state.requests.items():
         if id not in drawn:
             continue

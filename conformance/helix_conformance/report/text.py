@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from msgspec import NODEFAULT
@@ -30,6 +30,9 @@ from helix_spec.engine import CUMULATIVE
 from helix_spec.events import Event, Merge
 from helix_spec.invariants import sentence
 from helix_spec.trace import EVERYTHING, Trace
+
+SHOWN_PAGES: Final = 32
+"""Of a longer block table so many pages are printed at its beginning, and at its end."""
 
 # A run
 
@@ -468,10 +471,14 @@ def _placement_text(id: int, request: Request, tokens_per_block: int) -> Iterato
     )
     t = tokens_per_block
     for rank, (positions, table) in enumerate(zip(request.ranks, request.tables, strict=True)):
+        left_out = range(SHOWN_PAGES, len(table) - SHOWN_PAGES)
         pages = [
             f"{_ranges(positions[i * t : (i + 1) * t])} (page {page.number})"
             for i, page in enumerate(table)
+            if i not in left_out
         ]
+        if left_out:
+            pages.insert(SHOWN_PAGES, f"... {len(left_out)} pages ...")
         yield f"  rank {rank}, {len(positions)} tokens: " + (" | ".join(pages) or "-")
 
 

@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rope_table
-from helix_gpu.bookkeeping.ledger import Admission, Ledger, Rewind
+from helix_gpu.bookkeeping.dealing import first_turn
+from helix_gpu.bookkeeping.ledger import Admission, Ledger, Rewind, Step
+from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused
 from helix_gpu.bookkeeping.sharing import SharedPrefix
 from helix_gpu.cache import HelixCache
 from helix_mutants.on_cache import attending
 from helix_mutants.on_corners import corner
-from helix_mutants.parts import OverCache, OverLedger, rebound
+from helix_mutants.parts import POSITION_RULE, OverCache, OverLedger, mutant, rebound
 from helix_spec.engine import Outcome
 from helix_spec.events import Decode, Event, Merge, Reason, Skip
 
@@ -138,6 +141,50 @@ class MergesSilently(OverLedger):
     def apply(self, event: Event) -> Outcome:
         """Do nothing, and say that it was done."""
         return Outcome() if isinstance(event, Merge) else super().apply(event)
+
+
+# Positions beyond 2^24, of which a float32 holds the even ones
+
+
+@mutant("own: positions in a tensor of floats", "POS-1", far=True)
+class PositionsInFloat32(OverLedger):
+    """Position ids are made in float32, as the angles that they are for."""
+
+    class Book(RankBook):
+        def advance(self, step: Step) -> RankStep:
+            right = super().advance(step)
+            rounded = right.position_ids.astype(np.float32).astype(np.int64)
+            return right._replace(position_ids=rounded)
+
+    book_class = Book
+
+
+@mutant("own: a length that grows by floats", "POS-1", far=True)
+class LengthInFloat32(OverLedger):
+    """A request's total is a float32: from 2^24 on, one more token changes nothing."""
+
+    class Wrong(Ledger):
+        def advance(self, step: Step) -> None:
+            before = self._rows["total"][step.rows].astype(np.float32)
+            super().advance(step)
+            self._rows["total"][step.rows] = before + step.query_lens.astype(np.float32)
+
+    ledger_class = Wrong
+
+
+@mutant("own: a quotient of floats, rounded down", "OWN-3", far=True, layouts=POSITION_RULE)
+class TurnInFloat32(OverLedger):
+    """Whose turn it is after a prompt is worked out from its length as a float32."""
+
+    class Wrong(Ledger):
+        admit = rebound(
+            Ledger.admit,
+            first_turn=lambda layout, prompt_len, shift: first_turn(
+                layout, int(np.float32(prompt_len)), shift
+            ),
+        )
+
+    ledger_class = Wrong
 
 
 # Shapes and settings of models

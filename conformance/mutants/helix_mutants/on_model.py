@@ -10,7 +10,8 @@ import msgspec
 from helix_mutants.parts import LOCKSTEP, NAMED_LAZY, OverModel, Stored, mutant
 from helix_reference.dealing import deal_prompt
 from helix_reference.model import Model
-from helix_reference.state import Identity, Page, Request
+from helix_reference.state import Page, Request
+from helix_reference.tokens import Identity, Positions, Tokens
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Decode, Event, Reason, Sampled, Skip
@@ -269,7 +270,7 @@ class PagesFromGlobalLength(OverModel):
     """A prompt's pages are counted from its global length, before it is localised."""
 
     class Wrong(Model):
-        def pages_of(self, ranks: list[list[int]]) -> list[int]:
+        def pages_of(self, ranks: Sequence[Sequence[int]]) -> list[int]:
             total = sum(len(positions) for positions in ranks)
             return [ceil_div(total, self.layout.tokens_per_block)] * len(ranks)
 
@@ -439,9 +440,11 @@ class PadStrippedOnLastRank(Stored):
             super()._place_prompt(request)
             t, c = self.layout.tokens_per_block, self.layout.cp_size
             blocks = ceil_div(request.prompt_len, t)
-            last = request.ranks[(c - 1 + request.shift) % c]
+            rank = (c - 1 + request.shift) % c
+            last = request.ranks[rank]
             if blocks % c:  # rank C-1 does not have the last block
-                del last[len(last) - min(len(last), blocks * t - request.prompt_len) :]
+                kept = max(0, len(last) - (blocks * t - request.prompt_len))
+                request.ranks[rank] = Positions(decoded=last[:kept])
 
     model_class = Wrong
 
@@ -450,7 +453,7 @@ class PadStrippedOnLastRank(Stored):
 class TransferSplitDiffers(Stored):
     """Lengths come from a round-robin split, contents from a contiguous one."""
 
-    def prompt_positions(self, request: Request) -> list[int]:
+    def prompt_positions(self, request: Request) -> Sequence[int]:
         """Dealt as neighbours."""
         layout = self.model.layout
         contiguous = Layout(
@@ -470,6 +473,7 @@ class ReusedIdKeepsOldRows(Stored):
 
     def _write_prompt(self, id: int, request: Request) -> None:
         event = self.first.setdefault(id, request.tokens[0][0])
-        tokens, request.tokens = request.tokens, [(event, place) for _, place in request.tokens]
+        tokens = request.tokens
+        request.tokens = Tokens(0, 0, decoded=[(event, place) for _, place in tokens])
         super()._write_prompt(id, request)
         request.tokens = tokens

@@ -44,12 +44,15 @@ class Mutant:
     tp_sizes: tuple[int, ...] = (1,)
     corner: bool = False
     """Whether it needs several things to come together, and so many more traces."""
+    far: bool = False
+    """Whether it shows at far positions alone, of which a run has one trace."""
 
 
 MUTANTS: list[Mutant] = []
 
 NAMED_LAZY = ("before_9757", "pr9757", "pr13180", "balanced")
 STEP_RULE = ("pr9757", "pr13180")
+POSITION_RULE = ("pr17866", "vllm_dcp", "balanced")
 LOCKSTEP = ("pr17866", "vllm_dcp")
 TAKING_TURNS = ("pr9757", "pr13180", "pr17866", "vllm_dcp", "balanced")
 
@@ -63,6 +66,7 @@ def mutant(
     layouts: Sequence[str] = LAYOUT_NAMES,
     tp_sizes: Sequence[int] = (1,),
     corner: bool = False,
+    far: bool = False,
 ) -> Callable[[type], type]:
     """Register an engine class as a mutant, under its own name in small letters.
 
@@ -86,6 +90,7 @@ def mutant(
                 layouts=tuple(layouts),
                 tp_sizes=tuple(tp_sizes),
                 corner=corner,
+                far=far,
             )
         )
         return engine
@@ -245,7 +250,7 @@ class Stored(OverModel):
             view.local_len, view.block_tables, view.preempted, view.free_pages, **cached
         )
 
-    def prompt_positions(self, request: Request) -> list[int]:
+    def prompt_positions(self, request: Request) -> Sequence[int]:
         """The prompt positions whose KV is put on this rank, in local order."""
         return request.ranks[self.cp_rank]
 

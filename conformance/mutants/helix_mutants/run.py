@@ -22,9 +22,9 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import PoolDriver
 from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
-from helix_conformance.generate.choices import Choices
+from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config
-from helix_conformance.generate.traces import draw_trace
+from helix_conformance.generate.traces import draw_trace, far_trace
 from helix_conformance.judge.coverage import Needed, Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
@@ -32,6 +32,7 @@ from helix_conformance.report.stream import MutantKill, MutationRun, append_line
 from helix_conformance.session import random_traces
 from helix_conformance.version import __version__
 from helix_mutants.parts import MUTANTS, Mutant, Stored
+from helix_spec.capabilities import UNLIMITED
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE
 from helix_spec.invariants import NUMBERS
@@ -163,7 +164,15 @@ def _played(
             contents="cache" in profiles,
         )
 
-    return random_traces(driver, draw, profiles, examples=examples, seed=seed, tally=tally)
+    first = list[Trace]()
+    if mutant.far:
+        choices = Seeded(f"{seed} far")
+        name = choices.pick(mutant.layouts)
+        far = far_trace(choices, name, play.cp_sizes, features, UNLIMITED)
+        first = [] if far is None else [far]
+    return random_traces(
+        driver, draw, profiles, examples=examples, seed=seed, tally=tally, first=first
+    )
 
 
 def _is_named(mutant: Mutant, failure: Failure | None) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from helix_conformance.engines import load_engine
 from helix_conformance.report.stream import MutationRun
+from helix_conformance.session import Session
 from helix_mutants.parts import MUTANTS, rebound
 from helix_mutants.run import TIERS, mutants_of, mutation_run
 from helix_spec.engine import PROFILES
@@ -56,6 +57,19 @@ def test_every_mutant_is_on_record() -> None:
         assert mutant.expected and set(mutant.expected) <= set(NUMBERS)
         assert set(mutant.profiles) <= set(PROFILES)
         assert mutant.tier in TIERS["all"]
+
+
+def test_what_shows_at_far_positions_alone_is_named_by_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one trace that a run has there is enough; `make zoo` plays it to others of the kind."""
+    monkeypatch.setattr("helix_conformance.judge.play.REDUCTION_LIMIT_S", 1.0)
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == "length_in_float32")
+    session = Session(mutant.engine)
+    session.random(["balanced"], [], 1)
+    assert session.summary() == "fail"
+    named = {violation.invariant for line in session.failures for violation in line.violations}
+    assert not named.isdisjoint(mutant.expected)
 
 
 def test_a_name_that_a_function_does_not_use_cannot_be_rebound() -> None:
