@@ -69,12 +69,14 @@ class EngineMachine(RuleBasedStateMachine):
         """
         features = self.profiles.intersection(FEATURES)
         config = data.draw(configs(names=self.names, cp_sizes=(1, 2, 3, 4), features=features))
-        self.judge = Judge(config, self.profiles)
-        self.recorder = Recorder(config, self.engine.profiles)
+        driver = LocalDriver(self.engine)
+        self.freedoms = driver.freedoms
+        self.judge = Judge(config, self.profiles, self.freedoms)
+        self.recorder = Recorder(config, self.engine.profiles, self.freedoms)
         self.told = list[Event]()
         self.waiting = deque[Event]()
         events: Iterator[Event] = iter(self.waiting.popleft, None)
-        play = LocalDriver(self.engine).play(config, self.profiles, events, Watch())
+        play = driver.play(config, self.profiles, events, Watch())
         self.play: Iterator[Played] = iter(play)
         self._demand(None, self.judge.started(next(self.play)[1]))
 
@@ -119,7 +121,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _demand(self, event: int | None, violations: list[Violation]) -> None:
         if violations:
-            trace = Trace(config=self.judge.config, events=self.told)
+            trace = Trace(config=self.judge.config, events=self.told, freedoms=self.freedoms)
             failure = Failure(trace=trace, event=event, violations=violations)
             raise AssertionError(shown_lines(failure_text(failure)))
 

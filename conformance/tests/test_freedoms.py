@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
+import hypothesis
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.process import StdioDriver
 from helix_conformance.judge.coverage import Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import check_trace
 from helix_conformance.judge.xfail import Known
+from helix_conformance.report.diagram import diagram
+from helix_conformance.report.text import failure_text, trace_text
 from helix_conformance.session import layout_run
+from helix_conformance.testing import engine_machine
 from helix_mutants.parts import Stored
 from helix_reference.engine import ReferenceEngine
 from helix_reference.model import Model
@@ -23,7 +30,7 @@ from helix_spec.config import Config
 from helix_spec.engine import RankView
 from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Release
 from helix_spec.layouts import LAYOUT_NAMES
-from helix_spec.trace import Trace
+from helix_spec.trace import Trace, Watch, dump_trace, load_trace
 
 
 class Keeps(ReferenceEngine):
@@ -168,6 +175,58 @@ def test_a_traces_smallest_form_is_judged_by_the_same_freedoms() -> None:
     for engine, right in ((Keeps, True), (KeepsAndDoesNotSay, False)):
         driver = LocalDriver(engine)
         assert (check_trace(driver, trace, driver.profiles) is None) == right
+
+
+REWOUND = Trace(
+    config=Config(layout="pr9757/1:C=1,T=2", pages=[3], max_len=40),
+    events=[Admit(0, 2), Decode([0], [3]), Accept(0, 1), Admit(1, 1)],
+)
+"""Of three pages one is kept, or is there for request 1."""
+
+
+def test_a_failure_is_shown_by_the_freedoms_it_was_played_under(tmp_path: Path) -> None:
+    """Terminal, file and `show` tell the refusal and the pages of that engine, and say so."""
+
+    class Wrong(Keeps):
+        def observe(self, ids=None):
+            view = super().observe(ids)
+            return msgspec.structs.replace(view, free_pages=view.free_pages + 1)
+
+    trace = msgspec.structs.replace(REWOUND, watch=Watch(every=4, touched=False))
+    failure = check_trace(LocalDriver(Wrong), trace, Wrong.profiles)
+    assert failure is not None
+    path = tmp_path / "failing.json"
+    path.write_bytes(dump_trace(failure.trace))
+    assert load_trace(path) == failure.trace
+    shown = CliRunner().invoke(main, ["show", str(path)]).output.splitlines()
+    for lines in (list(trace_text(failure.trace)), shown, list(failure_text(failure))):
+        told = "\n".join(line.strip() for line in lines)
+        assert "on an engine with the freedoms rewind_pages kept" in told
+        assert "event 3: admit id=1 prompt_len=1 -> refused: out_of_pages" in told
+        assert told.count("(page ") == 3
+    strict = "\n".join(trace_text(REWOUND))
+    assert ("refused" in strict, "freedoms" in strict, strict.count("(page ")) == (False, False, 3)
+
+
+def test_a_diagram_has_the_pages_of_that_engine() -> None:
+    """A kept page is drawn after the rewind, and request 1 is not."""
+    kept = msgspec.structs.replace(REWOUND, freedoms=Freedoms(rewind_pages="kept"))
+    assert [panel.id for panel in diagram(kept).panels] == [0]
+    assert [panel.id for panel in diagram(REWOUND).panels] == [0, 1]
+
+
+def test_refusals_are_shown_by_the_profiles_that_the_engine_declares() -> None:
+    """Pools of an engine without `pages` have no end."""
+    config = msgspec.structs.replace(REWOUND.config, pages=[1])
+    trace = Trace(config=config, events=[Admit(0, 9)])
+    assert "refused: out_of_pages" in "".join(trace_text(trace))
+    assert "refused" not in "".join(trace_text(trace, ["placement"]))
+
+
+class TestMachineOfAnEngineThatKeepsPages(engine_machine(Keeps).TestCase):
+    """`helix_conformance.testing` goes by the freedoms that an engine declares."""
+
+    settings = hypothesis.settings(max_examples=25, stateful_step_count=20, deadline=None)
 
 
 def test_freedoms_travel() -> None:

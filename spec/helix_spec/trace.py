@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
+from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import (
     Config,
     config_problem,
@@ -85,7 +86,7 @@ class Earlier(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A reproducible run: what the engines are started with, and the events in order.
 
-    The last three fields say how they are played, where a failure may depend on it.
+    The last four fields say how they are played, where a failure or what it shows may depend on it.
     """
 
     format: Literal["helix-trace/2", "helix-trace/1"] = "helix-trace/2"
@@ -97,6 +98,8 @@ class Trace(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Traces that the same objects of the engine have played before, each started anew."""
     times: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
     """How often it is played in a row by the same objects: every time with the same bits."""
+    freedoms: Freedoms = STRICT
+    """Those of the engine on which it was played: they say which pages and refusals were right."""
 
 
 def dump_trace(trace: Trace) -> bytes:
@@ -110,7 +113,7 @@ def dump_trace(trace: Trace) -> bytes:
     """
     head = msgspec.to_builtins(trace, enc_hook=encode_layout)
     lists = {name: map(json.dumps, head.pop(name)) for name in ("before", "events")}
-    usual = {"watch": {}, "times": 1}
+    usual = {"watch": {}, "times": 1, "freedoms": msgspec.to_builtins(STRICT)}
     head = {name: value for name, value in head.items() if value != usual.get(name)}
     text = json.dumps(head, indent=2)[: -len("\n}")]
     for name, lines in lists.items():

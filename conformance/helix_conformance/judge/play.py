@@ -93,7 +93,7 @@ class Player:
             The first wrong event, or a configuration that was wrongly accepted; None when all is
             right, or wrong as known.
         """
-        allowed = self.known.runnable(trace, self.driver.profiles)
+        allowed = self.known.runnable(trace, self.driver.profiles, self.driver.freedoms)
         self.tally.cut += allowed != trace
         if allowed is None:
             return None
@@ -125,7 +125,8 @@ class Player:
     def _runnable_before(self, trace: Trace) -> list[Trace]:
         """What comes before a trace, as far as it may be run."""
         wholes = (Trace(config=one.config, events=one.events) for one in trace.before)
-        allowed = (self.known.runnable(whole, self.driver.profiles) for whole in wholes)
+        driver = self.driver
+        allowed = (self.known.runnable(one, driver.profiles, driver.freedoms) for one in wholes)
         return [one for one in allowed if one is not None]
 
     def _earlier(self, before: Sequence[Trace], trace: Trace) -> Failure | None:
@@ -240,7 +241,7 @@ class Player:
                 unknown = self.known.unknown(layout_name(config.layout), violations)
                 if unknown:
                     return Failure(
-                        trace=Trace(config=config, events=seen),
+                        trace=self._trace(config, seen),
                         event=None if event is None else len(seen) - 1,
                         violations=unknown,
                         answers=list(map(shown, answers)),
@@ -251,16 +252,20 @@ class Player:
             return None
         except EngineFailure as error:
             lived = drawn if error.event is None else drawn[: error.event + 1]
-            return engine_failure(Trace(config=config, events=lived), error)
+            return engine_failure(self._trace(config, lived), error)
         except MalformedAnswer as error:
             at = len(seen) - 1 if seen else None
             died = EngineFailure(error.rank, at, words(error))
-            return engine_failure(Trace(config=config, events=seen), died)
+            return engine_failure(self._trace(config, seen), died)
         finally:
             self.tally.traces += 1
             self.tally.events += len(seen)
             self.tally.layouts.add(str(config.layout))
             self.tally.seconds += time.perf_counter() - began
+
+    def _trace(self, config: Config, events: list[Event]) -> Trace:
+        """A trace that was played on this engine."""
+        return Trace(config=config, events=events, freedoms=self.driver.freedoms)
 
     def made_sure(self, failure: Failure) -> Failure:
         """Return a failure with its suspicions tried (see `causes`).
@@ -526,7 +531,8 @@ def check_vector(
     """
     profiles = profiles_of_vector(vector, driver.profiles if profiles is None else profiles)
     player = Player(driver, profiles, tally, known or Known())
-    stored, allowed = expectations(vector), player.known.runnable(vector.trace, driver.profiles)
+    stored = expectations(vector)
+    allowed = player.known.runnable(vector.trace, driver.profiles, driver.freedoms)
     if allowed is None:
         return None
     if vector.refused is not None:

@@ -91,7 +91,8 @@ class _Search:
 
     def plainer(self) -> None:
         """Played on new ranks, once, and looked at after every event; else after little before."""
-        plain = Trace(config=self.trace.config, events=self.trace.events)
+        whole = self.trace
+        plain = Trace(config=whole.config, events=whole.events, freedoms=whole.freedoms)
         # To look at all requests after each of many events would take what the search has left.
         short = len(self.trace.events) <= SHORT
         for names in (("before", "times"), ("before",), ("times",), *[("watch",)] * short):
@@ -368,7 +369,7 @@ def _free(trace: Trace) -> list[int]:
 
 def _played(trace: Trace) -> Recorder:
     """A recorder that has seen all events."""
-    recorder = Recorder(trace.config)
+    recorder = Recorder(trace.config, freedoms=trace.freedoms)
     for event in trace.events:
         recorder.next(event)
     return recorder

@@ -25,6 +25,7 @@ import msgspec
 
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.failure import Violation
+from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import config_problem
 from helix_spec.engine import CUMULATIVE, PROFILES
 from helix_spec.events import Event, Reason, features_of
@@ -255,7 +256,9 @@ class Known:
 
     # While it is played
 
-    def runnable(self, trace: Trace, declared: frozenset[str]) -> Trace | None:
+    def runnable(
+        self, trace: Trace, declared: frozenset[str], freedoms: Freedoms = STRICT
+    ) -> Trace | None:
         """Return the trace up to the first event that must not be run.
 
         Parameters
@@ -264,6 +267,8 @@ class Known:
             The trace to play.
         declared
             Profiles that the engine declares.
+        freedoms
+            Those that it takes.
 
         Returns
         -------
@@ -282,7 +287,7 @@ class Known:
             return None if Reason.BAD_CONFIG in reasons else trace
         if trace.config.overlap and "overlap" in profiles:
             return None
-        recorder = Recorder(trace.config, declared)
+        recorder = Recorder(trace.config, declared, freedoms)
         events: list[Event] = []
         for event in trace.events:
             if features_of(event) & profiles or recorder.next(event).refused in reasons:

@@ -141,7 +141,8 @@ def diagram(
         among them but for those of more than `MAX_PAGES` pages.
     """
     chosen = _chosen(len(trace.events), at)
-    recorder, layout = Recorder(trace.config, declared), trace.config.layout
+    recorder = Recorder(trace.config, declared, trace.freedoms)
+    layout = trace.config.layout
     seen = _seen(trace, declared)
     small = [id for id, pages in seen.items() if pages <= MAX_PAGES]
     drawn = _drawn(small, wrong, None if at is None else trace.events[at])
@@ -170,7 +171,8 @@ def diagram(
 
 def _seen(trace: Trace, declared: Collection[str]) -> dict[int, int]:
     """Return the requests that live at some time, as they come, and the most pages of each."""
-    recorder, seen = Recorder(trace.config, declared), dict[int, int]()
+    recorder = Recorder(trace.config, declared, trace.freedoms)
+    seen = dict[int, int]()
     for event in trace.events:
         recorder.next(event)
         for id in ids_of(event):
@@ -476,7 +478,7 @@ def scene(failure: FailureLine) -> Scene:
     if config_problem(trace.config) is not None:
         return Scene(failure)
     declared, layout = failure.declared or PROFILES, trace.config.layout
-    recorder, last = Recorder(trace.config, declared), None
+    recorder, last = Recorder(trace.config, declared, trace.freedoms), None
     for one in trace.events if event is None else trace.events[: event + 1]:
         last = recorder.next(one)
     expected = [outcome_of(last, rank, layout) for rank in range(layout.cp_size)]

@@ -6,7 +6,7 @@ Everything that is shown is in the stream first; the tables and texts are views 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +26,7 @@ from helix_conformance.judge.failure import Failure
 from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Summary, encoded
 from helix_spec.capabilities import STRICT, freedoms_in_words, in_words
 from helix_spec.config import Config, config_problem
-from helix_spec.engine import CUMULATIVE
+from helix_spec.engine import CUMULATIVE, PROFILES
 from helix_spec.events import Event, Merge
 from helix_spec.invariants import sentence
 from helix_spec.trace import EVERYTHING, Trace
@@ -291,7 +291,8 @@ def failure_text(failure: Failure) -> Iterator[str]:
     else:
         numbers = ", ".join(dict.fromkeys(v.invariant for v in failure.violations))
         yield f"{numbers} violated {where}."
-    yield from (f"  {line}" for line in trace_text(failure.trace))
+    declared = (failure.declared if isinstance(failure, FailureLine) else None) or PROFILES
+    yield from (f"  {line}" for line in trace_text(failure.trace, declared))
     yield from circumstances(failure.trace)
     shown: set[str] = set()
     for violation in failure.violations:
@@ -396,13 +397,16 @@ def value_text(value: Any) -> str:
 # A trace
 
 
-def trace_text(trace: Trace) -> Iterator[str]:
+def trace_text(trace: Trace, declared: Collection[str] = PROFILES) -> Iterator[str]:
     """Yield a trace in lines: configuration, events with refusals, the placement at the end.
 
     Parameters
     ----------
     trace : Trace
-        Any trace; of one with a configuration that must be refused the reason is given.
+        Any trace; of one with a configuration that must be refused the reason is given. Pages and
+        refusals are those that are right under its freedoms.
+    declared : collection of str
+        Profiles of the engine that it was played on.
 
     Yields
     ------
@@ -415,7 +419,9 @@ def trace_text(trace: Trace) -> Iterator[str]:
     if problem is not None:
         yield f"must be refused: {problem}"
         return
-    recorder = Recorder(trace.config)
+    if trace.freedoms != STRICT:
+        yield f"on an engine with the freedoms {freedoms_in_words(trace.freedoms)}"
+    recorder = Recorder(trace.config, declared, trace.freedoms)
     for index, event in enumerate(trace.events):
         reason = recorder.next(event).refused
         yield f"event {index}: {event_text(event)}" + (f" -> refused: {reason}" if reason else "")
