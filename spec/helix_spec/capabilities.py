@@ -20,7 +20,7 @@ import msgspec
 
 from helix_spec.config import Admission, CacheDType, Config, DType
 from helix_spec.events import Admit, Decode, Event, Skip
-from helix_spec.layouts import layout_name
+from helix_spec.layouts import LayoutError, layout_name, parse_layout
 
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
@@ -136,9 +136,13 @@ def boxes_of(declared: Any) -> tuple[Box, ...]:
     if not listed:
         raise ValueError("declares an empty list of capabilities; leave it out for no limits.")
     try:
-        return tuple(msgspec.convert(msgspec.to_builtins(list(listed)), list[Box]))
-    except (msgspec.ValidationError, TypeError) as error:
-        raise ValueError(f"declares no capabilities: {error}.") from error
+        boxes = tuple(msgspec.convert(msgspec.to_builtins(list(listed)), list[Box]))
+        for pattern in [pattern for box in boxes for pattern in box.layouts or []]:
+            if "/" in pattern and "*" not in pattern:
+                parse_layout(pattern)  # another text would be that of no layout
+        return boxes
+    except (msgspec.ValidationError, LayoutError, TypeError) as error:
+        raise ValueError(f"declares no capabilities: {str(error).rstrip('.')}.") from error
 
 
 def freedoms_of(declared: Any) -> Freedoms:

@@ -283,16 +283,14 @@ def _with_interleave(rule: str, interleave: int | None) -> str:
     return rule if interleave is None else f"{rule}({interleave})"
 
 
-_NUMBER = r"[1-9][0-9]{0,8}"
-_NAMED = re.compile(
-    rf"(?P<name>[a-z0-9_]+)/(?P<version>[0-9]{{1,9}}):C=(?P<C>{_NUMBER}),T=(?P<T>{_NUMBER})"
-    rf"(,I=(?P<I>{_NUMBER}))?"
+_NUMBER = r"0{0,9}[1-9][0-9]{0,8}"
+_FIELD = rf"(?:[CTI]={_NUMBER}|[a-z]+=[a-z_]+(?:\({_NUMBER}\))?)"
+_IDENTIFIER = re.compile(
+    rf"(?P<name>[a-z0-9_]+)/(?P<version>[0-9]{{1,9}}):(?P<fields>{_FIELD}(?:,{_FIELD})*)"
 )
-_RULE = rf"[a-z_]+(?:\({_NUMBER}\))?"
-_CUSTOM = re.compile(
-    rf"custom/(?P<version>[0-9]{{1,9}}):prompt=(?P<prompt>{_RULE}),owner=(?P<owner>{_RULE}),"
-    rf"pages=(?P<pages>[a-z_]+),start=(?P<start>[a-z_]+),C=(?P<C>{_NUMBER}),T=(?P<T>{_NUMBER})"
-)
+"""Any spelling: fields in another order and leading zeros are understood, to name the right one."""
+_NAMED_FIELDS: Final = ({"C", "T"}, {"C", "T", "I"})
+_CUSTOM_FIELDS: Final = {"prompt", "owner", "pages", "start", "C", "T"}
 
 
 @lru_cache(maxsize=4096)
@@ -318,33 +316,36 @@ def parse_layout(text: str) -> Layout:
     Traceback (most recent call last):
     helix_spec.layouts.LayoutError: ... is not canonical; this layout is written ...
     """
-    match = _CUSTOM.fullmatch(text) or _NAMED.fullmatch(text)
-    if match is None:
+    match = _IDENTIFIER.fullmatch(text)
+    fields = [field.split("=") for field in match["fields"].split(",")] if match else []
+    part = dict(fields)
+    is_custom = part.keys() == _CUSTOM_FIELDS and match is not None and match["name"] == "custom"
+    whole = len(part) == len(fields) and (is_custom or part.keys() in _NAMED_FIELDS)
+    if match is None or not whole:
         raise LayoutError(
             f"{text!r} is no layout identifier; one reads like pr9757/1:C=4,T=32 or "
             "custom/1:prompt=contiguous,owner=position,pages=lazy,start=rotated,C=4,T=32."
         )
-    part = match.groupdict()
-    if int(part["version"]) != IDENTIFIER_VERSION:
+    if int(match["version"]) != IDENTIFIER_VERSION:
         raise LayoutError(
-            f"{text!r} is of version {part['version']}; this specification defines version "
+            f"{text!r} is of version {match['version']}; this specification defines version "
             f"{IDENTIFIER_VERSION}."
         )
     sizes = {"cp_size": int(part["C"]), "tokens_per_block": int(part["T"])}
-    if match.re is _NAMED:
-        interleave = None if part["I"] is None else int(part["I"])
-        layout = named_layout(part["name"], **sizes, interleave=interleave)
-    else:
+    if is_custom:
         layout = _custom_layout(part, **sizes)
+    else:
+        interleave = int(part["I"]) if "I" in part else None
+        layout = named_layout(match["name"], **sizes, interleave=interleave)
     canonical = format_layout(layout)
     if canonical != text:
         raise LayoutError(f"{text!r} is not canonical; this layout is written {canonical!r}.")
     return layout
 
 
-def _custom_layout(part: dict[str, str | None], *, cp_size: int, tokens_per_block: int) -> Layout:
-    prompt, prompt_interleave = _split_interleave(str(part["prompt"]))
-    owner, owner_interleave = _split_interleave(str(part["owner"]))
+def _custom_layout(part: dict[str, str], *, cp_size: int, tokens_per_block: int) -> Layout:
+    prompt, prompt_interleave = _split_interleave(part["prompt"])
+    owner, owner_interleave = _split_interleave(part["owner"])
     values = {"prompt": prompt, "owner": owner, "pages": part["pages"], "start": part["start"]}
     known = {"prompt": PromptSplit, "owner": DecodeOwner, "pages": PagePolicy, "start": Start}
     for field, value in values.items():

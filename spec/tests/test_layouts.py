@@ -76,6 +76,13 @@ def test_the_identifiers_of_the_specification_are_canonical(text: str) -> None:
     ("text", "canonical"),
     [
         ("pr9757/01:C=4,T=32", "pr9757/1:C=4,T=32"),
+        ("pr9757/1:T=32,C=4", "pr9757/1:C=4,T=32"),
+        ("pr9757/1:C=04,T=32", "pr9757/1:C=4,T=32"),
+        ("vllm_dcp/1:I=2,C=4,T=32", "vllm_dcp/1:C=4,T=32,I=2"),
+        (
+            "custom/1:C=4,T=32,start=rotated,pages=lazy,owner=step,prompt=interleave(08)",
+            "custom/1:prompt=interleave(8),owner=step,pages=lazy,start=rotated,C=4,T=32",
+        ),
         ("vllm_dcp/1:C=4,T=32", "vllm_dcp/1:C=4,T=32,I=1"),
         (
             "custom/1:prompt=contiguous,owner=step,pages=lazy,start=rank_zero,C=4,T=32",
@@ -101,9 +108,15 @@ def test_a_second_spelling_is_refused_with_the_first(text: str, canonical: str) 
         ("", "is no layout identifier"),
         ("pr9757/1:C=4,T=32\n", "is no layout identifier"),
         ("pr9757/1:C=4, T=32", "is no layout identifier"),
-        ("pr9757/1:T=32,C=4", "is no layout identifier"),
         ("pr9757/1:C=0,T=32", "is no layout identifier"),
-        ("pr9757/1:C=04,T=32", "is no layout identifier"),
+        ("pr9757/1:C=4,T=32,C=4", "is no layout identifier"),
+        ("pr9757/1:C=4,T=32,T=16", "is no layout identifier"),
+        ("pr9757/1:C=4", "is no layout identifier"),
+        (
+            "pr9757/1:prompt=contiguous,owner=step,pages=lazy,start=rank_zero,C=4,T=32",
+            "is no layout identifier",
+        ),
+        ("vllm_dcp/1:C=4,T=32,I=2,prompt=interleave(2)", "is no layout identifier"),
         ("pr9757/1:C=1000000000,T=32", "is no layout identifier"),
         ("pr9757/1:C=-4,T=32", "is no layout identifier"),
         ("pr9757/2:C=4,T=32", "is of version 2; this specification defines version 1"),

@@ -170,7 +170,7 @@ def test_a_merge_of_too_few_partials_is_named(tmp_path: Path) -> None:
     ("layout", "line", "field", "complaint"),
     [
         ("pr9757/1:C=3,T=4", 4, "$.config", "pages lists 2 pool sizes for cp_size 3"),
-        ("pr9757/1:C=2,T=04", 5, "$.config.layout", "is no layout identifier"),
+        ("pr9757/1:C=2,T=04", 5, "$.config.layout", "is not canonical"),
     ],
 )
 def test_a_configuration_that_no_engine_may_start_with_is_named(

@@ -23,7 +23,7 @@ from helix_spec.config import Config, decode_layout, encode_layout, layout_schem
 from helix_spec.engine import Outcome as SpecOutcome
 from helix_spec.engine import RankView
 from helix_spec.events import MERGE, Decode, Event, Merge, Number, Reason, RequestId
-from helix_spec.layouts import DecodeOwner, PagePolicy, PromptSplit
+from helix_spec.layouts import DecodeOwner, LayoutError, PagePolicy, PromptSplit
 from helix_spec.trace import unindented
 
 Message = TypeVar("Message")
@@ -236,6 +236,26 @@ class RequestError(ValueError):
     """A line that is no request, in a sentence."""
 
 
+class LayoutRefusedError(RequestError):
+    """A `start` whose layout is no canonical identifier: it is refused with `bad_config`.
+
+    Parameters
+    ----------
+    sentence
+        What is wrong.
+    seq
+        Number of the request.
+    """
+
+    def __init__(self, sentence: str, seq: int) -> None:
+        super().__init__(sentence)
+        self.seq = seq
+
+
+class _Numbered(msgspec.Struct, frozen=True):
+    seq: int
+
+
 def line_of(message: ToEngine | ToSupervisor | FromSupervisor) -> bytes:
     """Return the line of a message, its end included.
 
@@ -320,6 +340,9 @@ def _request(decoder: msgspec.json.Decoder[Message], line: bytes) -> Message:
         return decoder.decode(line)
     except _UNREADABLE as error:
         sentence = f"The line that begins {_start(line)!r} is no request of {PROTOCOL}: {error}."
+        if isinstance(error.__cause__, LayoutError):
+            seq = msgspec.json.decode(line, type=_Numbered).seq
+            raise LayoutRefusedError(sentence, seq) from error
         raise RequestError(sentence) from error
 
 

@@ -34,6 +34,7 @@ from helix_conformance.drive.messages import (
     Failed,
     FromEngine,
     Hello,
+    LayoutRefusedError,
     Outcome,
     Ready,
     RequestError,
@@ -53,6 +54,7 @@ from helix_conformance.engines import (
 )
 from helix_spec.capabilities import EVERYWHERE
 from helix_spec.engine import Engine
+from helix_spec.events import Reason
 
 
 class Server:
@@ -233,7 +235,11 @@ def reply(server: Server, line: bytes) -> bytes:
     >>> reply(Server("reference"), b'{"type": "observe", "seq": 1}').strip()
     b'{"type":"failed","seq":1,"what":"was asked before it was started"}'
     """
-    request = request_of(line)
+    try:
+        request = request_of(line)
+    except LayoutRefusedError as error:
+        print(error, file=sys.stderr, flush=True)
+        return _encode(Outcome(error.seq, Reason.BAD_CONFIG)) + b"\n"
     answer = server.answer(request)
     try:
         text = _encode(answer)
