@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-from helix_spec.config import Admission, CacheDType, Config, DType
+from helix_spec.config import Admission, CacheDType, Config, DType, Placement
 from helix_spec.events import Admit, Decode, Event, Skip
 from helix_spec.layouts import LayoutError, layout_name, parse_layout
 
@@ -73,6 +73,11 @@ class Box(
     product_dtype: list[DType] | None = None
     partial_dtype: list[DType] | None = None
     layers: Numbers | None = None
+    groups: Numbers | None = None
+    """Cache groups; 0 where the configuration lists none."""
+    placements: list[Placement] | None = None
+    window: Numbers | None = None
+    """Windows of cache groups; free without one."""
     max_len: Numbers | None = None
     pages: Numbers | None = None
     overlap: list[bool] | None = None
@@ -95,6 +100,8 @@ class Freedoms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What a slot holds to which no token was written: what it held before, 0, or anything."""
     rewind_pages: Literal["returned", "kept"] = "returned"
     """Whether pages beyond the policy go back at an `accept`, or stay for the next tokens."""
+    window_pages: Literal["returned", "kept"] = "returned"
+    """Whether pages that no later query can see go back, or stay."""
 
 
 STRICT: Final = Freedoms()
@@ -218,7 +225,10 @@ def values_of(config: Config) -> dict[str, list[Any]]:
         "attention": ["gqa" if latent is None else "latent"],
         "cp_size": [layout.cp_size],
         "tp_size": [config.tp_size],
-        "tokens_per_block": [layout.tokens_per_block],
+        "tokens_per_block": [
+            layout.tokens_per_block,
+            *(group.tokens_per_block for group in config.groups if group.tokens_per_block),
+        ],
         "interleave": [interleave for interleave in interleaves if interleave is not None],
         "q_heads": [shape.q_heads],
         "kv_heads": [shape.kv_heads],
@@ -232,8 +242,11 @@ def values_of(config: Config) -> dict[str, list[Any]]:
         "product_dtype": [shape.product_dtype],
         "partial_dtype": [shape.partial_dtype],
         "layers": [shape.layers],
+        "groups": [len(config.groups)],
+        "placements": [group.placement for group in config.groups],
+        "window": [group.window for group in config.groups if group.window is not None],
         "max_len": [config.max_len],
-        "pages": config.pages,
+        "pages": [*config.pages, *(size for pool in config.pools.values() for size in pool)],
         "overlap": [config.overlap],
         "admission": [config.admission],
     }

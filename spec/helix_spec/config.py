@@ -15,6 +15,8 @@ DType = Literal["float32", "float16", "bfloat16"]
 CacheDType = Literal["float32", "float16", "bfloat16", "float8_e4m3fn"]
 Admission = Literal["transfer", "prefill"]
 Rope = Literal["half"]
+Placement = Literal["sharded", "replicated"]
+PoolSize = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 MAX_REQUEST_LEN: Final = 2**31 - 1
@@ -154,6 +156,27 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return 1.0 / math.sqrt(self.head_dim) if self.scale is None else self.scale
 
 
+MAIN_POOL: Final = "main"
+"""Name of the pool whose sizes are `Config.pages`."""
+GroupName = Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9_]{0,30}$")]
+
+
+class CacheGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Layers whose KV is placed by one rule (SPEC.md section 4.2)."""
+
+    name: GroupName
+    layers: list[Annotated[int, msgspec.Meta(ge=0)]]
+    """The layers that read it, rising."""
+    placement: Placement = "sharded"
+    window: Count | None = None
+    """A query at position p sees positions above p - window alone; None for all up to p."""
+    tokens_per_block: Count | None = None
+    """Tokens in a page; None for that of the layout."""
+    pool: GroupName = MAIN_POOL
+    rope_base: float | None = None
+    """None for that of the model."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that every rank knows from the start.
 
@@ -164,9 +187,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     layout: Layout
-    pages: list[Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]]
+    pages: list[PoolSize]
     max_len: Annotated[int, msgspec.Meta(ge=1, le=MAX_REQUEST_LEN)]
     model: ModelShape = ModelShape()
+    groups: list[CacheGroup] = []
+    """What is kept of a request; none for one cache group of all layers (SPEC.md section 4.2)."""
+    pools: dict[GroupName, list[PoolSize]] = {}
+    """Pools beside `pages`, by name: a size for each cp_rank."""
     tp_size: Count = 1
     overlap: bool = False
     admission: Admission = "transfer"
@@ -188,6 +215,90 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         4
         """
         return self.tp_size * self.layout.cp_size
+
+    @property
+    def cache_groups(self) -> list[CacheGroup]:
+        """What is kept of a request: `groups`, or one of all layers where none are listed.
+
+        Examples
+        --------
+        >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8)
+        >>> [(group.name, group.layers) for group in config.cache_groups]
+        [('all', [0])]
+        """
+        return self.groups or [CacheGroup(name="all", layers=list(range(self.model.layers)))]
+
+    def shape_of(self, layer: int) -> ModelShape:
+        """Return the model as one of its layers sees it: with the base that its groups give RoPE.
+
+        Parameters
+        ----------
+        layer
+            A layer, from 0.
+        """
+        bases = [group.rope_base for group in self.groups if layer in group.layers]
+        if not bases or bases[0] is None:
+            return self.model
+        return msgspec.structs.replace(self.model, rope_base=bases[0])
+
+    def pool_sizes(self, pool: str) -> list[int]:
+        """Return the sizes of a pool, in pages, by cp_rank.
+
+        Parameters
+        ----------
+        pool
+            `main`, or a name in `pools`.
+        """
+        return self.pages if pool == MAIN_POOL else self.pools[pool]
+
+    def layout_of(self, group: CacheGroup) -> Layout:
+        """Return the layout by which a cache group is placed (SPEC.md section 4.2).
+
+        Examples
+        --------
+        >>> near = CacheGroup(name="near", layers=[0], placement="replicated", tokens_per_block=2)
+        >>> config = Config(layout="pr9757/1:C=2,T=4", pages=[3, 3], max_len=8, groups=[near])
+        >>> str(config.layout_of(near))
+        'pr9757/1:C=1,T=2'
+        """
+        return self.layout.replace(
+            cp_size=1 if group.placement == "replicated" else self.layout.cp_size,
+            tokens_per_block=group.tokens_per_block or self.layout.tokens_per_block,
+        )
+
+    def alone(self, group: CacheGroup, cp_rank: int = 0) -> Config:
+        """Return the configuration in which a cache group is all that is kept.
+
+        Parameters
+        ----------
+        group
+            One of `groups`.
+        cp_rank
+            The rank of which a replicated group is asked; a sharded one is that of all ranks.
+
+        Returns
+        -------
+        Config
+            Without `groups`: the group's layout, pool, layers and rope_base. Its values differ from
+            the group's where that is not the first (SPEC.md section 8), and it has no window.
+
+        Examples
+        --------
+        >>> near = CacheGroup(name="near", layers=[0], placement="replicated")
+        >>> config = Config(layout="pr9757/1:C=2,T=4", pages=[3, 5], max_len=8, groups=[near])
+        >>> config.alone(near, cp_rank=1).pages
+        [5]
+        """
+        sizes = self.pool_sizes(group.pool)
+        base = self.model.rope_base if group.rope_base is None else group.rope_base
+        return msgspec.structs.replace(
+            self,
+            layout=self.layout_of(group),
+            pages=[sizes[cp_rank]] if group.placement == "replicated" else sizes,
+            model=msgspec.structs.replace(self.model, layers=len(group.layers), rope_base=base),
+            groups=[],
+            pools={},
+        )
 
     def kv_heads_of(self, tp_rank: int) -> range:
         """Return the KV heads that the ranks of a tp_rank cache; every one of them caches a latent.
@@ -241,7 +352,8 @@ def config_problem(config: Config) -> str | None:
     for rank, pages in enumerate(config.pages):
         if pages < 1:
             return f"The pool of cp_rank {rank} has {pages} pages; it must hold at least one."
-    return _heads_problem(config.model, config.tp_size, layout.cp_size)
+    problem = _heads_problem(config.model, config.tp_size, layout.cp_size)
+    return problem or _groups_problem(config)
 
 
 _IN_WORDS: Final = {"int": "an integer", "float": "a number", "bool": "true or false"}
@@ -259,10 +371,14 @@ def _field_problem(part: msgspec.Struct | Layout, inside: str = "") -> str | Non
             msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
             return f"{inside}{name} is {value!r}; it must be {_wanted(kind, str(error))}."
-        if isinstance(value, msgspec.Struct | Layout):
-            problem = _field_problem(value, f"{inside}{name}.")
-            if problem is not None:
-                return problem
+        within = {f"{inside}{name}.": value}
+        if isinstance(value, list):
+            within = {f"{inside}{name}[{place}].": entry for place, entry in enumerate(value)}
+        for where, entry in within.items():
+            if isinstance(entry, msgspec.Struct | Layout):
+                problem = _field_problem(entry, where)
+                if problem is not None:
+                    return problem
     return None
 
 
@@ -281,6 +397,8 @@ def _wanted(kind: Any, error: str) -> str:
     if isinstance(kind, UnionType):
         kinds = ("None" if one is NoneType else f"a {one.__name__}" for one in choices[1:])
         return " or ".join(kinds)
+    if kind is GroupName:
+        return "up to 31 lower-case letters, digits and _, a letter first"
     wanted, _, place = error.removeprefix("Expected `").partition(" - at `$")
     word, _, bound = wanted.partition(", got")[0].partition("`")
     name = f"a {getattr(kind, '__name__', word)}"
@@ -322,4 +440,53 @@ def _heads_problem(model: ModelShape, tp_size: int, cp_size: int) -> str | None:
         return f"{name} is {pairs}; RoPE rotates pairs, so it must be even."
     if not 1.0 < model.rope_base < 1e12:
         return f"rope_base is {model.rope_base}; it must lie between 1 and 1e12."
+    return None
+
+
+def _groups_problem(config: Config) -> str | None:
+    """Why no engine may start with these cache groups and pools (SPEC.md section 4.2)."""
+    groups, names = config.groups, [group.name for group in config.groups]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        return f"Two cache groups are named {twice}; each must have a name of its own."
+    for group in groups:
+        problem = _group_problem(config, group)
+        if problem is not None:
+            return f"The cache group {group.name} {problem}"
+    for layer in range(config.model.layers) if groups else ():
+        bases = {group.rope_base for group in groups if layer in group.layers}
+        if not bases:
+            return f"No cache group names layer {layer}; every layer must read at least one."
+        if len(bases) > 1:
+            return (
+                f"The cache groups of layer {layer} have other bases of RoPE; their keys meet one "
+                "query, so rope_base must be the same."
+            )
+    drawn = {group.pool for group in groups} if groups else {MAIN_POOL}
+    for name in (MAIN_POOL, *config.pools):
+        if name not in drawn:
+            return f"No cache group takes pages from the pool {name}; leave it out or name it."
+    for name, sizes in config.pools.items():
+        if name == MAIN_POOL:
+            return "pools names the pool main, whose sizes are those of pages."
+        if len(sizes) != config.layout.cp_size or min(sizes) < 1:
+            return (
+                f"The pool {name} lists the sizes {sizes}; it must list at least one page for each "
+                f"of {config.layout.cp_size} cp_ranks."
+            )
+    return None
+
+
+def _group_problem(config: Config, group: CacheGroup) -> str | None:
+    """What is wrong with one cache group, after its name."""
+    layers, last = group.layers, config.model.layers - 1
+    if not layers or sorted(set(layers)) != layers or layers[-1] > last:
+        return f"names the layers {layers}; they must be rising numbers from 0 to {last}."
+    problem = layout_problem(config.layout_of(group))
+    if problem is not None:
+        return f"cannot be placed: {problem}"
+    if group.pool != MAIN_POOL and group.pool not in config.pools:
+        return f"takes pages from the pool {group.pool}, of which pools tells no sizes."
+    if group.rope_base is not None and not 1.0 < group.rope_base < 1e12:
+        return f"has the rope_base {group.rope_base}; it must lie between 1 and 1e12."
     return None

@@ -12,8 +12,20 @@ from helix_spec.events import FEATURES, MERGE, Event, Reason
 
 CUMULATIVE: Final = ("placement", "lengths", "pages", "cache", "attention")
 """Profiles of rising depth: an engine that declares one declares those before it."""
-PROFILES: Final = (*CUMULATIVE, *FEATURES, MERGE)
+OF_GROUPS: Final = ("groups", "window")
+"""Profiles of configurations with cache groups, and of windows in them."""
+PROFILES: Final = (*CUMULATIVE, *FEATURES, MERGE, *OF_GROUPS)
 """Every profile, in the order in which reports list them."""
+
+
+class GroupColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank answers to an accepted decode of one cache group; see `Outcome`."""
+
+    past_len: list[int] = []
+    active: list[bool] = []
+    """Whether this rank holds the new token; of a replicated group always."""
+    slots: list[int] = []
+    visible: list[int] | None = None
 
 
 class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +50,40 @@ class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: Any = None
     """With the `attention` profile: an array of shape (layers, new tokens, heads of this rank's
     slice, value_dim), the merged attention output; of a `merge` (tokens, heads, value_dim)."""
+    groups: dict[str, GroupColumns] = {}
+    """With cache groups: their columns by name; those above but `position_ids` are empty."""
+
+    def of_group(self, name: str) -> Outcome:
+        """Return the outcome as that of an engine whose only cache is this group.
+
+        Raises
+        ------
+        KeyError
+            When an accepted decode lacks the group.
+        """
+        if self.reason is not None or not self.position_ids:
+            return Outcome(self.reason)
+        columns = self.groups[name]
+        return Outcome(
+            None,
+            columns.past_len,
+            self.position_ids,
+            columns.active,
+            columns.slots,
+            columns.visible,
+        )
+
+
+class GroupView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank's state of one cache group; see `RankView`."""
+
+    local_len: dict[int, int]
+    """Tokens of each live request whose KV is, or was before it left the window, on this rank."""
+    block_tables: dict[int, list[int]] = {}
+    """Physical page numbers in local order; -1 for a page that went back behind the window."""
+    keys: dict[int, Any] = {}
+    """Cached K of the pages that are held, of the layers that read the group."""
+    values: dict[int, Any] = {}
 
 
 class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -56,6 +102,23 @@ class RankView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_heads of this tp rank, key_dim) that covers the request's pages in local order."""
     values: dict[int, Any] = {}
     """Cached V, as `keys`, of value_dim; of a latent cache, the first elements of the keys."""
+    groups: dict[str, GroupView] = {}
+    """With cache groups: their state by name; `local_len`, tables and rows above are empty."""
+    pools: dict[str, int] = {}
+    """Free pages of each pool beside `main`, whose are `free_pages`."""
+
+    def of_group(self, name: str) -> RankView:
+        """Return the view as that of an engine whose only cache is this group, in pool `main`.
+
+        Raises
+        ------
+        KeyError
+            When the view lacks the group.
+        """
+        one = self.groups[name]
+        return RankView(
+            one.local_len, one.block_tables, self.preempted, self.free_pages, one.keys, one.values
+        )
 
 
 class Engine(Protocol):
@@ -126,6 +189,25 @@ class Engine(Protocol):
         """
 
 
+def features_of_config(config: Config) -> frozenset[str]:
+    """Return the profiles without which an engine need not start with a configuration.
+
+    Examples
+    --------
+    >>> from helix_spec.config import CacheGroup
+    >>> near = CacheGroup(name="near", layers=[0], window=4)
+    >>> config = Config(layout="pr9757/1:C=1,T=4", pages=[3], max_len=8, groups=[near])
+    >>> sorted(features_of_config(config))
+    ['groups', 'window']
+    """
+    needed = {"overlap"} if config.overlap else set[str]()
+    if config.groups:
+        needed.add("groups")
+    if any(group.window is not None for group in config.groups):
+        needed.add("window")
+    return frozenset(needed)
+
+
 def declaration_problem(profiles: Any) -> str | None:
     """Return what is wrong with the profiles that an engine declares; None when nothing is.
 
@@ -158,6 +240,8 @@ def declaration_problem(profiles: Any) -> str | None:
             f"declares unknown profiles {', '.join(unknown)}; the profiles are "
             f"{', '.join(PROFILES)}."
         )
+    if "window" in declared and "groups" not in declared:
+        return "declares window without groups, which it needs."
     steps = [profile for profile in CUMULATIVE if profile in declared]
     included = CUMULATIVE[: CUMULATIVE.index(steps[-1])] if steps else ()
     missing = [profile for profile in included if profile not in steps]

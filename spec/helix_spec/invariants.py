@@ -22,6 +22,7 @@ NUMBERS: Final = (
     *("BAL-1", "BAL-2", "BAL-3"),
     *("GROW-1", "EQ-1"),
     *("PAGE-1", "PAGE-2", "PAGE-3", "PAGE-4", "PAGE-5"),
+    *("REP-1", "POOL-1", "WIN-1", "WIN-2"),
     *("ATT-1", "ATT-2", "ATT-3", "ATT-4"),
     *("DUM-1", "MAP-1", "REF-1", "REF-2", "LIVE-1"),
 )

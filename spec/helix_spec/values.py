@@ -71,7 +71,7 @@ def fold(state: int, field: int) -> int:
 
 
 def token_state(
-    seed: int, event: int, place: int, position: int, layer: int, tensor: Tensor
+    seed: int, event: int, place: int, position: int, layer: int, tensor: Tensor, group: int = 0
 ) -> int:
     """Return the hash state of one token's Q, K or V in one layer.
 
@@ -87,6 +87,8 @@ def token_state(
         The layer, from 0.
     tensor
         Which of its tensors.
+    group
+        Of K and V, the cache group that holds them, from 0.
 
     Examples
     --------
@@ -94,7 +96,7 @@ def token_state(
     '0x872136de'
     """
     state = mix(seed)
-    for field in (event, place, position, layer, TENSOR_CODE[tensor]):
+    for field in (event, place, position, layer, TENSOR_CODE[tensor] + 16 * group):
         state = fold(state, field)
     return state
 

@@ -3,15 +3,23 @@
 import msgspec
 import pytest
 
-from helix_spec.config import Config, LatentShape, ModelShape, config_problem
+from helix_spec.config import CacheGroup, Config, LatentShape, ModelShape, config_problem
 
 GOOD = Config(layout="pr9757/1:C=2,T=4", pages=[3, 5], max_len=64, tp_size=2)
+NEAR = CacheGroup(name="near", layers=[0], placement="replicated", window=4)
+
+
+def _near(**changes: object) -> CacheGroup:
+    return msgspec.structs.replace(NEAR, **changes)
 
 
 def test_a_good_configuration_has_no_problem() -> None:
     """A legal layout, a pool for each cp_rank and heads that divide may start."""
     assert config_problem(GOOD) is None
     assert GOOD.world_size == 4
+    far = _near(name="far", placement="sharded", window=None, pool="far", tokens_per_block=2)
+    groups = msgspec.structs.replace(GOOD, groups=[NEAR, far], pools={"far": [1, 1]})
+    assert config_problem(groups) is None
 
 
 def test_a_latent_is_cached_by_every_tensor_parallel_rank() -> None:
@@ -117,6 +125,68 @@ def test_kv_heads_are_dealt_in_order() -> None:
             "pages is [3, 2147483648]; it must be an integer <= 2147483647 at [1].",
         ),
         ({"tp_size": 0}, "tp_size is 0; it must be an integer >= 1."),
+        # Cache groups and their pools (section 4.2).
+        (
+            {"groups": [NEAR, NEAR]},
+            "Two cache groups are named near; each must have a name of its own.",
+        ),
+        (
+            {"groups": [_near(layers=[1])]},
+            "The cache group near names the layers [1]; they must be rising numbers from 0 to 0.",
+        ),
+        (
+            {"groups": [_near(layers=[])]},
+            "The cache group near names the layers []; they must be rising numbers from 0 to 0.",
+        ),
+        (
+            {"layout": "vllm_dcp/1:C=2,T=4,I=4", "groups": [_near(tokens_per_block=2)]},
+            "The cache group near cannot be placed: The prompt split interleaves 4 tokens, which "
+            "does not divide tokens_per_block 2.",
+        ),
+        (
+            {"groups": [NEAR], "model": ModelShape(layers=2)},
+            "No cache group names layer 1; every layer must read at least one.",
+        ),
+        (
+            {"groups": [NEAR, _near(name="far", rope_base=1e6)]},
+            "The cache groups of layer 0 have other bases of RoPE; their keys meet one query, so "
+            "rope_base must be the same.",
+        ),
+        (
+            {"groups": [_near(rope_base=0.5)]},
+            "The cache group near has the rope_base 0.5; it must lie between 1 and 1e12.",
+        ),
+        (
+            {"groups": [_near(pool="far")]},
+            "The cache group near takes pages from the pool far, of which pools tells no sizes.",
+        ),
+        (
+            {"groups": [NEAR], "pools": {"far": [1, 1]}},
+            "No cache group takes pages from the pool far; leave it out or name it.",
+        ),
+        (
+            {"groups": [_near(pool="far")], "pools": {"far": [1, 1]}},
+            "No cache group takes pages from the pool main; leave it out or name it.",
+        ),
+        (
+            {"groups": [NEAR, _near(name="far", pool="far")], "pools": {"far": [1, 0]}},
+            "The pool far lists the sizes [1, 0]; it must list at least one page for each of 2 "
+            "cp_ranks.",
+        ),
+        (
+            {"groups": [NEAR], "pools": {"main": [1, 1]}},
+            "pools names the pool main, whose sizes are those of pages.",
+        ),
+        (
+            {"pools": {"far": [1, 1]}},
+            "No cache group takes pages from the pool far; leave it out or name it.",
+        ),
+        ({"groups": [_near(window=0)]}, "groups[0].window is 0; it must be an integer >= 1."),
+        (
+            {"groups": [_near(name="Near")]},
+            "groups[0].name is 'Near'; it must be up to 31 lower-case letters, digits and _, a "
+            "letter first.",
+        ),
         ({"poison": 1}, "poison is 1; it must be true or false."),
         ({"admission": "sent"}, "admission is 'sent'; it must be one of transfer, prefill."),
         ({"layout": 3}, "layout is 3; it must be a Layout."),

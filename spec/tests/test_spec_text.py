@@ -39,8 +39,8 @@ def test_every_invariant_has_one_paragraph() -> None:
     found = [PARAGRAPH.match(part) for part in paragraphs]
     assert None not in found
     sizes = {
-        "OWN": 3, "LEN": 3, "POS": 2, "BAL": 3, "GROW": 1, "EQ": 1, "PAGE": 5, "ATT": 4,
-        "DUM": 1, "MAP": 1, "REF": 2, "LIVE": 1,
+        "OWN": 3, "LEN": 3, "POS": 2, "BAL": 3, "GROW": 1, "EQ": 1, "PAGE": 5, "REP": 1,
+        "POOL": 1, "WIN": 2, "ATT": 4, "DUM": 1, "MAP": 1, "REF": 2, "LIVE": 1,
     }  # fmt: skip
     expected = [f"{family}-{n}" for family, size in sizes.items() for n in range(1, size + 1)]
     assert [match[1] for match in found if match] == expected
