@@ -5,6 +5,7 @@
 - `state`: what all ranks of one sharded cache hold;
 - `refusals`: when an event is refused, and why;
 - `model`: the state, changed by one event at a time;
+- `groups`: several cache groups, a model of each;
 - `attention`: exact attention in float64, and when two outputs are equal;
 - `engine`: the model behind the engine protocol, as one more engine under test.
 

@@ -150,7 +150,9 @@ class Token:
     position: int
 
 
-def raw(seed: int, token: Token, layer: int, tensor: Tensor, head: int, dim: int) -> Vector:
+def raw(
+    seed: int, token: Token, layer: int, tensor: Tensor, head: int, dim: int, group: int = 0
+) -> Vector:
     """Return one head's Q, K or V before RoPE (SPEC.md section 8).
 
     Parameters
@@ -167,6 +169,8 @@ def raw(seed: int, token: Token, layer: int, tensor: Tensor, head: int, dim: int
         The head, numbered over the whole model.
     dim
         Number of elements.
+    group
+        Of K and V, the cache group that holds them, from 0.
 
     Returns
     -------
@@ -178,7 +182,8 @@ def raw(seed: int, token: Token, layer: int, tensor: Tensor, head: int, dim: int
     >>> raw(7, Token(event=3, place=2, position=16), layer=1, tensor="k", head=0, dim=4)
     [-3.625, -0.1875, 0.875, -2.9375]
     """
-    state = token_state(seed, token.event, token.place, token.position, layer, tensor)
+    identity = (token.event, token.place, token.position)
+    state = token_state(seed, *identity, layer, tensor, group)
     return [entry(state, head, d) for d in range(dim)]
 
 
@@ -211,7 +216,9 @@ def query(model: ModelShape, seed: int, token: Token, layer: int, q_head: int) -
     return rope(x, token.position, model.rope_base, model.dtype, still=still)
 
 
-def key(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) -> Rotated:
+def key(
+    model: ModelShape, seed: int, token: Token, layer: int, kv_head: int, group: int = 0
+) -> Rotated:
     """Return one cached key: rotated, rounded to `dtype`, then to the dtype of the cache.
 
     Parameters
@@ -226,18 +233,22 @@ def key(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) ->
         The layer, from 0.
     kv_head
         The KV head, numbered over the whole model.
+    group
+        The cache group that holds it, from 0.
 
     Returns
     -------
     Rotated
         key_dim elements.
     """
-    x = raw(seed, token, layer, "k", kv_head, model.key_dim)
+    x = raw(seed, token, layer, "k", kv_head, model.key_dim, group)
     still = model.key_dim - model.rope_dim
     return rope(x, token.position, model.rope_base, model.dtype, model.cached_dtype, still=still)
 
 
-def value(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) -> Vector:
+def value(
+    model: ModelShape, seed: int, token: Token, layer: int, kv_head: int, group: int = 0
+) -> Vector:
     """Return one cached value, rounded to the dtype of the cache.
 
     With a latent cache it is the latent part of the key (SPEC.md section 4.1).
@@ -254,6 +265,8 @@ def value(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) 
         The layer, from 0.
     kv_head
         The KV head, numbered over the whole model.
+    group
+        The cache group that holds it, from 0.
 
     Returns
     -------
@@ -261,7 +274,7 @@ def value(model: ModelShape, seed: int, token: Token, layer: int, kv_head: int) 
         value_dim elements.
     """
     tensor: Tensor = "v" if model.latent is None else "k"
-    x = raw(seed, token, layer, tensor, kv_head, model.value_dim)
+    x = raw(seed, token, layer, tensor, kv_head, model.value_dim, group)
     return [round_to(entry, model.cached_dtype) for entry in x]
 
 
@@ -364,7 +377,13 @@ def merge(partials: Sequence[Partial]) -> Partial:
 
 
 def error_bound(
-    model: ModelShape, q: Rotated, keys: list[Rotated], values: list[Vector], ranks: list[int]
+    model: ModelShape,
+    q: Rotated,
+    keys: list[Rotated],
+    values: list[Vector],
+    ranks: list[int],
+    *,
+    sent: bool = True,
 ) -> tuple[Vector, float]:
     """Return the exact output of one token and query head, and the bound E around it (ATT-4).
 
@@ -382,7 +401,9 @@ def error_bound(
     values
         Their S values: D elements each.
     ranks
-        The cp_rank that holds each of the S keys.
+        The cp_rank that holds each of the S keys; one number more for those of replicated groups.
+    sent
+        Whether partial outputs are sent; not where all groups are replicated.
 
     Returns
     -------
@@ -434,7 +455,8 @@ def error_bound(
         ]
         turned.append(q.uncertainty[d] * _norm(movement))
     squares.append(_propagated(turned, model.dtype) ** 2)
-    u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
+    u_wire = UNIT_ROUNDOFF[model.partial_dtype] if sent else 0.0
+    u_out = UNIT_ROUNDOFF[model.dtype]
     for rank in sorted(set(ranks)):
         mine = [j for j, holder in enumerate(ranks) if holder == rank]
         held = [keys[j].stored for j in mine]

@@ -6,8 +6,10 @@ suite accepts what the specification says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
+
+import msgspec
 
 from helix_reference.attention import (
     Token,
@@ -19,8 +21,9 @@ from helix_reference.attention import (
     supplied,
     value,
 )
+from helix_reference.groups import GroupsModel
 from helix_reference.model import Model
-from helix_reference.state import Request, Step
+from helix_reference.state import GONE, Request, Step
 from helix_spec.capabilities import freedoms_of
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import PROFILES, Outcome, RankView
@@ -80,9 +83,14 @@ class ReferenceEngine:
             return Outcome(Reason.BAD_CONFIG)
         self.config = config
         self.checked = profiles
-        self.model = Model(config, freedoms_of(self.freedoms))
-        self.cp_rank = self.rank % self.model.layout.cp_size
-        self.tp_rank = self.rank // self.model.layout.cp_size
+        freedoms = freedoms_of(self.freedoms)
+        self.whole: Model | GroupsModel
+        if config.groups:
+            self.whole = GroupsModel(config, freedoms)
+            self.model = self.whole.all[0]
+        else:
+            self.whole = self.model = Model(config, freedoms)
+        self.tp_rank, self.cp_rank = divmod(self.rank, config.layout.cp_size)
         return Outcome()
 
     def apply(self, event: Event) -> Outcome:
@@ -100,21 +108,13 @@ class ReferenceEngine:
             the output by layer, new token, query head of this rank and element; after a merge its
             output by token, query head and element. Outputs are float64 and unrounded.
         """
-        reason = self.model.apply(event)
+        reason = self.whole.apply(event)
         if isinstance(event, Merge) and reason is None:
             return Outcome(output=self._merged(event))
-        outcome = self.model.outcome(self.cp_rank, reason)
+        outcome = self.whole.outcome(self.cp_rank, reason)
         if "attention" not in self.checked or not self.model.last_steps:
             return outcome
-        return Outcome(
-            None,
-            outcome.past_len,
-            outcome.position_ids,
-            outcome.active,
-            outcome.slots,
-            outcome.visible,
-            self._output(self.model.last_steps),
-        )
+        return msgspec.structs.replace(outcome, output=self._output(self.model.last_steps))
 
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
         """Return this rank's state, and change nothing.
@@ -130,18 +130,17 @@ class ReferenceEngine:
             With `cache`, keys and values too, by layer, slot, KV head and element: as they are
             cached, and NaN in slots that hold no token.
         """
-        view = self.model.view(self.cp_rank, ids)
+        view = self.whole.view(self.cp_rank, ids)
         if "cache" not in self.checked:
             return view
-        rows = {id: self._cached(self.model.requests[id]) for id in view.local_len}
-        return RankView(
-            view.local_len,
-            view.block_tables,
-            view.preempted,
-            view.free_pages,
-            {id: keys for id, (keys, _) in rows.items()},
-            {id: values for id, (_, values) in rows.items()},
-        )
+        if isinstance(self.whole, Model):
+            rows = self._cached(self.model, self.cp_rank, 0, view.local_len)
+            return msgspec.structs.replace(view, **rows)
+        for number, (name, one) in enumerate(view.groups.items()):
+            held = self.whole.of(name, self.cp_rank)
+            rows = self._cached(*held, number, one.local_len)
+            view.groups[name] = msgspec.structs.replace(one, **rows)
+        return view
 
     def _output(self, steps: list[Step]) -> Rows:
         """Attention of each new token over the whole sequence, for this rank's query heads."""
@@ -176,36 +175,58 @@ class ReferenceEngine:
         ]
 
     def _attend(self, layer: int, step: Step, place: int, head: int) -> Vector:
-        shape, seed = self.config.model, self.config.seed
+        shape, seed, position = self.config.shape_of(layer), self.config.seed, step.first + place
         kv_head = head // (shape.q_heads // shape.kv_heads)
-        seen = self._tokens(self.model.requests[step.id])[: step.first + place + 1]
+        tokens = self._tokens(self.model.requests[step.id])[: position + 1]
+        seen = list(self._seen(layer, tokens))
         return attend(
-            query(shape, seed, seen[-1], layer, head).stored,
-            [key(shape, seed, token, layer, kv_head).stored for token in seen],
-            [value(shape, seed, token, layer, kv_head) for token in seen],
+            query(shape, seed, tokens[-1], layer, head).stored,
+            [key(shape, seed, token, layer, kv_head, group).stored for group, token in seen],
+            [value(shape, seed, token, layer, kv_head, group) for group, token in seen],
             shape.value_dim,
             shape.softmax_scale,
         ).output
 
-    def _cached(self, request: Request) -> tuple[Rows, Rows]:
-        """Keys and values of this rank's slots for a request; unwritten slots hold NaN, or 0."""
-        shape, seed = self.config.model, self.config.seed
-        heads = self.config.kv_heads_of(self.tp_rank)
-        tokens = self._tokens(request)
-        held = [tokens[position] for position in request.ranks[self.cp_rank]]
-        slots = len(request.tables[self.cp_rank]) * self.model.layout.tokens_per_block
-        unwritten = slots - len(held)
-        blank = 0.0 if self.model.freedoms.tail == "zero" else float("nan")
-        no_keys = [[[blank] * shape.key_dim for _ in heads]] * unwritten
-        no_values = [[[blank] * shape.value_dim for _ in heads]] * unwritten
+    def _seen(self, layer: int, tokens: list[Token]) -> Iterator[tuple[int, Token]]:
+        """The rows that the last of these tokens sees in a layer: cache group and token of each."""
+        for number, group in enumerate(self.config.cache_groups):
+            if layer in group.layers:
+                first = 0 if group.window is None else max(0, len(tokens) - group.window)
+                yield from ((number, token) for token in tokens[first:])
+
+    def _cached(
+        self, model: Model, rank: int, number: int, ids: Iterable[int]
+    ) -> dict[str, dict[int, Rows]]:
+        """Keys and values of requests in the pages that a rank of a group's model holds."""
+        keys, values = dict[int, Rows](), dict[int, Rows]()
+        for id in ids:
+            keys[id], values[id] = self._rows(model, rank, number, model.requests[id])
+        return {"keys": keys, "values": values}
+
+    def _rows(self, model: Model, rank: int, number: int, request: Request) -> tuple[Rows, Rows]:
+        """Keys and values of a request's slots on a rank; unwritten slots hold NaN, or 0."""
+        seed, heads = self.config.seed, self.config.kv_heads_of(self.tp_rank)
+        tokens, table, t = (
+            self._tokens(request),
+            request.tables[rank],
+            model.layout.tokens_per_block,
+        )
+        first = table.count(GONE) * t
+        held = [tokens[position] for position in request.ranks[rank][first:]]
+        unwritten = len(table) * t - first - len(held)
+        blank = 0.0 if model.freedoms.tail == "zero" else float("nan")
         keys, values = [], []
-        for layer in range(shape.layers):
+        for layer in self.config.cache_groups[number].layers:
+            shape = self.config.shape_of(layer)
+            no_keys = [[[blank] * shape.key_dim for _ in heads]] * unwritten
+            no_values = [[[blank] * shape.value_dim for _ in heads]] * unwritten
             keys.append(
-                [[key(shape, seed, t, layer, head).stored for head in heads] for t in held]
+                [[key(shape, seed, t, layer, head, number).stored for head in heads] for t in held]
                 + no_keys
             )
             values.append(
-                [[value(shape, seed, t, layer, head) for head in heads] for t in held] + no_values
+                [[value(shape, seed, t, layer, head, number) for head in heads] for t in held]
+                + no_values
             )
         return keys, values
 

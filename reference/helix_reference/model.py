@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from helix_reference.dealing import deal_prompt
 from helix_reference.refusals import refusal
-from helix_reference.state import Request, State, Step
+from helix_reference.state import GONE, Pool, Request, State, Step
 from helix_reference.tokens import Identity, Positions, Tokens
 from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import Config
@@ -37,9 +37,13 @@ class Model(State):
     Parameters
     ----------
     config
-        A legal configuration (`helix_spec.config.config_problem` says None).
+        A legal configuration (`helix_spec.config.config_problem` says None), without cache groups.
     freedoms
         What differs from the strictest engine.
+    pools
+        The pool of each cp_rank, where other caches take pages from it too.
+    window
+        A query at position p sees positions above p - window alone; None for all up to p.
 
     Examples
     --------
@@ -50,9 +54,16 @@ class Model(State):
     [[0, 1, 2, 3, 13], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
     """
 
-    def __init__(self, config: Config, freedoms: Freedoms = STRICT) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        config: Config,
+        freedoms: Freedoms = STRICT,
+        pools: list[Pool] | None = None,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(config, pools)
         self.freedoms = freedoms
+        self.window = window
         self.events_seen = 0
         self.last_steps: list[Step] = []
         """One for each request of the last event, when that was an accepted decode."""
@@ -72,11 +83,18 @@ class Model(State):
             None when the event has happened.
         """
         reason = self.refusal(event)
+        self.follow(event, reason)
+        return reason
+
+    def follow(self, event: Event, reason: Reason | None) -> None:
+        """Let the event happen where `reason` is None; else it counts, and changes nothing."""
         self.last_steps = []
         if reason is None:
             self._happen(event)
+            if self.window is not None and self.freedoms.window_pages == "returned":
+                for request in self.requests.values():
+                    self._leave_behind(request, self.window)
         self.events_seen += 1
-        return reason
 
     def refusal(self, event: Event) -> Reason | None:
         """Return why the event would be refused now; None when it may happen."""
@@ -182,6 +200,25 @@ class Model(State):
             list(parent.written),
         )
 
+    def _leave_behind(self, request: Request, window: int) -> None:
+        """Give pages back whose last position no later query can see (SPEC.md section 5.7)."""
+        rewindable = max(0, request.open_group - 1)
+        behind = len(request.tokens) - rewindable - window
+        t, c = self.layout.tokens_per_block, self.layout.cp_size
+        for pool, table, positions in zip(self.pools, request.tables, request.ranks, strict=True):
+            for place, page in enumerate(table):
+                if page is GONE:
+                    continue
+                if self.layout.pages == "lockstep":
+                    gone = (place + 1) * t * c - 1 <= behind
+                else:
+                    full = (place + 1) * t <= len(positions)
+                    gone = full and positions[(place + 1) * t - 1] <= behind
+                if not gone:
+                    break
+                pool.give_back(page)
+                table[place] = GONE
+
     def _preempt(self, request: Request) -> None:
         self._give_pages_back(request)
         request.preempted = True
@@ -237,8 +274,25 @@ class Model(State):
                 columns.slots.append(self.slot(step.id, rank, held) if mine else -1)
                 held += mine
                 assert columns.visible is not None
-                columns.visible.append(held)
+                columns.visible.append(held - self.unseen(step, place, rank))
         return columns
+
+    def unseen(self, step: Step, place: int, rank: int) -> int:
+        """Return how many tokens on a rank lie before the window of a step's new token.
+
+        Parameters
+        ----------
+        step
+            One of the last decode.
+        place
+            The new token's number in the step, from 0.
+        rank
+            A cp_rank.
+        """
+        if self.window is None:
+            return 0
+        last = step.first + place - self.window
+        return sum(position <= last for position in self.requests[step.id].ranks[rank])
 
     def slot(self, id: int, rank: int, index: int) -> int:
         """Return the slot of a token on a rank: physical page * T + offset in the page.

@@ -51,6 +51,23 @@ def refusal(state: State, event: Event) -> Reason | None:
     >>> refusal(state, Admit(0, 5)).value, refusal(state, Decode([0], [1])).value
     ('out_of_pages', 'unknown_request')
     """
+    reason = reason_but_pages(state, event)
+    if reason is not None:
+        return reason
+    wanted = zip(pages_needed(state, event), state.pools, strict=True)
+    return Reason.OUT_OF_PAGES if any(need > pool.free for need, pool in wanted) else None
+
+
+def reason_but_pages(state: State, event: Event) -> Reason | None:
+    """Return why this event is refused however many pages are free; None for no such reason.
+
+    Parameters
+    ----------
+    state
+        What all ranks hold before the event; it is not changed.
+    event
+        The event.
+    """
     match event:
         case Admit(id, prompt_len):
             return _admit(state, id, prompt_len)
@@ -76,6 +93,34 @@ def refusal(state: State, event: Event) -> Reason | None:
             return None
 
 
+def pages_needed(state: State, event: Event) -> list[int]:
+    """Return how many pages an event takes on each cp_rank (SPEC.md section 5.5).
+
+    Parameters
+    ----------
+    state
+        What all ranks hold before the event; it is not changed.
+    event
+        One that is not refused for another reason.
+
+    Examples
+    --------
+    >>> from helix_spec.config import Config
+    >>> state = State(Config(layout="pr9757/1:C=2,T=2", pages=[3, 3], max_len=8))
+    >>> pages_needed(state, Admit(0, 5))
+    [2, 1]
+    """
+    match event:
+        case Admit(_, prompt_len):
+            return _prompt_pages(state, prompt_len, state.admissions)
+        case Decode(ids, query_lens) | Skip(ids, query_lens):
+            return _decode_pages(state, ids, query_lens)
+        case Resume(id):
+            request = state.requests[id]
+            return _prompt_pages(state, len(request.tokens), request.shift)
+    return [0] * len(state.pools)
+
+
 def _admit(state: State, id: int, prompt_len: int) -> Reason | None:
     if id in state.requests:
         return Reason.DUPLICATE_REQUEST
@@ -83,7 +128,7 @@ def _admit(state: State, id: int, prompt_len: int) -> Reason | None:
         return Reason.EMPTY_PROMPT
     if prompt_len > state.config.max_len:
         return Reason.TOO_LONG
-    return _prompt_pages(state, prompt_len, state.admissions)
+    return None
 
 
 def _decode(state: State, ids: list[int], query_lens: list[int], pad: int) -> Reason | None:
@@ -100,7 +145,7 @@ def _decode(state: State, ids: list[int], query_lens: list[int], pad: int) -> Re
     for request, query_len in zip(known, query_lens, strict=True):
         if len(request.tokens) + query_len > state.config.max_len:
             return Reason.TOO_LONG
-    return _decode_pages(state, ids, query_lens)
+    return None
 
 
 def _accept(state: State, id: int, kept: int) -> Reason | None:
@@ -135,7 +180,7 @@ def _resume(state: State, id: int) -> Reason | None:
         return Reason.UNKNOWN_REQUEST
     if not request.preempted:
         return Reason.NOT_PREEMPTED
-    return _prompt_pages(state, len(request.tokens), request.shift)
+    return None
 
 
 def _not_live(state: State, ids: Sequence[int]) -> Reason | None:
@@ -148,18 +193,18 @@ def _not_live(state: State, ids: Sequence[int]) -> Reason | None:
     return None
 
 
-def _prompt_pages(state: State, prompt_len: int, admission: int) -> Reason | None:
-    """Whether the pools hold a prompt whose ranks are turned by this admission number."""
+def _prompt_pages(state: State, prompt_len: int, admission: int) -> list[int]:
+    """The pages of a prompt whose ranks are turned by this admission number."""
     if prompt_len > _slots(state):
-        return Reason.OUT_OF_PAGES  # it may be longer than a list can be
+        return _more_than_all(state)  # it may be longer than a list can be
     shift = admission if state.layout.start == "rotated" else 0
-    return _too_many(state, state.pages_of(deal_prompt(state.layout, prompt_len, shift)))
+    return state.pages_of(deal_prompt(state.layout, prompt_len, shift))
 
 
-def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> Reason | None:
+def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> list[int]:
     """Count the batch's need in its order: a copy taken by one request may spare the next."""
     if sum(query_lens) > _slots(state):
-        return Reason.OUT_OF_PAGES  # they may be more than a list can hold
+        return _more_than_all(state)  # they may be more than a list can hold
     wanted = [0] * state.layout.cp_size
     copied: Counter[Page] = Counter()
     for id, query_len in zip(ids, query_lens, strict=True):
@@ -177,7 +222,7 @@ def _decode_pages(state: State, ids: list[int], query_lens: list[int]) -> Reason
                     wanted[rank] += 1
                 own.add(rank)
             held[owner] += 1
-    return _too_many(state, wanted)
+    return wanted
 
 
 def _is_shared(page: Page, copied: Counter[Page]) -> bool:
@@ -193,6 +238,5 @@ def _slots(state: State) -> int:
     return sum(state.config.pages) * state.layout.tokens_per_block
 
 
-def _too_many(state: State, wanted: list[int]) -> Reason | None:
-    short = any(pages > pool.free for pages, pool in zip(wanted, state.pools, strict=True))
-    return Reason.OUT_OF_PAGES if short else None
+def _more_than_all(state: State) -> list[int]:
+    return [pages + 1 for pages in state.config.pages]

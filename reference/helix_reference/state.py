@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from helix_reference.dealing import decode_owner
 from helix_reference.tokens import Positions, Tokens
@@ -32,6 +32,10 @@ class Page:
 
     number: int
     holders: int = 1
+
+
+GONE: Final = Page(-1)
+"""Stands in a block table for a page that went back behind the window; it is in no pool."""
 
 
 class Pool:
@@ -70,6 +74,8 @@ class Pool:
 
     def give_back(self, page: Page) -> None:
         """Remove one holder of the page; it is free when that was the last one."""
+        if page is GONE:
+            return
         page.holders -= 1
         if page.holders == 0:
             self.returned.append(page.number)
@@ -90,7 +96,8 @@ class Request:
     ranks
         Positions whose KV is on each cp_rank, in local order.
     tables
-        Pages that hold them on each cp_rank: the block table, in local order.
+        Pages that hold them on each cp_rank: the block table, in local order, with
+        `GONE` for pages that went back behind the window (SPEC.md section 5.7).
     preempted
         Whether it is preempted; it then has tokens and no pages.
     """
@@ -132,13 +139,15 @@ class State:
     Parameters
     ----------
     config
-        A legal configuration (`helix_spec.config.config_problem` returns None).
+        A legal configuration (`helix_spec.config.config_problem` returns None), without groups.
+    pools
+        The pool of each cp_rank, where other caches take pages from it too.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, pools: list[Pool] | None = None) -> None:
         self.config = config
         self.layout = config.layout
-        self.pools = [Pool(pages) for pages in config.pages]
+        self.pools = pools or [Pool(pages) for pages in config.pages]
         self.requests: dict[int, Request] = {}
         self.admissions = 0
 
