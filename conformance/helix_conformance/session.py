@@ -26,6 +26,7 @@ from helix_conformance.expect.vectors import Vector, shipped_vectors
 from helix_conformance.generate.actions import Scope
 from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config, soaked_config
+from helix_conformance.generate.groups import GROUPED, with_groups
 from helix_conformance.generate.narrowing import NothingInsideError, within
 from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
 from helix_conformance.generate.soak import LIVE, PROMPT_LENS, TOKENS, long_events
@@ -249,6 +250,8 @@ def layout_traces(
         )
         if "placement" not in profiles or (MERGE in profiles and choices.one_in(4)):
             return draw_merge_trace(choices, config)
+        if "groups" in profiles and choices.one_in(GROUPED):
+            config = with_groups(choices, config, profiles, box)
         return draw_trace(
             choices,
             config,

@@ -26,7 +26,7 @@ from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.judge.xfail import PARTING, Difference, Known, LedgerError, void_sentence
 from helix_conformance.report.stream import save_trace
 from helix_conformance.report.text import failure_text, replay_text
-from helix_spec.engine import PROFILES
+from helix_spec.engine import PROFILES, features_of_config
 from helix_spec.events import FEATURES, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
 from helix_spec.layouts import LAYOUT_NAMES
@@ -336,8 +336,8 @@ class Suite:
 
 def _has(trace: Trace, feature: str) -> bool:
     """Whether a trace has something of this feature."""
-    if feature == "overlap":
-        return trace.config.overlap
+    if feature in features_of_config(trace.config):
+        return True
     return any(feature in features_of(event) for event in trace.events)
 
 

@@ -182,7 +182,12 @@ def check_types(answers: Sequence[Answer]) -> None:
         try:
             _check(msgspec.structs.replace(answer.outcome, output=None), Outcome)
             if answer.view is not None:
-                _check(msgspec.structs.replace(answer.view, keys={}, values={}), RankView)
+                groups = {
+                    name: msgspec.structs.replace(one, keys={}, values={})
+                    for name, one in answer.view.groups.items()
+                }
+                view = msgspec.structs.replace(answer.view, keys={}, values={}, groups=groups)
+                _check(view, RankView)
         except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
             raise MalformedAnswer(str(error), rank) from error
 
@@ -241,6 +246,8 @@ def checked_view(answer: Any, asked: Sequence[int] | None) -> RankView:
         name = type(answer.local_len).__name__
         raise MalformedAnswer(f"its local_len is of type {name}, not a dict by request")
     check_requests(answer.local_len, asked)
+    for group in answer.groups.values():
+        check_requests(group.local_len, asked)
     return answer
 
 

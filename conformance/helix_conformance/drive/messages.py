@@ -20,6 +20,8 @@ from helix_conformance.drive.driver import Kind
 from helix_spec import layouts
 from helix_spec.capabilities import Box, Freedoms
 from helix_spec.config import Config, decode_layout, encode_layout, layout_schema
+from helix_spec.engine import GroupColumns as SpecColumns
+from helix_spec.engine import GroupView as SpecGroupView
 from helix_spec.engine import Outcome as SpecOutcome
 from helix_spec.engine import RankView
 from helix_spec.events import MERGE, Decode, Event, Merge, Number, Reason, RequestId
@@ -130,6 +132,24 @@ Rows = list[Any] | Array
 """An array: nested lists of numbers, null standing for NaN; or its bytes."""
 
 
+class GroupColumns(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Columns of one cache group in an `outcome`."""
+
+    past_len: list[Number] | UnsetType = UNSET
+    active: list[bool] | UnsetType = UNSET
+    slots: list[Number] | UnsetType = UNSET
+    visible: list[Number] | UnsetType = UNSET
+
+
+class GroupView(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The state of one cache group in a `view`."""
+
+    local_len: dict[RequestId, Number] | UnsetType = UNSET
+    block_tables: dict[RequestId, list[Number]] | UnsetType = UNSET
+    keys: dict[RequestId, Rows] | UnsetType = UNSET
+    values: dict[RequestId, Rows] | UnsetType = UNSET
+
+
 class Outcome(_Answer, frozen=True, tag="outcome"):
     """Answers `start` and `apply`. `reason` is left out, or null, when the event was accepted.
 
@@ -144,6 +164,8 @@ class Outcome(_Answer, frozen=True, tag="outcome"):
     slots: list[Number] | UnsetType = UNSET
     visible: list[Number] | UnsetType = UNSET
     output: Rows | UnsetType = UNSET
+    groups: dict[str, GroupColumns] | UnsetType = UNSET
+    """With cache groups, by name; of the columns above `position_ids` alone is there then."""
 
 
 class View(_Answer, frozen=True, tag="view"):
@@ -158,6 +180,10 @@ class View(_Answer, frozen=True, tag="view"):
     preempted: list[RequestId] | UnsetType = UNSET
     keys: dict[RequestId, Rows] | UnsetType = UNSET
     values: dict[RequestId, Rows] | UnsetType = UNSET
+    groups: dict[str, GroupView] | UnsetType = UNSET
+    """With cache groups, by name; tables, lengths and rows above are left out then."""
+    pools: dict[str, Number] | UnsetType = UNSET
+    """Free pages of each pool beside `main`."""
 
 
 class Failed(_Answer, frozen=True, tag="failed", omit_defaults=True):
@@ -220,6 +246,19 @@ _OF_VIEW: Final = (
     ("preempt", ("preempted",)),
     ("cache", ("keys", "values")),
 )
+_OF_GROUPED: Final = (("placement", ("position_ids",)), ("attention", ("output",)))
+_OF_GROUP: Final = (
+    ("placement", ("active", "slots")),
+    ("lengths", ("past_len",)),
+    ("attention", ("visible",)),
+)
+_OF_RANK: Final = (("pages", ("free_pages",)), ("preempt", ("preempted",)))
+_OF_TABLES: Final = (
+    ("lengths", ("local_len",)),
+    ("pages", ("block_tables",)),
+    ("cache", ("keys", "values")),
+)
+"""Of a view with cache groups: what belongs to the rank, and what to each group."""
 _BY_REQUEST: Final = ("block_tables", "keys", "values")
 
 _encode = msgspec.json.Encoder(enc_hook=encode_layout).encode
@@ -377,9 +416,16 @@ def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]
     >>> spec_outcome(Outcome(2, past_len=[5]), Decode([7], [1]), {"lengths"}).past_len
     [5]
     """
+    checked = frozenset(profiles)
+    groups = _told(answer.groups, {})
     if answer.reason is None and isinstance(event, Decode | Merge):
         fields = _OF_DECODE if isinstance(event, Decode) else _OF_MERGE
-        _check_present(answer, fields, frozenset(profiles))
+        if groups and fields is _OF_DECODE:
+            _check_present(answer, _OF_GROUPED, checked)
+            for name, columns in groups.items():
+                _check_present(columns, _OF_GROUP, checked, f"of cache group {name} ")
+        else:
+            _check_present(answer, fields, checked)
     return SpecOutcome(
         answer.reason,
         _told(answer.past_len, []),
@@ -388,6 +434,15 @@ def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]
         _told(answer.slots, []),
         _told(answer.visible, None),
         None if answer.output is UNSET else _rows(answer.output),
+        {
+            name: SpecColumns(
+                _told(one.past_len, []),
+                _told(one.active, []),
+                _told(one.slots, []),
+                _told(one.visible, None),
+            )
+            for name, one in groups.items()
+        },
     )
 
 
@@ -415,22 +470,48 @@ def spec_view(answer: View, asked: list[int] | None, profiles: Collection[str]) 
         such a field, or holds a request that was not asked for.
     """
     checked = frozenset(profiles)
-    _check_present(answer, _OF_VIEW, checked)
-    local_len: dict[int, int] = _told(answer.local_len, {})
-    check_requests(local_len, asked)
-    for _, name in _needed(_OF_VIEW, checked):
-        if name in _BY_REQUEST and (told := getattr(answer, name)).keys() != local_len.keys():
-            raise MalformedAnswer(
-                f"its {name} are of requests {sorted(told)}, its local_len of {sorted(local_len)}"
-            )
+    groups = _told(answer.groups, {})
+    _check_present(answer, _OF_RANK if groups else _OF_VIEW, checked)
+    if not groups:
+        _check_same_requests(answer, _OF_VIEW, checked, asked)
+    for name, group in groups.items():
+        _check_present(group, _OF_TABLES, checked, f"of cache group {name} ")
+        _check_same_requests(group, _OF_TABLES, checked, asked)
     return RankView(
-        local_len,
+        _told(answer.local_len, {}),
         _told(answer.block_tables, {}),
         _told(answer.preempted, []),
         _told(answer.free_pages, 0),
-        {} if answer.keys is UNSET else {id: _rows(rows) for id, rows in answer.keys.items()},
-        {} if answer.values is UNSET else {id: _rows(rows) for id, rows in answer.values.items()},
+        _rows_by_request(answer.keys),
+        _rows_by_request(answer.values),
+        {
+            name: SpecGroupView(
+                _told(one.local_len, {}),
+                _told(one.block_tables, {}),
+                _rows_by_request(one.keys),
+                _rows_by_request(one.values),
+            )
+            for name, one in groups.items()
+        },
+        _told(answer.pools, {}),
     )
+
+
+def _check_same_requests(
+    view: View | GroupView, fields: _Fields, checked: frozenset[str], asked: list[int] | None
+) -> None:
+    """Raise MalformedAnswer unless all fields by request are of the same ones, all asked for."""
+    local_len: dict[int, int] = _told(view.local_len, {})
+    check_requests(local_len, asked)
+    for _, name in _needed(fields, checked):
+        if name in _BY_REQUEST and (told := getattr(view, name)).keys() != local_len.keys():
+            raise MalformedAnswer(
+                f"its {name} are of requests {sorted(told)}, its local_len of {sorted(local_len)}"
+            )
+
+
+def _rows_by_request(rows: dict[int, Rows] | UnsetType) -> dict[int, Any]:
+    return {} if rows is UNSET else {id: _rows(one) for id, one in rows.items()}
 
 
 def _told(value: Any, otherwise: Any) -> Any:
@@ -445,10 +526,16 @@ def _needed(fields: _Fields, checked: frozenset[str]) -> tuple[tuple[str, str], 
     )
 
 
-def _check_present(answer: Outcome | View, fields: _Fields, checked: frozenset[str]) -> None:
+def _check_present(
+    answer: Outcome | View | GroupColumns | GroupView,
+    fields: _Fields,
+    checked: frozenset[str],
+    whose: str = "",
+) -> None:
     for profile, name in _needed(fields, checked):
         if getattr(answer, name) is UNSET:
-            raise MalformedAnswer(f"its answer lacks {name}, which profile {profile} asks for")
+            lacks = f"its answer {whose}lacks {name}"
+            raise MalformedAnswer(f"{lacks}, which profile {profile} asks for")
 
 
 def _rows(rows: Any) -> Any:

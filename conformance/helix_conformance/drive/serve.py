@@ -33,6 +33,8 @@ from helix_conformance.drive.messages import (
     Array,
     Failed,
     FromEngine,
+    GroupColumns,
+    GroupView,
     Hello,
     LayoutRefusedError,
     Outcome,
@@ -54,6 +56,7 @@ from helix_conformance.engines import (
 )
 from helix_spec.capabilities import EVERYWHERE
 from helix_spec.engine import Engine
+from helix_spec.engine import Outcome as SpecOutcome
 from helix_spec.events import Reason
 
 
@@ -119,11 +122,18 @@ class Server:
 
 def _fields(answer: Any) -> dict[str, Any]:
     """The fields of an Outcome or a RankView that say something."""
-    return {
+    told = {
         name: value
         for name in answer.__struct_fields__
         if (value := getattr(answer, name)) is not None
     }
+    groups, pools = told.pop("groups", {}), told.pop("pools", {})
+    if groups:
+        kind = GroupColumns if isinstance(answer, SpecOutcome) else GroupView
+        told["groups"] = {name: kind(**_fields(one)) for name, one in groups.items()}
+    if pools:
+        told["pools"] = pools
+    return told
 
 
 def as_message(x: Any) -> Array:

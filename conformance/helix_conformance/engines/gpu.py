@@ -316,7 +316,7 @@ class GpuEngine:
     def _kv(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """K, not rotated, and V of this rank's heads; a latent row has no V of its own."""
         shape, seed = self.config.model, self.config.seed
-        k = entries(seed, tokens, shape.layers, "k", self.kv_heads, shape.key_dim)
+        k = entries(seed, tokens, range(shape.layers), "k", self.kv_heads, shape.key_dim)
         v = None if shape.latent else self._tensor(values(shape, seed, tokens, self.kv_heads))
         return self._tensor(k), v
 

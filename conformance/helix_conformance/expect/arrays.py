@@ -107,7 +107,13 @@ def token_columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
 
 
 def entries(
-    seed: int, tokens: Tokens, layers: int, tensor: Tensor, heads: Sequence[int], dim: int
+    seed: int,
+    tokens: Tokens,
+    layers: Sequence[int],
+    tensor: Tensor,
+    heads: Sequence[int],
+    dim: int,
+    group: int = 0,
 ) -> Array:
     """Return Q, K or V before RoPE (SPEC.md section 8).
 
@@ -118,13 +124,15 @@ def entries(
     tokens
         n tokens.
     layers
-        Number of layers.
+        Numbers of the layers.
     tensor
         Which of the tokens' tensors.
     heads
         Numbers of the heads, over the whole model.
     dim
         Elements of a head.
+    group
+        Of K and V, the cache group that holds them, from 0.
 
     Returns
     -------
@@ -133,15 +141,15 @@ def entries(
 
     Examples
     --------
-    >>> entries(7, token_columns([(3, 2, 16)]), 2, "k", heads=[0], dim=4)[1, 0, 0].tolist()
+    >>> entries(7, token_columns([(3, 2, 16)]), [1], "k", heads=[0], dim=4)[0, 0, 0].tolist()
     [-3.625, -0.1875, 0.875, -2.9375]
     """
     with np.errstate(over="ignore"):  # sums and products wrap
         state = _fold(np.zeros(1, dtype=np.uint32), np.array([seed - 0x9E3779B9], dtype=np.int64))
         for column in (tokens.events, tokens.places, tokens.positions):
             state = _fold(state, column)
-        state = _fold(state, np.arange(layers, dtype=np.int64)[:, None])
-        state = _fold(state, np.array(TENSOR_CODE[tensor], dtype=np.int64))
+        state = _fold(state, np.array(layers, dtype=np.int64)[:, None])
+        state = _fold(state, np.array(TENSOR_CODE[tensor] + 16 * group, dtype=np.int64))
         state = _fold(state[:, :, None], np.array(heads, dtype=np.int64))
         state = _fold(state[..., None], np.arange(dim, dtype=np.int64))
     entries: Array = (state % LEVELS).astype(np.float64) / 16 - 4
@@ -166,7 +174,7 @@ def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) 
     -------
     Array, float64 (layers, n, heads, key_dim)
     """
-    q = entries(seed, tokens, model.layers, "q", heads, model.key_dim)
+    q = entries(seed, tokens, range(model.layers), "q", heads, model.key_dim)
     group = model.q_heads // model.kv_heads
     columns = np.array(heads)
     if group > 1:
@@ -177,7 +185,16 @@ def queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) 
     return q
 
 
-def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+class Layers(NamedTuple):
+    """The layers that read a cache group, and the group's number."""
+
+    numbers: Sequence[int]
+    group: int = 0
+
+
+def values(
+    model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int], of: Layers | None = None
+) -> Array:
     """Return V before it is cached; with a latent cache, the latent part of K.
 
     Parameters
@@ -190,13 +207,16 @@ def values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -
         n tokens.
     heads
         Numbers of the KV heads, over the whole model.
+    of
+        Which layers of which cache group; None for all of the first one.
 
     Returns
     -------
     Array, float64 (layers, n, heads, value_dim)
     """
     tensor: Tensor = "v" if model.latent is None else "k"
-    return entries(seed, tokens, model.layers, tensor, heads, model.value_dim)
+    layers, group = of or Layers(range(model.layers))
+    return entries(seed, tokens, layers, tensor, heads, model.value_dim, group)
 
 
 class Rotated(NamedTuple):
@@ -229,7 +249,9 @@ class Rotated(NamedTuple):
         return Rotated(*(np.concatenate(pair, axis=1) for pair in pairs))
 
 
-def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int = 0) -> Rotated:
+def rope(
+    x: Array, positions: Ints, base: float | Sequence[float], *dtypes: CacheDType, still: int = 0
+) -> Rotated:
     """Return rows rotated to global positions (POS-2, SPEC.md section 8).
 
     Of the R = dim - still last elements, element d < R/2 is rotated with element d + R/2, by the
@@ -242,7 +264,7 @@ def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int
     positions : Ints, int64 (n)
         Global positions.
     base
-        The model's `rope_base`.
+        The model's `rope_base`, or that of each layer.
     *dtypes
         Dtypes to which the rotated elements are rounded, one after the other.
     still
@@ -265,7 +287,8 @@ def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int
     """
     turned = x[..., still:]
     half = turned.shape[-1] // 2
-    inverse = base ** (-2.0 * np.arange(half) / turned.shape[-1])
+    bases = np.reshape(base, (-1, 1, 1, 1)) if isinstance(base, Sequence) else base
+    inverse = bases ** (-2.0 * np.arange(half) / turned.shape[-1])
     angle = positions[:, None, None] * inverse
     cosine, sine = round_to(np.cos(angle), "float32"), round_to(np.sin(angle), "float32")
     a, b = turned[..., :half], turned[..., half:]
@@ -281,7 +304,13 @@ def rope(x: Array, positions: Ints, base: float, *dtypes: CacheDType, still: int
     return Rotated(kept(exact), kept(exact - slack), kept(exact + slack))
 
 
-def rotated_queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
+def rotated_queries(
+    model: ModelShape,
+    seed: int,
+    tokens: Tokens,
+    heads: Sequence[int],
+    bases: Sequence[float] | None = None,
+) -> Rotated:
     """Return Q after RoPE, rounded to `dtype`.
 
     Parameters
@@ -294,6 +323,8 @@ def rotated_queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequenc
         n tokens.
     heads
         Numbers of the query heads, over the whole model.
+    bases
+        The base of RoPE in each layer; None for that of the model.
 
     Returns
     -------
@@ -301,10 +332,12 @@ def rotated_queries(model: ModelShape, seed: int, tokens: Tokens, heads: Sequenc
         Arrays (layers, n, heads, key_dim).
     """
     q, still = queries(model, seed, tokens, heads), model.key_dim - model.rope_dim
-    return rope(q, tokens.positions, model.rope_base, model.dtype, still=still)
+    return rope(q, tokens.positions, bases or model.rope_base, model.dtype, still=still)
 
 
-def cached_keys(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Rotated:
+def cached_keys(
+    model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int], of: Layers | None = None
+) -> Rotated:
     """Return K as it is cached: rotated, rounded to `dtype`, then to the dtype of the cache.
 
     Parameters
@@ -317,18 +350,23 @@ def cached_keys(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[in
         n tokens.
     heads
         Numbers of the KV heads, over the whole model.
+    of
+        Which layers of which cache group; None for all of the first one.
 
     Returns
     -------
     Rotated
         Arrays (layers, n, heads, key_dim).
     """
-    k = entries(seed, tokens, model.layers, "k", heads, model.key_dim)
+    layers, group = of or Layers(range(model.layers))
+    k = entries(seed, tokens, layers, "k", heads, model.key_dim, group)
     types, still = (model.dtype, model.cached_dtype), model.key_dim - model.rope_dim
     return rope(k, tokens.positions, model.rope_base, *types, still=still)
 
 
-def cached_values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int]) -> Array:
+def cached_values(
+    model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[int], of: Layers | None = None
+) -> Array:
     """Return V as it is cached: rounded to the dtype of the cache.
 
     Parameters
@@ -341,12 +379,14 @@ def cached_values(model: ModelShape, seed: int, tokens: Tokens, heads: Sequence[
         n tokens.
     heads
         Numbers of the KV heads, over the whole model.
+    of
+        Which layers of which cache group; None for all of the first one.
 
     Returns
     -------
     Array, float64 (layers, n, heads, value_dim)
     """
-    return round_to(values(model, seed, tokens, heads), model.cached_dtype)
+    return round_to(values(model, seed, tokens, heads, of), model.cached_dtype)
 
 
 @dataclass(frozen=True)
@@ -369,7 +409,13 @@ class KeysValues:
 
 
 def exact_attention(
-    model: ModelShape, q: Array, q_uncertainty: Array, kv: KeysValues, ranks: Ints
+    model: ModelShape,
+    q: Array,
+    q_uncertainty: Array,
+    kv: KeysValues,
+    ranks: Ints,
+    *,
+    sent: bool = True,
 ) -> tuple[Array, Array]:
     """Return the attention of one token over S keys, and its bound E for each head (ATT-4).
 
@@ -387,7 +433,9 @@ def exact_attention(
     kv
         The S keys and values that the query sees; S is at least 1.
     ranks : Ints, int64 (S)
-        The cp_rank that holds each key.
+        The cp_rank that holds each key; one number more for those of replicated groups.
+    sent
+        Whether partial outputs are sent; not where all groups of the layer are replicated.
 
     Returns
     -------
@@ -434,7 +482,8 @@ def exact_attention(
     squares += ((p * _norm(v)[:, None] * UNIT_ROUNDOFF[model.product_dtype]) ** 2).sum(-1)
     moved = ((scale * p)[:, :, None] * columns[:, None]) @ apart
     squares += _propagated(q_uncertainty * _norm(moved), model.dtype) ** 2
-    u_wire, u_out = UNIT_ROUNDOFF[model.partial_dtype], UNIT_ROUNDOFF[model.dtype]
+    u_wire = UNIT_ROUNDOFF[model.partial_dtype] if sent else 0.0
+    u_out = UNIT_ROUNDOFF[model.dtype]
     mine = ranks == np.arange(ranks.max() + 1)[:, None, None, None]
     share = p * mine  # (ranks, kv_heads, group, S)
     weight = share.sum(-1)
@@ -475,6 +524,8 @@ class KeptRows:
     ----------
     config
         A legal configuration.
+    of
+        Which layers of which cache group; None for all of the first one.
 
     Examples
     --------
@@ -485,8 +536,8 @@ class KeptRows:
     (1, 2, 2, 16)
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, of: Layers | None = None) -> None:
+        self.config, self.layers = config, of
         self.kept: dict[int, Kept] = {}
 
     def of(self, id: int, tokens: list[tuple[int, int]]) -> Kept:
@@ -533,8 +584,8 @@ class KeptRows:
                 for position in range(same[id], len(tokens))
             ]
         )
-        keys = cached_keys(shape, self.config.seed, fresh, heads)
-        values = cached_values(shape, self.config.seed, fresh, heads)
+        keys = cached_keys(shape, self.config.seed, fresh, heads, self.layers)
+        values = cached_values(shape, self.config.seed, fresh, heads, self.layers)
         end = 0
         for id, tokens in changed.items():
             begin, end = end, end + len(tokens) - same[id]
@@ -594,6 +645,75 @@ def token_attention(
     return np.stack([output for output, _ in layers]), np.stack([bound for _, bound in layers])
 
 
+class Seen(NamedTuple):
+    """The rows of one cache group that a token sees.
+
+    Parameters
+    ----------
+    layers
+        Numbers of the layers that read the group.
+    kept
+        K and V of the token's request in the group.
+    holders : Ints, int64 (positions)
+        The cp_rank that holds each position from 0 on; C for all where the group is replicated.
+    window
+        How many of the last positions are seen; None for all.
+    """
+
+    layers: Sequence[int]
+    kept: Kept
+    holders: Ints
+    window: int | None
+
+    def at(self, position: int) -> Seen:
+        """Return what the token at a global position sees."""
+        return self._replace(holders=self.holders[: position + 1])
+
+    @property
+    def span(self) -> slice:
+        """The positions that are seen."""
+        end = len(self.holders)
+        return slice(0 if self.window is None else max(0, end - self.window), end)
+
+
+def union_attention(
+    model: ModelShape, cp_size: int, query: Rotated, seen: Sequence[Seen]
+) -> tuple[Array, Array]:
+    """Return the exact output of one token that reads cache groups, and its bound E (ATT-4).
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    cp_size
+        Number of cp_ranks.
+    query
+        The query of this token alone: arrays (layers, 1, q_heads, key_dim).
+    seen
+        What it sees in each group.
+
+    Returns
+    -------
+    output : Array, float64 (layers, q_heads, value_dim)
+    bound : Array, float64 (layers, q_heads)
+    """
+    outputs, bounds = [], []
+    for layer in range(model.layers):
+        reads = [(one, list(one.layers).index(layer)) for one in seen if layer in one.layers]
+        holders = np.concatenate([one.holders[one.span] for one, _ in reads])
+        kv = KeysValues(
+            np.concatenate([one.kept.keys.stored[at, one.span] for one, at in reads]),
+            np.concatenate([one.kept.keys.uncertainty[at, one.span] for one, at in reads]),
+            np.concatenate([one.kept.values[at, one.span] for one, at in reads]),
+        )
+        sent = bool((holders < cp_size).any())
+        q = query.stored[layer, 0], query.uncertainty[layer, 0]
+        output, bound = exact_attention(model, *q, kv, holders, sent=sent)
+        outputs.append(output)
+        bounds.append(bound)
+    return np.stack(outputs), np.stack(bounds)
+
+
 def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tuple[Array, Array]:
     """Return all C partials that a merge of n tokens supplies (SPEC.md sections 5.6 and 8).
 
@@ -625,8 +745,8 @@ def supplied_partials(config: Config, event: Merge, heads: Sequence[int]) -> tup
     n, outputs, lses = len(event.levels[0]), [], []
     for number, row in enumerate(event.levels):
         columns = Tokens(np.full(n, number), np.arange(n), np.zeros(n, dtype=np.int64))
-        output = entries(config.seed, columns, 1, "output", heads, config.model.value_dim)[0]
-        lse = entries(config.seed, columns, 1, "lse", heads, 1)[0, ..., 0]
+        output = entries(config.seed, columns, [0], "output", heads, config.model.value_dim)[0]
+        lse = entries(config.seed, columns, [0], "lse", heads, 1)[0, ..., 0]
         level = np.array([-np.inf if level is None else level for level in row])[:, None]
         outputs.append(np.where(np.isinf(level)[..., None], 0.0, output))
         lses.append(level + lse)

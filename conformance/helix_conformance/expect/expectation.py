@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from helix_conformance.expect.arrays import Array
+from helix_spec.config import CacheGroup
 from helix_spec.engine import Outcome
 from helix_spec.events import Event, Reason
 from helix_spec.layouts import Layout
@@ -184,6 +185,17 @@ class Expectation:
     """State after the event; None where a vector does not show it."""
     outputs: Callable[[], Sequence[Output]] | None = None
     """Outputs of an accepted decode or merge, computed when they are read."""
+    parts: Sequence[Part] = ()
+    """With cache groups: what is expected of each; `decoded` and `state` are of the first."""
+
+
+class Part(NamedTuple):
+    """What ranks must answer and hold of one cache group, as if it were all that is cached."""
+
+    group: CacheGroup
+    cp_rank: int | None
+    """The rank that is asked, of a replicated group; None where it is all of them."""
+    expected: Expectation
 
 
 def outcome_of(expected: Expectation | None, rank: int, layout: Layout) -> Outcome:

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 
 from helix_conformance.expect.arrays import (
+    Ints,
+    Kept,
     KeptRows,
+    Layers,
+    Seen,
     exact_merge,
     rotated_queries,
     supplied_partials,
     token_attention,
     token_columns,
+    union_attention,
 )
-from helix_conformance.expect.expectation import Decoded, Expectation, Output, Page, Request, Rows
+from helix_conformance.expect.expectation import (
+    Decoded,
+    Expectation,
+    Output,
+    Page,
+    Part,
+    Request,
+    Rows,
+)
+from helix_reference.groups import GroupsModel
 from helix_reference.model import Model
+from helix_reference.state import GONE
 from helix_spec.capabilities import STRICT, Freedoms
-from helix_spec.config import Config
+from helix_spec.config import CacheGroup, Config
 from helix_spec.engine import PROFILES
 from helix_spec.events import Event, Merge, Reason, Release, features_of
 from helix_spec.trace import Trace
@@ -55,9 +71,22 @@ class Recorder:
     ) -> None:
         self.config = config
         self.declared = frozenset(declared)
-        pools = config.pages if "pages" in declared else [ENDLESS] * len(config.pages)
-        self.model = Model(msgspec.structs.replace(config, pages=pools), freedoms)
-        self.state = ModelState(self.model)
+        self.model: Model | GroupsModel
+        if config.groups:
+            self.model = GroupsModel(self._with_pools(config), freedoms)
+            self.groups = _groups_of(self.model)
+            self.state = self.groups[0].state
+        else:
+            self.model, self.groups = Model(self._with_pools(config), freedoms), []
+            self.state = ModelState(self.model)
+
+    def _with_pools(self, config: Config) -> Config:
+        """The configuration with endless pools where the engine allocates no pages."""
+        if "pages" in self.declared:
+            return config
+        endless = [ENDLESS] * len(config.pages)
+        pools = dict.fromkeys(config.pools, endless)
+        return msgspec.structs.replace(config, pages=endless, pools=pools)
 
     def next(self, event: Event) -> Expectation:
         """Return the expectation of the next event; its state must be read before the one after.
@@ -77,17 +106,26 @@ class Recorder:
         if self._supports(event):
             refused = model.apply(event)
         else:  # it counts, since tokens are told apart by the index of their event
-            refused, model.last_steps = Reason.UNSUPPORTED, []
-            model.events_seen += 1
+            refused = Reason.UNSUPPORTED
+            model.follow(event, refused)
         if refused is not None:
-            return Expectation(index, event, refused, state=self.state)
+            parts = [part.expects(index, event, refused) for part in self.groups]
+            return Expectation(index, event, refused, state=self.state, parts=parts)
         self.state.keep(event)
+        parts = [part.expects(index, event) for part in self.groups]
         if model.last_steps:
-            decoded = self._decoded()
-            return Expectation(index, event, None, decoded, self.state, self.state.outputs)
+            if parts:
+                seen, outputs = _least_seen(parts, self.config.layout.cp_size), self._union
+                decoded = parts[0].expected.decoded
+                assert decoded is not None
+                decoded = decoded._replace(visible=seen)
+            else:
+                decoded, outputs = decoded_by(self.state.model), self.state.outputs
+            return Expectation(index, event, None, decoded, self.state, outputs, parts)
         if isinstance(event, Merge):
-            return Expectation(index, event, state=self.state, outputs=lambda: self._merged(event))
-        return Expectation(index, event, state=self.state)
+            merged = Expectation(index, event, state=self.state, parts=parts)
+            return replace(merged, outputs=lambda: self._merged(event))
+        return Expectation(index, event, state=self.state, parts=parts)
 
     def refusal(self, event: Event) -> Reason | None:
         """Return why the event would be refused now; None when it would not."""
@@ -96,28 +134,106 @@ class Recorder:
     def _supports(self, event: Event) -> bool:
         return features_of(event) <= self.declared
 
-    def _decoded(self) -> Decoded:
-        model = self.model
-        t, steps, requests = model.layout.tokens_per_block, model.last_steps, model.requests
-        positions, owners = list[int](), list[int]()
-        slots, visible = list[tuple[Page, int]](), list[list[int]]()
+    def _union(self) -> list[Output]:
+        """Outputs of the new tokens of the last decode, over the groups that each layer reads."""
+        config, c, found = self.config, self.config.layout.cp_size, list[Output]()
+        steps, shape = self.model.last_steps, config.model
+        fresh = [
+            (*self.model.requests[step.id].tokens[position], position)
+            for step in steps
+            for position in range(step.first, step.first + len(step.owners))
+        ]
+        bases = [config.shape_of(layer).rope_base for layer in range(shape.layers)]
+        queries = rotated_queries(
+            shape, config.seed, token_columns(fresh), range(shape.q_heads), bases
+        )
         for step in steps:
-            tables, held = requests[step.id].tables, step.past_len
-            for place, owner in enumerate(step.owners):
-                page, offset = divmod(held[owner], t)
-                slots.append((tables[owner][page], offset))
-                held = [*held]
-                held[owner] += 1
-                visible.append(held)
-                positions.append(step.first + place)
-            owners += step.owners
-        return Decoded([step.past_len for step in steps], positions, owners, slots, visible)
+            whole = [part.seen(step.id, c) for part in self.groups if part.cp_rank in (None, 0)]
+            for position in range(step.first, step.first + len(step.owners)):
+                query = queries.between(len(found), len(found) + 1)
+                seen = [one.at(position) for one in whole]
+                found.append(Output(*union_attention(shape, c, query, seen)))
+        return found
 
     def _merged(self, event: Merge) -> list[Output]:
         shape = self.config.model
         partials = supplied_partials(self.config, event, range(shape.q_heads))
         exact, bound = exact_merge(shape, *partials)
         return [Output(o[None], e[None]) for o, e in zip(exact, bound, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A cache group, or one cp_rank of a replicated one, as the reference has it."""
+
+    group: CacheGroup
+    cp_rank: int | None
+    state: ModelState
+
+    def seen(self, id: int, cp_size: int) -> Seen:
+        """Return the rows of a request in the group, all of them."""
+        holders = self.state.holders(id) if self.cp_rank is None else np.array([cp_size])
+        tokens = len(self.state.model.requests[id].tokens)
+        ranks = np.broadcast_to(holders, tokens)
+        return Seen(self.group.layers, self.state.kept_rows(id), ranks, self.group.window)
+
+    def expects(self, index: int, event: Event, refused: Reason | None = None) -> Part:
+        """Return what is expected of the group after an event."""
+        state, decoded = self.state, None
+        if refused is None:
+            state.keep(event)
+            decoded = decoded_by(state.model) if state.model.last_steps else None
+        expected = Expectation(index, event, refused, decoded, state)
+        return Part(self.group, self.cp_rank, expected)
+
+
+def _groups_of(model: GroupsModel) -> list[_Group]:
+    """The groups of a model in their order; the copies of a replicated one share its rows."""
+    found = list[_Group]()
+    for number, group in enumerate(model.config.groups):
+        models = model.models[group.name]
+        rows = KeptRows(models[0].config, Layers(group.layers, number))
+        for rank, one in enumerate(models):
+            cp_rank = rank if group.placement == "replicated" else None
+            found.append(_Group(group, cp_rank, ModelState(one, rows)))
+    return found
+
+
+def _least_seen(parts: Sequence[Part], cp_size: int) -> list[list[int]]:
+    """Of each new token, by cp_rank: the fewest keys that it sees there in a sharded group."""
+    found = [part.expected.decoded for part in parts if part.expected.decoded is not None]
+    sharded = [one.visible for one, part in zip(found, parts, strict=True) if part.cp_rank is None]
+    if not sharded:
+        return [[row[0]] * cp_size for row in found[0].visible]
+    return [list(map(min, zip(*rows, strict=True))) for rows in zip(*sharded, strict=True)]
+
+
+def decoded_by(model: Model) -> Decoded:
+    """Return what the ranks of a model answer to the decode that it has just accepted.
+
+    Parameters
+    ----------
+    model
+        The model, after the decode.
+    """
+    t, steps, requests = model.layout.tokens_per_block, model.last_steps, model.requests
+    positions, owners = list[int](), list[int]()
+    slots, visible = list[tuple[Page, int]](), list[Sequence[int]]()
+    for step in steps:
+        tables, held = requests[step.id].tables, step.past_len
+        for place, owner in enumerate(step.owners):
+            page, offset = divmod(held[owner], t)
+            slots.append((tables[owner][page], offset))
+            held = [*held]
+            held[owner] += 1
+            visible.append(
+                held
+                if model.window is None
+                else [n - model.unseen(step, place, rank) for rank, n in enumerate(held)]
+            )
+            positions.append(step.first + place)
+        owners += step.owners
+    return Decoded([step.past_len for step in steps], positions, owners, slots, visible)
 
 
 class ModelState:
@@ -127,12 +243,14 @@ class ModelState:
     ----------
     model
         The model; it is read anew at each call.
+    kept
+        Its rows; None for those of a cache without groups.
     """
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, model: Model, kept: KeptRows | None = None) -> None:
+        self.model = model
         self.requests: Mapping[int, Request] = model.requests
-        self._kept = KeptRows(model.config)
+        self._kept = kept or KeptRows(model.config)
 
     @property
     def live(self) -> Collection[int]:
@@ -149,7 +267,7 @@ class ModelState:
     @property
     def free_pages(self) -> list[int]:
         """See `State.free_pages`."""
-        return [pool.free for pool in self._model.pools]
+        return [pool.free for pool in self.model.pools]
 
     def keep(self, event: Event) -> None:
         """Drop the kept rows of a request that this event released."""
@@ -167,15 +285,16 @@ class ModelState:
     def contents(self, id: int, rank: int) -> tuple[list[tuple[int, tuple[int, int]]], int]:
         """Return what rows of request `id` on cp_rank `rank` depend on; see `State.contents`."""
         request = self.requests[id]
-        tokens = [*request.tokens]
-        held = [(position, tokens[position]) for position in request.ranks[rank]]
-        return held, request.written[rank]
+        first, tokens = self._first(request, rank), [*request.tokens]
+        held = [(position, tokens[position]) for position in [*request.ranks[rank]][first:]]
+        return held, request.written[rank] - first
 
     def rows(self, id: int, rank: int, heads: range) -> Rows:
         """Return rows of request `id` on cp_rank `rank`, for KV heads `heads`; see `State.rows`."""
         request = self.requests[id]
-        positions, mine = [*request.ranks[rank]], slice(heads.start, heads.stop)
-        kept = self._kept.of(id, [*request.tokens])
+        positions = [*request.ranks[rank]][self._first(request, rank) :]
+        mine = slice(heads.start, heads.stop)
+        kept = self.kept_rows(id)
         return Rows(
             positions,
             kept.keys.lower[:, positions, mine],
@@ -183,9 +302,26 @@ class ModelState:
             kept.values[:, positions, mine],
         )
 
+    def _first(self, request: Any, rank: int) -> int:
+        """The first local index whose page is still held."""
+        gone = sum(page is GONE for page in request.tables[rank])
+        return gone * self.model.layout.tokens_per_block
+
+    def kept_rows(self, id: int) -> Kept:
+        """Return K and V of all tokens of a request."""
+        return self._kept.of(id, [*self.model.requests[id].tokens])
+
+    def holders(self, id: int) -> Ints:
+        """Return the cp_rank that holds each position of a request."""
+        request = self.model.requests[id]
+        holders = np.empty(len(request.tokens), dtype=np.int64)
+        for rank, positions in enumerate(request.ranks):
+            holders[[*positions]] = rank
+        return holders
+
     def outputs(self) -> list[Output]:
         """Return the attention output of each new token of the last decode."""
-        shape, steps = self._model.config.model, self._model.last_steps
+        shape, steps = self.model.config.model, self.model.last_steps
         tokens_of = {step.id: [*self.requests[step.id].tokens] for step in steps}
         self._kept.work_out(tokens_of)
         fresh = [
@@ -194,14 +330,11 @@ class ModelState:
             for position in range(step.first, step.first + len(step.owners))
         ]
         queries = rotated_queries(
-            shape, self._model.config.seed, token_columns(fresh), range(shape.q_heads)
+            shape, self.model.config.seed, token_columns(fresh), range(shape.q_heads)
         )
         found = list[Output]()
         for step in steps:
-            kept = self._kept.of(step.id, tokens_of[step.id])
-            holders = np.empty(len(kept.tokens), dtype=np.int64)
-            for rank, positions in enumerate(self.requests[step.id].ranks):
-                holders[[*positions]] = rank
+            kept, holders = self.kept_rows(step.id), self.holders(step.id)
             for position in range(step.first, step.first + len(step.owners)):
                 query = queries.between(len(found), len(found) + 1)
                 output = token_attention(shape, query, kept, holders[: position + 1])

@@ -453,6 +453,19 @@ def _spoiled(config: Config) -> Iterator[Config]:
     ]
     for changes in shapes:
         yield msgspec.structs.replace(config, model=msgspec.structs.replace(model, **changes))
+    groups: list[dict[str, Any]] = [
+        {"layers": [*range(model.layers + 1)]},
+        {"layers": []},
+        {"pool": "elsewhere"},
+        {"tokens_per_block": 1},
+        {"rope_base": 1.0},
+    ]
+    for changes in groups if config.groups else ():
+        spoiled = msgspec.structs.replace(config.groups[0], **changes)
+        yield msgspec.structs.replace(config, groups=[spoiled, *config.groups[1:]])
+    if config.groups:
+        yield msgspec.structs.replace(config, groups=[*config.groups, config.groups[0]])
+        yield msgspec.structs.replace(config, pools=config.pools | {"elsewhere": pages})
 
 
 def _relaid(layout: Layout, changes: dict[str, Any]) -> Layout:

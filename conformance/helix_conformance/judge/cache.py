@@ -94,6 +94,8 @@ class CacheJudge:
         cp_rank = rank % self.cp
         _, written = state.contents(id, cp_rank) or ((), 0)
         heads = self.config.kv_heads_of(rank // self.cp)
+        table = [page for page in state.tables(id)[cp_rank] if page.number >= 0]
+        gone = (len(state.tables(id)[cp_rank]) - len(table)) * self.t
         positions, lower, upper, right = state.rows(id, cp_rank, heads)
         held, shown = len(positions), min(keys.shape[1], values.shape[1])
         keys, values = _at_least(keys, held), _at_least(values, held)
@@ -101,10 +103,10 @@ class CacheJudge:
         if lost.any():
             index = int(lost.argmax())
             row, want = values[:, index], right[:, index]
-            where = f"V of request {id} at local index {index}, position {positions[index]}"
+            where = f"V of request {id} at local index {gone + index}, position {positions[index]}"
             what, vectors = _first_wrong(where, row, want, row != want, heads.start)
             yield Violation("OWN-1", what, *vectors, rank=rank, request=id)
-            page = state.tables(id)[cp_rank][index // self.t]
+            page = table[index // self.t]
             if batch and id not in batch and page.holders > 1:
                 yield Violation(
                     "PAGE-2", f"in a shared page, {what}", *vectors, rank=rank, request=id
@@ -126,7 +128,8 @@ class CacheJudge:
                 number, why = "OWN-1", f"it is that of position {other[0]}"
             elif _is_rounded(row, lower[:, index], upper[:, index], self.config.model.cached_dtype):
                 why = "it is rounded otherwise"
-            where = f"K of request {id} at local index {index}, position {positions[index]}: {why}"
+            at = f"local index {gone + index}, position {positions[index]}"
+            where = f"K of request {id} at {at}: {why}"
             wrong = ~_between(lower[:, index], row, upper[:, index])
             what, vectors = _first_wrong(where, row, lower[:, index], wrong, heads.start)
             yield Violation(number, what, *vectors, rank=rank, request=id)
@@ -136,9 +139,9 @@ class CacheJudge:
         if self.tail == "as_taken" and not self.config.poison:
             return
         if not (blank(keys[:, never]).all() and blank(values[:, never]).all()):
-            what = f"slots of request {id} from local index {written} on"
+            what = f"slots of request {id} from local index {gone + written} on"
             yield Violation("PAGE-4", what, "never written", "written", rank, id)
-        slots = len(state.tables(id)[cp_rank]) * self.config.layout.tokens_per_block
+        slots = len(table) * self.t
         if held <= shown < slots:
             what = f"slots of request {id} that its keys and values show"
             yield Violation("PAGE-4", what, slots, shown, rank, id)

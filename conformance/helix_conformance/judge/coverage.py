@@ -20,6 +20,7 @@ from helix_conformance.generate.sizes import FAR_POSITIONS, SIZES
 from helix_spec import events as ev
 from helix_spec.capabilities import EVERYWHERE, Box, Numbers, Span, values_of
 from helix_spec.config import Config
+from helix_spec.engine import OF_GROUPS
 from helix_spec.events import FEATURES, Decode, Event, Reason, ids_of
 from helix_spec.layouts import NAMED_LAYOUTS
 
@@ -62,6 +63,12 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "refusal, then retry": (PAGES,),
     "accepted, then told again and refused": (RANDOM,),
     "max_len reached": (RANDOM,),
+    "a layer that reads a sharded and a replicated group": (RANKS, "profile groups"),
+    "cache groups that exhaust their pool together": ("profile groups", PAGES),
+    "window edge on a page edge": ("profile window",),
+    "page behind a window returned": ("profile window", PAGES),
+    "page kept for a rewind into a window": ("profile window", "profile speculative", PAGES),
+    "fork with pages behind a window": ("profile window", "profile fork", PAGES),
     **{name: (RANDOM,) for name in _REFUSED.values()},
     _REFUSED[Reason.PREEMPTED_REQUEST]: (RANDOM, "profile preempt"),
     _REFUSED[Reason.NOT_PREEMPTED]: (RANDOM, "profile preempt"),
@@ -117,7 +124,7 @@ def at_hand(
     found = {STEPS, RANDOM} if random else {STEPS}
     if any(_most(box.query_len) > _least(box.tokens_per_block) * min(cp_sizes) for box in boxes):
         found.add(LONG)
-    found |= {f"profile {name}" for name in ("pages", *FEATURES) if name in profiles}
+    found |= {f"profile {name}" for name in ("pages", *FEATURES, *OF_GROUPS) if name in profiles}
     if {"speculative", "overlap"}.intersection(profiles):
         found.add(GROUPS)
     if max(cp_sizes) > 1:
@@ -155,7 +162,7 @@ class Coverage:
         self.counts = dict.fromkeys(SITUATIONS, 0)
         self.sizes: dict[str, Counter[Any]] = {name: Counter() for name in SIZES}
         """How often each size of a dimension was played."""
-        self.trace: _Trace | None = None
+        self.trace: _Trace | _GroupsTrace | None = None
 
     def saw(self, config: Config, expected: Expectation) -> None:
         """Count the situations of one event.
@@ -169,7 +176,8 @@ class Coverage:
         """
         if self.trace is None or expected.index == 0:
             assert expected.state is not None
-            self.trace = _Trace(config, expected.state)
+            plain = not config.groups
+            self.trace = _Trace(config, expected.state) if plain else _GroupsTrace(config)
             for dimension, values in values_of(config).items():
                 if dimension in self.sizes:
                     self.sizes[dimension].update(values)
@@ -400,6 +408,65 @@ class _Trace:
 
     def _tables(self, id: int) -> Sequence[list[Page]]:
         return [list(table) for table in self.state.tables(id)]
+
+
+class _GroupsTrace:
+    """What has to be remembered of one trace with cache groups; only theirs are counted."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        readers = [
+            {group.placement for group in config.groups if layer in group.layers}
+            for layer in range(config.model.layers)
+        ]
+        self.mixed = config.layout.cp_size > 1 and any(len(kinds) > 1 for kinds in readers)
+        pools = [group.pool for group in config.groups]
+        self.is_shared = len(set(pools)) < len(pools)
+
+    def saw(self, expected: Expectation) -> set[str]:
+        """The situations that this event was in."""
+        event, found = expected.event, set[str]()
+        if expected.refused == Reason.OUT_OF_PAGES and self.is_shared:
+            found.add("cache groups that exhaust their pool together")
+        if expected.refused is not None:
+            return found
+        if isinstance(event, Decode) and self.mixed:
+            found.add("a layer that reads a sharded and a replicated group")
+        for part in expected.parts:
+            if part.group.window is not None:
+                t = self.config.layout_of(part.group).tokens_per_block
+                found.update(self._behind(event, part.expected, part.group.window, t))
+        return found
+
+    def _behind(self, event: Event, expected: Expectation, window: int, t: int) -> Iterator[str]:
+        """What a window did."""
+        state = expected.state
+        assert state is not None
+        ids = [id for id in ids_of(event) if id in state.live]
+        gone = [id for id in ids if any(t and t[0].number < 0 for t in state.tables(id))]
+        if gone:
+            yield "page behind a window returned"
+            if isinstance(event, ev.Fork):
+                yield "fork with pages behind a window"
+        if expected.decoded is None:
+            return
+        if any((p + 1 - window) % t == 0 and p >= window for p in expected.decoded.position_ids):
+            yield "window edge on a page edge"
+        if any(self._kept(state, id, window, t) for id in ids):
+            yield "page kept for a rewind into a window"
+
+    @staticmethod
+    def _kept(state: State, id: int, window: int, t: int) -> bool:
+        """Whether a full page is behind the last token's window, but not behind all of a rewind."""
+        assert state.requests is not None
+        request = state.requests[id]
+        behind = len(request.tokens) - window
+        for positions, table in zip(request.ranks, state.tables(id), strict=True):
+            first = sum(page.number < 0 for page in table)
+            end = (first + 1) * t
+            if end <= len(positions) and positions[end - 1] <= behind:
+                return True
+        return False
 
 
 class Needed(msgspec.Struct, frozen=True):

@@ -15,8 +15,9 @@ from helix_conformance.expect.expectation import Expectation, State
 from helix_conformance.judge.attention import AttentionJudge
 from helix_conformance.judge.cache import CacheJudge
 from helix_conformance.judge.failure import Violation, in_order
+from helix_conformance.judge.groups import GroupsJudge
 from helix_conformance.judge.lengths import LengthsJudge
-from helix_conformance.judge.pages import PagesJudge
+from helix_conformance.judge.pages import PageMap, PagesJudge
 from helix_conformance.judge.placement import Columns, PlacementJudge
 from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import Config
@@ -37,6 +38,8 @@ class Judge:
         In what the engine differs rightly.
     outputs
         What each decode gave when the same trace was played before; it is appended to.
+    maps
+        Of a cache group, the pages of each rank as far as they are known.
 
     Examples
     --------
@@ -67,14 +70,22 @@ class Judge:
         profiles: frozenset[str],
         freedoms: Freedoms = STRICT,
         outputs: list[Array] | None = None,
+        maps: list[PageMap] | None = None,
     ) -> None:
         self.config = config
         self.profiles = profiles
         self.placement = PlacementJudge(config, profiles)
         self.lengths = LengthsJudge(config, profiles)
-        self.pages = PagesJudge(config, profiles)
+        self.pages = PagesJudge(config, profiles, maps)
         self.cache = CacheJudge(config, freedoms.tail)
         self.attention = AttentionJudge(config, [] if outputs is None else outputs)
+        self.groups: GroupsJudge | None = None
+        if config.groups:
+            self.groups = GroupsJudge(
+                config,
+                profiles,
+                lambda alone, maps: Judge(alone, profiles, freedoms, maps=maps),
+            )
         self.state: State | None = None
         """The latest state that was expected."""
 
@@ -122,10 +133,13 @@ class Judge:
             self._follow(event, expected.state)
         in_state = list[Violation]()
         self.state = expected.state
-        if expected.state is not None:
+        if self.groups is not None:
+            found = self.groups.event(expected, answers)
+        elif expected.state is not None:
             in_state = self._views(expected.state, [answer.view for answer in answers], event)
         if expected.decoded is not None:
-            found += self._decoded(expected, outcomes)
+            if self.groups is None:
+                found += self._decoded(expected, outcomes)
             if "attention" in self.profiles and expected.outputs is not None:
                 right = not found and not in_state
                 found += self.attention.decoded(expected, outcomes, all_else_right=right)
@@ -156,6 +170,8 @@ class Judge:
         MalformedAnswer
             When an array of a state has another shape than it must have.
         """
+        if self.groups is not None:
+            return in_order(self.groups.finished(answers))
         if self.state is None:
             return []
         return in_order(self._views(self.state, [answer.view for answer in answers], None))

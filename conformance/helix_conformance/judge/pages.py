@@ -28,12 +28,14 @@ class PageMap:
     ----------
     pool
         Number of pages that the rank has; None for an engine that allocates none.
+    beside
+        The map of another cache group that takes pages from the same pool.
     """
 
-    def __init__(self, pool: int | None) -> None:
+    def __init__(self, pool: int | None, beside: PageMap | None = None) -> None:
         self.pool = pool
-        self.model_pages: dict[int, Page] = {}
-        self.numbers: dict[Page, int] = {}
+        self.model_pages: dict[int, Page] = beside.model_pages if beside else {}
+        self.numbers: dict[Page, int] = beside.numbers if beside else {}
         self.tables: dict[int, list[int]] = {}
         self.expected: dict[int, Sequence[Page]] = {}
         """Each request's block table and the model's, as last seen: to look again only at what
@@ -80,11 +82,17 @@ class PageMap:
         if len(table) != len(expected):
             what = f"pages of request {id}"
             yield Violation("PAGE-1", what, len(expected), len(table), rank, id)
-        for number, page in zip(table, expected, strict=False):
-            if self.model_pages.get(number) is not page:
+        for place, (number, page) in enumerate(zip(table, expected, strict=False)):
+            if (number < 0) != (page.number < 0):
+                what = f"page {place} of request {id}, which some later query can see"
+                right = f"a page of the {'pool' if page.number >= 0 else 'pool no more, -1'}"
+                if page.number < 0:
+                    what = f"page {place} of request {id}, which no later query can see"
+                yield Violation("WIN-2", what, right, number, rank, id)
+            elif number >= 0 and self.model_pages.get(number) is not page:
                 yield from self.map(rank, id, number, page)
-        extra = table[len(expected) :]
-        if len(set(table)) < len(table) or any(number in self.in_use() for number in extra):
+        extra, held = table[len(expected) :], [number for number in table if number >= 0]
+        if len(set(held)) < len(held) or any(number in self.in_use() for number in extra):
             what = f"block table of request {id}"
             yield Violation("PAGE-2", what, "pages of its own", table, rank, id)
         self.tables[id], self.expected[id] = list(table), list(expected)
@@ -160,14 +168,19 @@ class PagesJudge:
         A legal configuration, with which the ranks were started.
     profiles
         Those that are checked; without `pages` the pools have no end.
+    maps
+        Of a cache group, which shares its pools, a map for each rank.
     """
 
-    def __init__(self, config: Config, profiles: frozenset[str]) -> None:
+    def __init__(
+        self, config: Config, profiles: frozenset[str], maps: list[PageMap] | None = None
+    ) -> None:
         self.t = config.layout.tokens_per_block
         self.cp = config.layout.cp_size
         self.config = config
         pools = config.pages if "pages" in profiles else [None] * self.cp
-        self.maps = [PageMap(pools[rank % self.cp]) for rank in range(config.world_size)]
+        self.shared = maps is not None
+        self.maps = maps or [PageMap(pools[rank % self.cp]) for rank in range(config.world_size)]
 
     def forget(self, id: int) -> None:
         """Forget a request that was released.
@@ -287,6 +300,8 @@ class PagesJudge:
                     what = f"block table of request {id}, which is not live"
                     wrong.append(Violation("PAGE-1", what, None, view.block_tables[id], rank, id))
                 yield from wrong
+            if self.shared:
+                continue  # `GroupsJudge` counts the pages of all groups
             free = free_pages[rank % self.cp]
             if whole or view.free_pages != free:
                 yield from self._free(rank, view, free, explained=whole and bool(wrong))

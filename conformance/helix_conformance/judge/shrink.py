@@ -11,13 +11,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from math import inf
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.configs import AMPLE
-from helix_spec.config import Config, ModelShape, config_problem
+from helix_spec.config import MAIN_POOL, CacheGroup, Config, ModelShape, config_problem
 from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled, Skip, ids_of
 from helix_spec.layouts import Layout
 from helix_spec.trace import Earlier, Trace
@@ -180,7 +180,8 @@ def with_room(trace: Trace) -> Trace:
         The trace; its events stay.
     """
     ample = [AMPLE] * len(trace.config.pages)
-    return _set(trace, config=_set(trace.config, pages=ample))
+    pools = dict.fromkeys(trace.config.pools, ample)
+    return _set(trace, config=_set(trace.config, pages=ample, pools=pools))
 
 
 def gone_on(trace: Trace) -> Trace:
@@ -237,6 +238,7 @@ def _merged(events: list[Event], super_block: int) -> Iterator[list[Event]]:
 def _smaller_configs(config: Config) -> Iterator[Config]:
     """Simpler configurations, the most wanted first; some are not legal."""
     layout, shape, ample = config.layout, config.model, [AMPLE] * len(config.pages)
+    yield from _fewer_groups(config)
     simple = ModelShape(q_heads=config.world_size * config.tp_size, kv_heads=config.tp_size)
     for changes in (
         {"tp_size": 1},
@@ -260,13 +262,43 @@ def _smaller_configs(config: Config) -> Iterator[Config]:
             layout=layout.replace(cp_size=c),
             model=_set(shape, q_heads=shape.kv_heads * config.tp_size * c),
         )
-        yield _set(smaller, pages=config.pages[:c])
-        yield _set(smaller, pages=config.pages[-c:])
+        for some in (slice(c), slice(-c, None)):
+            pools = {name: sizes[some] for name, sizes in config.pools.items()}
+            yield _set(smaller, pages=config.pages[some], pools=pools)
     for smaller_layout in _smaller_pages(layout):
         yield _set(config, layout=smaller_layout)
     for rank, pages in enumerate(config.pages if config.pages != ample else ()):
         for fewer in _fewer(pages):
             yield _set(config, pages=_with(config.pages, rank, fewer))
+
+
+def _fewer_groups(config: Config) -> Iterator[Config]:
+    """Without cache groups, with those of one layer alone, and with simpler ones."""
+    if not config.groups:
+        return
+    yield _set(config, groups=[], pools={})
+    for layer in range(config.model.layers if config.model.layers > 1 else 0):
+        left = [group for group in config.groups if layer in group.layers]
+        yield _with_groups(config, [_set(group, layers=[0]) for group in left], layers=1)
+    for place, group in enumerate(config.groups):
+        yield _with_groups(config, _with(config.groups, place), layers=config.model.layers)
+        plain: dict[str, Any] = {"placement": "sharded", "window": None, "tokens_per_block": None,
+                 "pool": MAIN_POOL, "rope_base": None}  # fmt: skip
+        changes = [{name: value} for name, value in plain.items() if getattr(group, name) != value]
+        changes += [{"window": fewer} for fewer in _fewer(group.window or 0)]
+        for change in changes:
+            groups = _with(config.groups, place, _set(group, **change))
+            yield _with_groups(config, groups, layers=config.model.layers)
+
+
+def _with_groups(config: Config, groups: list[CacheGroup], *, layers: int) -> Config:
+    """The configuration with these groups and the pools that they name; `main` is one of them."""
+    names = {group.pool for group in groups}
+    if MAIN_POOL not in names and groups:
+        groups = [_set(groups[0], pool=MAIN_POOL), *groups[1:]]
+        names = {group.pool for group in groups}
+    pools = {name: sizes for name, sizes in config.pools.items() if name in names}
+    return _set(config, groups=groups, pools=pools, model=_set(config.model, layers=layers))
 
 
 def _smaller_pages(layout: Layout) -> Iterator[Layout]:
@@ -353,7 +385,8 @@ def _fitted(event: Event, config: Config) -> Event:
 def _with_same_room(candidate: Trace, trace: Trace) -> Trace | None:
     """The candidate with smaller pools: no more pages are free before its last event."""
     pages = candidate.config.pages
-    if pages != trace.config.pages or set(pages) == {AMPLE}:
+    grouped = candidate.config.groups or trace.config.groups
+    if grouped or pages != trace.config.pages or set(pages) == {AMPLE}:
         return None
     room = zip(pages, _free(candidate), _free(trace), strict=True)
     fitting = [count - max(0, now - then) for count, now, then in room]

@@ -27,7 +27,7 @@ from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.failure import Violation
 from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import config_problem
-from helix_spec.engine import CUMULATIVE, PROFILES
+from helix_spec.engine import CUMULATIVE, PROFILES, features_of_config
 from helix_spec.events import Event, Reason, features_of
 from helix_spec.invariants import NUMBERS, profiles_of
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
@@ -285,7 +285,7 @@ class Known:
             return None
         if config_problem(trace.config) is not None:
             return None if Reason.BAD_CONFIG in reasons else trace
-        if trace.config.overlap and "overlap" in profiles:
+        if features_of_config(trace.config) & profiles:
             return None
         recorder = Recorder(trace.config, declared, freedoms)
         events: list[Event] = []

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+import msgspec
+
 from helix_conformance.engines.gpu import GpuEngine, LedgerEngine
 from helix_gpu.bookkeeping.allocator import PageAllocator
 from helix_gpu.bookkeeping.block_tables import BlockTables
@@ -16,10 +18,11 @@ from helix_gpu.bookkeeping.ledger import Ledger
 from helix_gpu.bookkeeping.rank_book import RankBook
 from helix_reference.attention import Token, raw, rope, value
 from helix_reference.engine import ReferenceEngine
+from helix_reference.groups import GroupsModel
 from helix_reference.model import Model
 from helix_reference.state import Request
 from helix_spec.config import Config, ModelShape
-from helix_spec.engine import Outcome, RankView
+from helix_spec.engine import OF_GROUPS, Outcome, RankView
 from helix_spec.events import Admit, Decode, Event, Resume
 from helix_spec.layouts import LAYOUT_NAMES
 
@@ -166,17 +169,32 @@ class OverCache(GpuEngine):
         return outcome
 
 
+class OverGroups(ReferenceEngine):
+    """The reference with cache groups, with its models swapped."""
+
+    whole_class: ClassVar[type[GroupsModel]] = GroupsModel
+    model_class: ClassVar[type[Model]] = Model
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        """Ready, or refused with `bad_config`."""
+        outcome = super().start(config, profiles)
+        if outcome.reason is None and config.groups:
+            self.whole = self.whole_class(config, model=self.model_class)
+            self.model = self.whole.all[0]
+        return outcome
+
+
 class OverModel(ReferenceEngine):
     """The reference, with its model swapped."""
 
     model_class: ClassVar[type[Model]] = Model
-    profiles = ReferenceEngine.profiles - {"cache", "attention"}
+    profiles = ReferenceEngine.profiles - {"cache", "attention", *OF_GROUPS}
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
         outcome = super().start(config, profiles)
         if outcome.reason is None:
-            self.model = self.model_class(config)
+            self.whole = self.model = self.model_class(config)
             self.started()
         return outcome
 
@@ -199,7 +217,7 @@ class Stored(OverModel):
     mutant need only report a wrong slot or position to have it in its memory, too.
     """
 
-    profiles = ReferenceEngine.profiles - {"attention"}
+    profiles = ReferenceEngine.profiles - {"attention", *OF_GROUPS}
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
@@ -246,9 +264,7 @@ class Stored(OverModel):
                     [_numbers(shape, self.config.seed, row, layer, heads)[part] for row in rows]
                     for layer in layers
                 ]
-        return RankView(
-            view.local_len, view.block_tables, view.preempted, view.free_pages, **cached
-        )
+        return msgspec.structs.replace(view, **cached)
 
     def prompt_positions(self, request: Request) -> Sequence[int]:
         """The prompt positions whose KV is put on this rank, in local order."""
@@ -304,6 +320,7 @@ def _numbers(
 _USUAL: dict[type, tuple[str, str]] = {
     Stored: ("contents", "cache"),
     OverModel: ("bookkeeping", "pages"),
+    OverGroups: ("bookkeeping", "pages"),
     OverLedger: ("bookkeeping", "pages"),
     OverCache: ("threads", "attention"),
 }

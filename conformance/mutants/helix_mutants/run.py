@@ -24,6 +24,7 @@ from helix_conformance.drive.threads import ThreadDriver
 from helix_conformance.engines import load_engine
 from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config
+from helix_conformance.generate.groups import with_groups
 from helix_conformance.generate.traces import draw_trace, far_trace
 from helix_conformance.judge.coverage import Needed, Tally
 from helix_conformance.judge.failure import Failure
@@ -32,13 +33,13 @@ from helix_conformance.report.stream import MutantKill, MutationRun, append_line
 from helix_conformance.session import random_traces
 from helix_conformance.version import __version__
 from helix_mutants.parts import MUTANTS, Mutant, Stored
-from helix_spec.capabilities import UNLIMITED
+from helix_spec.capabilities import UNLIMITED, Box, Span
 from helix_spec.engine import PROFILES
 from helix_spec.events import FEATURES, MERGE
 from helix_spec.invariants import NUMBERS
 from helix_spec.trace import Trace
 
-for _module in ("ledger", "model", "cache", "corners", "edges", "runs", "reports"):
+for _module in ("ledger", "model", "cache", "corners", "edges", "runs", "reports", "groups"):
     importlib.import_module(f"helix_mutants.on_{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
@@ -72,6 +73,8 @@ _PLAYS: Final = {
     "threads": _Play((1, 2, 3, 4), 4, 400, 40),
     "pool": _Play((1, 2, 3, 4), 4, 100, 10),
 }
+_SMALL: Final = Box(head_dim=[16], q_heads=Span(max=8), layers=Span(max=2), max_len=[24, 9])
+"""Of cache groups with contents: the reference computes them, naively."""
 _CORNER: Final = 4
 """For a mutant that shows in a corner only: so many times as many traces."""
 _MUTANT_DEADLINE_S: Final = 5.0
@@ -144,7 +147,8 @@ def _played(
 ) -> Failure | None:
     profiles = profiles_to_check(driver.profiles, mutant.profiles)
     features = [feature for feature in FEATURES if feature in profiles]
-    play = _PLAYS[mutant.tier]
+    play, grouped = _PLAYS[mutant.tier], "groups" in mutant.profiles
+    box = _SMALL if grouped and "cache" in profiles else UNLIMITED
 
     def draw(choices: Choices) -> Trace:
         config = draw_config(
@@ -155,7 +159,10 @@ def _played(
             max_world=play.world,
             features=features,
             contents="cache" in profiles,
+            box=box,
         )
+        if grouped and choices.one_in(2):
+            config = with_groups(choices, config, profiles, box)
         return draw_trace(
             choices,
             config,
