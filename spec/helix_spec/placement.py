@@ -407,6 +407,41 @@ def visible_len(layout: Layout, prompt_len: int, position: int, rank: int, shift
     return local_len(layout, prompt_len, position + 1 - prompt_len, rank, shift)
 
 
+def tokens_before(layout: Layout, prompt_len: int, position: int, rank: int, shift: int = 0) -> int:
+    """Return how many of the tokens at earlier positions are on a rank.
+
+    A rank stores its tokens by rising position, so these are its first local indexes.
+
+    Parameters
+    ----------
+    layout
+        A legal layout.
+    prompt_len
+        Tokens of the prompt.
+    position
+        A global position, of the prompt or decoded.
+    rank
+        A cp_rank.
+    shift
+        The request's start shift.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> layout = parse_layout("pr9757/1:C=4,T=2")
+    >>> [tokens_before(layout, 13, position, rank=1) for position in (4, 6, 13, 16)]
+    [0, 2, 4, 5]
+    """
+    if position >= prompt_len:
+        return local_len(layout, prompt_len, position - prompt_len, rank, shift)
+    logical = (rank - shift) % layout.cp_size
+    if layout.prompt == "contiguous":
+        c, t = layout.cp_size, layout.tokens_per_block
+        end = contiguous_start(prompt_len, logical + 1, c, t)
+        return max(0, min(position, end) - contiguous_start(prompt_len, logical, c, t))
+    return chunk_local_len(position, logical, layout.cp_size, _prompt_chunk(layout))
+
+
 def local_index(layout: Layout, prompt_len: int, position: int, shift: int = 0) -> int:
     """Return how many earlier tokens of the request its rank holds of a global position.
 
@@ -429,13 +464,7 @@ def local_index(layout: Layout, prompt_len: int, position: int, shift: int = 0) 
     [0, 1, 2]
     """
     rank = owner(layout, prompt_len, position, shift)
-    if position >= prompt_len:
-        return local_len(layout, prompt_len, position - prompt_len, rank, shift)
-    logical = (rank - shift) % layout.cp_size
-    if layout.prompt == "contiguous":
-        start = contiguous_start(prompt_len, logical, layout.cp_size, layout.tokens_per_block)
-        return position - start
-    return chunk_local_len(position, logical, layout.cp_size, _prompt_chunk(layout))
+    return tokens_before(layout, prompt_len, position, rank, shift)
 
 
 def position(layout: Layout, prompt_len: int, rank: int, index: int, shift: int = 0) -> int | None:
@@ -583,6 +612,157 @@ def capacity(layout: Layout, pages: Sequence[int], prompt_len: int, shift: int =
         position(layout, prompt_len, rank, held * t, shift) for rank, held in enumerate(pages)
     ]
     return min(end for end in first_without_page if end is not None)
+
+
+# Windows of a cache group (SPEC.md sections 4.2 and 5.7). `layout` is that of the group, with C = 1
+# where it is replicated (`Config.layout_of`).
+
+
+def visible_range(
+    layout: Layout, prompt_len: int, position: int, window: int, rank: int, shift: int = 0
+) -> tuple[int, int]:
+    """Return the local indexes that the query at a position sees on a rank (WIN-1).
+
+    Parameters
+    ----------
+    layout
+        The layout of the cache group.
+    prompt_len
+        Tokens of the prompt.
+    position
+        The global position of the query.
+    window
+        Tokens that it sees on all ranks together, itself included, from 1.
+    rank
+        A cp_rank.
+    shift
+        The request's start shift.
+
+    Returns
+    -------
+    tuple of two int
+        The first index, and the one after the last; equal when the rank has nothing to see.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> layout = parse_layout("pr17866/1:C=4,T=2")
+    >>> [visible_range(layout, 13, 14, 6, rank) for rank in range(4)]  # positions 9 to 14
+    [(3, 4), (2, 4), (2, 4), (2, 3)]
+    """
+    first = max(0, position - window + 1)
+    return (
+        tokens_before(layout, prompt_len, first, rank, shift),
+        tokens_before(layout, prompt_len, position + 1, rank, shift),
+    )
+
+
+def next_query(total: int, open_len: int) -> int:
+    """Return the smallest position at which a query may still come, m of SPEC.md section 5.7.
+
+    Parameters
+    ----------
+    total
+        Tokens of the request, those of the open group included.
+    open_len
+        Tokens of the open group; 0 when none is open.
+
+    Examples
+    --------
+    >>> next_query(7, 0), next_query(7, 1), next_query(7, 2)
+    (7, 7, 6)
+    """
+    return total - max(0, open_len - 1)
+
+
+def pages_dropped(
+    layout: Layout, prompt_len: int, query: int, window: int, rank: int, shift: int = 0
+) -> int:
+    """Return how many pages of a request have gone back from a window: its first ones (WIN-2).
+
+    Parameters
+    ----------
+    layout
+        The layout of the cache group.
+    prompt_len
+        Tokens of the prompt.
+    query
+        The smallest position at which a query may still come (`next_query`).
+    window
+        Tokens that a query sees, from 1.
+    rank
+        A cp_rank.
+    shift
+        The request's start shift.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> near = parse_layout("pr17866/1:C=1,T=2")  # `near` of example 11.12
+    >>> [pages_dropped(near, 5, next_query(*state), 3, rank=0) for state in ((5, 0), (7, 2))]
+    [1, 2]
+    """
+    t, unseen = layout.tokens_per_block, max(0, query - window + 1)
+    if layout.pages == "lockstep":
+        return unseen // (t * layout.cp_size)
+    return tokens_before(layout, prompt_len, unseen, rank, shift) // t
+
+
+def most_window_pages(layout: Layout, window: int, query_len: int) -> int:
+    """Return the most pages that a request ever holds on a rank for a window.
+
+    It is attained under `lockstep` and by a replicated group; under `lazy` it is a bound. Where
+    prompt and decoded tokens are not dealt in one turn, a window may lie on one rank. The event
+    that places a prompt holds more for its time: pages of all its tokens.
+
+    Parameters
+    ----------
+    layout
+        The layout of the cache group.
+    window
+        Tokens that a query sees, from 1.
+    query_len
+        Tokens of the longest open group, from 1. For what is held while the next decode is
+        placed, before pages go back, add the tokens of that one.
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> most_window_pages(parse_layout("pr17866/1:C=1,T=16"), window=128, query_len=1)
+    9
+    >>> most_window_pages(parse_layout("vllm_dcp/1:C=4,T=16,I=1"), window=128, query_len=1)
+    3
+    """
+    span = layout.tokens_per_block
+    dealt_in_turn = layout.prompt != "contiguous" and layout.owner in ("position", "interleave")
+    if dealt_in_turn and _prompt_chunk(layout) == _owner_chunk(layout):
+        span *= layout.cp_size
+    return ceil_div(span - 1 + window + query_len - 2, span)
+
+
+def shared_capacity(pages: int, long: int, short: int) -> int:
+    """Return how many tokens a request reaches in a pool that two cache groups share.
+
+    The groups have no window, and the request has the pool for itself. Pages are taken as the
+    tokens come, one for each span that is begun: that is `lockstep`, or one rank.
+
+    Parameters
+    ----------
+    pages
+        Pages of the pool on a rank.
+    long, short
+        Tokens that a page of each group spans: T*C of a sharded one, T of a replicated one. The
+        second divides the first.
+
+    Examples
+    --------
+    >>> shared_capacity(10, long=4 * 16, short=16)  # sharded over four ranks, and replicated
+    128
+    >>> shared_capacity(12, long=4 * 16, short=16)
+    144
+    """
+    rounds, rest = divmod(pages, long // short + 1)
+    return rounds * long + max(0, rest - 1) * short
 
 
 def _prompt_chunk(layout: Layout) -> int:

@@ -9,14 +9,14 @@ modules, in reading order:
 - `shapes`: the pairs of rules that theorems on layouts run through;
 - `mutations`: the wrong formulas that the theorems refute;
 - `euclid`: the three facts about integers that this rests on;
-- `ownership`, `lengths`, `balance`, `pages`, `merge`: the theorems, by invariant;
+- `ownership`, `lengths`, `balance`, `pages`, `windows`, `merge`: the theorems, by invariant;
 - `engines`: engines' own closed forms, equal to a layout or told apart from it;
 - `callers`: functions that call any placement that meets a contract;
 - `contracts`: the contracts of the closed forms and of `callers`, as theorems;
 - `catalog`: all theorems, held against `manifest.txt`, the theorems that there must be;
 - `__main__`: the command above.
 
-What is proved of what: the theorems of `ownership` to `pages` call `helix_spec.placement` itself,
+What is proved of what: the theorems of `ownership` to `windows` call `helix_spec.placement` itself,
 on all paths, for all integers; those on layouts use theorems about the integer functions instead
 of their bodies where it says `free` (so they hold for any functions that meet those theorems).
 `merge` and `engines` restate formulas from outside. Inductions are by hand: base and step are

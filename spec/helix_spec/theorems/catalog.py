@@ -19,11 +19,12 @@ from helix_spec.theorems import (
     mutations,
     ownership,
     pages,
+    windows,
 )
 from helix_spec.theorems.base import REGISTRY, Theorem, Wrong
 from helix_spec.theorems.crosshair import contract_lines
 
-MODULES: Final = (euclid, ownership, lengths, balance, pages, merge, engines, contracts)
+MODULES: Final = (euclid, ownership, lengths, balance, pages, windows, merge, engines, contracts)
 """Where theorems are, in reading order."""
 
 

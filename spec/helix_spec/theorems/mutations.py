@@ -364,7 +364,101 @@ def capacity_of_the_largest_pool(
     return _capacity(layout, [max(pages)] * len(pages), prompt_len, shift)
 
 
+# Windows and pools of cache groups.
+
+
+@instead_of("placement.visible_range")
+def window_without_the_query(
+    layout: Layout, prompt_len: int, position: int, window: int, rank: int, shift: int = 0
+) -> tuple[int, int]:
+    """A window of w tokens before the query."""
+    return _visible_range(layout, prompt_len, position, window + 1, rank, shift)
+
+
+@instead_of("placement.visible_range", "a kernel given the global window beside a local length")
+def window_of_local_tokens(
+    layout: Layout, prompt_len: int, position: int, window: int, rank: int, shift: int = 0
+) -> tuple[int, int]:
+    """The last w of a rank's own tokens."""
+    end = placement.tokens_before(layout, prompt_len, position + 1, rank, shift)
+    return max(0, end - window), end
+
+
+@instead_of("placement.visible_range")
+def window_in_equal_shares(
+    layout: Layout, prompt_len: int, position: int, window: int, rank: int, shift: int = 0
+) -> tuple[int, int]:
+    """The last w / C of a rank's own tokens."""
+    end = placement.tokens_before(layout, prompt_len, position + 1, rank, shift)
+    return max(0, end - placement.ceil_div(window, layout.cp_size)), end
+
+
+@instead_of("placement.next_query")
+def open_group_forgotten(total: int, open_len: int) -> int:
+    """Open group forgotten: total - w in place of m - w."""
+    return total
+
+
+@instead_of("placement.next_query")
+def whole_group_taken_back(total: int, open_len: int) -> int:
+    """Whole group taken back."""
+    return total - open_len
+
+
+@instead_of("placement.pages_dropped")
+def dropped_with_the_first_token(
+    layout: Layout, prompt_len: int, query: int, window: int, rank: int, shift: int = 0
+) -> int:
+    """Dropped with the first token that leaves the window."""
+    t, unseen = layout.tokens_per_block, max(0, query - window + 1)
+    return placement.ceil_div(placement.tokens_before(layout, prompt_len, unseen, rank, shift), t)
+
+
+@instead_of("placement.pages_dropped")
+def dropped_one_query_late(
+    layout: Layout, prompt_len: int, query: int, window: int, rank: int, shift: int = 0
+) -> int:
+    """Dropped one query late."""
+    return _pages_dropped(layout, prompt_len, query, window + 1, rank, shift)
+
+
+@instead_of("placement.pages_dropped", "block size times C for a group that is not sharded")
+def dropped_by_global_blocks(
+    layout: Layout, prompt_len: int, query: int, window: int, rank: int, shift: int = 0
+) -> int:
+    """Dropped by blocks of T, whatever C."""
+    return max(0, query - window + 1) // layout.tokens_per_block
+
+
+@instead_of("placement.most_window_pages")
+def window_on_page_edges(layout: Layout, window: int, query_len: int) -> int:
+    """A window that starts on a page edge."""
+    span = layout.tokens_per_block * (layout.cp_size if layout.pages == "lockstep" else 1)
+    return placement.ceil_div(window + query_len - 2, span)
+
+
+@instead_of("placement.most_window_pages", "speculative tokens left out of a window's pages")
+def window_of_single_tokens(layout: Layout, window: int, query_len: int) -> int:
+    """A window of single tokens."""
+    return _most_window_pages(layout, window, 1)
+
+
+@instead_of("placement.shared_capacity")
+def one_page_a_round(pages: int, long: int, short: int) -> int:
+    """Both groups begin a page together."""
+    return pages // 2 * long
+
+
+@instead_of("placement.shared_capacity")
+def whole_rounds_only(pages: int, long: int, short: int) -> int:
+    """Whole rounds only."""
+    return pages // (long // short + 1) * long
+
+
 _capacity = placement.capacity
 _decode_local_len = placement.decode_local_len
 _decode_owner = placement.decode_owner
 _local_index = placement.local_index
+_most_window_pages = placement.most_window_pages
+_pages_dropped = placement.pages_dropped
+_visible_range = placement.visible_range
