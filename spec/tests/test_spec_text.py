@@ -30,6 +30,7 @@ def test_the_sections_are_the_ones_that_code_cites() -> None:
         "9 Equality of attention outputs",
         "10 What an engine returns",
         "11 Worked examples",
+        "12 How engines place cache groups",
     ]
 
 
