@@ -383,7 +383,7 @@ _WINDOW = {"total": 8, "open_len": 3, "window": 2, "shift": 1, "c": 2, "t": 2, "
     about=["placement.pages_dropped"],
     kills=[
         m.open_group_forgotten.at(
-            prompt=1, kept=1, more=0, token=1, total=3, open_len=2, window=1,
+            prompt=1, kept=1, more=0, token=2, total=3, open_len=2, window=1,
             shift=0, c=1, t=1, i=1, j=1,
         ),
         m.dropped_with_the_first_token,
