@@ -592,11 +592,16 @@ _MOST = {"prompt": 5, "total": 8, "open_len": 3, "more": 2, "window": 2, "rank":
     "ceil-div-rises",
     proves="PAGE-1",
     witness={"a": 7, "more": 3, "b": 3},
-    kills=[m.negated_division_truncated.at(a=0, more=0, b=1)],
 )
 def ceil_div_rises(a: Natural, more: Natural, b: Size) -> bool:
     """More tokens never need fewer pages."""
     return placement.ceil_div(a, b) <= placement.ceil_div(a + more, b)
+
+
+@ceil_div_rises.wrong()
+def one_token_more_needs_a_page(a: Natural, more: Natural, b: Size) -> bool:
+    """One token more needs one page more."""
+    return placement.ceil_div(a, b) < placement.ceil_div(a + more + 1, b)
 
 
 @theorem(
@@ -630,7 +635,6 @@ def full_with_one_token_fewer(a: Natural, b: Size, least: Natural) -> bool:
     "pages-of-a-range",
     proves="WIN-2 PAGE-1",
     witness={"start": 5, "more": 3, "most": 4, "t": 2},
-    kills=[m.rounded_up_always],
 )
 def pages_of_a_range(start: Natural, more: Natural, most: Natural, t: Size) -> bool:
     """Up to n numbers in a row lie in at most ceil((T - 1 + n) / T) pages."""
@@ -639,6 +643,14 @@ def pages_of_a_range(start: Natural, more: Natural, most: Natural, t: Size) -> b
     lemma(ceil_div_rises, place + more, t - 1 + most - place - more, t)
     pages = placement.ceil_div(start + more, t) - start // t
     return pages <= placement.ceil_div(t - 1 + most, t)
+
+
+@pages_of_a_range.wrong()
+def ranges_start_on_page_edges(start: Natural, more: Natural, most: Natural, t: Size) -> bool:
+    """Ranges start on page edges."""
+    assume(more <= most)
+    pages = placement.ceil_div(start + more, t) - start // t
+    return pages <= placement.ceil_div(most, t)
 
 
 @theorem(
