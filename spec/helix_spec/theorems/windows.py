@@ -832,15 +832,26 @@ def most_window_pages_attained(open_len: Size, window: Size, c: Size, t: Size) -
     "shared-capacity-in-short-pages",
     proves="PAGE-1",
     witness={"pages": 12, "taken": 9, "k": 4},
-    about=["placement.shared_capacity"],
-    kills=[m.one_page_a_round, m.whole_rounds_only],
 )
 def shared_capacity_in_short_pages(pages: Natural, taken: Natural, k: Size) -> bool:
     """With a long page for every k short ones, n short pages fit in a pool exactly up to k for each
     k + 1 pages, and one less than what is left of it.
     """
     need = taken + placement.ceil_div(taken, k)
-    return (need <= pages) == (taken <= placement.shared_capacity(pages, k, 1))
+    return (need <= pages) == (taken <= _short_pages(pages, k))
+
+
+@shared_capacity_in_short_pages.wrong()
+def short_pages_of_whole_rounds(pages: Natural, taken: Natural, k: Size) -> bool:
+    """Short pages fit in whole rounds alone."""
+    need = taken + placement.ceil_div(taken, k)
+    return (need <= pages) == (taken <= pages // (k + 1) * k)
+
+
+def _short_pages(pages: int, k: int) -> int:
+    """Short pages that fit beside their long ones, in closed form."""
+    rounds, rest = divmod(pages, k + 1)
+    return rounds * k + max(0, rest - 1)
 
 
 @theorem(
@@ -857,6 +868,6 @@ def shared_capacity(pages: Natural, total: Natural, k: Size, short: Size) -> boo
     taken = placement.ceil_div(total, short)
     lemma(super_blocks_chained, total, k, short)
     lemma(shared_capacity_in_short_pages, pages, taken, k)
-    lemma(ceil_div_at_most, total, short, placement.shared_capacity(pages, k, 1))
+    lemma(ceil_div_at_most, total, short, _short_pages(pages, k))
     need = taken + placement.ceil_div(total, short * k)
     return (need <= pages) == (total <= placement.shared_capacity(pages, short * k, short))
