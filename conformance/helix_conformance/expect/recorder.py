@@ -33,7 +33,6 @@ from helix_conformance.expect.expectation import (
 )
 from helix_reference.groups import GroupsModel
 from helix_reference.model import Model
-from helix_reference.state import GONE
 from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import CacheGroup, Config
 from helix_spec.engine import PROFILES
@@ -304,7 +303,7 @@ class ModelState:
 
     def _first(self, request: Any, rank: int) -> int:
         """The first local index whose page is still held."""
-        gone = sum(page is GONE for page in request.tables[rank])
+        gone = sum(page.number < 0 for page in request.tables[rank])
         return gone * self.model.layout.tokens_per_block
 
     def kept_rows(self, id: int) -> Kept:
