@@ -28,21 +28,39 @@ def differences(vector, engine_class):
     for rank in ranks:
         if rank.start(config, checked).reason != vector.get("refused"):
             yield f"start: rank {rank.rank} is expected to say {vector.get('refused')}"
-    numbers = [{} for _ in ranks]  # on each rank, the physical page of each label
+    numbers = [{} for _ in ranks]  # on each rank, by cache group: the page of each label
     for index, step in enumerate([] if vector.get("refused") else vector["steps"]):
         event = msgspec.convert(step["event"], Event)
         answers = [rank.apply(event) for rank in ranks]
         wrong = [a.reason for a in answers if a.reason != step.get("refused")]
         for r, answer in enumerate([] if wrong else answers):
-            if step.get("decoded"):
-                wrong += columns(step["decoded"], answer, r % cp, numbers[r], config)
+            for name, told, place, alone in parts(step, config, r % cp):
+                pages = numbers[r].setdefault(name, {})
+                if told.get("decoded"):
+                    own = answer.of_group(name) if name else answer
+                    wrong += columns(told["decoded"], own, place, pages, alone)
+                if told.get("state"):
+                    view = ranks[r].observe()
+                    if name:
+                        pool = next(one.pool for one in config.groups if one.name == name)
+                        free = view.pools.get(pool, view.free_pages)
+                        view = msgspec.structs.replace(view.of_group(name), free_pages=free)
+                    wrong += state(vector, told["state"], view, r, place, pages, alone)
             if (step.get("decoded") or {}).get("output") or step.get("merged"):
                 wrong += outputs(step, answer, r, world)
-            if step.get("state"):
-                wrong += state(vector, step["state"], ranks[r].observe(), r, numbers[r], config)
         if wrong:
             yield f"event {index}: {wrong[0]}"
             return
+
+
+def parts(step, config, cp_rank):
+    """Yield what a step says of each cache group: name, entry, the rank there, configuration."""
+    if not config.groups:
+        yield None, step, cp_rank, config
+    for group in config.groups:
+        copy, told = group.placement == "replicated", step["groups"][group.name]
+        place, entry = (0, told[cp_rank]) if copy else (cp_rank, told[0])
+        yield group.name, entry, place, config.alone(group, cp_rank)
 
 
 def columns(decoded, answer, cp_rank, numbers, config):
@@ -79,19 +97,19 @@ def outputs(step, answer, rank, world):
                     yield f"output of token {token} on rank {rank}"
 
 
-def state(vector, right, view, rank, numbers, config):
+def state(vector, right, view, rank, r, numbers, config):
     """Compare what one rank holds: lengths, pages by their labels, cached rows."""
-    r, tables = rank % config.layout.cp_size, right["block_tables"]
+    tables = right["block_tables"]
     if view.local_len != {int(id): row[r] for id, row in right["local_len"].items()}:
         yield f"local_len {view.local_len}"
     if [view.free_pages, view.preempted] != [right["free_pages"][r], right.get("preempted", [])]:
         yield f"{view.free_pages} free pages, preempted {view.preempted}"
-    held = {label for by_rank in tables.values() for label in by_rank[r]}
+    held = {label for by_rank in tables.values() for label in by_rank[r]} - {-1}
     for label in numbers.keys() - held:
         del numbers[label]
     for id, by_rank in tables.items():
         table = view.block_tables.get(int(id), [])
-        pages = zip(by_rank[r], table, strict=False)
+        pages = [pair for pair in zip(by_rank[r], table, strict=False) if pair != (-1, -1)]
         if len(table) != len(by_rank[r]) or any([moved(numbers, *pair) for pair in pages]):
             yield f"block table {table} of request {id}"
         heads = config.kv_heads_of(rank // config.layout.cp_size)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from helix_conformance.expect.notation import parse_events
-from helix_spec.config import Config, LatentShape, ModelShape
+from helix_spec.config import CacheGroup, Config, LatentShape, ModelShape
 from helix_spec.events import Event
 from helix_spec.layouts import layout_name, parse_layout
 
@@ -120,6 +120,9 @@ def _attention(name: str, identifier: str, pages: int = 6, **settings: Any) -> C
 
 
 _BFLOAT16: dict[str, Any] = {"dtype": "bfloat16", "partial_dtype": "bfloat16"}
+_set = msgspec.structs.replace
+_ALL = CacheGroup(name="all", layers=[0])
+_NEAR = CacheGroup(name="near", layers=[0], placement="replicated", window=3)
 _TRTLLM = ("pr9757/1:C=2,T=2", "pr13180/1:C=2,T=2", "pr17866/1:C=2,T=2")
 
 WALKED = {
@@ -500,6 +503,68 @@ CASES: Sequence[Case] = [
         "DUM-1 PAGE-3 REF-2",
         "Dummies need no page, not even where none is free.",
     ),
+    # Cache groups.
+    *(
+        _case("cache-groups-{layout}", layout, 12, groups=[_ALL, _NEAR]).plays(
+            "admit 0 5; decode 0 *3; decode 0:3; accept 0 1; decode 0 *4; release 0; admit 0 1; "
+            "decode 0 *6",
+            "REP-1 POOL-1 WIN-1 WIN-2 PAGE-1 LEN-3",
+            "A sharded group beside a replicated one with a window of 3, in one pool.",
+            "While a group of tokens is open its rewind decides which pages are behind the window.",
+        )
+        for layout in (*_TRTLLM, "vllm_dcp/1:C=2,T=2,I=1", "balanced/1:C=2,T=2")
+    ),
+    _case(
+        "cache-groups-sharded-window",
+        "pr9757/1:C=2,T=2",
+        9,
+        groups=[_set(_NEAR, placement="sharded", window=5)],
+    ).plays(
+        "admit 0 9; decode 0 *4; fork 0 1; decode 0 1 *3; preempt 0; resume 0; decode 1:4 0; "
+        "accept 1 2; decode 1",
+        "WIN-1 WIN-2 PAGE-2 GROW-1",
+        "Each rank gives a page back when its own last row is behind the window.",
+        "Forks share what is left; a resume places all tokens anew.",
+    ),
+    _case(
+        "cache-groups-lockstep-window",
+        "vllm_dcp/1:C=2,T=2,I=1",
+        9,
+        groups=[_set(_NEAR, placement="sharded", window=4)],
+    ).plays(
+        "admit 0 7; decode 0 *6; decode 0:3; accept 0 1; decode 0",
+        "WIN-1 WIN-2 PAGE-1",
+        "Under lockstep the pages of a super-block go back on all ranks at once.",
+    ),
+    _case(
+        "cache-groups-of-two-pools",
+        "pr17866/1:C=2,T=2",
+        [4, 3],
+        layers=2,
+        groups=[_ALL, _set(_NEAR, layers=[1], pool="second", tokens_per_block=4)],
+        pools={"second": [3, 4]},
+    ).plays(
+        "admit 0 5; admit 1 9; decode 0 *4; admit 1 3; decode 0 1; release 0; admit 2 12; "
+        "admit 2 4",
+        "POOL-1 PAGE-3 REF-2",
+        "Each pool has sizes of its own; an event is refused for want of pages in either.",
+    ),
+    _case(
+        "cache-groups-that-exhaust-a-pool",
+        "pr13180/1:C=2,T=2",
+        [6, 5],
+        groups=[_ALL, _set(_NEAR, window=None)],
+    ).plays(
+        "admit 0 5; decode 0:2; admit 1 3; decode 0; release 0; admit 1 6; decode 1",
+        "POOL-1 REF-2 PAGE-5",
+        "The need of an event is that of all groups of the pool together.",
+    ),
+    _case("start-a-group-without-a-layer", "pr9757/1:C=2,T=2", layers=2, groups=[_ALL]).plays(
+        "", "REF-2", "No cache group names layer 1."
+    ),
+    _case(
+        "start-a-pool-that-is-not-there", "pr9757/1:C=2,T=2", groups=[_set(_ALL, pool="second")]
+    ).plays("", "REF-2", "A cache group names a pool of which no sizes are given."),
     # Cached rows.
     _cache("cache-of-turns", "pr9757/1:C=2,T=2").plays(
         "admit 0 5; decode 0 *6; release 0; admit 0 3; decode 0",

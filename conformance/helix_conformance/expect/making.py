@@ -25,6 +25,7 @@ from helix_conformance.expect.vectors import (
     SCHEMA_FILE,
     SHIPPED,
     Decoded,
+    GroupStep,
     Merged,
     Output,
     Row,
@@ -37,11 +38,12 @@ from helix_conformance.expect.vectors import (
     vector_schema,
 )
 from helix_conformance.version import __version__
-from helix_spec.config import config_problem
-from helix_spec.engine import PROFILES
+from helix_spec.config import MAIN_POOL, config_problem
+from helix_spec.engine import PROFILES, features_of_config
 from helix_spec.events import MERGE, Event, Merge, Reason, features_of
 
 T = TypeVar("T")
+_Labels = Sequence[dict[Any, int]]
 DIGITS = 9
 """Significant digits of numbers that are not exact: far below any bound, above any libm's error."""
 
@@ -93,8 +95,7 @@ def _needed(case: Case, steps: Sequence[Step]) -> list[str]:
             needed |= features_of(step.event)
         if step.refused == Reason.OUT_OF_PAGES:
             needed |= {"lengths", "pages"}
-    if case.config.overlap:
-        needed.add("overlap")
+    needed |= features_of_config(case.config)
     return [profile for profile in PROFILES if profile in needed]
 
 
@@ -105,8 +106,10 @@ class _Writer:
         self.case = case
         self.config = case.config
         self.recorder = Recorder(case.config)
-        self.labels: list[dict[Any, int]] = [{} for _ in case.config.pages]
-        """Of each cp_rank, the label of each page."""
+        self.labels: dict[str, list[dict[Any, int]]] = {
+            pool: [{} for _ in case.config.pages] for pool in (MAIN_POOL, *case.config.pools)
+        }
+        """Of each pool and cp_rank, the label of each page."""
         self.tokens: dict[tuple[int, int, int], int] = {}
         """Which row a token has: event, place in it, position."""
 
@@ -115,9 +118,24 @@ class _Writer:
         expected = self.recorder.next(event)
         if isinstance(event, Merge):
             return Step(event=event, refused=expected.refused, merged=self._merged(event, expected))
-        decoded = self._decoded(expected) if expected.decoded is not None else None
-        state = self._state() if self.case.shows_state(expected.index + 1) else None
-        return Step(event=event, refused=expected.refused, decoded=decoded, state=state)
+        if expected.parts:
+            groups: dict[str, list[GroupStep]] = {}
+            for part in expected.parts:
+                labels = self.labels[part.group.pool]
+                own = labels if part.cp_rank is None else [labels[part.cp_rank]]
+                shown = GroupStep(**self._shown(part.expected, own))
+                groups.setdefault(part.group.name, []).append(shown)
+            return Step(event=event, refused=expected.refused, groups=groups)
+        shown_alone = self._shown(expected, self.labels[MAIN_POOL])
+        return Step(event=event, refused=expected.refused, **shown_alone)
+
+    def _shown(self, expected: Expectation, labels: _Labels) -> dict[str, Any]:
+        """The columns and the state of a step, where the case shows them."""
+        state, shows = expected.state, self.case.shows_state(expected.index + 1)
+        return {
+            "decoded": None if expected.decoded is None else self._decoded(expected, labels),
+            "state": self._state(state, labels) if shows else None,
+        }
 
     def _merged(self, event: Merge, expected: Expectation) -> Merged:
         outputs, lses = supplied_partials(self.config, event, range(self.config.model.q_heads))
@@ -133,7 +151,7 @@ class _Writer:
         ]
         return Merged(partials=partials, output=[by_layer[0] for by_layer in _outputs(expected)])
 
-    def _decoded(self, expected: Expectation) -> Decoded:
+    def _decoded(self, expected: Expectation, labels: _Labels) -> Decoded:
         assert expected.decoded is not None
         past_len, position_ids, owners, slots, visible = expected.decoded
         by_token = _outputs(expected) if self.case.depth == "attention" else None
@@ -142,19 +160,15 @@ class _Writer:
             position_ids=position_ids,
             owners=list(owners),
             slots=[
-                (self._label(owner, page), offset)
+                (_label(labels[owner], page), offset)
                 for owner, (page, offset) in zip(owners, slots, strict=True)
             ],
             visible=[list(row) for row in visible],
             output=by_token and [list(of_layer) for of_layer in zip(*by_token, strict=True)],
         )
 
-    def _label(self, rank: int, page: Any) -> int:
-        labels = self.labels[rank]
-        return labels.setdefault(page, len(labels))
-
-    def _state(self) -> State:
-        state, ranks = self.recorder.state, range(len(self.labels))
+    def _state(self, state: Any, labels: _Labels) -> State:
+        ranks = range(len(labels))
         live, deep = sorted(state.live), self.case.depth != "pages" and self.case.rows
 
         def by_rank(of: Callable[[int, int], T]) -> dict[int, list[T]]:
@@ -162,15 +176,14 @@ class _Writer:
 
         return State(
             local_len={id: list(state.lengths(id)) for id in live},
-            block_tables=by_rank(self._table),
+            block_tables=by_rank(
+                lambda id, rank: [_label(labels[rank], page) for page in state.tables(id)[rank]]
+            ),
             free_pages=state.free_pages,
             preempted=state.preempted,
             cached=by_rank(self._cached) if deep else None,
             unwritten_from=by_rank(lambda *of: state.contents(*of)[1]) if deep else None,
         )
-
-    def _table(self, id: int, rank: int) -> list[int]:
-        return [self._label(rank, page) for page in self.recorder.state.tables(id)[rank]]
 
     def _cached(self, id: int, rank: int) -> list[int]:
         held, _ = self.recorder.state.contents(id, rank)
@@ -198,6 +211,11 @@ class _Writer:
                 )
             )
         return found
+
+
+def _label(labels: dict[Any, int], page: Any) -> int:
+    """The label of a page of one rank's pool; -1 of one that went back behind a window."""
+    return -1 if page.number < 0 else labels.setdefault(page, len(labels))
 
 
 def _outputs(expected: Expectation) -> list[list[list[Output]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -301,9 +301,9 @@ class ModelState:
             kept.values[:, positions, mine],
         )
 
-    def _first(self, request: Any, rank: int) -> int:
+    def _first(self, request: Request, rank: int) -> int:
         """The first local index whose page is still held."""
-        gone = sum(page.number < 0 for page in request.tables[rank])
+        gone = [page.number for page in request.tables[rank]].count(-1)
         return gone * self.model.layout.tokens_per_block
 
     def kept_rows(self, id: int) -> Kept:

@@ -17,7 +17,14 @@ from helix_conformance.expect import expectation
 from helix_conformance.expect.arrays import Array
 from helix_conformance.expect.expectation import Expectation, Request, Rows
 from helix_conformance.expect.expectation import Output as Expected
-from helix_spec.config import Config, config_problem, decode_layout, encode_layout, layout_schema
+from helix_spec.config import (
+    CacheGroup,
+    Config,
+    config_problem,
+    decode_layout,
+    encode_layout,
+    layout_schema,
+)
 from helix_spec.events import Decode, Event, Merge, Reason, RequestId
 from helix_spec.layouts import parse_layout
 from helix_spec.trace import Trace, line_of, too_much, unindented
@@ -31,6 +38,8 @@ FORMAT_PAGE: Final = "FORMAT.md"
 Numbers = list[float]
 Label = Annotated[int, msgspec.Meta(ge=0)]
 """Stands for one page of one rank for as long as any request holds it; never used again."""
+Place = Annotated[int, msgspec.Meta(ge=-1)]
+"""A label; -1 for a page of a cache group that went back behind its window."""
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -87,7 +96,7 @@ class State(_Part, frozen=True, kw_only=True, omit_defaults=True):
 
     local_len: dict[RequestId, list[Count]]
     """For each live request, by cp_rank."""
-    block_tables: dict[RequestId, list[list[Label]]]
+    block_tables: dict[RequestId, list[list[Place]]]
     """For each live request, by cp_rank: labels of its pages, in local order."""
     free_pages: list[Count]
     """By cp_rank."""
@@ -96,6 +105,13 @@ class State(_Part, frozen=True, kw_only=True, omit_defaults=True):
     """For each live request, by cp_rank: which of the vector's rows its slots hold, in order."""
     unwritten_from: dict[RequestId, list[Count]] | None = None
     """For each live request, by cp_rank: slots from this local index on were never written."""
+
+
+class GroupStep(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What follows an event in one cache group; of a replicated one, on one cp_rank."""
+
+    decoded: Decoded | None = None
+    state: State | None = None
 
 
 class Row(_Part, frozen=True, kw_only=True):
@@ -122,6 +138,10 @@ class Step(_Part, frozen=True, kw_only=True, omit_defaults=True):
     merged: Merged | None = None
     state: State | None = None
     """Absent where this step says nothing of it."""
+    groups: dict[str, list[GroupStep]] = {}
+    """With cache groups, in place of `decoded` and `state`: of each group by its name one entry,
+    or one for each cp_rank, as if that were all the ranks, where it is replicated. Labels are those
+    of the group's pool."""
 
 
 class Vector(_Part, frozen=True, kw_only=True, omit_defaults=True):
@@ -271,8 +291,34 @@ def _problems(name: str, vector: Vector) -> Iterator[tuple[str, str]]:
     if vector.refused and vector.steps:
         yield "$.steps", "there are steps after a start that is refused"
     for index, step in enumerate(vector.steps):
-        for field, message in _step_problems(step, vector.config, len(vector.rows)):
+        problems = _group_problems if vector.config.groups else _step_problems
+        for field, message in problems(step, vector.config, len(vector.rows)):
             yield f"$.steps[{index}]{field}", message
+
+
+def _group_problems(step: Step, config: Config, rows: int) -> Iterator[tuple[str, str]]:
+    """Where a step of a configuration with cache groups does not fit them."""
+    if step.decoded is not None or step.state is not None:
+        yield "", "with cache groups, `decoded` and `state` stand in `groups`"
+    if step.groups.keys() != {group.name for group in config.groups}:
+        yield ".groups", "its names are not those of the cache groups"
+        return
+    for group, ranks in _parts(config):
+        told, where = step.groups[group.name], f".groups.{group.name}"
+        yield from _unlike(where, [told], len(ranks), "part")
+        for rank, part in zip(ranks, told, strict=False):
+            alone = Step(
+                event=step.event, refused=step.refused, decoded=part.decoded, state=part.state
+            )
+            for field, message in _step_problems(alone, config.alone(group, rank or 0), rows):
+                yield f"{where}[{rank or 0}]{field}", message
+
+
+def _parts(config: Config) -> Iterator[tuple[CacheGroup, list[int | None]]]:
+    """Each cache group with the cp_ranks that are told one by one: those of a replicated group."""
+    for group in config.groups:
+        copies = group.placement == "replicated"
+        yield group, [*range(config.layout.cp_size)] if copies else [None]
 
 
 def _step_problems(step: Step, config: Config, rows: int) -> Iterator[tuple[str, str]]:
@@ -345,16 +391,19 @@ class VectorState:
 
     Parameters
     ----------
-    vector
-        The vector. Before its first step every page is free.
+    config
+        The configuration; of a cache group, as if it were all that is cached. Before the first step
+        every page is free.
+    rows
+        K and V that states name.
     """
 
     requests: Mapping[int, Request] | None = None
 
-    def __init__(self, vector: Vector) -> None:
-        self.vector = vector
-        self.shown = State(local_len={}, block_tables={}, free_pages=list(vector.config.pages))
-        self.pages: list[dict[int, _LabelledPage]] = [{} for _ in vector.config.pages]
+    def __init__(self, config: Config, rows: Sequence[Row] = ()) -> None:
+        self.config, self.known_rows = config, rows
+        self.shown = State(local_len={}, block_tables={}, free_pages=list(config.pages))
+        self.pages: list[dict[int, _LabelledPage]] = [{} for _ in config.pages]
         """Of each cp_rank, the pages by their labels."""
 
     def show(self, state: State) -> None:
@@ -404,8 +453,8 @@ class VectorState:
     def rows(self, id: int, rank: int, heads: range) -> Rows:
         """Return rows of request `id` on cp_rank `rank`, for KV heads `heads`; see `State.rows`."""
         cached = (self.shown.cached or {})[id][rank]
-        held = [self.vector.rows[row] for row in cached]
-        mine, shape = slice(heads.start, heads.stop), self.vector.config.model
+        held = [self.known_rows[row] for row in cached]
+        mine, shape = slice(heads.start, heads.stop), self.config.model
 
         def stacked(parts: Iterable[Any], dim: int) -> Array:
             blank = np.zeros((shape.layers, 0, len(heads), dim))
@@ -436,26 +485,47 @@ def expectations(vector: Vector) -> Iterator[Expectation]:
     >>> second.decoded.position_ids, second.decoded.owners
     ([13], [0])
     """
-    state = VectorState(vector)
+    config, state = vector.config, VectorState(vector.config, vector.rows)
+    groups = [
+        (group, rank, VectorState(config.alone(group, rank or 0)))
+        for group, ranks in _parts(config)
+        for rank in ranks
+    ]
     for index, step in enumerate(vector.steps):
-        if step.state is not None:
-            state.show(step.state)
-        shown = state if step.state is not None else None
-        decoded, outputs = None, list[Expected]()
+        outputs = list[Expected]()
         if step.decoded is not None:
-            columns = step.decoded
-            slots = [
-                (state.page(owner, label), offset)
-                for owner, (label, offset) in zip(columns.owners, columns.slots, strict=True)
-            ]
-            decoded = expectation.Decoded(
-                columns.past_len, columns.position_ids, columns.owners, slots, columns.visible
-            )
-            outputs = [_outputs(layers) for layers in zip(*columns.output or [], strict=True)]
+            by_layer = step.decoded.output or []
+            outputs = [_outputs(layers) for layers in zip(*by_layer, strict=True)]
         if step.merged is not None:
             outputs = [_outputs([heads]) for heads in step.merged.output]
         told = (lambda outputs=outputs: outputs) if outputs else None
-        yield Expectation(index, step.event, step.refused, decoded, shown, told)
+        decoded, shown = _shown(step, state)
+        parts = list[expectation.Part]()
+        for group, rank, of_group in groups:
+            part = step.groups[group.name][rank or 0]
+            expected = Expectation(index, step.event, step.refused, *_shown(part, of_group))
+            parts.append(expectation.Part(group, rank, expected))
+        if parts:
+            shown = parts[0].expected.state
+        yield Expectation(index, step.event, step.refused, decoded, shown, told, parts)
+
+
+def _shown(
+    step: Step | GroupStep, state: VectorState
+) -> tuple[expectation.Decoded | None, expectation.State | None]:
+    """The columns of a step, and its state, which `state` takes over; None where it shows none."""
+    if step.state is not None:
+        state.show(step.state)
+    columns, decoded = step.decoded, None
+    if columns is not None:
+        slots = [
+            (state.page(owner, label), offset)
+            for owner, (label, offset) in zip(columns.owners, columns.slots, strict=True)
+        ]
+        decoded = expectation.Decoded(
+            columns.past_len, columns.position_ids, columns.owners, slots, columns.visible
+        )
+    return decoded, state if step.state is not None else None
 
 
 def _outputs(layers: Sequence[Sequence[Output]]) -> Expected:
