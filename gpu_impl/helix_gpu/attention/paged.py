@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from helix_gpu.attention.merge import merge
 
@@ -171,56 +173,76 @@ def _attend_run(
 
     Queries are [n, heads, dim], of which each KV head's stand together.
     """
-    t = pages.shape[2]
-    pages_at_once = max(1, SLOTS_OF_A_RUN // t)
-    empty = int((lengths == 0).sum())
-    output[:empty], lse[:empty] = 0, -torch.inf
-    for first in range(0, -(-int(lengths[-1]) // t), pages_at_once):
-        seen = (lengths - first * t).clamp(min=0, max=pages_at_once * t)
-        keys, values = _gathered(pages, table[first : first + pages_at_once], int(seen[-1]))
-        for begin in range(int((seen == 0).sum()), len(query), ROWS_OF_A_RUN):
-            rows = slice(begin, begin + ROWS_OF_A_RUN)
-            for place, piece in enumerate(_block(query[rows], keys, values, seen[rows], scale)):
-                _add(*piece, output[rows], lse[rows], begun=bool(first or place))
+    plan = _plan(lengths.numpy().tobytes(), pages.shape[2])
+    output[plan.unseeing], lse[plan.unseeing] = 0, -torch.inf
+    for numbers, seen, calls in plan.gathers:
+        keys, values = _gathered(pages, table[numbers], seen)
+        for call in calls:
+            rows, slots = (0, call.first, call.rows), (2, call.begin, call.width)
+            piece, piece_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query.narrow(*rows).transpose(0, 1)[None], keys.narrow(*slots),
+                values.narrow(*slots), attn_mask=call.hidden, scale=scale,
+            )  # fmt: skip
+            _add(
+                piece[0].transpose(0, 1), piece_lse[0].T, output.narrow(*rows), lse.narrow(*rows),
+                begun=call.begun,
+            )  # fmt: skip
 
 
-def _gathered(pages: Tensor, table: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+class _Call(NamedTuple):
+    """Rows of a run that attend together to some of the slots gathered."""
+
+    first: int
+    rows: int
+    begin: int
+    width: int
+    hidden: Tensor | None
+    """[1, 1, rows, width], -inf where a row does not see a slot; None where all see all."""
+    begun: bool
+    """Whether these rows have seen other slots before."""
+
+
+class _Plan(NamedTuple):
+    unseeing: slice
+    gathers: list[tuple[slice, int, list[_Call]]]
+    """Columns of the table, the slots of theirs that are seen, and what is done with these."""
+
+
+@lru_cache(maxsize=16)
+def _plan(lengths: bytes, t: int) -> _Plan:
+    """How a run attends; all layers of a step do it alike, and masks take a while to make."""
+    stops = np.frombuffer(lengths, dtype=np.int64)
+    slots = max(1, SLOTS_OF_A_RUN // t) * t
+    gathers = []
+    for gathered in range(0, int(stops[-1]), slots):
+        seen = (stops - gathered).clip(0, slots)
+        calls = []
+        for first in range(int(seen.searchsorted(1)), len(seen), ROWS_OF_A_RUN):
+            high = seen[first : first + ROWS_OF_A_RUN]
+            end = -(-int(high[-1]) // VECTOR) * VECTOR
+            # Every row sees a key behind the border: of one that sees none the operation makes NaN.
+            border = (int(high[0]) - 1) // VECTOR * VECTOR if end > KEYS_OF_A_CALL else 0
+            hidden = np.where(np.arange(border, end) < high[:, None], 0, -np.inf)
+            mask = torch.from_numpy(hidden.astype(np.float32))[None, None]
+            calls.append(_Call(first, len(high), border, end - border, mask, gathered > 0))
+            if border:
+                calls.append(_Call(first, len(high), 0, border, None, True))
+        numbers = slice(gathered // t, -(-(gathered + int(seen[-1])) // t))
+        gathers.append((numbers, int(seen[-1]), calls))
+    return _Plan(slice(int(stops.searchsorted(1))), gathers)
+
+
+def _gathered(pages: Tensor, numbers: Tensor, seen: int) -> tuple[Tensor, Tensor]:
     """K and V of the first slots of these pages: float32 [1, kv_heads, slots, dim].
 
     Slots are filled up to a multiple of VECTOR by 0.
     """
-    t = pages.shape[2]
     parts = []
     for part in (0, -1):
-        rows = pages[table[: -(-seen // t)], part].flatten(0, 1)[:seen].transpose(0, 1)
-        room = torch.zeros(1, len(rows), -(-seen // VECTOR) * VECTOR, rows.shape[-1])
-        room[0, :, :seen] = rows
-        parts.append(room)
+        rows = pages[numbers, part].flatten(0, 1)[:seen].float()
+        rows = pad(rows, (0, 0, 0, 0, 0, -seen % VECTOR)) if seen % VECTOR else rows
+        parts.append(rows.transpose(0, 1)[None])
     return parts[0], parts[1]
-
-
-def _block(
-    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Attend with queries [n, heads, dim] that see the first `seen[i]` slots, 1 or more.
-
-    Yields partials [n, heads, dim] over disjoint slots: those of which some are hidden from some
-    queries, and without a mask those that all of them see.
-    """
-    by_head = query.transpose(0, 1)[None]
-    end = -(-int(seen[-1]) // VECTOR) * VECTOR
-    # Every row sees a key behind the border: of a row that sees none the operation makes NaN.
-    border = (int(seen[0]) - 1) // VECTOR * VECTOR if end > KEYS_OF_A_CALL else 0
-    # Each row of the mask is a piece of one row: several times as fast as to compare.
-    width = end - border
-    steps = torch.cat((torch.zeros(width), torch.full((width,), -torch.inf))).unfold(0, width, 1)
-    mask = steps.index_select(0, end - seen)[None, None]
-    parts = [(slice(border, end), mask), (slice(border), None)]
-    for slots, hidden in parts if border else parts[:1]:
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            by_head, keys[:, :, slots], values[:, :, slots], attn_mask=hidden, scale=scale
-        )
-        yield output[0].transpose(0, 1), lse[0].T
 
 
 def _add(piece: Tensor, piece_lse: Tensor, output: Tensor, lse: Tensor, *, begun: bool) -> None:
