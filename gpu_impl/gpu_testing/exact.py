@@ -20,6 +20,7 @@ def exact_attention(
     *,
     product: torch.dtype = torch.float32,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return float64 attention of one query over the keys of all shards, and its bound (ATT-4).
 
@@ -36,6 +37,8 @@ def exact_attention(
         Type of the P·V product.
     scale : float, optional
         Of the scores; 1 / sqrt(key_dim) unless given.
+    softcap : float, optional
+        c of a score s that counts as c tanh(s / c); the bound grows by 4 roundings of it.
 
     Returns
     -------
@@ -54,15 +57,16 @@ def exact_attention(
     scale = dim**-0.5 if scale is None else scale
     products = query * k
     scores = products.sum(-1) * scale
+    ds = scale * dim**0.5 * products.norm(dim=-1) + ((dim / 3) ** 0.5 + 2) * scores.abs()
+    if softcap is not None:
+        bent = (scores / softcap).tanh()
+        scores = softcap * bent
+        ds = ds * (1 - bent**2) + 4 * scores.abs()
+    ds = U32 * (ds + scores.abs().amax(0))
     lse = scores.logsumexp(0)
     p = (scores - lse).exp()
     o = (p[..., None] * v).sum(0)
 
-    ds = U32 * (
-        scale * dim**0.5 * products.norm(dim=-1)
-        + ((dim / 3) ** 0.5 + 2) * scores.abs()
-        + scores.abs().amax(0)
-    )
     squares = ((p * (v - o).norm(dim=-1) * ds) ** 2).sum(0)
     squares += ((p * v.norm(dim=-1) * UNIT[product]) ** 2).sum(0)
     squares += (UNIT[out] * o.norm(dim=-1)) ** 2

@@ -135,3 +135,55 @@ def test_threads_change_no_bit(values: Fixture) -> None:
     for output, lse in seen[1:]:
         assert torch.equal(seen[0][0], output)
         assert torch.equal(seen[0][1], lse)
+
+
+WINDOWS = [
+    # q_heads, kv_heads, key_dim, value_dim, page size, windows [start, stop)
+    (4, 2, 16, 16, 4, [(0, 9), (3, 9), (4, 9), (8, 9), (5, 7), (9, 9), (7, 3), (0, 0), (4, 8)]),
+    (8, 1, 64, 64, 16, [(16, 47), (0, 33), (31, 32), (40, 33)]),
+    (2, 2, 128, 128, 64, [(1000, 1030), (1, 1030), (64, 640)]),
+    (10, 2, 32, 32, 8, [(2040, 4099), (4098, 4099), (511, 2049)]),
+    # A latent, whose first elements are the values.
+    (16, 1, 48, 32, 8, [(0, 20), (8, 40), (13, 70), (3, 3)]),
+    (4, 1, 576, 512, 64, [(60, 300), (0, 129)]),
+]
+
+
+@pytest.mark.holds("ATT-1", "ATT-3")
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "value_dim", "t", "windows"), WINDOWS)
+def test_windows_against_float64(
+    dtype: torch.dtype, softcap: float | None, heads: int, kv_heads: int, dim: int, value_dim: int,
+    t: int, windows: list[tuple[int, int]], attend_pages: Attend, exact: Fixture, values: Fixture,
+) -> None:  # fmt: skip
+    """Each row sees its own slots from a start on, or none; scores are capped where that is said.
+
+    Pages before a window have numbers that do not exist, and slots before it are NaN.
+    """
+    q = values((len(windows), heads, dim), 0)
+    shards = []
+    for row, (start, stop) in enumerate(windows):
+        k, v = (values((stop, kv_heads, dim), part, row).to(dtype) for part in (1, 2))
+        k[:start] = v[:start] = torch.nan
+        shards.append((k, k if value_dim < dim else v))
+    pages, tables, lengths = scattered(shards, t)
+    pages = pages[:, :1] if value_dim < dim else pages
+    starts = torch.tensor([start for start, _ in windows])
+    for row, (start, stop) in enumerate(windows):
+        tables[row, : (start if start < stop else stop) // t] = 2**40
+    output, lse = attend_pages(
+        q, pages, tables, lengths, starts=starts, softcap=softcap, value_dim=value_dim, scale=0.3
+    )
+    for row, (start, stop) in enumerate(windows):
+        if start >= stop:
+            assert torch.equal(torch.zeros(heads, value_dim), output[row])
+            assert torch.equal(torch.full((heads,), -torch.inf), lse[row])
+            continue
+        k, v = (x[start:].float() for x in shards[row])
+        o, exact_lse, bound = exact(
+            q[row], [(k, v[..., :value_dim])], torch.float32, torch.float32, scale=0.3,
+            softcap=softcap,
+        )  # fmt: skip
+        assert ((o - output[row]).norm(dim=-1) <= bound).all()
+        torch.testing.assert_close(exact_lse, lse[row].double(), rtol=2e-6, atol=2e-6)

@@ -34,12 +34,16 @@ LANES: Final = 16
 class _Sizes(ctypes.Structure):
     """As in attend_pages.cpp; strides in elements."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (
-            "rows", "width", "q_heads", "kv_heads", "group", "key_dim", "value_dim",
-            "tokens_per_block", "page_stride", "part_stride", "token_stride",
-        )
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "rows", "width", "q_heads", "kv_heads", "group", "key_dim", "value_dim",
+                "tokens_per_block", "page_stride", "part_stride", "token_stride",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
     )  # fmt: skip
 
 
@@ -66,7 +70,9 @@ def attend_pages(
     tables: Tensor,
     lengths: Tensor,
     *,
+    starts: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     value_dim: int | None = None,
     layer: int | None = None,
     positions: Tensor | None = None,
@@ -77,7 +83,7 @@ def attend_pages(
 
     Parameters
     ----------
-    q, pages, tables, lengths, scale, value_dim
+    q, pages, tables, lengths, starts, scale, softcap, value_dim
         As `paged.attend_pages` takes them.
     layer, positions
         Not looked at: all layers attend alike, to all positions.
@@ -91,7 +97,10 @@ def attend_pages(
     value_dim = value_dim or key_dim
     name = NAMES.get(pages.dtype)
     if name is None or key_dim % LANES or value_dim % LANES or not available():
-        return paged.attend_pages(q, pages, tables, lengths, scale=scale, value_dim=value_dim)
+        return paged.attend_pages(
+            q, pages, tables, lengths,
+            starts=starts, scale=scale, softcap=softcap, value_dim=value_dim,
+        )  # fmt: skip
     if pages.stride()[-2:] != (key_dim, 1):
         pages = pages.contiguous()
     parts, t, kv_heads = pages.shape[1:4]
@@ -99,17 +108,18 @@ def attend_pages(
         name += "_alike"  # a processor may multiply them as they are
     else:
         q = q.float()
-    q, tables, lengths = q.contiguous(), tables.contiguous(), lengths.contiguous()
+    q = q.contiguous()
+    starts = torch.zeros_like(lengths) if starts is None else starts
+    given = (q, pages, *(x.contiguous() for x in (tables, starts, lengths)))
     output = torch.empty((n, q_heads, value_dim), dtype=torch.float32)
     lse = torch.empty((n, q_heads), dtype=torch.float32)
     sizes = _Sizes(
         n, tables.shape[1], q_heads, kv_heads, q_heads // kv_heads, key_dim, value_dim, t,
         pages.stride(0), pages.stride(1) * (parts - 1), pages.stride(2),
+        scale or key_dim**-0.5, softcap or 0,
     )  # fmt: skip
-    addresses = (ctypes.c_void_p(x.data_ptr()) for x in (q, pages, tables, lengths, output, lse))
-    getattr(_library(), name)(
-        ctypes.byref(sizes), ctypes.c_float(scale or key_dim**-0.5), *addresses
-    )
+    addresses = (ctypes.c_void_p(x.data_ptr()) for x in (*given, output, lse))
+    getattr(_library(), name)(ctypes.byref(sizes), *addresses)
     return output, lse
 
 

@@ -1,6 +1,6 @@
 // Partial attention of new tokens over one rank's pages, on the CPU: see helix_gpu/attention/native.
 //
-// A row's keys are cut into pieces of a fixed number of tokens, so that what else is in the batch
+// A row's keys are cut from its start on into pieces of a fixed number of tokens, so that what else is in the batch
 // does not change the order of any sum; the pieces are worked on in parallel and merged in order.
 // Within a piece, tiles of LANES tokens: all heads' scores (K is read once, front to back, while V
 // is fetched ahead), an online softmax for each head, then the weighted sum of V. All arithmetic
@@ -133,10 +133,34 @@ inline Floats exponential(Floats x) {
   return (Floats)(((Ints)y + exponent) & ~vanishes);
 }
 
+// e^x - 1 for x >= 0, to a few units of roundoff, near 0 too; from 40 on as at 40.
+inline Floats exponential_less_1(Floats x) {
+  x = x < all(40.0f) ? x : all(40.0f);
+  Floats n = x * 1.44269504f;
+  n = (n + 12582912.0f) - 12582912.0f;
+  Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats y = all(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  Floats power = (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+  return power * (y * r) + (power - 1.0f);
+}
+
+inline Floats tanh(Floats x) {
+  const Ints sign = (Ints)x & std::numeric_limits<int32_t>::min();
+  Floats e = exponential_less_1((Floats)((Ints)x ^ sign) * 2.0f);
+  return (Floats)((Ints)(e / (e + 2.0f)) | sign);
+}
+
 // As in helix_gpu/attention/native/__init__.py.
 struct Sizes {
   int64_t rows, width, q_heads, kv_heads, group, key_dim, value_dim, tokens_per_block;
   int64_t page_stride, part_stride, token_stride;  // in elements
+  float scale, softcap;                            // no cap where it is 0
 };
 
 #ifdef __AVX512BF16__
@@ -217,7 +241,7 @@ inline void weigh_all(const float* weights, const T* const* values, int64_t offs
 
 // One piece of one row: sums relative to the largest score, per query head.
 template <typename Q, typename T>
-void attend(const Sizes& s, float scale, const Q* q, const T* pages, const int64_t* table,
+void attend(const Sizes& s, const Q* q, const T* pages, const int64_t* table,
             int64_t first, int64_t last, float* output, float* most, float* total) {
   std::vector<float> weights(s.q_heads * LANES, NONE);
   std::fill_n(output, s.q_heads * s.value_dim, 0.0f);
@@ -236,7 +260,8 @@ void attend(const Sizes& s, float scale, const Q* q, const T* pages, const int64
     for (int t = 0; t < tokens; t++) score_token(s, q, keys[t], values[t], &weights[t]);
     for (int64_t h = 0; h < s.q_heads; h++) {
       float* mine = &weights[h * LANES];
-      Floats x = load(mine) * scale;
+      Floats x = load(mine) * s.scale;
+      if (s.softcap != 0) x = s.softcap * tanh(x / s.softcap);
       for (int t = tokens; t < LANES; t++) x[t] = NONE;
       const float now = std::max(most[h], largest(x));
       if (now > most[h]) {
@@ -262,8 +287,8 @@ void attend(const Sizes& s, float scale, const Q* q, const T* pages, const int64
 }
 
 template <typename Q, typename T>
-void attend_rows(const Sizes& s, float scale, const Q* q, const T* pages,
-                 const int64_t* tables, const int64_t* lengths, float* output, float* lse) {
+void attend_rows(const Sizes& s, const Q* q, const T* pages, const int64_t* tables,
+                 const int64_t* starts, const int64_t* lengths, float* output, float* lse) {
   struct Piece {
     int64_t row, first, last;
   };
@@ -271,7 +296,7 @@ void attend_rows(const Sizes& s, float scale, const Q* q, const T* pages,
   std::vector<int64_t> begins;
   for (int64_t row = 0; row < s.rows; row++) {
     begins.push_back(pieces.size());
-    for (int64_t first = 0; first < lengths[row]; first += PIECE)
+    for (int64_t first = starts[row]; first < lengths[row]; first += PIECE)
       pieces.push_back({row, first, std::min(first + PIECE, lengths[row])});
   }
   begins.push_back(pieces.size());
@@ -281,7 +306,7 @@ void attend_rows(const Sizes& s, float scale, const Q* q, const T* pages,
   std::atomic<int64_t> next = 0;  // a thread that is held up does not hold up the others
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next++) < (int64_t)pieces.size();)
-      attend(s, scale, q + pieces[i].row * heads * s.key_dim, pages,
+      attend(s, q + pieces[i].row * heads * s.key_dim, pages,
              tables + pieces[i].row * s.width, pieces[i].first, pieces[i].last,
              &part[i * heads * dim], &most[i * heads], &total[i * heads]);
   });
@@ -309,10 +334,10 @@ void attend_rows(const Sizes& s, float scale, const Q* q, const T* pages,
 
 // Sizes, types and layout are checked by the caller; a name for each type of query and cache.
 #define ATTEND_PAGES(name, Q, T)                                                               \
-  extern "C" void name(const Sizes* s, float scale, const void* q, const void* pages,          \
-                       const int64_t* tables, const int64_t* lengths, float* output,           \
-                       float* lse) {                                                           \
-    attend_rows(*s, scale, (const Q*)q, (const T*)pages, tables, lengths, output, lse);        \
+  extern "C" void name(const Sizes* s, const void* q, const void* pages,                       \
+                       const int64_t* tables, const int64_t* starts, const int64_t* lengths,   \
+                       float* output, float* lse) {                                            \
+    attend_rows(*s, (const Q*)q, (const T*)pages, tables, starts, lengths, output, lse);       \
   }
 ATTEND_PAGES(attend_float32, float, float)
 ATTEND_PAGES(attend_bfloat16, float, BFloat16)
