@@ -5,6 +5,9 @@ live requests at contexts up to 10 million tokens; C=8, T=64, this rank's view. 
 is installed (in the environment that `make conform-vllm` makes), its KVCacheManager and BlockTable
 do the same work in turn with ours, at contexts that its Python objects fit: a page for a request
 that needs one, the slot of each new token.
+
+Then the same for three cache groups together, in turn with one cache of all layers, and with each
+of the three as the only group.
 """
 
 from __future__ import annotations
@@ -12,15 +15,18 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from lib.report import write_json
 from lib.timing import in_turn
 
+import msgspec
+
+from helix_gpu.bookkeeping.group_book import GroupBook
 from helix_gpu.bookkeeping.rank_book import RankBook
-from helix_spec.config import Config, ModelShape
+from helix_spec.config import CacheGroup, Config, ModelShape
 from helix_spec.events import Admit
 
 CP_SIZE, PAGE, STEPS = 8, 64, 200
@@ -32,6 +38,14 @@ SIZES = (
 )  # fmt: skip
 """Live requests and the context of each: up to 20 million pages on this rank."""
 BESIDE_VLLM = ((1, 1_000), (64, 1_000), (64, 10_000), (1024, 1_000), (1024, 10_000))
+GROUPED = ((1, 1_000), (1, 100_000), (64, 1_000), (64, 100_000), (1024, 10_000))
+"""Where three cache groups are compared with one."""
+THREE = (
+    CacheGroup(name="all", layers=[0]),
+    CacheGroup(name="near", layers=[0], placement="replicated", window=512),
+    CacheGroup(name="wide", layers=[0], window=4096),
+)
+"""Two of them have a window; the replicated one takes a page CP_SIZE times as often as others."""
 Step = Callable[[], object]
 
 
@@ -53,6 +67,25 @@ def our_step(requests: int, context: int) -> Step:
         book.admit(id, context + id % PAGE)  # pages open in different steps
     ids = list(range(requests))
     return lambda: book.decode_step(ids)
+
+
+def groups_step(requests: int, context: int, groups: Sequence[CacheGroup]) -> Step:
+    """The same for cache groups in one pool."""
+    one = config_of(requests, context)
+    pages = [3 * CP_SIZE * size for size in one.pages]
+    book = GroupBook(msgspec.structs.replace(one, pages=pages, groups=list(groups)), 0)
+    for id in range(requests):
+        book.admit(id, context + id % PAGE)
+    ids = list(range(requests))
+    return lambda: book.decode_step(ids)
+
+
+def of_groups(requests: int, context: int) -> dict[str, float]:
+    """Median microseconds of a step: of one cache of all layers, of three groups, of each alone."""
+    steps = {"one": our_step(requests, context), "three": groups_step(requests, context, THREE)}
+    steps |= {group.name: groups_step(requests, context, [group]) for group in THREE}
+    times = in_turn(steps, STEPS).items()
+    return {name: statistics.median(1e6 * one for one in seconds) for name, seconds in times}
 
 
 def vllm_step(requests: int, context: int) -> Step:
@@ -114,6 +147,20 @@ def main() -> None:
                 {"name": name, "requests": requests, "context": context, "median_us": middle,
                  "q05_us": low, "q95_us": high}
             )  # fmt: skip
+    columns = ["one", "three", "times", "each alone"]
+    print(f"\n{'':<8}" + "".join(f"{heading:>11}" for heading in (*headings[:2], *columns)))
+    for requests, context in GROUPED:
+        medians = of_groups(requests, context)
+        one, three = medians["one"], medians["three"]
+        alone = sum(medians[group.name] for group in THREE)
+        print(
+            f"{'groups':<8}{requests:>11}{context:>11}{one:>11.1f}{three:>11.1f}"
+            f"{three / one:>11.2f}{alone:>11.1f}"
+        )
+        figures.append(
+            {"name": "three groups", "requests": requests, "context": context,
+             "one_us": one, "median_us": three, "each_alone_us": alone}
+        )  # fmt: skip
     write_json(options.json, figures)
 
 

@@ -8,6 +8,7 @@
 - `allocator`: the free pages of one rank's pool;
 - `block_tables`: the pages of each request on one rank;
 - `rank_book`: `RankBook`, the ledger seen from one rank, with its pages and slots;
+- `group_book`: `GroupBook`, one such book for each cache group, with the pools that they share;
 - `written`: which tokens each layer was given, and which steps are still good;
 - `sizing`: the pages that work takes which is known beforehand.
 

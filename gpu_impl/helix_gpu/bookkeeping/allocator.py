@@ -86,15 +86,18 @@ class PageAllocator:
         RuntimeError
             Unless each is taken and appears once; none is given back.
         """
-        pages = list(pages)
-        wrong = set(pages) - self._holders.keys()
-        if wrong or len(set(pages)) != len(pages):
+        pages, holders = list(pages), self._holders
+        # A difference of sets would look at every page of the pool that is taken.
+        if not all(map(holders.__contains__, pages)) or len(set(pages)) != len(pages):
+            wrong = sorted(set(pages).difference(holders))
             raise RuntimeError(
-                f"Pages {pages} were given back, of which {sorted(wrong)} are not taken; each "
+                f"Pages {pages} were given back, of which {wrong} are not taken; each "
                 "page must be taken and appear once."
             )
         for page in pages:
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                del self._holders[page]
+            left = holders[page] - 1
+            if left:
+                holders[page] = left
+            else:
+                del holders[page]
                 self._returned.append(page)

@@ -14,7 +14,7 @@ class BlockTables:
     """A table of page numbers that grows by doubling: a row for each request.
 
     It does not know how long the rows are. Entries past a request's last page are stale, yet always
-    numbers of pages that exist.
+    numbers of pages that exist, or -1 where a window has left one behind.
 
     Examples
     --------
@@ -79,6 +79,35 @@ class BlockTables:
         """
         table = self._pages
         return [table[r, :n].tolist() for r, n in zip(rows.tolist(), widths.tolist(), strict=True)]
+
+    def part(self, row: int, first: int, end: int) -> list[int]:
+        """Return the pages at local pages [first, end) of a row, which have been written.
+
+        Parameters
+        ----------
+        row, first, end : int
+
+        Returns
+        -------
+        list of int
+        """
+        pages: list[int] = self._pages[row, first:end].tolist()
+        return pages
+
+    def clear(self, row: int, first: int, end: int) -> list[int]:
+        """Return the same pages, and let -1 stand in their places.
+
+        Parameters
+        ----------
+        row, first, end : int
+
+        Returns
+        -------
+        list of int
+        """
+        pages = self.part(row, first, end)
+        self._pages[row, first:end] = -1
+        return pages
 
     def copy(self, source: int, row: int) -> None:
         """Begin a row as a copy of another.

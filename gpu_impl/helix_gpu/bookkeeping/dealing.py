@@ -103,6 +103,84 @@ def deal_prompt(layout: Layout, prompt_len: int, shift: int) -> list[PromptShard
     return [PromptShard(roles[(rank - shift) % c], chunk_tokens, prompt_len) for rank in range(c)]
 
 
+def goes_on(layout: Layout) -> bool:
+    """Return whether decoding goes on as the prompt was dealt, so that its length does not matter.
+
+    Parameters
+    ----------
+    layout : Layout
+    """
+    if layout.prompt == "contiguous" or layout.owner not in ("position", "interleave"):
+        return False
+    return (layout.prompt_interleave or layout.tokens_per_block) == owner_chunk(layout)
+
+
+def tokens_before(
+    layout: Layout,
+    positions: NDArray[np.int64],
+    prompt_lens: NDArray[np.int64],
+    ranks: NDArray[np.int64] | int,
+) -> NDArray[np.int64]:
+    """Return how many of a request's tokens before a position are on a rank; arrays broadcast.
+
+    Parameters
+    ----------
+    layout : Layout
+    positions : ndarray, int64
+        Global ones.
+    prompt_lens : ndarray, int64
+        Tokens of the request's prompt.
+    ranks : ndarray, int64, or int
+        Logical ranks.
+
+    Returns
+    -------
+    ndarray, int64
+
+    Examples
+    --------
+    >>> from helix_spec.layouts import parse_layout
+    >>> layout = parse_layout("pr9757/1:C=2,T=4")
+    >>> tokens_before(layout, np.array([9, 12, 14]), np.array(9), np.array([[0], [1]])).tolist()
+    [[8, 11, 12], [1, 1, 2]]
+    """
+    c, t = layout.cp_size, layout.tokens_per_block
+    prompt_chunk, chunk = layout.prompt_interleave or t, owner_chunk(layout)
+    if goes_on(layout):
+        return _taken(positions, chunk, ranks, c)
+    of_prompt = np.minimum(positions, prompt_lens)
+    decoded = positions - of_prompt
+    if layout.prompt == "contiguous":
+        share, more = np.divmod(-(-prompt_lens // t), c)
+        first = ranks * share + np.minimum(ranks, more)
+        held = _between(of_prompt - first * t, (share + (ranks < more)) * t)
+    else:
+        held = _taken(of_prompt, prompt_chunk, ranks, c)
+    if layout.owner == "last_rank":
+        held = held + decoded * (ranks == c - 1)
+    elif layout.owner == "step":
+        held = held + _taken(decoded, chunk, ranks, c)
+    else:
+        held = held + _taken(prompt_lens + decoded, chunk, ranks, c)
+        held = held - _taken(prompt_lens, chunk, ranks, c)
+    return held
+
+
+def _taken(
+    tokens: NDArray[np.int64], chunk: int, ranks: NDArray[np.int64] | int, cp_size: int
+) -> NDArray[np.int64]:
+    """Tokens that each rank has of these, when ranks take turns of `chunk` tokens."""
+    rounds = tokens // (chunk * cp_size)
+    rest = tokens - rounds * (chunk * cp_size)
+    taken: NDArray[np.int64] = rounds * chunk + _between(rest - ranks * chunk, chunk)
+    return taken
+
+
+def _between(tokens: NDArray[np.int64], most: NDArray[np.int64] | int) -> NDArray[np.int64]:
+    """Tokens from 0 to `most`; numpy's clip takes several times as long."""
+    return np.minimum(np.maximum(tokens, 0), most)
+
+
 def owner_chunk(layout: Layout) -> int:
     """Return the tokens that one rank takes in a row during decode.
 

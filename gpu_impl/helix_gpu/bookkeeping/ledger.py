@@ -14,9 +14,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from helix_gpu.bookkeeping.dealing import PromptShard, deal_prompt, first_turn, owner_chunk
+from helix_gpu.bookkeeping.dealing import (
+    PromptShard,
+    deal_prompt,
+    first_turn,
+    goes_on,
+    owner_chunk,
+    tokens_before,
+)
 from helix_gpu.bookkeeping.refusals import Refused
-from helix_gpu.bookkeeping.sharing import OpenPages, SharedPrefix, fork_prefix, release_prefix
+from helix_gpu.bookkeeping.sharing import (
+    OpenPages,
+    SharedPrefix,
+    SharedWindows,
+    fork_prefix,
+    release_prefix,
+)
 from helix_spec.events import Reason
 from helix_spec.layouts import Layout
 
@@ -118,14 +131,27 @@ class Rewind(NamedTuple):
     """[cp_size] pages after it; those beyond go back."""
 
 
+class Drop(NamedTuple):
+    """Pages that have left the window of k requests: the first ones that each still held."""
+
+    rows: Ints
+    """[k] where the ledger keeps the requests."""
+    firsts: Ints
+    """[k, cp_size] local number of the first page that goes."""
+    counts: Ints
+    """[k, cp_size] pages that go."""
+
+
 class Ledger:
-    """Counters of all known requests, identical on every rank.
+    """Counters of all known requests in one cache group, identical on every rank.
 
     Parameters
     ----------
     layout : Layout
     pages : sequence of int, [cp_size]
-        Pool size of each rank.
+        Pool size of each rank. An array of free pages is kept, not copied: ledgers that are given
+        the same one draw from one pool. It may be longer than cp_size is: that of a replicated
+        group (`layout` then has C = 1) has an entry for each rank that holds a copy.
     max_len : int
         Global tokens that a request may reach.
 
@@ -142,18 +168,21 @@ class Ledger:
     [[6, 2]]
     """
 
-    def __init__(self, layout: Layout, pages: Sequence[int], max_len: int) -> None:
+    def __init__(self, layout: Layout, pages: Sequence[int] | Ints, max_len: int) -> None:
         self.layout = layout
         self.max_len = max_len
         self.overlap = False
         """Whether a decode is outstanding until `sampled` names it; set before the first one."""
-        self.free: Ints = np.array(pages, dtype=np.int64)
+        self.window: int | None = None
+        """A query sees so many tokens, its own included; set before the first one. None for all."""
+        self.free: Ints = np.asarray(pages, dtype=np.int64)
         """[cp_size] pages of each rank that no request holds."""
         self.admitted = 0
         """Admissions accepted so far; under `rotated` it shifts the next one."""
         # Arrays of no dimension: to convert a Python number takes numpy as long as to add eight.
         self._chunk, self._cp_size = np.array(owner_chunk(layout)), np.array(layout.cp_size)
         lockstep, t = layout.pages == "lockstep", layout.tokens_per_block
+        self._goes_on = goes_on(layout)
         self._block: Ints = np.array(t * layout.cp_size if lockstep else t)
         """Tokens of a request, or under `lazy` of a rank, for which a page is opened."""
         self._row_of: dict[int, int] = {}
@@ -163,11 +192,14 @@ class Ledger:
         self._open_pages = OpenPages()
         self._prefixes: dict[int, SharedPrefix] = {}
         """By row, for requests whose full pages others hold, or held, too."""
+        self._shared_windows = SharedWindows()
+        """The same where there is a window."""
         per_rank = (np.int64, (layout.cp_size,))
         self._rows: NDArray[Any] = np.zeros(
             0,
             dtype=[
                 ("total", np.int64),
+                ("prompt_len", np.int64),  # of the last placing
                 ("shift", np.int64),
                 ("owner", np.int64),
                 ("left", np.int64),
@@ -175,6 +207,8 @@ class Ledger:
                 ("outstanding", np.int64),  # decodes not yet sampled
                 ("local_len", *per_rank),
                 ("tag", *per_rank),  # of the open page, see OpenPages
+                ("dropped", *per_rank),  # pages that have left the window
+                ("due", np.int64),  # none leaves while a query before this position may come
             ],
         )
 
@@ -249,10 +283,11 @@ class Ledger:
             As `rows`.
         """
         state = self._rows[self.rows(ids)]
-        return self._pages_for(state["total"], state["local_len"])
+        pages: Ints = self._pages_for(state["total"], state["local_len"]) - state["dropped"]
+        return pages
 
     def on_rank(self, rank: int, rows: Ints) -> tuple[Ints, Ints]:
-        """Return the tokens and pages of requests on one rank.
+        """Return the tokens of requests on one rank, and the places in their block tables.
 
         Parameters
         ----------
@@ -262,11 +297,20 @@ class Ledger:
 
         Returns
         -------
-        tokens, pages : ndarray, int64 [n]
+        tokens, places : ndarray, int64 [n]
         """
         local_len: Ints = self._rows["local_len"][rows, rank]
         held = self._rows["total"][rows] if self.layout.pages == "lockstep" else local_len
         return local_len, -(-held // self._block)
+
+    def dropped(self, rank: int, row: int) -> int:
+        """Return how many pages of a request on one rank have left the window.
+
+        Parameters
+        ----------
+        rank, row : int
+        """
+        return int(self._rows["dropped"][row, rank])
 
     def plan_admit(self, id: int, prompt_len: int) -> Admission:
         """Plan the admission of a new request; nothing changes.
@@ -308,13 +352,30 @@ class Ledger:
         Refused
             As `plan_admit`, for what they take together; for no id, and another number of prompts.
         """
+        self.check_prompts(ids, prompt_lens)
+        plans = self.place_prompts(ids, prompt_lens)
+        self._check_pages(total_pages(plans))
+        return plans
+
+    def check_prompts(self, ids: Sequence[int], prompt_lens: Sequence[int]) -> None:
+        """Raise unless these prompts may be admitted, if there are pages.
+
+        Parameters
+        ----------
+        ids, prompt_lens : sequence of int, [n]
+            As `plan_admissions` takes them.
+
+        Raises
+        ------
+        Refused
+            As `plan_admissions`, but for what the pools do not hold.
+        """
         if not ids or len(ids) != len(prompt_lens):
             raise Refused(
                 Reason.BAD_COUNT,
                 f"{len(ids)} ids and {len(prompt_lens)} prompts are to be admitted; each id needs "
                 "a prompt, and there must be one at least.",
             )
-        plans, pages = list[Admission](), np.zeros_like(self.free)
         for id in ids:
             self._check_new(id)
         _check_distinct(ids)
@@ -331,12 +392,22 @@ class Ledger:
                     f"The prompt of request {id} has {prompt_len} tokens; max_len is "
                     f"{self.max_len}.",
                 )
-        for id, prompt_len in zip(ids, prompt_lens, strict=True):
-            place = self.admitted + len(plans)
-            shift = place % self.layout.cp_size if self.layout.start == "rotated" else 0
-            plans.append(self._plan_placing(id, prompt_len, shift, pages))
-            pages = pages + plans[-1].pages
-        return plans
+
+    def place_prompts(self, ids: Sequence[int], prompt_lens: Sequence[int]) -> list[Admission]:
+        """Plan to place the prompts of new requests, whether there are pages or not.
+
+        Parameters
+        ----------
+        ids, prompt_lens : sequence of int, [n]
+            As `check_prompts` has checked them.
+
+        Returns
+        -------
+        list of Admission, [n]
+        """
+        c, rotated = self.layout.cp_size, self.layout.start == "rotated"
+        shifts = [(self.admitted + nth) % c if rotated else 0 for nth in range(len(ids))]
+        return [self._placing(*one) for one in zip(ids, prompt_lens, shifts, strict=True)]
 
     def plan_resume(self, id: int) -> Admission:
         """Plan to place all tokens of a preempted request as a prompt; nothing changes.
@@ -354,13 +425,33 @@ class Ledger:
         Refused
             For a request that is not preempted, and pools that are exhausted.
         """
+        plan = self.place_again(id)
+        self._check_pages(plan.pages)
+        return plan
+
+    def place_again(self, id: int) -> Admission:
+        """Plan to place all tokens of a preempted request, whether there are pages or not.
+
+        Parameters
+        ----------
+        id : int
+
+        Returns
+        -------
+        Admission
+
+        Raises
+        ------
+        Refused
+            For a request that is not preempted.
+        """
         if id in self._row_of:
             raise Refused(
                 Reason.NOT_PREEMPTED, f"Request {id} is live; only a preempted one can resume."
             )
         if id not in self.preempted:
             raise self._not_live(id)
-        return self._plan_placing(id, *self.preempted[id])
+        return self._placing(id, *self.preempted[id])
 
     def admit(self, plan: Admission) -> int:
         """Apply an admission or resumption planned against the present state, and return its row.
@@ -376,7 +467,10 @@ class Ledger:
         row = self._take_row(plan.id)
         owner, left = first_turn(self.layout, plan.prompt_len, plan.shift)
         local_len = [shard.tokens for shard in plan.shards]
-        self._rows[row] = (plan.prompt_len, plan.shift, owner, left, 0, 0, local_len, 0)
+        self._rows[row] = (
+            plan.prompt_len, plan.prompt_len, plan.shift, owner, left, 0, 0, local_len, 0, 0,
+            self.window or 0,
+        )  # fmt: skip
         self.free -= plan.pages
         if self.preempted.pop(plan.id, None) is None:
             self.admitted += 1
@@ -403,10 +497,52 @@ class Ledger:
             For a batch or a count that is not right, a request that is not live or would be too
             long, and pools that are exhausted.
         """
+        rows, lens = self.check_step(ids, query_lens, pad)
+        step = self.deal(rows, lens, pad)
+        self._check_pages(step.pages)
+        return step
+
+    def check_step(
+        self, ids: Sequence[int], query_lens: Sequence[int], pad: int
+    ) -> tuple[Ints, Ints]:
+        """Raise unless a step may be, if there are pages, and return its requests and tokens.
+
+        Parameters
+        ----------
+        ids, query_lens, pad
+            As `plan_step` takes them.
+
+        Returns
+        -------
+        rows, query_lens : ndarray, int64 [n]
+
+        Raises
+        ------
+        Refused
+            As `plan_step`, and for more tokens than this group's free and open pages could hold.
+        """
         rows = self._batch_rows(ids, query_lens, pad)
-        lens, tokens = np.array(query_lens, dtype=np.int64), sum(query_lens)
-        self._check_room(ids, rows, lens, tokens)
-        requests, firsts, positions, owners, past_lens = self._deal(rows, lens, tokens)
+        lens = np.array(query_lens, dtype=np.int64)
+        self._check_room(ids, rows, lens, sum(query_lens))
+        return rows, lens
+
+    def deal(self, rows: Ints, query_lens: Ints, pad: int) -> Step:
+        """Plan a step that `check_step` has found right, whether there are pages or not.
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [n]
+            Where every ledger of the same requests keeps them.
+        query_lens : ndarray, int64 [n]
+        pad : int
+            As `plan_step` takes it.
+
+        Returns
+        -------
+        Step
+        """
+        tokens = int(query_lens.sum())
+        requests, firsts, positions, owners, past_lens = self._deal(rows, query_lens, tokens)
         indexes = past_lens[np.arange(tokens), owners]
         lockstep = self.layout.pages == "lockstep"
         held = positions if lockstep else indexes
@@ -418,9 +554,8 @@ class Ledger:
         shared = self._shared_writes(rows, requests, owners) if self._open_pages.holders else []
         for write in shared:
             pages[write.rank] += write.copies
-        self._check_pages(pages)
         return Step(
-            rows, lens, requests, firsts, positions, owners, past_lens, indexes,
+            rows, query_lens, requests, firsts, positions, owners, past_lens, indexes,
             opening, held[opening] // self._block, shared, pages, pad,
         )  # fmt: skip
 
@@ -528,6 +663,90 @@ class Ledger:
         # Pages beyond were taken by this very group: nobody else holds them.
         self.free += plan.held - plan.kept
 
+    def next_queries(self, rows: Ints) -> Ints:
+        """Return the smallest positions at which queries of requests may still come.
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [n]
+            Where the ledger keeps the requests.
+
+        Returns
+        -------
+        ndarray, int64 [n]
+        """
+        # Whatever is accepted of an open group, its first token stays.
+        first: Ints = self._rows["total"][rows] - np.maximum(self._rows["group"][rows] - 1, 0)
+        return first
+
+    def drop(self, rows: Ints, next_queries: Ints) -> Drop | None:
+        """Give back the pages that no later query of these requests sees (SPEC.md section 5.7).
+
+        It costs by the pages that leave, whatever the requests hold.
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [n]
+            Where the ledger keeps requests, each once, of which an event has ended.
+        next_queries : ndarray, int64 [n]
+            As `next_queries` returns them.
+
+        Returns
+        -------
+        Drop or None
+            None where nothing goes, and without a window.
+        """
+        if self.window is None:
+            return None
+        state = self._rows
+        due = (next_queries >= state["due"][rows]).nonzero()[0]
+        if not len(due):
+            return None
+        before = self.window - 1
+        rows, passed = rows[due], next_queries[due] - before
+        firsts = state["dropped"][rows]
+        if self.layout.pages == "lockstep" or self.layout.cp_size == 1:
+            ends = (passed // self._block)[:, None]  # the same on all ranks
+            state["due"][rows] = (ends[:, 0] + 1) * self._block + before
+        else:
+            ranks = np.arange(self.layout.cp_size)
+            held = self.tokens_before(rows[:, None], passed[:, None], ranks)
+            ends = held // self._block
+            # Before so many tokens more no rank can have filled another page.
+            missing = ((ends + 1) * self._block - held).min(1)
+            state["due"][rows] = passed + missing + before
+        state["dropped"][rows] = ends
+        counts = ends - firsts
+        back = counts.sum(0)
+        if self._shared_windows.tags:
+            for place, rank in zip(*counts.nonzero(), strict=True):
+                row, count = int(rows[place]), int(counts[place, rank])
+                back[rank] -= self._shared_windows.drop(row, rank, count)
+        self.free += back
+        return Drop(rows, firsts, counts)
+
+    def tokens_before(self, rows: Ints, positions: Ints, ranks: Ints | int) -> Ints:
+        """Return how many tokens before a position are on a rank; the arrays broadcast.
+
+        Parameters
+        ----------
+        rows : ndarray, int64
+            Where the ledger keeps the requests.
+        positions : ndarray, int64
+            Global ones, from 0 to the request's total.
+        ranks : ndarray, int64, or int
+
+        Returns
+        -------
+        ndarray, int64
+        """
+        if self.layout.cp_size == 1:
+            return positions
+        prompt_lens = positions if self._goes_on else self._rows["prompt_len"][rows]
+        if self.layout.start == "rotated":
+            ranks = (ranks - self._rows["shift"][rows]) % self._cp_size
+        return tokens_before(self.layout, positions, prompt_lens, ranks)
+
     def cancel(self, plan: Rewind) -> None:
         """Apply a cancellation planned against the present state.
 
@@ -625,6 +844,9 @@ class Ledger:
             state["tag"][source, rank] = self._open_pages.join(int(state["tag"][source, rank]))
         state[row] = state[source]
         state["outstanding"][row] = 0
+        if self.window is not None:
+            self._shared_windows.fork(source, row, (full - state["dropped"][source]).tolist())
+            return
         prefix = fork_prefix(self._prefixes.pop(source, None), tuple(full.tolist()))
         if prefix is not None:
             self._prefixes[source] = self._prefixes[row] = prefix
@@ -674,14 +896,10 @@ class Ledger:
             )
         return Refused(Reason.UNKNOWN_REQUEST, f"Request {id} is not known.")
 
-    def _plan_placing(
-        self, id: int, prompt_len: int, shift: int, before: Ints | int = 0
-    ) -> Admission:
-        """Plan to place a prompt behind others that take the pages `before`."""
+    def _placing(self, id: int, prompt_len: int, shift: int) -> Admission:
         shards = deal_prompt(self.layout, prompt_len, shift)
         local_len = np.array([shard.tokens for shard in shards])
         pages = self._pages_for(np.array(prompt_len), local_len)
-        self._check_pages(before + pages)
         return Admission(id, prompt_len, shift, shards, pages)
 
     def _take_row(self, id: int) -> int:
@@ -694,7 +912,8 @@ class Ledger:
         """Give up a live request's row and pages."""
         row = self._row_of.pop(id)
         state = self._rows[row]
-        back = self._pages_for(state["total"], state["local_len"])
+        back = self._pages_for(state["total"], state["local_len"]) - state["dropped"]
+        back -= self._shared_windows.end(row)
         prefix = release_prefix(self._prefixes.pop(row, None))
         if prefix is not None:
             back -= prefix.pages
@@ -763,6 +982,8 @@ class Ledger:
 
     def _turn(self, owner: Ints, left: Ints, tokens: Ints) -> tuple[Ints, Ints]:
         """Whose turn it is so many tokens later (earlier if negative), and what is left of it."""
+        if self.layout.cp_size == 1:
+            return np.zeros_like(tokens), left  # always its turn, and how long does not matter
         turns, used = np.divmod(self._chunk - left + tokens, self._chunk)
         return (owner + turns) % self._cp_size, self._chunk - used
 
@@ -794,13 +1015,7 @@ class Ledger:
         return local_len // self._block
 
     def _check_pages(self, pages: Ints) -> None:
-        short = (pages > self.free).nonzero()[0]
-        if len(short):
-            rank = int(short[0])
-            raise Refused(
-                Reason.OUT_OF_PAGES,
-                f"cp_rank {rank} would need {pages[rank]} pages and has {self.free[rank]} free.",
-            )
+        check_pages(pages, self.free)
 
     def _grow(self) -> None:
         old = len(self._rows)
@@ -808,6 +1023,48 @@ class Ledger:
         rows[:old] = self._rows
         self._rows = rows
         self._free_rows.extend(range(len(rows) - 1, old - 1, -1))
+
+
+def total_pages(plans: Sequence[Admission]) -> Ints:
+    """Return the pages that admissions take together.
+
+    Parameters
+    ----------
+    plans : sequence of Admission, 1 or more
+
+    Returns
+    -------
+    ndarray, int64 [cp_size]
+    """
+    pages: Ints = np.sum([plan.pages for plan in plans], 0)
+    return pages
+
+
+def check_pages(pages: Ints, free: Ints, pool: str = "") -> None:
+    """Raise unless a pool has so many pages on every rank.
+
+    Parameters
+    ----------
+    pages : ndarray, int64 [cp_size]
+        What would be taken.
+    free : ndarray, int64 [cp_size]
+        What there is.
+    pool : str
+        The pool's name where there may be several.
+
+    Raises
+    ------
+    Refused
+        With `out_of_pages`.
+    """
+    short = (pages > free).nonzero()[0]
+    if len(short):
+        rank = int(short[0])
+        raise Refused(
+            Reason.OUT_OF_PAGES,
+            f"cp_rank {rank} would need {np.broadcast_to(pages, free.shape)[rank]} pages"
+            f"{pool and f' of the pool {pool}'} and has {free[rank]} free.",
+        )
 
 
 def _check_distinct(ids: Sequence[int]) -> None:

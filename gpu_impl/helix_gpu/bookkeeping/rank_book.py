@@ -31,7 +31,7 @@ class RankStep(NamedTuple):
     slots: Ints
     """[m] slot written (physical page * tokens_per_block + offset), -1 where not owned."""
     visible: Ints
-    """[m] keys on this rank that the new token's query sees, itself included."""
+    """[m] keys on this rank that the new token's query sees, itself included: consecutive ones."""
     rows: Ints
     """[m] row of the token's request in the block tables."""
     taken: list[int]
@@ -40,6 +40,8 @@ class RankStep(NamedTuple):
     """Pages whose earlier tokens must be copied before the new ones are written."""
     pad: int
     """Dummy requests behind the n."""
+    starts: Ints | None = None
+    """[m] local index of the first key that the new token's query sees; None where it is 0."""
 
     @classmethod
     def of_dummies(cls, pad: int) -> RankStep:
@@ -52,6 +54,15 @@ class RankStep(NamedTuple):
         """
         none = np.zeros(0, dtype=np.int64)
         return cls(none, none, none.astype(bool), none, none, none, [], [], pad)
+
+
+class Pool(NamedTuple):
+    """A pool of pages from which several cache groups take."""
+
+    free: Ints
+    """[cp_size] free pages of every rank, by the ledgers of the groups."""
+    allocator: PageAllocator
+    """The pages of this rank."""
 
 
 class PageCopy(NamedTuple):
@@ -92,14 +103,19 @@ class RankBook:
     Parameters
     ----------
     config : Config
+        Without cache groups, for which there is `groups.GroupBook`.
     cp_rank : int
+    pool : Pool, optional
+        From which it takes pages; its own, of `config.pages`, unless given.
+    window : int, optional
+        Tokens that a query sees; all unless given.
 
     Raises
     ------
     Refused
         With `bad_config` for a configuration that it may not start with.
     ValueError
-        For a cp_rank outside the configuration.
+        For a cp_rank outside the configuration, and one with cache groups.
 
     Examples
     --------
@@ -112,8 +128,17 @@ class RankBook:
     ([5, 6, 7], [False, False, True], [-1, -1, 1])
     """
 
-    def __init__(self, config: Config, cp_rank: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        cp_rank: int,
+        *,
+        pool: Pool | None = None,
+        window: int | None = None,
+    ) -> None:
         check_config(config)
+        if config.groups:
+            raise ValueError("The configuration has cache groups; a GroupBook keeps those.")
         self.layout = config.layout
         if not 0 <= cp_rank < self.layout.cp_size:
             raise ValueError(
@@ -121,11 +146,13 @@ class RankBook:
                 f"0 and {self.layout.cp_size - 1}."
             )
         self.cp_rank = cp_rank
-        self.ledger = Ledger(self.layout, config.pages, config.max_len)
-        self.ledger.overlap = config.overlap
+        free = config.pages if pool is None else pool.free
+        self.ledger = Ledger(self.layout, free, config.max_len)
+        self.ledger.overlap, self.ledger.window = config.overlap, window
         self.tables = BlockTables()
-        self._allocator = PageAllocator(config.pages[cp_rank])
+        self._allocator = pool.allocator if pool else PageAllocator(config.pages[cp_rank])
         self._page_size = np.array(self.layout.tokens_per_block)  # as the ledger has its numbers
+        self._before, self._zero = np.array((window or 1) - 1), np.array(0)
 
     @property
     def request_ids(self) -> list[int]:
@@ -268,7 +295,8 @@ class RankBook:
         Returns
         -------
         list of int
-            Physical pages that it took on this rank.
+            Physical pages that it took on this rank. Those before the window are given back by
+            `drop`, once the prompt is written.
         """
         taken = self._allocator.take(int(plan.pages[self.cp_rank]))
         row = self.ledger.admit(plan)
@@ -293,7 +321,7 @@ class RankBook:
         Refused
             As `plan_admit`.
         """
-        return self.place(self.plan_admit(id, prompt_len))
+        return self._placed(self.plan_admit(id, prompt_len))
 
     def resume(self, id: int) -> list[int]:
         """Place a preempted request anew, and return the physical pages that it took on this rank.
@@ -311,7 +339,41 @@ class RankBook:
         Refused
             As `plan_resume`.
         """
-        return self.place(self.plan_resume(id))
+        return self._placed(self.plan_resume(id))
+
+    def _placed(self, plan: Admission) -> list[int]:
+        taken = self.place(plan)
+        self.drop(self.ledger.rows([plan.id]))
+        return taken
+
+    def drop(self, rows: Ints, next_queries: Ints | None = None) -> None:
+        """Give back the pages that no later query of these requests sees.
+
+        Whatever may still look at these pages has done so.
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [n]
+            Rows of requests, each once.
+        next_queries : ndarray, int64 [n], optional
+            As `Ledger.next_queries` returns them, where that is known.
+        """
+        if self.ledger.window is None:
+            return
+        if next_queries is None:
+            next_queries = self.ledger.next_queries(rows)
+        dropped = self.ledger.drop(rows, next_queries)
+        if dropped is None:
+            return
+        mine = zip(
+            dropped.rows.tolist(),
+            dropped.firsts[:, self.cp_rank].tolist(),
+            dropped.counts[:, self.cp_rank].tolist(),
+            strict=True,
+        )
+        for row, first, count in mine:
+            if count:
+                self._allocator.give_back(self.tables.clear(row, first, first + count))
 
     def prompt_chunks(self, plans: Sequence[Admission], tokens: int) -> Iterator[PromptChunk]:
         """Yield the prompts of admissions that were placed, as steps of a limited number of tokens.
@@ -354,14 +416,22 @@ class RankBook:
             past_len, visible = (mine.searchsorted(positions, side) for side in ("left", "right"))
             active = past_len < visible
             own = past_len[active]
+            starts = np.zeros_like(positions)
+            if self.ledger.window is not None:
+                starts = mine.searchsorted(positions - (self.ledger.window - 1))
             slots = np.full(len(positions), -1)
             slots[active] = self.tables.page(np.full(len(own), row), own // t) * t + own % t
             row_of_each = np.full(len(positions), row)
-            columns.append((past_len[:1], positions, active, slots, visible, row_of_each))
-        past_lens, positions, active, slots, visible, row_of_each = map(
+            columns.append(
+                (past_len[:1], positions, active, slots, visible - starts, row_of_each, starts)
+            )
+        past_lens, positions, active, slots, visible, row_of_each, starts = map(
             np.concatenate, zip(*columns, strict=True)
         )
-        step = RankStep(past_lens, positions, active, slots, visible, row_of_each, [], [], 0)
+        step = RankStep(
+            past_lens, positions, active, slots, visible, row_of_each, [], [], 0,
+            None if self.ledger.window is None else starts,
+        )  # fmt: skip
         firsts, ends = (np.array(x) for x in zip(*((a, b) for _, a, b in pieces), strict=True))
         return PromptChunk(step, ids, rows, firsts, ends)
 
@@ -412,10 +482,20 @@ class RankBook:
         slots, mine = active - 1, active.nonzero()[0]
         own = index[mine]
         slots[mine] = self.tables.page(rows[mine], own // t) * t + own % t
+        visible, starts = index + active, self._starts(rows, step.positions)
+        if starts is not None:
+            visible = visible - starts
         return RankStep(
-            index[step.firsts], step.positions, active, slots, index + active, rows, taken, copied,
-            step.pad,
+            index[step.firsts], step.positions, active, slots, visible, rows, taken, copied,
+            step.pad, starts,
         )  # fmt: skip
+
+    def _starts(self, rows: Ints, positions: Ints) -> Ints | None:
+        """The first local index that queries at these positions see; None without a window."""
+        if self.ledger.window is None:
+            return None
+        first = np.maximum(positions - self._before, self._zero)
+        return self.ledger.tokens_before(rows, first, self.cp_rank)
 
     def decode_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
@@ -436,7 +516,10 @@ class RankBook:
         Refused
             As `plan_step`.
         """
-        return self.advance(self.plan_step(ids, query_lens, pad))
+        plan = self.plan_step(ids, query_lens, pad)
+        step = self.advance(plan)
+        self.drop(plan.rows)
+        return step
 
     def skip(self, ids: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
         """Plan a step that never runs; nothing changes.
@@ -471,9 +554,12 @@ class RankBook:
         pages = self._beyond(plan)
         self.ledger.accept(plan)
         self._allocator.give_back(pages)
+        self.drop(np.array([plan.row]))
 
     def cancel(self, ids: Sequence[int]) -> None:
         """Undo the last step of live requests, after which nothing else has changed them.
+
+        Pages that it let leave the window do not come back: it must come before `drop`.
 
         Parameters
         ----------
@@ -517,7 +603,8 @@ class RankBook:
         self.ledger.fork(parent, child)
         source, row = self.ledger.rows([parent, child]).tolist()
         self.tables.copy(source, row)
-        self._allocator.share(self.block_table(child))
+        self._allocator.share(self._held(child))
+        self.drop(np.array([source, row]))
 
     def preempt(self, id: int) -> None:
         """Free the pages of a live request, which stays known.
@@ -531,7 +618,7 @@ class RankBook:
         Refused
             For a request that is not live.
         """
-        pages = self.block_table(id)
+        pages = self._held(id)
         self.ledger.preempt(id)
         self._allocator.give_back(pages)
 
@@ -547,9 +634,15 @@ class RankBook:
         Refused
             For a request that is not known.
         """
-        pages = [] if id in self.ledger.preempted else self.block_table(id)
+        pages = [] if id in self.ledger.preempted else self._held(id)
         self.ledger.release(id)
         self._allocator.give_back(pages)
+
+    def _held(self, id: int) -> list[int]:
+        """The pages of a live request here, without those that have left the window."""
+        (row,) = rows = self.ledger.rows([id])
+        _, places = self.ledger.on_rank(self.cp_rank, rows)
+        return self.tables.part(int(row), self.ledger.dropped(self.cp_rank, row), int(places[0]))
 
     def _beyond(self, plan: Rewind) -> list[int]:
         """The pages here that a rewind gives back."""

@@ -4,11 +4,14 @@ A fork shares every page on every rank. The full ones are never written again, a
 releases all of them at once: requests that begin alike have a common `SharedPrefix`. The open ones,
 partly filled, each have a tag with its number of holders, since a request leaves them one by one
 when it writes. So forks, copies and releases cost the same whatever the number of tokens cached.
+
+Where there is a window, requests leave full pages one by one, too: each has a tag of its own, and a
+fork costs by the pages of the window.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -85,6 +88,74 @@ class OpenPages:
             left[tag] += 1
             copies.append(left[tag] < self.holders[tag])
         return copies
+
+
+@dataclass(slots=True)
+class SharedWindows:
+    """The full pages that requests with a window share on the ranks, those at their front.
+
+    Parameters
+    ----------
+    pages : OpenPages
+        Holders of the pages.
+    tags : dict of int to list of deque
+        By request and rank, the tags of its pages that were shared, in local order.
+
+    Examples
+    --------
+    >>> shared = SharedWindows()
+    >>> shared.fork(0, 1, [2, 1])  # both now hold two pages of rank 0, and one of rank 1
+    >>> shared.drop(0, rank=0, count=1), shared.drop(1, rank=0, count=1)
+    (1, 0)
+    >>> shared.end(0), shared.end(1)
+    ([1, 1], [0, 0])
+    """
+
+    pages: OpenPages = field(default_factory=OpenPages)
+    tags: dict[int, list[deque[int]]] = field(default_factory=dict)
+
+    def fork(self, source: int, row: int, held: Sequence[int]) -> None:
+        """Let a new request share the full pages of another.
+
+        Parameters
+        ----------
+        source, row : int
+            What stands for the two requests.
+        held : sequence of int, [cp_size]
+            Full pages that the first one holds.
+        """
+        before = self.tags.get(source) or [deque() for _ in held]
+        self.tags[source] = [
+            deque(map(self.pages.join, [*tags, *[0] * (count - len(tags))]))
+            for tags, count in zip(before, held, strict=True)
+        ]
+        self.tags[row] = [tags.copy() for tags in self.tags[source]]
+
+    def drop(self, row: int, rank: int, count: int) -> int:
+        """Let a request drop its first pages on a rank, and return how many others still hold.
+
+        Parameters
+        ----------
+        row, rank : int
+        count : int
+            Pages that it drops.
+        """
+        tags = self.tags[row][rank] if row in self.tags else deque[int]()
+        return sum(self.pages.leave(tags.popleft()) for _ in range(min(count, len(tags))))
+
+    def end(self, row: int) -> list[int]:
+        """End a request, and return how many of its pages others still hold, on each rank.
+
+        Parameters
+        ----------
+        row : int
+
+        Returns
+        -------
+        list of int
+            [cp_size], or of one entry 0 where it shares none.
+        """
+        return [sum(map(self.pages.leave, tags)) for tags in self.tags.pop(row, [])] or [0]
 
 
 @dataclass(slots=True)
