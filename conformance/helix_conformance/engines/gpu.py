@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 import numpy as np
 
 from helix_conformance.expect.arrays import Tokens, entries, partial_of, queries, values
+from helix_gpu.bookkeeping.group_book import GroupBook
 from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused, check_config
 from helix_spec import events as ev
-from helix_spec.config import Config, ModelShape
-from helix_spec.engine import Outcome, RankView
+from helix_spec.config import MAIN_POOL, Config, ModelShape
+from helix_spec.engine import OF_GROUPS, GroupColumns, GroupView, Outcome, RankView
 from helix_spec.events import FEATURES, MERGE, Event, Reason
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class LedgerEngine:
     {1: 4}
     """
 
-    profiles: ClassVar[frozenset[str]] = frozenset({"placement", "lengths", "pages", *FEATURES})
+    profiles: ClassVar[frozenset[str]] = frozenset(
+        {"placement", "lengths", "pages", *FEATURES, *OF_GROUPS}
+    )
     needs_processes: ClassVar[bool] = False
 
     def __init__(self, rank: int) -> None:
@@ -73,8 +76,9 @@ class LedgerEngine:
         Outcome
             With `reason` None when the rank is ready, else `bad_config`.
         """
+        book = GroupBook if config.groups else RankBook
         try:
-            self.book = RankBook(config, self.rank % config.layout.cp_size)
+            self.book: RankBook | GroupBook = book(config, self.rank % config.layout.cp_size)
         except Refused as refused:
             return Outcome(refused.reason)
         return Outcome()
@@ -111,7 +115,11 @@ class GpuEngine:
         The global rank, tp_rank * cp_size + cp_rank (MAP-1).
     """
 
-    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {"cache", "attention", MERGE}
+    profiles: ClassVar[frozenset[str]] = (LedgerEngine.profiles - {*OF_GROUPS}) | {
+        "cache",
+        "attention",
+        MERGE,
+    }
     needs_processes: ClassVar[bool] = True
     cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
     """By cp_size, the group of each tp_rank."""
@@ -405,7 +413,7 @@ class PushEngine(GpuEngine):
 
 
 def _follow(
-    book: RankBook | HelixCache,
+    book: RankBook | GroupBook | HelixCache,
     event: ev.Skip | ev.Accept | ev.Sampled | ev.Fork | ev.Release | ev.Preempt,
 ) -> None:
     """Let an event happen that asks for no K, V or attention."""
@@ -424,26 +432,44 @@ def _follow(
             book.preempt(id)
 
 
-def _outcome(step: RankStep) -> Outcome:
-    return Outcome(
-        None,
-        step.past_len.tolist(),
-        step.position_ids.tolist(),
-        step.active.tolist(),
-        step.slots.tolist(),
-        step.visible.tolist(),
-    )
+def _outcome(step: RankStep | Mapping[str, RankStep]) -> Outcome:
+    if isinstance(step, RankStep):
+        return Outcome(
+            None,
+            step.past_len.tolist(),
+            step.position_ids.tolist(),
+            step.active.tolist(),
+            step.slots.tolist(),
+            step.visible.tolist(),
+        )
+    of_groups = {
+        name: GroupColumns(
+            one.past_len.tolist(), one.active.tolist(), one.slots.tolist(), one.visible.tolist()
+        )
+        for name, one in step.items()
+    }
+    positions = next(iter(step.values())).position_ids.tolist()
+    return Outcome(position_ids=positions, groups=of_groups)
 
 
-def _view(book: RankBook, ids: Sequence[int] | None) -> RankView:
+def _view(book: RankBook | GroupBook, ids: Sequence[int] | None) -> RankView:
     asked = book.request_ids if ids is None else book.live(ids)
-    lengths, tables = book.holdings(asked)
+    if isinstance(book, RankBook):
+        return RankView(*_holdings(book, asked), book.preempted_ids, book.free_pages)
+    free = book.free_pages
     return RankView(
-        dict(zip(asked, lengths, strict=True)),
-        dict(zip(asked, tables, strict=True)),
+        {},
         preempted=book.preempted_ids,
-        free_pages=book.free_pages,
+        free_pages=free.pop(MAIN_POOL),
+        groups={name: GroupView(*_holdings(one, asked)) for name, one in book.books.items()},
+        pools=free,
     )
+
+
+def _holdings(book: RankBook, ids: Sequence[int]) -> tuple[dict[int, int], dict[int, list[int]]]:
+    """Lengths and block tables of live requests."""
+    lengths, tables = book.holdings(ids)
+    return dict(zip(ids, lengths, strict=True)), dict(zip(ids, tables, strict=True))
 
 
 def _device() -> str:

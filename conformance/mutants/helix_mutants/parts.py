@@ -133,6 +133,8 @@ class OverLedger(LedgerEngine):
     ledger_class: ClassVar[type[Ledger]] = Ledger
     tables_class: ClassVar[type[BlockTables]] = BlockTables
     allocator_class: ClassVar[type[PageAllocator]] = PageAllocator
+    profiles = LedgerEngine.profiles - {*OF_GROUPS}
+    book: RankBook
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
