@@ -13,6 +13,7 @@ sequence over `cp_size` ranks. Each layer below imports only those above it:
 - `comm`: ranks and how partials travel between them: `agreement`, `mesh`, `exchange`, `push`,
   `windows`, `push_kernels`, `hop_b`;
 - `cache`: the public face, `HelixCache`;
+- `group_cache`: `GroupCache`, the same for configurations with cache groups;
 - `graphs`: steps captured once and replayed;
 - `block`: a transformer block whose FFN uses the ranks as EP x TP.
 

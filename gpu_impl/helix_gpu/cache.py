@@ -6,9 +6,9 @@ import atexit
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
@@ -65,6 +65,7 @@ class DecodeStep:
     sin: Tensor
     tables: Tensor
     lengths: Tensor
+    """int64: where in its table the slots that a row sees end."""
     slots: Tensor
     """int64: where each row's K and V are written, -1 where that is not on this rank."""
     buffers: StepBuffers | None
@@ -77,6 +78,11 @@ class DecodeStep:
     """Which tokens of which requests these are; None of a step of `reserve`."""
     of_prompt: bool = False
     """Whether these are tokens of prompts that are computed here."""
+    starts: Tensor | None = None
+    """int64: where in its table the slots that a row sees start; None for all at 0. The tables of
+    a cache group with a window begin with the first page that a row of the request sees."""
+    groups: Mapping[str, DecodeStep] = field(default_factory=dict)
+    """Of a `group_cache.GroupCache`, the step in each cache group; the above is the first one's."""
 
     def split(self) -> tuple[DecodeStep, DecodeStep]:
         """Return the first half of the rows, and the others."""
@@ -85,6 +91,7 @@ class DecodeStep:
             replace(
                 self, positions=self.positions[part], cos=self.cos[part], sin=self.sin[part],
                 tables=self.tables[part], lengths=self.lengths[part], slots=self.slots[part],
+                starts=None if self.starts is None else self.starts[part],
             )
             for part in (slice(0, border), slice(border, None))
         )  # fmt: skip
@@ -137,6 +144,7 @@ class HelixCache:
     Parameters
     ----------
     config : Config
+        Without cache groups, for which there is `group_cache.GroupCache`.
     rank : int
         Global rank, tp_rank * cp_size + cp_rank.
     group : ProcessGroup, optional
@@ -279,7 +287,7 @@ class HelixCache:
         self.config = config
         self.device = torch.device(device)
         self.backend: Backend = _resolved(backend, self.device, model)
-        self.book = RankBook(config, rank % cp_size)
+        self.book = self._new_book(rank % cp_size)
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.kv_heads = 1 if model.latent else model.kv_heads // config.tp_size
         self.q_heads = model.q_heads // config.tp_size
@@ -289,16 +297,7 @@ class HelixCache:
         if debug and config.world_size > 1 and link.all_ranks is None:
             raise ValueError("Ranks compare their calls through all_ranks, which is not given.")
         self._link, self._exchange = link, link.exchange
-        self.pool = torch.empty(
-            model.layers,
-            config.pages[self.book.cp_rank],
-            1 if model.latent else 2,
-            config.layout.tokens_per_block,
-            self.kv_heads,
-            model.key_dim,
-            dtype=getattr(torch, model.cached_dtype),
-            device=self.device,
-        )
+        self.pool = self._new_pool()
         """[layers, pages, 2, tokens_per_block, kv_heads, head_dim]: rotated K, then V.
 
         With a latent cache [layers, pages, 1, tokens_per_block, 1, latent_dim + rope_dim].
@@ -311,6 +310,29 @@ class HelixCache:
         """The last step that began in the reserved buffers, by its number of rows."""
         self._hop_b = hop_b
         self._lane = Lane(self.device) if hop_b and not debug else SameLane()
+
+    def _new_book(self, cp_rank: int) -> RankBook:
+        if self.config.groups:
+            raise ValueError("The configuration has cache groups; a GroupCache keeps those.")
+        return RankBook(self.config, cp_rank)
+
+    def _new_pool(self) -> Tensor:
+        config, model = self.config, self.config.model
+        pages, t = config.pages[self.book.cp_rank], config.layout.tokens_per_block
+        return self._new_pages(model.layers, pages, t)
+
+    def _new_pages(self, layers: int, pages: int, tokens_per_block: int) -> Tensor:
+        model = self.config.model
+        return torch.empty(
+            layers,
+            pages,
+            1 if model.latent else 2,
+            tokens_per_block,
+            self.kv_heads,
+            model.key_dim,
+            dtype=getattr(torch, model.cached_dtype),
+            device=self.device,
+        )
 
     def close(self) -> None:
         """Give up the memory and the group; every call but this one is an error from now on."""
@@ -451,17 +473,19 @@ class HelixCache:
         Refused
             For a request that is not live.
         IndexError
-            For tokens that are not on this rank.
+            For tokens that are not on this rank, or not any more.
         StepError
             While layers lack tokens of the request.
         """
         first, tokens = integer("first", first), integer("tokens", tokens)
         table, held = self.book.block_table(id), self.book.local_len(id)
         self._written.check_whole([id], self.book.ledger.rows([id]))
-        if not 0 <= first <= first + tokens <= held:
+        behind = (np.array(table) < 0).sum() * self.book.layout.tokens_per_block
+        if not (0 <= first <= first + tokens <= held and first >= min(behind, first + tokens)):
             raise IndexError(
                 f"Local indices {first} to {first + tokens - 1} of request {id} are not all here; "
-                f"this rank holds {held} of its tokens."
+                f"this rank holds {held} of its tokens"
+                + (f", without the first {behind}." if behind else ".")
             )
         pages, offsets = self._slots(table, np.arange(first, first + tokens))
         k, *v = (part[:, pages, offsets].to(self.dtype) for part in self.pool.unbind(2))
@@ -708,37 +732,49 @@ class HelixCache:
             self._check("Q", q, (rows, self.q_heads, model.key_dim))
             self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
         pool, scale = self.pool[layer], model.softmax_scale if scale is None else float(scale)
-        v = None if v is None else self._cached(v)
         if self.backend == "triton":
+            v = None if v is None else self._cached(v)
             found = self._launch(step, pool, q, k, v, scale, return_lse)
         else:
-            q, k = rotate(q, step.cos, step.sin), self._cached(rotate(k, step.cos, step.sin))
-            own, t = (step.slots >= 0).nonzero()[:, 0], pool.shape[2]
-            page, offset = step.slots[own] // t, step.slots[own] % t
-            pool[page, 0, offset] = k[own]
-            if v is not None:
-                pool[page, 1, offset] = v[own]
+            q = self._rotated(step, q)
+            self._append(step, pool, k, v)
             merged = []
             for part, half in step.parts():
-                given = q[part], pool, half.tables, half.lengths
                 with self._together("attention", _named(step), layer, unless=step.tokens is None):
-                    if callable(self.backend):
-                        output, lse = self.backend(
-                            *given, scale=scale, value_dim=model.value_dim,
-                            layer=layer, positions=half.positions,
-                        )  # fmt: skip
-                        # Libraries differ in what they deliver for a row without keys.
-                        local = output, lse.masked_fill(half.lengths[:, None] == 0, -torch.inf)
-                    else:
-                        local = attend_pages(
-                            *given, scale=scale, value_dim=model.value_dim, runs=half.runs
-                        )
+                    local = self._attended(half, pool, q[part], layer, scale)
                 merged.append(self._lane.hand(self._combined, *local))
             found = _joined(merged)
         if step.tokens is not None:
             self._written.give(step.tokens, layer)
         output, lse = (x[: step.outputs] for x in found)
         return (output, lse) if return_lse else output
+
+    def _rotated(self, step: DecodeStep, rows: Tensor) -> Tensor:
+        return rotate(rows, step.cos, step.sin)
+
+    def _append(self, step: DecodeStep, pool: Tensor, k: Tensor, v: Tensor | None) -> None:
+        """Write K, not rotated yet, and V into a layer's pages where this rank owns the tokens."""
+        own, t = (step.slots >= 0).nonzero()[:, 0], pool.shape[2]
+        page, offset = step.slots[own] // t, step.slots[own] % t
+        pool[page, 0, offset] = self._cached(self._rotated(step, k))[own]
+        if v is not None:
+            pool[page, 1, offset] = self._cached(v)[own]
+
+    def _attended(
+        self, step: DecodeStep, pool: Tensor, q: Tensor, layer: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The partial of rotated queries over a layer's pages on this rank."""
+        given, value_dim = (q, pool, step.tables, step.lengths), self.config.model.value_dim
+        bounds: dict[str, Any] = {} if step.starts is None else {"starts": step.starts}
+        if not callable(self.backend):
+            return attend_pages(*given, scale=scale, value_dim=value_dim, runs=step.runs, **bounds)
+        output, lse = self.backend(
+            *given, scale=scale, value_dim=value_dim, layer=layer, positions=step.positions,
+            **bounds,
+        )  # fmt: skip
+        # Libraries differ in what they deliver for a row without keys.
+        empty = step.lengths <= (0 if step.starts is None else step.starts)
+        return output, lse.masked_fill(empty[:, None], -torch.inf)
 
     @overload
     def combine(
@@ -865,6 +901,8 @@ class HelixCache:
         if rows not in self._reserved:
             t, pages = self.book.layout.tokens_per_block, self.pool.shape[1]
             longest = self.config.max_len
+            if self.book.ledger.window is not None:  # of all rows one may see the first part
+                longest = min(longest, self.book.ledger.window + rows + t)
             width = min(pages, -(-longest // t))
             self._reserved[rows] = self._blank(rows, width, rows * longest)
         return self._reserved[rows]
@@ -1164,13 +1202,17 @@ class HelixCache:
     def _begun(self, book: RankStep) -> DecodeStep:
         """The tensors of a step, in the buffers reserved for its number of rows if there are."""
         tokens, rows = len(book.rows), len(book.rows) + book.pad
-        width = -(-int(book.visible.max()) // self.book.layout.tokens_per_block)
+        ends, first = book.visible, np.zeros(0, dtype=np.int64)
+        if book.starts is not None:
+            ends, first = book.starts + book.visible, self._first_pages(book)
+            ends = ends - first * self.book.layout.tokens_per_block
+        width = -(-int(ends.max()) // self.book.layout.tokens_per_block)
         seen = int(book.position_ids.sum()) + tokens
         step = self._reserved.get(rows) or self._blank(rows, width, seen)
         model = self.config.model
         places = np.zeros((3, rows), dtype=np.int64)  # dummies: position 0, no key, no slot
         places[2] = -1
-        places[:, :tokens] = book.position_ids, book.visible, book.slots
+        places[:, :tokens] = book.position_ids, ends, book.slots
         positions, lengths, slots = self._put(places)
         cos, sin = rope_table(positions, self._rope_dim, model.rope_base)
         step.positions.copy_(positions)
@@ -1178,9 +1220,24 @@ class HelixCache:
         step.sin.copy_(sin)
         step.lengths.copy_(lengths)
         step.slots.copy_(slots)
-        tables = self.book.tables.read(book.rows, width)
+        if step.starts is None:
+            tables = self.book.tables.read(book.rows, width)
+        else:
+            tables = self.book.tables.read_from(book.rows, first, width)
+            starts = np.zeros(rows, dtype=np.int64)
+            starts[:tokens] = ends - book.visible
+            step.starts.copy_(self._put(starts))
         step.tables[:tokens, :width] = self._put(tables)
         return replace(step, book=book, outputs=tokens).with_runs(book.rows)
+
+    def _first_pages(self, book: RankStep) -> Ints:
+        """The first local page that some token of the same request sees, for each token."""
+        assert book.starts is not None
+        # The windows of a request's tokens start one after the other, with its first token's.
+        begins = np.concatenate(([True], book.rows[1:] != book.rows[:-1]))
+        of_request = np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+        first: Ints = book.starts[of_request] // self.book.layout.tokens_per_block
+        return first
 
     def _blank(self, rows: int, width: int, seen: int) -> DecodeStep:
         """Buffers of a step that does nothing yet: `rows` dummies, tables of `width` pages.
@@ -1202,6 +1259,7 @@ class HelixCache:
             lengths=zeros(rows, dtype=torch.int64),
             slots=zeros(rows, dtype=torch.int64) - 1,
             buffers=None,
+            starts=None if self.book.ledger.window is None else zeros(rows, dtype=torch.int64),
         )
         if not self._halves_pay(rows, seen):
             return self._with_buffers(step)

@@ -333,7 +333,7 @@ class Played:
         steps = [book.advance(plan) for book, plan in zip(self.books, numbers, strict=True)]
         self._compare_steps(ids, lens, before, steps)
         for book, plan in zip(self.books, numbers, strict=True):
-            book.drop(plan[0].rows)
+            book.drop(plan.rows)
         for id in ids:
             naive.end_event(id)
 
@@ -380,7 +380,7 @@ class Played:
         """Tables, lengths and free pages of every rank and group are those of the model."""
         naive, numbers = self.naive, dict[tuple[str, int, int], NaivePage]()
         for rank, book in enumerate(self.books):
-            assert book.free_pages == {pool: naive.free(pool)[rank] for pool in book.pools}
+            assert book.free_by_pool == {pool: naive.free(pool)[rank] for pool in book.pools}
             for pool, held in book.pools.items():
                 assert held.free.tolist() == naive.free(pool)
             assert sorted(book.request_ids) == sorted(naive.requests)

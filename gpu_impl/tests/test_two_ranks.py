@@ -155,6 +155,12 @@ def test_after_random_calls_each_request_has_its_own_tokens(found: list[dict[str
     assert seen > 50
 
 
+@pytest.mark.holds("ATT-1", "REP-1", "WIN-1", "WIN-2")
+def test_cache_groups_attend_on_gloo(found: list[dict[str, Any]]) -> None:
+    """Sharded, replicated and windowed groups, whose layers exchange what is sharded alone."""
+    assert [rank["groups"] for rank in found] == [{"error": None, "text": ""}] * 2
+
+
 def test_a_cache_in_a_circle_lets_its_group_go(found: list[dict[str, Any]]) -> None:
     """At the end of the program at the latest, though nobody closed it; torch may abort else."""
     assert [rank["exit"] for rank in found] == ["[[None, None]]"] * 2

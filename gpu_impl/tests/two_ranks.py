@@ -20,9 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpu_testing import groups
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.cache import HelixCache
 from helix_gpu.comm.mesh import helix_mesh
+from helix_gpu.group_cache import GroupCache
 from helix_spec.config import Config, ModelShape
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 2, 4, 2, 8
@@ -356,6 +358,8 @@ def main() -> None:
     )  # fmt: skip
     mesh = helix_mesh(CONFIG)
     results: Result = {"disagreements": disagreements(rank, mesh), "calls": [], "places": []}
+    grouped = GroupCache.on(groups.CONFIG, helix_mesh(groups.CONFIG), rope=None, debug=True)
+    results["groups"] = tried(lambda: groups.scenario(grouped, rank, groups.CONFIG))
     for seed in range(SEEDS):
         caller = Caller(rank, mesh, seed)
         for n in range(CALLS):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 import numpy as np
 
-from helix_conformance.expect.arrays import Tokens, entries, partial_of, queries, values
+from helix_conformance.expect.arrays import Layers, Tokens, entries, partial_of, queries, values
 from helix_gpu.bookkeeping.group_book import GroupBook
 from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused, check_config
@@ -115,11 +115,7 @@ class GpuEngine:
         The global rank, tp_rank * cp_size + cp_rank (MAP-1).
     """
 
-    profiles: ClassVar[frozenset[str]] = (LedgerEngine.profiles - {*OF_GROUPS}) | {
-        "cache",
-        "attention",
-        MERGE,
-    }
+    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {"cache", "attention", MERGE}
     needs_processes: ClassVar[bool] = True
     cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
     """By cp_size, the group of each tp_rank."""
@@ -178,6 +174,7 @@ class GpuEngine:
             With `reason` None when the rank is ready, else `bad_config`.
         """
         from helix_gpu.cache import HelixCache
+        from helix_gpu.group_cache import GroupCache
 
         try:
             check_config(config)
@@ -186,7 +183,8 @@ class GpuEngine:
                 group = self.cp_groups[cp_size][self.rank // cp_size]
                 counted = {"done": self.exchanges_done} if self.travel == "push" else {}
                 exchange = self.make_exchange()(group, config.model, **counted)
-            self.cache = HelixCache(
+            cache = GroupCache if config.groups else HelixCache
+            self.cache: HelixCache = cache(
                 config,
                 rank=self.rank,
                 device=_device(),
@@ -206,6 +204,10 @@ class GpuEngine:
         q_heads = shape.q_heads // config.tp_size
         self.kv_heads = config.kv_heads_of(tp_rank)
         self.q_heads = range(tp_rank * q_heads, (tp_rank + 1) * q_heads)
+        self.layers = {
+            group.name: Layers(group.layers, number)
+            for number, group in enumerate(config.cache_groups)
+        }
         return Outcome()
 
     def apply(self, event: Event) -> Outcome:
@@ -240,13 +242,22 @@ class GpuEngine:
         view = _view(self.cache.book, ids)
         if "cache" not in self.profiles_checked:
             return view
-        rows = {id: self._rows(table) for id, table in view.block_tables.items()}
-        value_dim = self.config.model.value_dim  # a latent row is key and value
+        if not view.groups:
+            return msgspec.structs.replace(view, **self._cached(self.cache, view.block_tables))
+        members = self._members()
         return msgspec.structs.replace(
             view,
-            keys={id: parts[:, 0] for id, parts in rows.items()},
-            values={id: parts[:, -1, ..., :value_dim] for id, parts in rows.items()},
+            groups={
+                name: msgspec.structs.replace(one, **self._cached(members[name], one.block_tables))
+                for name, one in view.groups.items()
+            },
         )
+
+    def _members(self) -> dict[str, HelixCache]:
+        """The caches of the cache groups."""
+        cache: Any = self.cache
+        members: dict[str, HelixCache] = cache.members
+        return members
 
     def _merge(self, event: ev.Merge) -> Outcome:
         """The partials of this rank through the exchange and the merge that attention uses."""
@@ -261,25 +272,30 @@ class GpuEngine:
         if self.config.admission == "prefill":
             self._compute(self.cache.prefill(id, prompt_len, chunk), lambda p: (now, p))
         else:
-            self.cache.admit(id, prompt_len, self._prompt_kv(lambda p: (now, p)))
+            self.cache.admit(id, prompt_len, self._prompts(lambda p: (now, p)))
         self.tokens[id] = [(now, place) for place in range(prompt_len)]
 
     def _resume(self, id: int) -> None:
         if self.config.admission == "prefill":
             self._compute(self.cache.recompute(id, CHUNK), lambda p: self.tokens[id][p])
         else:
-            self.cache.resume(id, self._prompt_kv(lambda p: self.tokens[id][p]))
+            self.cache.resume(id, self._prompts(lambda p: self.tokens[id][p]))
 
     def _compute(self, steps: Iterable[DecodeStep], identity: Callable[[int], Identity]) -> None:
         """Every layer of a prompt that is computed here; nobody asks for its output."""
         for step in steps:
             self._attend(step, self._share(step.book.position_ids, identity))
 
-    def _prompt_kv(self, identity: Callable[[int], Identity]) -> PromptKV:
+    def _prompts(self, identity: Callable[[int], Identity]) -> Any:
+        """K and V of a prompt, by cache group where there are any."""
+        of_groups = {name: self._prompt_kv(identity, of) for name, of in self.layers.items()}
+        return of_groups if self.config.groups else next(iter(of_groups.values()))
+
+    def _prompt_kv(self, identity: Callable[[int], Identity], of: Layers) -> PromptKV:
         """K and V of a prompt, given the identity of the token at each position."""
 
         def prompt_kv(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return self._kv(self._share(positions.cpu().numpy(), identity))
+            return self._kv(self._share(positions.cpu().numpy(), identity), of)
 
         return prompt_kv
 
@@ -295,7 +311,8 @@ class GpuEngine:
         self._remember(ids, query_lens, positions)
         event = np.full(len(positions), self.events - 1, dtype=np.int64)
         output = self._attend(step, Tokens(event, np.arange(len(positions)), positions))
-        outcome = _outcome(step.book)
+        of_groups = {name: one.book for name, one in step.groups.items()}
+        outcome = _outcome(of_groups or step.book)
         if "attention" not in self.profiles_checked:
             return outcome
         return msgspec.structs.replace(outcome, output=_numbers(output))
@@ -306,12 +323,20 @@ class GpuEngine:
 
         shape, pad = self.config.model, step.book.pad
         q = self._padded(self._tensor(queries(shape, self.config.seed, tokens, self.q_heads)), pad)
-        k, v = self._kv(tokens)
-        k = self._padded(k, pad)
-        values = [None] * shape.layers if v is None else list(self._padded(v, pad))
-        return torch.stack(
-            [self.cache.attend(step, i, q[i], k[i], values[i]) for i in range(shape.layers)]
-        )
+        given: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}) for _ in range(shape.layers)]
+        for name, of in self.layers.items():
+            k, v = self._kv(tokens, of)
+            for place, layer in enumerate(of.numbers):
+                ks, vs = given[layer]
+                ks[name] = self._padded(k[place], pad)
+                vs[name] = None if v is None else self._padded(v[place], pad)
+        outputs = []
+        for layer, (ks, vs) in enumerate(given):
+            kv: tuple[Any, Any] = (ks, None if shape.latent else vs)
+            if not self.config.groups:
+                kv = next(iter(ks.values())), next(iter(vs.values()))
+            outputs.append(self.cache.attend(step, layer, q[layer], *kv))
+        return torch.stack(outputs)
 
     def _remember(self, ids: list[int], query_lens: list[int], positions: np.ndarray) -> None:
         """The new tokens of the present decode, in place of any that were rewound."""
@@ -321,11 +346,11 @@ class GpuEngine:
             self.tokens[id][positions[place] :] = [(self.events - 1, i) for i in group]
             place += query_len
 
-    def _kv(self, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _kv(self, tokens: Tokens, of: Layers) -> tuple[torch.Tensor, torch.Tensor | None]:
         """K, not rotated, and V of this rank's heads; a latent row has no V of its own."""
-        shape, seed = self.config.model, self.config.seed
-        k = entries(seed, tokens, range(shape.layers), "k", self.kv_heads, shape.key_dim)
-        v = None if shape.latent else self._tensor(values(shape, seed, tokens, self.kv_heads))
+        shape, seed, heads = self.config.model, self.config.seed, self.kv_heads
+        k = entries(seed, tokens, of.numbers, "k", heads, shape.key_dim, of.group)
+        v = None if shape.latent else self._tensor(values(shape, seed, tokens, heads, of))
         return self._tensor(k), v
 
     def _tensor(self, values: np.ndarray) -> torch.Tensor:
@@ -339,10 +364,18 @@ class GpuEngine:
 
         return torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, pad), value=float("nan"))
 
-    def _rows(self, table: list[int]) -> np.ndarray:
-        """Cached rows of these pages: (layers, parts, slots, kv_heads, dim)."""
-        pages = self.cache.pool[:, table]  # (layers, pages, parts, T, heads, dim)
-        return _numbers(pages.transpose(1, 2).flatten(2, 3))
+    def _cached(
+        self, cache: HelixCache, tables: Mapping[int, list[int]]
+    ) -> dict[str, dict[int, np.ndarray]]:
+        """Keys and values of requests in the pages that they hold."""
+        value_dim = self.config.model.value_dim  # a latent row is key and value
+        keys, values = dict[int, np.ndarray](), dict[int, np.ndarray]()
+        for id, table in tables.items():
+            # (layers, pages, parts, T, heads, dim), then (layers, parts, slots, heads, dim)
+            pages = cache.pool[:, [page for page in table if page >= 0]]
+            rows = _numbers(pages.transpose(1, 2).flatten(2, 3))
+            keys[id], values[id] = rows[:, 0], rows[:, -1, ..., :value_dim]
+        return {"keys": keys, "values": values}
 
 
 class AllGatherEngine(GpuEngine):
@@ -368,8 +401,10 @@ class ReduceScatterEngine(GpuEngine):
 class HopBEngine(GpuEngine):
     """A `GpuEngine` that attends in halves, one half while the other's partials travel.
 
-    It does so in every step of two rows or more.
+    It does so in every step of two rows or more. Cache groups never do.
     """
+
+    profiles = GpuEngine.profiles - {*OF_GROUPS}
 
     @staticmethod
     def hop_b() -> Costs | None:
@@ -456,7 +491,7 @@ def _view(book: RankBook | GroupBook, ids: Sequence[int] | None) -> RankView:
     asked = book.request_ids if ids is None else book.live(ids)
     if isinstance(book, RankBook):
         return RankView(*_holdings(book, asked), book.preempted_ids, book.free_pages)
-    free = book.free_pages
+    free = book.free_by_pool
     return RankView(
         {},
         preempted=book.preempted_ids,

@@ -31,7 +31,7 @@ def attending(function: Attend) -> type[HelixCache]:
     """A cache whose attention of a rank is this function."""
 
     class Cache(HelixCache):
-        attend = rebound(HelixCache.attend, attend_pages=function)
+        _attended = rebound(HelixCache._attended, attend_pages=function)
 
     return Cache
 
@@ -332,7 +332,9 @@ class EmptyNanTimesZero(OverCache):
     """An empty rank's output is 0/0, and the merge multiplies it by its weight of 0."""
 
     class Cache(HelixCache):
-        attend = rebound(HelixCache.attend, attend_pages=_emptied(float("nan"), -float("inf")))
+        _attended = rebound(
+            HelixCache._attended, attend_pages=_emptied(float("nan"), -float("inf"))
+        )
         combine = rebound(HelixCache.combine, merge=_weighted_sum)
 
     cache_class = Cache

@@ -159,6 +159,7 @@ class OverCache(GpuEngine):
     """`HelixCache` with the whole exchange, a thread for each rank, with classes swapped."""
 
     cache_class: ClassVar[Any] = None
+    profiles = GpuEngine.profiles - {*OF_GROUPS}
     book_class: ClassVar[type[RankBook]] = RankBook
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:

@@ -66,6 +66,24 @@ class BlockTables:
         self._grow(0, width)
         return self._pages[:, :width][rows]
 
+    def read_from(self, rows: Ints, firsts: Ints, width: int) -> Ints:
+        """Return pages of rows from a local page on; past their last some page that exists.
+
+        Parameters
+        ----------
+        rows, firsts : ndarray, int64 [n]
+            Rows that have begun, and the first local page of each, which no window has left behind.
+        width : int
+            Pages of each.
+
+        Returns
+        -------
+        ndarray, int64 [n, width]
+        """
+        self._grow(0, int(firsts.max(initial=0)) + width)
+        pages: Ints = self._pages[rows[:, None], firsts[:, None] + np.arange(width)]
+        return np.maximum(pages, 0)
+
     def lists(self, rows: Ints, widths: Ints) -> list[list[int]]:
         """Return the first `widths[i]` pages of row `rows[i]`, which have been written.
 

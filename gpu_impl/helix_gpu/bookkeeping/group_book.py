@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,43 @@ from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Step, check_pa
 from helix_gpu.bookkeeping.rank_book import Pool, PromptChunk, RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import check_config
 from helix_spec.config import MAIN_POOL, Config
+
+
+class GroupAdmission(tuple[Admission, ...]):
+    """The plan of an admission or resumption, for each cache group."""
+
+    __slots__ = ()
+
+    @property
+    def id(self) -> int:
+        """Return the request."""
+        return self[0].id
+
+    @property
+    def prompt_len(self) -> int:
+        """Return the tokens to place."""
+        return self[0].prompt_len
+
+
+class GroupPlan(tuple[Step, ...]):
+    """The plan of a step for each cache group; what belongs to all of them is the first one's."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self[0], name)
+
+
+class GroupChunk(NamedTuple):
+    """Pieces of prompts that were placed, as one step of each cache group."""
+
+    of_groups: dict[str, PromptChunk]
+    step: RankStep
+    """That of the first group, as what follows."""
+    ids: list[int]
+    rows: Ints
+    firsts: Ints
+    ends: Ints
 
 
 class GroupBook:
@@ -45,7 +83,7 @@ class GroupBook:
     >>> {name: one.block_table(0) for name, one in book.books.items()}
     {'all': [0, 1], 'near': [-1, 3, 4]}
     >>> book.decode_step([0], [2])["near"].visible.tolist(), book.free_pages
-    ([3, 3], {'main': 5})
+    ([3, 3], 5)
     """
 
     def __init__(self, config: Config, cp_rank: int) -> None:
@@ -55,7 +93,7 @@ class GroupBook:
             raise ValueError(
                 f"cp_rank is {cp_rank}; with cp_size {c} it must lie between 0 and {c - 1}."
             )
-        self.cp_rank = cp_rank
+        self.layout, self.cp_rank = config.layout, cp_rank
         self.pools: dict[str, Pool] = {}
         for name in (MAIN_POOL, *config.pools):
             sizes = config.pool_sizes(name)
@@ -91,9 +129,19 @@ class GroupBook:
         return sorted(self.ledger.preempted)
 
     @property
-    def free_pages(self) -> dict[str, int]:
+    def free_pages(self) -> int:
+        """Return the pages of the pool `main` on this rank that no request holds."""
+        return self.pools[MAIN_POOL].allocator.free
+
+    @property
+    def free_by_pool(self) -> dict[str, int]:
         """Return the pages of each pool on this rank that no request holds."""
         return {name: pool.allocator.free for name, pool in self.pools.items()}
+
+    @property
+    def has_windows(self) -> bool:
+        """Return whether some group has a window."""
+        return bool(self._windows)
 
     def live(self, ids: Sequence[int]) -> list[int]:
         """Return those of the requests that are live, in their order.
@@ -106,7 +154,7 @@ class GroupBook:
 
     def plan_admissions(
         self, ids: Sequence[int], prompt_lens: Sequence[int]
-    ) -> list[list[Admission]]:
+    ) -> list[GroupAdmission]:
         """Plan the admission of new requests, one after the other; nothing changes.
 
         Parameters
@@ -116,7 +164,7 @@ class GroupBook:
 
         Returns
         -------
-        list of list of Admission, [n, groups]
+        list of GroupAdmission, [n]
 
         Raises
         ------
@@ -126,9 +174,9 @@ class GroupBook:
         self.ledger.check_prompts(ids, prompt_lens)
         plans = [ledger.place_prompts(ids, prompt_lens) for ledger in self._ledgers]
         self._check_pages(list(map(total_pages, plans)))
-        return [list(of_request) for of_request in zip(*plans, strict=True)]
+        return [GroupAdmission(of_request) for of_request in zip(*plans, strict=True)]
 
-    def plan_admit(self, id: int, prompt_len: int) -> list[Admission]:
+    def plan_admit(self, id: int, prompt_len: int) -> GroupAdmission:
         """Plan the admission of a new request; nothing changes.
 
         Parameters
@@ -139,7 +187,7 @@ class GroupBook:
 
         Returns
         -------
-        list of Admission, [groups]
+        GroupAdmission
 
         Raises
         ------
@@ -149,7 +197,7 @@ class GroupBook:
         (plan,) = self.plan_admissions([id], [prompt_len])
         return plan
 
-    def plan_resume(self, id: int) -> list[Admission]:
+    def plan_resume(self, id: int) -> GroupAdmission:
         """Plan to place all tokens of a preempted request as a prompt; nothing changes.
 
         Parameters
@@ -158,23 +206,23 @@ class GroupBook:
 
         Returns
         -------
-        list of Admission, [groups]
+        GroupAdmission
 
         Raises
         ------
         Refused
             As `Ledger.plan_resume`, for what all groups take together.
         """
-        plan = [ledger.place_again(id) for ledger in self._ledgers]
+        plan = GroupAdmission(ledger.place_again(id) for ledger in self._ledgers)
         self._check_pages([one.pages for one in plan])
         return plan
 
-    def place(self, plan: Sequence[Admission]) -> dict[str, list[int]]:
+    def place(self, plan: GroupAdmission) -> dict[str, list[int]]:
         """Apply an admission or resumption planned against the present state.
 
         Parameters
         ----------
-        plan : sequence of Admission, [groups]
+        plan : GroupAdmission
 
         Returns
         -------
@@ -217,32 +265,31 @@ class GroupBook:
         self.place(self.plan_resume(id))
         self.drop(self.ledger.rows([id]))
 
-    def prompt_chunks(
-        self, plans: Sequence[Sequence[Admission]], tokens: int
-    ) -> Iterator[dict[str, PromptChunk]]:
+    def prompt_chunks(self, plans: Sequence[GroupAdmission], tokens: int) -> Iterator[GroupChunk]:
         """Yield the prompts of admissions that were placed, as steps of a limited number of tokens.
 
         Parameters
         ----------
-        plans : sequence of sequence of Admission, [n, groups]
+        plans : sequence of GroupAdmission
         tokens : int
             Tokens of a step, at most.
 
         Yields
         ------
-        dict of str to PromptChunk
+        GroupChunk
             The same tokens for each group; see `RankBook.prompt_chunks`.
         """
-        of_groups = [
+        by_group = [
             book.prompt_chunks([plan[place] for plan in plans], tokens)
             for place, book in enumerate(self.books.values())
         ]
-        for chunks in zip(*of_groups, strict=True):
-            yield dict(zip(self.books, chunks, strict=True))
+        for chunks in zip(*by_group, strict=True):
+            of_groups = dict(zip(self.books, chunks, strict=True))
+            yield GroupChunk(of_groups, *chunks[0])
 
     def plan_step(
         self, ids: Sequence[int], query_lens: Sequence[int] | None = None, pad: int = 0
-    ) -> list[Step]:
+    ) -> GroupPlan:
         """Plan the new tokens of each request. Nothing changes: it is all that a skipped step does.
 
         Parameters
@@ -252,7 +299,7 @@ class GroupBook:
 
         Returns
         -------
-        list of Step, [groups]
+        GroupPlan
 
         Raises
         ------
@@ -265,16 +312,16 @@ class GroupBook:
         if sum(lens) > len(lens):  # no ledger is to deal what its pools could never hold
             for ledger in others:
                 ledger.check_step(ids, lens, pad)
-        plan = [ledger.deal(rows, counts, pad) for ledger in self._ledgers]
+        plan = GroupPlan(ledger.deal(rows, counts, pad) for ledger in self._ledgers)
         self._check_pages([step.pages for step in plan])
         return plan
 
-    def advance(self, plan: Sequence[Step]) -> dict[str, RankStep]:
+    def advance(self, plan: GroupPlan) -> dict[str, RankStep]:
         """Apply a step planned against the present state, and return what this rank sees of it.
 
         Parameters
         ----------
-        plan : sequence of Step, [groups]
+        plan : GroupPlan
 
         Returns
         -------
@@ -306,7 +353,7 @@ class GroupBook:
         """
         plan = self.plan_step(ids, query_lens, pad)
         steps = self.advance(plan)
-        self.drop(plan[0].rows)
+        self.drop(plan.rows)
         return steps
 
     def drop(self, rows: Ints) -> None:

@@ -191,6 +191,20 @@ layer 0 was not given; attend to its steps first, or cancel them.
         least = (self._given[:, step.rows] - step.ends).min(axis=1)
         return np.flatnonzero(least < 0).tolist()
 
+    def whole(self, rows: Ints) -> Ints:
+        """Return those requests of which every layer has been given all tokens.
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [n]
+
+        Returns
+        -------
+        ndarray, int64
+        """
+        whole: Ints = rows[self._missing[rows] == 0]
+        return whole
+
     def check_whole(self, ids: Sequence[int], rows: Ints) -> None:
         """Raise unless every layer has been given all tokens of these requests.
 
