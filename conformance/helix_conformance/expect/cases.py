@@ -522,7 +522,7 @@ CASES: Sequence[Case] = [
     ).plays(
         "admit 0 9; decode 0 *4; fork 0 1; decode 0 1 *3; preempt 0; resume 0; decode 1:4 0; "
         "accept 1 2; decode 1",
-        "WIN-1 WIN-2 PAGE-2 GROW-1",
+        "WIN-1 WIN-2 PAGE-2 PAGE-3 GROW-1",
         "Each rank gives a page back when its own last row is behind the window.",
         "Forks share what is left; a resume places all tokens anew.",
     ),
@@ -537,6 +537,26 @@ CASES: Sequence[Case] = [
         "Under lockstep the pages of a super-block go back on all ranks at once.",
     ),
     _case(
+        "cache-groups-of-two-windows",
+        "pr13180/1:C=2,T=2",
+        12,
+        groups=[_NEAR, _set(_NEAR, name="far", placement="sharded", window=5)],
+    ).plays(
+        "admit 0 7; decode 0 *5; decode 0:2; accept 0 1; decode 0",
+        "WIN-1 WIN-2",
+        "Each group has a window of its own.",
+    ),
+    _case(
+        "cache-groups-resumed-for-want-of-pages",
+        "pr9757/1:C=2,T=2",
+        4,
+        groups=[_set(_NEAR, placement="sharded", window=1)],
+    ).plays(
+        "admit 0 13; preempt 0; admit 1 1; resume 0; release 1; resume 0; decode 0",
+        "REF-2 PAGE-3",
+        "A resume takes pages for all tokens, also for those that the window leaves behind.",
+    ),
+    _case(
         "cache-groups-of-two-pools",
         "pr17866/1:C=2,T=2",
         [4, 3],
@@ -546,7 +566,7 @@ CASES: Sequence[Case] = [
     ).plays(
         "admit 0 5; admit 1 9; decode 0 *4; admit 1 3; decode 0 1; release 0; admit 2 12; "
         "admit 2 4",
-        "POOL-1 PAGE-3 REF-2",
+        "POOL-1 PAGE-1 PAGE-3 REF-2",
         "Each pool has sizes of its own; an event is refused for want of pages in either.",
     ),
     _case(

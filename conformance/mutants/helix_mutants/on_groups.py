@@ -376,7 +376,7 @@ class WindowOfTheFirstToken(OverGroups):
     model_class = Wrong
 
 
-@mutant("own: the first window for all groups", "WIN-1", features=WINDOWS)
+@mutant("own: the first window for all groups", "WIN-1", "WIN-2", features=WINDOWS)
 class WindowOfAnotherGroup(OverGroups):
     """Every group with a window has that of the first one."""
 
