@@ -145,10 +145,13 @@ class Model(State):
         for id, query_len in zip(ids, query_lens, strict=True):
             request = self.requests[id]
             owners, held = self.owners(request, query_len), list(map(len, request.ranks))
-            self.last_steps.append(Step(id, len(request.tokens), owners, held))
+            step = Step(id, len(request.tokens), owners, held, [])
             for owner in owners:
                 self._append(request, (self.events_seen, place), owner)
+                index = len(request.ranks[owner]) - 1
+                step.pages.append(request.tables[owner][index // self.layout.tokens_per_block])
                 place += 1
+            self.last_steps.append(step)
             request.open_group = query_len
             request.outstanding += self.config.overlap
 
@@ -263,7 +266,7 @@ class Model(State):
         """
         if reason is not None or not self.last_steps:
             return Outcome(reason)
-        columns = Outcome(None, [], [], [], [], [])
+        columns, t = Outcome(None, [], [], [], [], []), self.layout.tokens_per_block
         for step in self.last_steps:
             held = step.past_len[rank]
             columns.past_len.append(held)
@@ -271,7 +274,7 @@ class Model(State):
                 mine = owner == rank
                 columns.position_ids.append(step.first + place)
                 columns.active.append(mine)
-                columns.slots.append(self.slot(step.id, rank, held) if mine else -1)
+                columns.slots.append(step.pages[place].number * t + held % t if mine else -1)
                 held += mine
                 assert columns.visible is not None
                 columns.visible.append(held - self.unseen(step, place, rank))

@@ -131,6 +131,8 @@ class Step(NamedTuple):
     """cp_rank of each new token."""
     past_len: list[int]
     """Tokens on each cp_rank before the step."""
+    pages: list[Page]
+    """The page on its owner into which each new token was written; it may be gone since."""
 
 
 class State:

@@ -116,3 +116,16 @@ def test_the_worked_example():
     assert [[page == -1 for page in table] for table in tables] == [[True, True, False, False]] * 2
     small = GroupsModel(Config(layout="pr17866/1:C=2,T=2", pages=[4, 9], max_len=9, groups=groups))
     assert small.apply(Admit(0, 5)) == "out_of_pages"
+
+
+def test_a_slot_is_that_of_the_page_that_was_written():
+    """With a window of 1 a group's first token is behind it when the event ends; not before."""
+    group = near(window=1, tokens_per_block=1)
+    config = Config(layout="pr9757/1:C=1,T=1", pages=[9], max_len=9, groups=[group])
+    model = GroupsModel(config)
+    model.apply(Admit(0, 2))
+    reason = model.apply(Decode([0], [3]))
+    slots = model.outcome(0, reason).groups["near"].slots
+    assert model.view(0).groups["near"].block_tables[0] == [-1, -1, -1, *slots[1:]]
+    assert min(slots) >= 0
+    assert len(set(slots)) == 3

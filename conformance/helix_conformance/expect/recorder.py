@@ -215,14 +215,13 @@ def decoded_by(model: Model) -> Decoded:
     model
         The model, after the decode.
     """
-    t, steps, requests = model.layout.tokens_per_block, model.last_steps, model.requests
+    t, steps = model.layout.tokens_per_block, model.last_steps
     positions, owners = list[int](), list[int]()
     slots, visible = list[tuple[Page, int]](), list[Sequence[int]]()
     for step in steps:
-        tables, held = requests[step.id].tables, step.past_len
+        held = step.past_len
         for place, owner in enumerate(step.owners):
-            page, offset = divmod(held[owner], t)
-            slots.append((tables[owner][page], offset))
+            slots.append((step.pages[place], held[owner] % t))
             held = [*held]
             held[owner] += 1
             visible.append(
