@@ -146,6 +146,50 @@ def test_decode_against_float64(
         torch.testing.assert_close(lse, plain_lse, rtol=1e-5, atol=1e-5)
 
 
+WINDOWS = [(0, 40), (15, 40), (16, 40), (17, 33), (39, 40), (40, 40), (20, 18), (0, 0), (100, 101)]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("t", [4, 16, 24, 64])
+def test_windows_against_float64(
+    dtype: torch.dtype, splits: int, t: int, values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows on and off borders of blocks and pages, of one key and of none, K and V or latent.
+
+    What lies before a window is NaN, and its pages have numbers that do not exist.
+    """
+    for module, name in (("decode", "decode_settings"), ("mla", "latent_settings")):
+        monkeypatch.setattr(f"helix_gpu.attention.kernels.{module}.{name}", small_blocks(16))
+    n, heads, dim, latent = len(WINDOWS), 4, 32, 16
+    product = torch.float16 if dtype.itemsize == 1 else dtype
+    q = values((n, heads, dim), 0, dtype=product)
+    shards = [
+        tuple(values((stop, 1, dim), part, row).to(dtype) for part in (1, 2))
+        for row, (_, stop) in enumerate(WINDOWS)
+    ]
+    for (start, _), (k, v) in zip(WINDOWS, shards, strict=True):
+        k[:start] = v[:start] = torch.nan
+    starts = torch.tensor([start for start, _ in WINDOWS], dtype=torch.int32)
+    pool, tables, lengths = scattered(shards, t)
+    for row, (start, stop) in enumerate(WINDOWS):
+        tables[row, : min(start, stop) // t] = 2**30
+    output, lse = kernels.attend_pages(q, pool, tables, lengths, splits, starts=starts)
+    seen = [
+        tuple(x[start:].to(product) for x in shard)
+        for (start, _), shard in zip(WINDOWS, shards, strict=True)
+    ]
+    check_rows(output, lse, q, seen)
+
+    out = torch.full((splits, n, heads, latent), torch.nan)
+    lse2 = torch.full((splits, n, heads), torch.nan)
+    decode_latent(q, pool[:, 0, :, 0], tables, lengths, out, lse2, starts=starts, scale=dim**-0.5)
+    send = torch.empty(1, n * heads * (latent * 4 + 4), dtype=torch.uint8)
+    reduce_pack(out, lse2, send, torch.float32)
+    output, lse = (x[0] for x in unpack(send, n, heads, latent, torch.float32))
+    check_rows(output, lse, q, [(k, k[..., :latent]) for k, _ in seen])
+
+
 def small_blocks(block: int) -> Callable[..., DecodeSettings]:
     """Stands in for `decode_settings`, so that few keys fill several blocks."""
     return lambda head_dim, dtype, cached: DecodeSettings(block=block, warps=4, stages=2)
@@ -195,6 +239,23 @@ def test_empty_splits_say_so_and_write_nothing_else(values: Values) -> None:
             assert ((o - out[split, row]).norm(dim=-1) <= bound).all()
             np.testing.assert_allclose(lse2[split, row] * np.log(2), lse, rtol=1e-6, atol=1e-6)
             begin += size
+
+
+def test_splits_divide_the_window(values: Values) -> None:
+    """Blocks of 16 in which a row sees a key are dealt, however many lie before them."""
+    windows = [(150, 160), (130, 200), (112, 113), (90, 90)]
+    shards = [(values((n, 1, 16), 1, n), values((n, 1, 16), 2, n)) for _, n in windows]
+    q, starts = values((4, 2, 16), 0), torch.tensor([start for start, _ in windows])
+    out, lse2 = torch.full((3, 4, 2, 16), torch.nan), torch.full((3, 4, 2), torch.nan)
+    paging = scattered(shards, 16)
+    decode(q, *paging, out, lse2, starts=starts, settings=DecodeSettings(16, 4, 2))
+    assert (lse2[:, :, 0] > -INF).T.tolist() == [
+        [True, False, False], [True, True, True], [True, False, False], [False, False, False],
+    ]  # fmt: skip
+    for split, (first, end) in enumerate([(130, 160), (160, 192), (192, 200)]):
+        o, lse, bound = exact_attention(q[1], [tuple(x[first:end] for x in shards[1])])
+        assert ((o - out[split, 1]).norm(dim=-1) <= bound).all()
+        np.testing.assert_allclose(lse2[split, 1] * np.log(2), lse, rtol=1e-6, atol=1e-6)
 
 
 def test_decode_reads_an_8_bit_cache(values: Values) -> None:

@@ -32,7 +32,7 @@ from helix_gpu.comm.push_kernels import BLOCK, PARTS, put_kernel, take_kernel
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ATTENTION = {
-    "q": "*bf16", "pool": "*bf16", "tables": "*i32", "lengths": "*i32",
+    "q": "*bf16", "pool": "*bf16", "tables": "*i32", "starts": "*i32", "lengths": "*i32",
     "partial_out": "*fp32", "partial_lse2": "*fp32", "scale_log2e": "fp32",
 }  # fmt: skip
 
@@ -106,6 +106,13 @@ def test_decode(dtype: str, cached: str, dim: int, page: int, wide: bool, tmp_pa
 
     From 16-bit and 8-bit caches; where probabilities meet V in float32 too (`wide`).
     """
+    check_decode(dtype, cached, dim, page, wide, tmp_path, windowed=False)
+
+
+def check_decode(
+    dtype: str, cached: str, dim: int, page: int, wide: bool, tmp_path: Path, *, windowed: bool
+) -> None:
+    """What `test_decode` says, of one kernel."""
     narrow = torch.float8_e4m3fn if cached == "fp8e4nv" else None
     settings = decode_settings(dim, torch.float32 if wide else torch.bfloat16, narrow)
     kernel = compiled(
@@ -114,6 +121,7 @@ def test_decode(dtype: str, cached: str, dim: int, page: int, wide: bool, tmp_pa
         {
             "DIM": dim, "PADDED_DIM": triton.next_power_of_2(dim), "TOKENS_PER_PAGE": page,
             "BLOCK": settings.block, "BLOCK_HEADS": 16, "UPCAST": False, "WIDE": wide,
+            "WINDOWED": windowed,
         },
         warps=settings.warps, stages=settings.stages, odd=("group", "head_blocks", "table_row"),
     )  # fmt: skip
@@ -150,6 +158,13 @@ def test_decode_latent(
 
     Hopper's take 64 heads at a time; 16 go to those that it shares with its ancestors.
     """
+    check_decode_latent(heads, dtype, cached, page, wide, tmp_path, windowed=False)
+
+
+def check_decode_latent(
+    heads: int, dtype: str, cached: str, page: int, wide: bool, tmp_path: Path, *, windowed: bool
+) -> None:
+    """What `test_decode_latent` says, of one kernel."""
     narrow = torch.float8_e4m3fn if cached == "fp8e4nv" else None
     settings = latent_settings(heads, torch.float32 if wide else torch.bfloat16, narrow)
     kernel = compiled(
@@ -158,12 +173,20 @@ def test_decode_latent(
         {
             "LATENT": 512, "ROPE": 64, "TOKENS_PER_PAGE": page, "POOL_TOKEN": 576,
             "BLOCK": settings.block, "BLOCK_HEADS": settings.heads, "UPCAST": False, "WIDE": wide,
+            "WINDOWED": windowed,
         },
         warps=settings.warps, stages=settings.stages, odd=("table_row",),
     )  # fmt: skip
     code = check_resources(kernel, tmp_path)
     assert "F2F.BF16.F16" not in code, "8 bits are converted by one of Hopper's slow ways"
     assert wide or ("LDGSTS.E" in code and ("HGMMA" if heads > 16 else "HMMA") in code)
+
+
+@pytest.mark.parametrize(("heads", "cached"), [(16, "bf16"), (128, "bf16"), (128, "fp8e4nv")])
+def test_windows(heads: int, cached: str, tmp_path: Path) -> None:
+    """A row that sees its keys from one on keeps the copies, the matrix units and the registers."""
+    check_decode("bf16", cached, 128, 64, False, tmp_path, windowed=True)
+    check_decode_latent(heads, "bf16", cached, 64, False, tmp_path, windowed=True)
 
 
 @pytest.mark.parametrize(("still", "half"), [(0, 64), (512, 32)])

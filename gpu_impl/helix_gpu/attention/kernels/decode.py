@@ -14,7 +14,7 @@ from helix_gpu.attention.kernels.settings import DecodeSettings, decode_settings
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def decode_kernel(  # type: ignore[no-untyped-def]
-    q, pool, tables, lengths,
+    q, pool, tables, starts, lengths,
     partial_out, partial_lse2,
     scale_log2e,
     q_row, q_head,
@@ -24,6 +24,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     group, head_blocks,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One program: up to BLOCK_HEADS query heads of one KV head, one split, one row.
 
@@ -39,7 +40,10 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     there = head_there[:, None] & (dim < DIM)[None, :]
     lse_at = partial_lse2 + split * lse_split + row * lse_row + head
 
-    begin, end = split_bounds(tl.load(lengths + row).to(tl.int32), BLOCK)
+    first = 0
+    if WINDOWED:
+        first = tl.load(starts + row).to(tl.int32)
+    begin, end = split_bounds(first, tl.load(lengths + row).to(tl.int32), BLOCK)
     # A split without keys says so, and its output is never read.
     if begin >= end:
         tl.store(lse_at, tl.full([BLOCK_HEADS], float("-inf"), tl.float32), mask=head_there)
@@ -66,6 +70,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         # What is not this row's is read as 0: it may be NaN, which a weight of 0 would not
         # silence. Every block has at least one key, so `new_top` is finite.
         seen = start + tl.arange(0, BLOCK) < end
+        if WINDOWED:
+            seen = seen & (start + tl.arange(0, BLOCK) >= first)
         readable = seen[:, None] & (dim < DIM)[None, :]
         keys = converted(tl.load(keys_at, mask=readable, other=0.0), q.dtype.element_ty)
         if UPCAST:
@@ -98,14 +104,15 @@ def decode(
     partial_out: Tensor,
     partial_lse2: Tensor,
     *,
+    starts: Tensor | None = None,
     scale: float | None = None,
     wide: bool = False,
     settings: DecodeSettings | None = None,
 ) -> None:
-    """Write the attention of `q` over the first `lengths[i]` slots of each row, in S splits.
+    """Write the attention of `q` over slots `starts[i]` to `lengths[i]` of each row, in S splits.
 
-    The splits are for `reduce_pack` alone: one without keys has the log-sum-exp -inf and an output
-    that was never written.
+    What a row sees is divided, and no page before it is read. The splits are for `reduce_pack`
+    alone: one without keys has the log-sum-exp -inf and an output that was never written.
 
     Parameters
     ----------
@@ -115,10 +122,13 @@ def decode(
     tables : Tensor, integers [n, width]
         Page numbers in local order, read no further than the length.
     lengths : Tensor, integers below 2**31 [n], contiguous
+        The slot behind the last one that a row sees.
     partial_out : Tensor, float32 [S, n, q_heads, head_dim], contiguous
         The splits' normalised outputs.
     partial_lse2 : Tensor, float32 [S, n, q_heads], contiguous
         Their log-sum-exps *to base 2*.
+    starts : Tensor, integers below 2**31 [n], contiguous, optional
+        The first slot that a row sees; 0 unless given. One that is not below the length sees none.
     scale : float, optional
         Of the scores; 1 / sqrt(head_dim) unless given.
     wide : bool
@@ -132,10 +142,14 @@ def decode(
     ValueError
         For other strides.
     """
+    windowed, starts = starts is not None, lengths if starts is None else starts
     check_layout(
         rows={"q": q, "pool": pool, "tables": tables},
-        whole={"lengths": lengths, "partial_out": partial_out, "partial_lse2": partial_lse2},
-    )
+        whole={
+            "lengths": lengths, "starts": starts,
+            "partial_out": partial_out, "partial_lse2": partial_lse2,
+        },
+    )  # fmt: skip
     n, q_heads, head_dim = q.shape
     kv_heads = pool.shape[3]
     group, splits = q_heads // kv_heads, partial_out.shape[0]
@@ -145,7 +159,8 @@ def decode(
     head_blocks = -(-group // block_heads)
     scale = head_dim**-0.5 if scale is None else scale
     decode_kernel[(kv_heads * head_blocks, splits, n)](
-        q, pool, tables, lengths, partial_out, partial_lse2,
+        q, pool, tables, starts, lengths,
+        partial_out, partial_lse2,
         scale * LOG2_E,
         q.stride(0), q.stride(1),
         pool.stride(0), pool.stride(1), pool.stride(2), pool.stride(3),
@@ -157,5 +172,6 @@ def decode(
         BLOCK=settings.block, BLOCK_HEADS=block_heads,
         # The interpreter multiplies the bit patterns of bfloat16 (Triton 3.6 and 3.9).
         UPCAST=interpreted(decode_kernel) and q.dtype == torch.bfloat16, WIDE=wide,
+        WINDOWED=windowed,
         num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=FUSION,
     )  # fmt: skip

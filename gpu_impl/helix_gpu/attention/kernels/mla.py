@@ -14,7 +14,7 @@ from helix_gpu.attention.kernels.settings import DecodeSettings, latent_settings
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def mla_kernel(  # type: ignore[no-untyped-def]
-    q, pool, tables, lengths,
+    q, pool, tables, starts, lengths,
     partial_out, partial_lse2,
     scale_log2e,
     q_row, q_head, pool_page, table_row,
@@ -22,7 +22,7 @@ def mla_kernel(  # type: ignore[no-untyped-def]
     heads,
     LATENT: tl.constexpr, ROPE: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
     POOL_TOKEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    UPCAST: tl.constexpr, WIDE: tl.constexpr,
+    UPCAST: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_HEADS query heads, one split, one row; see `decode_kernel`.
 
@@ -34,7 +34,10 @@ def mla_kernel(  # type: ignore[no-untyped-def]
     in_latent = tl.arange(0, LATENT)
     lse_at = partial_lse2 + split * lse_split + row * lse_row + head
 
-    begin, end = split_bounds(tl.load(lengths + row).to(tl.int32), BLOCK)
+    first = 0
+    if WINDOWED:
+        first = tl.load(starts + row).to(tl.int32)
+    begin, end = split_bounds(first, tl.load(lengths + row).to(tl.int32), BLOCK)
     if begin >= end:
         tl.store(lse_at, tl.full([BLOCK_HEADS], float("-inf"), tl.float32), mask=head_there)
         return
@@ -61,6 +64,8 @@ def mla_kernel(  # type: ignore[no-untyped-def]
         keys_at = key_pointers(pool, pages, start, pool_page, POOL_TOKEN, TOKENS_PER_PAGE, BLOCK)
         pages = read_pages(table, start + BLOCK, end, TOKENS_PER_PAGE, BLOCK)
         seen = start + tl.arange(0, BLOCK) < end
+        if WINDOWED:
+            seen = seen & (start + tl.arange(0, BLOCK) >= first)
         latent = tl.load(keys_at + in_latent[None, :], mask=seen[:, None], other=0.0)
         latent = converted(latent, q.dtype.element_ty)
         values = latent
@@ -100,6 +105,7 @@ def decode_latent(
     partial_lse2: Tensor,
     *,
     scale: float,
+    starts: Tensor | None = None,
     wide: bool = False,
     settings: DecodeSettings | None = None,
 ) -> None:
@@ -118,8 +124,8 @@ def decode_latent(
     partial_lse2 : Tensor, float32 [S, n, heads], contiguous
     scale : float
         The model's, 1 / sqrt(128 + 64) for DeepSeek, since the absorbed width does not tell it.
-    wide : bool
-        As `decode` takes it.
+    starts, wide
+        As `decode` takes them.
     settings : DecodeSettings, optional
         How it is launched; `latent_settings` unless given.
 
@@ -128,16 +134,21 @@ def decode_latent(
     ValueError
         For other strides.
     """
+    windowed, starts = starts is not None, lengths if starts is None else starts
     check_layout(
         rows={"q": q, "pool": pool, "tables": tables},
-        whole={"lengths": lengths, "partial_out": partial_out, "partial_lse2": partial_lse2},
-    )
+        whole={
+            "lengths": lengths, "starts": starts,
+            "partial_out": partial_out, "partial_lse2": partial_lse2,
+        },
+    )  # fmt: skip
     n, heads, dim = q.shape
     latent = partial_out.shape[3]
     settings = settings or latent_settings(heads, torch.float32 if wide else q.dtype, pool.dtype)
     block_heads = settings.heads_of(heads)
     mla_kernel[(-(-heads // block_heads), partial_out.shape[0], n)](
-        q, pool, tables, lengths, partial_out, partial_lse2,
+        q, pool, tables, starts, lengths,
+        partial_out, partial_lse2,
         scale * LOG2_E,
         q.stride(0), q.stride(1), pool.stride(0), tables.stride(0),
         partial_out.stride(0), partial_out.stride(1),
@@ -146,5 +157,6 @@ def decode_latent(
         LATENT=latent, ROPE=dim - latent, TOKENS_PER_PAGE=pool.shape[1],
         POOL_TOKEN=pool.stride(1), BLOCK=settings.block, BLOCK_HEADS=block_heads,
         UPCAST=interpreted(mla_kernel) and q.dtype == torch.bfloat16, WIDE=wide,
+        WINDOWED=windowed,
         num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=FUSION,
     )  # fmt: skip

@@ -7,14 +7,16 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def split_bounds(length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First key of this program's split, and its end; no keys where the end is not beyond.
+def split_bounds(first, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where this program's split begins, and its end; no keys where the end is not beyond.
 
-    Every split gets the same number of whole blocks of this row's own length; the last ones get
-    fewer, or none.
+    Every split gets the same number of whole blocks of those in which this row sees a key; the last
+    ones get fewer, or none. Of the first block the row may not see the keys before `first`.
     """
-    share = tl.cdiv(tl.cdiv(length, BLOCK), tl.num_programs(1)) * BLOCK
-    begin = tl.program_id(1) * share
+    seen_from = first // BLOCK * BLOCK
+    length = tl.where(first < length, length, 0)
+    share = tl.cdiv(tl.maximum(tl.cdiv(length - seen_from, BLOCK), 0), tl.num_programs(1)) * BLOCK
+    begin = seen_from + tl.program_id(1) * share
     return begin, tl.minimum(begin + share, length)
 
 

@@ -66,7 +66,7 @@ class StepBuffers:
         ranks : int
             Ranks of the exchange.
         longest : int
-            Keys on a rank, at most.
+            Keys on a rank that a row sees, at most.
         dtype : torch.dtype
             Type of the output.
         wire : torch.dtype
@@ -110,6 +110,7 @@ def attend_shard(
     lengths: Tensor,
     settings: DecodeSettings | None = None,
     *,
+    starts: Tensor | None = None,
     scale: float | None = None,
     wide: bool = False,
 ) -> None:
@@ -131,13 +132,15 @@ def attend_shard(
     lengths : Tensor
         As `decode` takes it; the new tokens count.
     settings : DecodeSettings, optional
+    starts : Tensor, optional
+        As `decode` takes it.
     scale : float, optional
         Of the scores; needed without `v`.
     wide : bool
         As `decode` takes it.
     """
     partials = buffers.partial_out, buffers.partial_lse2
-    how: Any = {"scale": scale, "wide": wide, "settings": settings}
+    how: Any = {"starts": starts, "scale": scale, "wide": wide, "settings": settings}
     if v is None:
         latents = pool[:, 0, :, 0]
         append_latent(k[:, 0], latents, slots)
@@ -164,7 +167,13 @@ def merge_shards(buffers: StepBuffers) -> Tensor:
 
 
 def attend_pages(
-    q: Tensor, pool: Tensor, tables: Tensor, lengths: Tensor, splits: int | None = None
+    q: Tensor,
+    pool: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    splits: int | None = None,
+    *,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what `paged.attend_pages` returns, by these kernels.
 
@@ -177,6 +186,8 @@ def attend_pages(
         As `decode` takes them.
     splits : int, optional
         `splits_for` chooses unless given.
+    starts : Tensor, optional
+        As `decode` takes it.
 
     Returns
     -------
@@ -190,7 +201,7 @@ def attend_pages(
         n, q_heads, pool.shape[3], head_dim, ranks=1, longest=longest,
         dtype=q.dtype, wire=torch.float32, device=q.device, splits=splits,
     )  # fmt: skip
-    decode(q, pool, tables, lengths, buffers.partial_out, buffers.partial_lse2)
+    decode(q, pool, tables, lengths, buffers.partial_out, buffers.partial_lse2, starts=starts)
     reduce_pack(buffers.partial_out, buffers.partial_lse2, buffers.send, buffers.wire)
     output, lse = unpack(buffers.send, n, q_heads, head_dim, torch.float32)
     return output[0], lse[0]
