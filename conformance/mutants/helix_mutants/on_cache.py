@@ -106,7 +106,7 @@ class OneChunkAttended(OverCache):
 # RoPE
 
 
-@mutant("TensorRT-LLM #8104, #9369", "POS-2")
+@mutant("TensorRT-LLM #8104, #9369, SGLang #32098", "POS-2")
 class RopeByLocalIndex(OverCache):
     """RoPE of new tokens uses the number of tokens on this rank, not the global position."""
 

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 import msgspec
 
-from helix_mutants.parts import LOCKSTEP, NAMED_LAZY, OverModel, Stored, mutant
+from helix_mutants.parts import LOCKSTEP, NAMED_LAZY, OverModel, Row, Stored, mutant
+from helix_reference.attention import Token
 from helix_reference.dealing import deal_prompt
 from helix_reference.model import Model
 from helix_reference.state import Page, Request
 from helix_reference.tokens import Identity, Positions, Tokens
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
-from helix_spec.events import Decode, Event, Reason, Sampled, Skip
+from helix_spec.events import Decode, Event, Preempt, Reason, Sampled, Skip
 from helix_spec.layouts import Layout
 from helix_spec.placement import ceil_div, chunk_local_len
 
@@ -477,3 +478,76 @@ class ReusedIdKeepsOldRows(Stored):
         request.tokens = Tokens(0, 0, decoded=[(event, place) for _, place in tokens])
         super()._write_prompt(id, request)
         request.tokens = tokens
+
+
+@mutant("SGLang #38645", "OWN-1", "PAGE-4", features=["preempt"])
+class SavedByGlobalPosition(Stored):
+    """What a preemption saves of a rank's buffer is looked up by global positions afterwards."""
+
+    def started(self) -> None:
+        """Nothing is saved."""
+        self.saved: dict[int, list[Row | None]] = {}
+
+    def apply(self, event: Event) -> Outcome:
+        """Save the rows of a request that is preempted."""
+        if isinstance(event, Preempt) and self.model.refusal(event) is None:
+            held = range(len(self.model.requests[event.id].ranks[self.cp_rank]))
+            slots = [self.model.slot(event.id, self.cp_rank, index) for index in held]
+            self.saved[event.id] = [self.slots.get(slot) for slot in slots]
+        return super().apply(event)
+
+    def _write_prompt(self, id: int, request: Request) -> None:
+        super()._write_prompt(id, request)
+        saved = self.saved.pop(id, [])
+        for index, position in enumerate(request.ranks[self.cp_rank] if saved else ()):
+            row = saved[position] if position < len(saved) else None
+            self._write(self.model.slot(id, self.cp_rank, index), row)
+
+
+@mutant("ROCm ATOM #2008", "OWN-1", "PAGE-2", "PAGE-4", features=["padding"])
+class DummiesWriteSlotZero(Stored):
+    """Rows of padding carry slot 0, which a request may own."""
+
+    def _write_step(self, event: int, outcome: Outcome) -> None:
+        super()._write_step(event, outcome)
+        if self.pad:
+            self._write(0, Row(Token(event, 0, 0), 0))
+
+    def apply(self, event: Event) -> Outcome:
+        """Remember whether the step is padded."""
+        self.pad = event.pad if isinstance(event, Decode) else 0
+        return super().apply(event)
+
+
+@mutant("SGLang 0.5.23, latents without a rotated part", "PAGE-4", "OWN-1")
+class LatentAloneOnEveryRank(Stored):
+    """Of latents that nothing rotates every rank writes every token, in its own next slot."""
+
+    def _write_step(self, event: int, outcome: Outcome) -> None:
+        super()._write_step(event, outcome)
+        shape, t = self.config.model, self.model.layout.tokens_per_block
+        if shape.latent is None or shape.rope_dim:
+            return
+        tokens = [
+            (step.id, step.first + place)
+            for step in self.model.last_steps
+            for place in range(len(step.owners))
+        ]
+        assert outcome.visible is not None
+        columns = zip(tokens, outcome.active, outcome.visible, strict=True)
+        for place, ((id, position), active, held) in enumerate(columns):
+            if not active and held // t < len(self.model.requests[id].tables[self.cp_rank]):
+                row = Row(Token(event, place, position), position)
+                self._write(self.model.slot(id, self.cp_rank, held), row)
+
+
+@mutant("tpu-inference #3344", "PAGE-1", "REF-2", layouts=LOCKSTEP)
+class PagesOfOneShard(OverModel):
+    """Block tables are made for pages of one rank's tokens, not for those of all ranks."""
+
+    class Wrong(Model):
+        def pages_of(self, ranks: Sequence[Sequence[int]]) -> list[int]:
+            pages = ceil_div(sum(map(len, ranks)), self.layout.tokens_per_block)
+            return [pages] * len(ranks)
+
+    model_class = Wrong
