@@ -94,7 +94,7 @@ class TurnsTheLatent(HelixCache):
     """RoPE goes over the whole row."""
 
     _prompt = rebound(HelixCache._prompt, rotate=_turned_whole)
-    attend = rebound(HelixCache.attend, rotate=_turned_whole)
+    _rotated = rebound(HelixCache._rotated, rotate=_turned_whole)
 
 
 class RoundsDown(HelixCache):
