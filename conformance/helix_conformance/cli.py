@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from importlib.metadata import entry_points
 from itertools import count
@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
+from helix_conformance.drive.driver import EngineFailure
 from helix_conformance.drive.launched import (
     INTERRUPTED,
     LAUNCHED,
@@ -31,6 +32,9 @@ from helix_conformance.expect.making import export
 from helix_conformance.expect.vectors import FORMAT_PAGE, SHIPPED, Vector, VectorError, load_vectors
 from helix_conformance.generate.narrowing import NothingInsideError
 from helix_conformance.generate.workload import WorkloadError, read_workload, scaled
+from helix_conformance.init import starter_files
+from helix_conformance.judge.coverage import Tally
+from helix_conformance.judge.play import Player
 from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.probe import NothingStartsError, beyond, probe_text, proposal
 from helix_conformance.probe import probe as probe_engine
@@ -65,6 +69,7 @@ from helix_conformance.report.text import (
     verdict_text,
 )
 from helix_conformance.session import Advance, Session, SessionError
+from helix_conformance.talk import TalkDriver, short_trace
 from helix_conformance.version import __version__
 from helix_spec.config import Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES
@@ -98,6 +103,7 @@ PROBED: Final = {
     INTERRUPTED: "Ctrl-C",
 }
 SHOWN: Final = {0: "it was shown, or written", 2: "bad usage, or a file that cannot be used"}
+STARTED: Final = {0: "the files were written", 2: "bad usage, or a file that is there already"}
 SERVED: Final = {
     0: "stdin has ended",
     1: "a line was no request",
@@ -197,13 +203,18 @@ def main() -> None:
     """  # noqa: D301  # click keeps the lines of a paragraph that begins with a real backspace
 
 
+_NAMES_OF_ENGINES: Final = (
+    "NAME or NAME:ARGUMENT (reference, gpu, or one that an installed package registers), "
+    "module:Class, or stdio:COMMAND for one of any language."
+)
+_deadline = click.option(
+    "--deadline",
+    default=30.0,
+    type=click.FloatRange(0.1),
+    help="Seconds without an answer after which a rank has timed out.",
+)
 _ENGINE_OPTIONS = [
-    click.option(
-        "--engine",
-        default="gpu",
-        help="NAME or NAME:ARGUMENT (reference, gpu, or one that an installed package registers), "
-        "module:Class, or stdio:COMMAND for one of any language.",
-    ),
+    click.option("--engine", default="gpu", help=_NAMES_OF_ENGINES),
     click.option(
         "--driver",
         "driver_name",
@@ -233,12 +244,7 @@ _ENGINE_OPTIONS = [
         default="gloo",
         help="What the ranks of a torchrun or mpiexec talk over.",
     ),
-    click.option(
-        "--deadline",
-        default=30.0,
-        type=click.FloatRange(0.1),
-        help="Seconds without an answer after which a rank has timed out.",
-    ),
+    _deadline,
     click.option(
         "--json",
         "json_path",
@@ -391,6 +397,69 @@ def replay(**options: Any) -> None:
 
 
 main.add_command(report)
+
+
+@main.command(epilog=exit_statuses(STARTED))
+@click.argument("folder", default=".", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--python",
+    "kind",
+    flag_value="python",
+    default="python",
+    show_default=False,
+    help="An adapter in Python, which the suite imports. This is the default.",
+)
+@click.option("--stdio", "kind", flag_value="stdio", help="One of any language: a command.")
+@click.option(
+    "--suite",
+    default="helix-conformance",
+    help="What the workflow installs the suite from, as pip takes it: a name, a path, a git URL.",
+)
+def init(folder: Path, kind: str, suite: str) -> None:
+    """Write an adapter that passes `placement` on one layout into FOLDER, and a CI file.
+
+    It is an engine of its own, of a hundred lines: what is marked `yours` in it becomes calls of
+    your engine. conformance.sh runs the suite on it, here and in the workflow of GitHub Actions.
+    """
+    files = {folder / name: text for name, text in starter_files(kind, suite).items()}
+    for path in files:
+        if path.exists():
+            raise BadInput(f"{path} is there already; nothing was written.")
+    for path, text in files.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{path.parent}: cannot be made: {error.strerror}.") from error
+        write_file(path, text.encode())
+        click.echo(f"wrote {path}")
+    click.echo(f"Run it with: sh {folder / 'conformance.sh'}")
+
+
+@main.command(epilog=exit_statuses(JUDGED))
+@click.argument(
+    "trace_path", metavar="[TRACE.json]", required=False, type=click.Path(path_type=Path)
+)
+@click.option("--engine", required=True, help=_NAMES_OF_ENGINES)
+@_layouts
+@_deadline
+def talk(trace_path: Path | None, engine: str, layouts: tuple[str, ...], deadline: float) -> None:
+    """Show the conversation with an engine line by line, in the words of PROTOCOL.md.
+
+    What is played is TRACE.json, or a prompt and two steps. -> is what the suite says, <- what
+    the engine answers, after the number of the rank. A Python engine is served (see `serve`).
+    """
+    console = Console()
+    say = partial(print_lines, console)
+    try:
+        driver = TalkDriver(engine, lambda line: say([line]), deadline_s=deadline)
+    except EngineFailure as failure:
+        say(["", f"The engine did not start. {failure}"])
+        sys.exit(EXIT_STATUS["error"])
+    with nothing_left(), closing(driver):
+        trace = load_trace(trace_path) if trace_path else short_trace(driver, layouts)
+        found = Player(driver, driver.profiles, Tally(), Known()).judged(trace)
+    say(failure_text(found) if found else ["", "Every answer was correct."])
+    sys.exit(EXIT_STATUS[found.verdict if found else "pass"])
 
 
 @main.command(epilog=exit_statuses(PROBED))

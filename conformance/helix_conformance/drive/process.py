@@ -925,6 +925,8 @@ class StdioDriver(ProcessDriver):
     """
 
     name = "stdio"
+    child: type[Child] = Child
+    """What each rank is."""
 
     def __init__(self, engine: str, *, deadline_s: float = 30.0) -> None:
         super().__init__(engine, deadline_s)
@@ -935,7 +937,7 @@ class StdioDriver(ProcessDriver):
     def start_ranks(self, world: int) -> list[Rank]:
         """See `ProcessDriver.start_ranks`."""
         new = range(len(self.ranks), world)
-        self.ranks += [Child(rank, self.command, self.loop, ours=False) for rank in new]
+        self.ranks += [self.child(rank, self.command, self.loop, ours=False) for rank in new]
         return self.ranks[new.start :]
 
     def settings_of(self, ready: messages.Ready) -> dict[str, str]:

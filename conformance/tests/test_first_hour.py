@@ -1,0 +1,124 @@
+"""What a new user meets first: `init` writes an engine that passes, `talk` shows a conversation."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from helix_conformance.cli import main
+from helix_conformance.init import STARTERS
+from helix_spec.config import Config
+from helix_spec.events import Admit, Decode
+from helix_spec.trace import Trace, dump_trace
+
+GUIDE = Path(__file__).parents[1] / "IMPLEMENTING.md"
+BIN = str(Path(sys.executable).parent)
+
+
+def call(*words):
+    """Run the command in this process."""
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.fixture(params=["--python", "--stdio"])
+def started(request, tmp_path):
+    """A folder into which `init` has written, for each kind of adapter."""
+    result = call("init", tmp_path / "new", request.param)
+    assert result.exit_code == 0, result.output
+    return tmp_path / "new"
+
+
+def conform(folder, *options):
+    """Run the script of a folder: its status and what it printed."""
+    script, env = folder / "conformance.sh", os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", script, *options], env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_init_writes_passes(started):
+    """The script that CI runs passes as it was written, on random traces and on vectors."""
+    status, printed = conform(started, "--examples", "8")
+    assert status == 0, printed
+    assert "checked placement;" in printed
+
+
+def test_what_init_writes_is_judged(started):
+    """With its owner taken from the global position, the same script fails by OWN-3."""
+    engine = started / "my_engine.py"
+    right = engine.read_text()
+    wrong = re.sub(r" - (self\.)?prompt_lens?\[id\]", "", right)
+    assert wrong != right
+    engine.write_text(wrong)
+    status, printed = conform(started, "--examples", "8")
+    assert status == 1, printed
+    assert "OWN-3" in printed
+
+
+def test_init_overwrites_nothing(started):
+    """Where one of the files is there already, none is written."""
+    workflow = started / ".github/workflows/conformance.yml"
+    (started / "my_engine.py").unlink()
+    workflow.write_text("mine")
+    result = call("init", started)
+    assert result.exit_code == 2
+    assert "is there already; nothing was written." in result.output
+    assert not (started / "my_engine.py").exists()
+    assert workflow.read_text() == "mine"
+
+
+def test_the_workflow_installs_what_it_is_told(tmp_path):
+    """`--suite` is what the workflow installs, and nothing is left to be filled in."""
+    assert call("init", tmp_path, "--suite", "suite @ git+https://x.org/y").exit_code == 0
+    workflow = (tmp_path / ".github/workflows/conformance.yml").read_text()
+    assert '- run: pip install "suite @ git+https://x.org/y"' in workflow
+    assert "SUITE" not in workflow
+    assert "ENGINE" not in (tmp_path / "conformance.sh").read_text()
+
+
+def test_the_guide_goes_on_from_what_init_writes():
+    """The first file of the guide is the file that `init --python` writes."""
+    first = re.search(r"^```python\n(.*?)^```", GUIDE.read_text(), re.M | re.S)
+    assert (STARTERS / "my_engine.py.txt").read_text() == first[1]
+
+
+def test_talk_shows_every_line_in_order(tmp_path):
+    """Each request to a rank is followed by its answer before the next event is told."""
+    call("init", tmp_path, "--stdio")
+    engine = f"stdio:{sys.executable} {tmp_path / 'my_engine.py'}"
+    result = call("talk", "--engine", engine)
+    assert result.exit_code == 0, result.output
+    *lines, _, verdict = result.output.splitlines()
+    assert verdict == "Every answer was correct."
+    asked, answered = [], []
+    for line in lines:
+        arrow, rank, message = line.split(" ", 2)
+        (asked if arrow == "->" else answered).append(
+            (rank, re.search(r'"seq": ?(\d+)', message)[1])
+        )
+        told = [seq for _, seq in asked]
+        assert arrow == "<-" or int(told[-1]) - len(answered) <= 3, "told ahead"
+    assert sorted(asked) == sorted(answered)
+    assert {rank for rank, _ in asked} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "status", "told"),
+    [
+        ("suite_testing.broken:Liar", 1, "LEN-2 violated at event 1"),
+        ("suite_testing.broken:Raiser", 3, "Rank 1 raised "),
+        ("stdio:echo 1", 3, "The engine did not start. Rank 0 gave a malformed answer"),
+        ("stdio:", 2, "names no command"),
+    ],
+)
+def test_talk_ends_with_the_verdict(tmp_path, engine, status, told):
+    """A stored trace is played; the status says whether its answers were correct."""
+    config = Config(layout="pr9757/1:C=2,T=2", pages=[5, 5], max_len=50)
+    path = tmp_path / "trace.json"
+    path.write_bytes(dump_trace(Trace(config=config, events=[Admit(4, 3), Decode([4], [1])])))
+    result = call("talk", path, "--engine", engine)
+    assert result.exit_code == status, result.output
+    assert told in result.output
