@@ -338,6 +338,13 @@ def _on_an_engine(function: Callable[..., None]) -> Callable[..., None]:
     "shows. For engines that take it (SPEC.md, section 10).",
 )
 @click.option("--stop-at-first", is_flag=True, help="End with the first layout that fails.")
+@click.option(
+    "--jobs",
+    default=1,
+    type=click.IntRange(1),
+    help="Layouts that are played at a time, each by a process of its own: the same traces, and "
+    "the same result but where the clock ends the search for a smaller failing trace.",
+)
 @click.option("--coverage", is_flag=True, help="Print how often each situation was visited.")
 @_xfail
 def run(**options: Any) -> None:
@@ -347,6 +354,8 @@ def run(**options: Any) -> None:
     has a line for each layout and driver. After a failure come the smallest failing trace, each
     violated invariant with its sentence from SPEC.md, what was expected and what was observed.
     """
+    if options["jobs"] > 1 and options["driver_name"] in LAUNCHED:
+        raise BadInput("--jobs is for ranks that this process starts: local, stdio and pool.")
     if options["known_path"] is not None and options["workload"] is not None:
         raise BadInput("--xfail is for random traces; a workload is judged without it.")
     with _session(options) as session:
@@ -610,6 +619,7 @@ def _session(options: dict[str, Any]) -> Iterator[Session]:
         progress=bar if console.is_terminal else partial(_said_now_and_then, console),
         stop_at_first=options.get("stop_at_first", False),
         exchanges_done=options.get("exchanges_done", 0),
+        jobs=options.get("jobs", 1),
     )
     try:
         with bars, nothing_left():

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import pickle
 import platform
+import subprocess
+import sys
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -20,6 +25,7 @@ from helix_conformance.drive.driver import Driver, EngineFailure
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.drive.launched import LAUNCHED
 from helix_conformance.drive.opening import DRIVERS, default_driver, open_driver
+from helix_conformance.drive.processes import end, leashed
 from helix_conformance.engines import COMMAND, load_engine
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, shipped_vectors
@@ -406,6 +412,61 @@ def no_progress(description: str, total: int) -> Advance:
 
 
 @dataclass
+class Plan:
+    """What of an engine's layouts is played, the same for each of them.
+
+    Parameters
+    ----------
+    layouts
+        Names of the layouts, in order.
+    cp_sizes, tp_sizes
+        The sizes to draw from.
+    asked_for
+        No failing trace is made small beyond it.
+    examples
+        Random traces of each layout.
+    needs
+        What the situations to be counted need and the run has, as `at_hand` returns it.
+    last
+        Traces that are played after the random ones, by layout.
+    """
+
+    layouts: list[str]
+    cp_sizes: list[int]
+    tp_sizes: Sequence[int]
+    asked_for: Box
+    examples: int
+    needs: Collection[str]
+    last: Mapping[str, list[Trace]]
+
+
+class LayoutPlayed(msgspec.Struct):
+    """What came of one layout.
+
+    Parameters
+    ----------
+    checked
+        The profiles that were checked; none when nothing may be run.
+    failure
+        The first failure.
+    lost
+        Whether the engine has failed and cannot be asked again.
+    tally, vectors, coverage
+        How much was played, and what it visited.
+    known
+        The expected failures, as far as they were met.
+    """
+
+    checked: frozenset[str]
+    failure: Failure | None
+    lost: bool
+    tally: Tally
+    vectors: int
+    coverage: Coverage
+    known: Known
+
+
+@dataclass
 class Session:
     """One run of an engine: what is played on it, what was found, and the verdict.
 
@@ -435,6 +496,8 @@ class Session:
         Whether the first failure ends the run.
     exchanges_done
         Where the engine's counter of exchanges starts.
+    jobs
+        Layouts that are played at a time, each by a process of its own when it is above 1.
 
     Raises
     ------
@@ -454,6 +517,7 @@ class Session:
     folder: Path | None = None
     progress: Callable[[str, int], Advance] = no_progress
     exchanges_done: int = 0
+    jobs: int = 1
     stop_at_first: bool = False
     failures: list[FailureLine] = field(default_factory=list, init=False)
     not_started: EngineFailure | None = field(default=None, init=False)
@@ -540,44 +604,89 @@ class Session:
             tp_sizes = (1,) if cp_sizes else drawn_tp_sizes(driver)
             asked_for = Box(layouts=[*names], cp_size=[*cp_sizes] or None)
             played = self._inside(driver, names, sizes, tp_sizes, asked=bool(layouts))
-            coverage = Coverage(
-                at_hand(driver.profiles, layouts=played, cp_sizes=sizes, boxes=driver.capabilities)
+            needs = at_hand(
+                driver.profiles, layouts=played, cp_sizes=sizes, boxes=driver.capabilities
             )
             count = examples or default_examples(driver.name)
             far = self._far(driver, played, sizes)
-            for name in played:
-                tally = Tally()
-                checked, failure = layout_run(
-                    driver,
-                    name,
-                    self.profiles,
-                    cp_sizes=sizes,
-                    tp_sizes=tp_sizes,
-                    examples=count,
-                    seed=self.seed or 0,
-                    tally=tally,
-                    known=self.known,
-                    progress=self.progress(f"{name} ({driver.name})", count),
-                    coverage=coverage,
-                    asked_for=asked_for,
-                    first=[
-                        *self._earlier(driver, name, asked_for),
-                        *self._long(driver, name, sizes, mixed_in=played),
-                    ],
-                    last=far.get(name, []),
-                    real=True,
-                )
-                vectors = 0
-                if failure is None:
-                    vectors, failure = self._stored(driver, name, checked, asked_for)
-                if checked:
-                    row = (driver, engine, name, sizes, checked, tally, failure)
-                    self._finish(*row, vectors=vectors)
-                if _is_lost(driver, failure) or (failure and self.stop_at_first):
+            plan = Plan(played, sizes, tp_sizes, asked_for, count, needs, far)
+            coverage = Coverage(needs)
+            for name, one in zip(played, self._each(engine, driver, plan), strict=False):
+                coverage.add(one.coverage)
+                if one.checked:
+                    row = (driver, engine, name, sizes, one.checked, one.tally, one.failure)
+                    self._finish(*row, vectors=one.vectors)
+                if one.lost or (one.failure and self.stop_at_first):
                     break
             self._cover(engine, driver, coverage)
             if self.stop_at_first and self.failures:
                 break
+
+    def _each(self, engine: str, driver: Driver, plan: Plan) -> Iterator[LayoutPlayed]:
+        """Play each layout, on this driver or each in a job; yield what came of them in order."""
+        if self.jobs == 1:
+            yield from (self.layout(driver, name, plan) for name in plan.layouts)
+            return
+        alone = replace(self, stream=Stream(), progress=no_progress)
+        alone.seed = self.seed
+        advance = self.progress(f"layouts ({driver.name})", len(plan.layouts))
+        jobs, threads = list[subprocess.Popen[bytes]](), ThreadPoolExecutor(self.jobs)
+
+        def played(name: str) -> LayoutPlayed:
+            jobs.append(_job())
+            words = pickle.dumps((alone, engine, driver.name, plan, name))
+            result, said = jobs[-1].communicate(words)
+            return _result_of(engine, name, result, said)
+
+        try:
+            for one in threads.map(played, plan.layouts):
+                advance()
+                self.known.add(one.known)
+                yield one
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            for job in jobs:
+                if job.poll() is None:
+                    end(job.pid)
+
+    def layout(self, driver: Driver, name: str, plan: Plan) -> LayoutPlayed:
+        """Play random traces and the shipped vectors of one layout.
+
+        Parameters
+        ----------
+        driver
+            The engine under test.
+        name
+            The layout's name.
+        plan
+            What is played.
+        """
+        tally, coverage, vectors = Tally(), Coverage(plan.needs), 0
+        checked, failure = layout_run(
+            driver,
+            name,
+            self.profiles,
+            cp_sizes=plan.cp_sizes,
+            tp_sizes=plan.tp_sizes,
+            examples=plan.examples,
+            seed=self.seed or 0,
+            tally=tally,
+            known=self.known,
+            progress=self.progress(f"{name} ({driver.name})", plan.examples),
+            coverage=coverage,
+            asked_for=plan.asked_for,
+            first=[
+                *self._earlier(driver, name, plan.asked_for),
+                *self._long(driver, name, plan.cp_sizes, mixed_in=plan.layouts),
+            ],
+            last=plan.last.get(name, []),
+            real=True,
+        )
+        if failure is None:
+            vectors, failure = self._stored(driver, name, checked, plan.asked_for)
+        lost = _is_lost(driver, failure)
+        coverage.trace = None  # of the reference, which is larger than all else
+        return LayoutPlayed(checked, failure, lost, tally, vectors, coverage, self.known)
 
     def _stored(
         self, driver: Driver, layout: str, profiles: frozenset[str], asked_for: Box
@@ -1023,7 +1132,7 @@ class Session:
         """
         for engine, name in self.tiers:
             try:
-                driver = self._open(engine, name)
+                driver = self.open(engine, name)
             except EngineFailure as failure:
                 self.not_started = failure
                 return
@@ -1047,12 +1156,61 @@ class Session:
                 finally:
                     gc.unfreeze()  # at exit, nothing that is left frozen is released
 
-    def _open(self, engine: str, name: str) -> Driver:
+    def open(self, engine: str, name: str) -> Driver:
+        """Return a driver with an engine; whoever opens it closes it.
+
+        Parameters
+        ----------
+        engine
+            The engine's name; where a class was given, that is meant.
+        name
+            The driver's name.
+
+        Raises
+        ------
+        EngineFailure
+            When the engine does not start.
+        """
         if not isinstance(self.given, str) and name == "local":
             return LocalDriver(self.given, deadline_s=self.deadline_s)
         return open_driver(
             engine, name, ranks=self.ranks, backend=self.backend, deadline_s=self.deadline_s
         )
+
+
+def _job() -> subprocess.Popen[bytes]:
+    """Start a process that plays one layout, and ends with this one."""
+    code = f"from {__name__} import play_job; play_job()"
+    return subprocess.Popen(
+        leashed([sys.executable, "-P", "-c", code]),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the process that plays in jobs
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def play_job() -> None:
+    """Play what stdin names, one layout on a driver of its own; what came of it is on stdout."""
+    with os.fdopen(os.dup(1), "wb") as results:
+        os.dup2(2, 1)  # what an engine prints
+        session, engine, driver_name, plan, layout = pickle.load(sys.stdin.buffer)
+        with closing(session.open(engine, driver_name)) as driver:
+            driver.exchanges_done = session.exchanges_done
+            pickle.dump(session.layout(driver, layout, plan), results)
+
+
+def _result_of(engine: str, layout: str, result: bytes, said: bytes) -> LayoutPlayed:
+    """Return what came of a layout. Raises SessionError when its job has ended without a result."""
+    if result:
+        played: LayoutPlayed = pickle.loads(result)
+        return played
+    end = said[-1000:].decode(errors="replace").strip()
+    raise SessionError(
+        f"The job that plays {layout} on engine {engine} has ended without a result, as when an "
+        f"engine crashes its process; --driver stdio keeps engines apart. Its stderr ends: {end!r}"
+    )
 
 
 def drawn_sizes(driver: Driver, asked: Collection[int]) -> list[int]:

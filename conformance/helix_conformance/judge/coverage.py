@@ -186,6 +186,19 @@ class Coverage:
         for name in self.trace.saw(expected):
             self.counts[name] += 1
 
+    def add(self, other: Coverage) -> None:
+        """Add what other traces of the same run have visited.
+
+        Parameters
+        ----------
+        other
+            Their counts.
+        """
+        for name, count in other.counts.items():
+            self.counts[name] += count
+        for dimension, sizes in other.sizes.items():
+            self.sizes[dimension].update(sizes)
+
     def _measure(self, expected: Expectation) -> None:
         """Count the sizes of an event that is accepted."""
         event = expected.event

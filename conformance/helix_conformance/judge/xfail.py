@@ -240,6 +240,18 @@ class Known:
             if d.profile is None and profiles.intersection(holders):
                 self.tried.add(d)
 
+    def add(self, other: Known) -> None:
+        """Take in what a job with the same entries has met and tried.
+
+        Parameters
+        ----------
+        other
+            The job's own.
+        """
+        self.met |= other.met
+        self.tried |= other.tried
+        self.void += other.void
+
     def confirmed(self, difference: Difference, *, failed: bool) -> None:
         """Take in that a profile was checked apart.
 
