@@ -27,7 +27,7 @@ from helix_conformance.drive.launched import (
 from helix_conformance.drive.opening import DRIVERS
 from helix_conformance.drive.processes import nothing_left
 from helix_conformance.drive.serve import main as serve_engine
-from helix_conformance.engines import EngineSpecError
+from helix_conformance.engines import EngineSpecError, engine_names
 from helix_conformance.expect.making import export
 from helix_conformance.expect.vectors import FORMAT_PAGE, SHIPPED, Vector, VectorError, load_vectors
 from helix_conformance.generate.narrowing import NothingInsideError
@@ -44,6 +44,7 @@ from helix_conformance.report.command import (
     FILE,
     OUTPUT,
     BadInput,
+    OneOf,
     exit_statuses,
     report,
     write_file,
@@ -65,6 +66,7 @@ from helix_conformance.report.text import (
     print_table,
     progress_bar,
     replay_text,
+    stdout,
     trace_text,
     verdict_text,
 )
@@ -207,6 +209,13 @@ _NAMES_OF_ENGINES: Final = (
     "NAME or NAME:ARGUMENT (reference, gpu, or one that an installed package registers), "
     "module:Class, or stdio:COMMAND for one of any language."
 )
+
+
+def _engines(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    """Names of engines, for the completion of shells."""
+    return [name for name in engine_names() if name.startswith(begun)]
+
+
 _deadline = click.option(
     "--deadline",
     default=30.0,
@@ -214,11 +223,11 @@ _deadline = click.option(
     help="Seconds without an answer after which a rank has timed out.",
 )
 _ENGINE_OPTIONS = [
-    click.option("--engine", default="gpu", help=_NAMES_OF_ENGINES),
+    click.option("--engine", default="gpu", help=_NAMES_OF_ENGINES, shell_complete=_engines),
     click.option(
         "--driver",
         "driver_name",
-        type=click.Choice(DRIVERS),
+        type=OneOf(DRIVERS),
         help="Where the ranks live: in this process (local), each a child that speaks JSON lines "
         "(stdio), in worker processes over gloo (pool), or under torchrun or mpiexec (mpi), which "
         "is launched when it is not there. Default: what the engine needs; for gpu its "
@@ -228,7 +237,7 @@ _ENGINE_OPTIONS = [
         "--profile",
         "asked",
         multiple=True,
-        type=click.Choice(PROFILES),
+        type=OneOf(PROFILES),
         help="Check this profile and those it builds on. Repeat for several. Default: all that "
         "the engine declares.",
     ),
@@ -256,7 +265,7 @@ _layouts = click.option(
     "--layout",
     "layouts",
     multiple=True,
-    type=click.Choice(LAYOUT_NAMES),
+    type=OneOf(LAYOUT_NAMES),
     help="Check this layout; custom stands for any other legal combination. Repeat for several. "
     "Default: all.",
 )
@@ -448,7 +457,7 @@ def init(folder: Path, kind: str, suite: str) -> None:
 @click.argument(
     "trace_path", metavar="[TRACE.json]", required=False, type=click.Path(path_type=Path)
 )
-@click.option("--engine", required=True, help=_NAMES_OF_ENGINES)
+@click.option("--engine", required=True, help=_NAMES_OF_ENGINES, shell_complete=_engines)
 @_layouts
 @_deadline
 def talk(trace_path: Path | None, engine: str, layouts: tuple[str, ...], deadline: float) -> None:
@@ -457,7 +466,7 @@ def talk(trace_path: Path | None, engine: str, layouts: tuple[str, ...], deadlin
     What is played is TRACE.json, or a prompt and two steps. -> is what the suite says, <- what
     the engine answers, after the number of the rank. A Python engine is served (see `serve`).
     """
-    console = Console()
+    console = stdout()
     say = partial(print_lines, console)
     try:
         driver = TalkDriver(engine, lambda line: say([line]), deadline_s=deadline)
@@ -490,7 +499,7 @@ def probe(**options: Any) -> None:
         _, driver = next(drivers := session.drivers())
         found = probe_engine(driver, around, session.progress("configurations", 1000))
         boxes = proposal(found)
-        print_lines(Console(), probe_text(found, boxes, beyond(driver, boxes)))
+        print_lines(stdout(), probe_text(found, boxes, beyond(driver, boxes)))
         drivers.close()
 
 
@@ -655,7 +664,7 @@ def _show_part(session: Session) -> None:
 
 def _show(session: Session) -> Console:
     """Print the table of a run."""
-    console = Console()
+    console = stdout()
     if session.not_started is not None:
         sentence = f"The engine did not start. {session.not_started}"
         print_lines(Console(stderr=True), [sentence])
@@ -737,6 +746,6 @@ def _leave(session: Session) -> None:
     if session.stream.problem is not None:
         print_lines(Console(stderr=True), [session.stream.problem])
         status = status or NOT_WRITTEN
-    print_lines(Console(), [verdict_text(summary)])
+    print_lines(stdout(), [verdict_text(summary)])
     leave_verdict(status)
     sys.exit(status)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Final
 from unicodedata import bidirectional
 
@@ -20,6 +21,30 @@ _POP: Final = "\u2069"
 _SLACK: Final = 50
 """What it takes to say that a text was cut; such a text is not cut again."""
 _ISOLATED: Final = re.compile(f"({_ISOLATE}[^{_ISOLATE}{_POP}]*{_POP})")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a question after the name that was meant, if one is near.
+
+    Parameters
+    ----------
+    name : str
+        What was given.
+    names : iterable of str
+        What there is.
+
+    Returns
+    -------
+    str
+        With a space before it; empty when nothing is near.
+
+    Examples
+    --------
+    >>> nearest("pr9575", ["pr9757", "balanced"]), nearest("x", ["pr9757"])
+    (' Did you mean pr9757?', '')
+    """
+    found = get_close_matches(name, [*names], n=1)
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 def bounded(text: str, limit: int = MAX_SHOWN) -> str:

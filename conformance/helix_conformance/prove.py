@@ -34,7 +34,7 @@ from helix_conformance.report.stream import (
     append_line,
     encoded,
 )
-from helix_conformance.report.text import progress_bar
+from helix_conformance.report.text import progress_bar, stdout
 from helix_conformance.version import __version__
 
 INTERRUPTED: Final = 130
@@ -97,7 +97,7 @@ def prove(
     """
     if find_spec("z3") is None or find_spec("crosshair") is None:
         raise ProveError("Proofs need z3 and CrossHair: pip install 'helix-conformance[prove]'.")
-    console = console or Console()
+    console = console or stdout()
     root = spec_root or Path(helix_spec.__file__).parents[1]
     started = time.monotonic()
     catalog = _catalog(root)

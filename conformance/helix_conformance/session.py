@@ -29,6 +29,7 @@ from helix_conformance.drive.processes import end, leashed
 from helix_conformance.engines import COMMAND, load_engine
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.expect.vectors import Vector, shipped_vectors
+from helix_conformance.foreign import nearest
 from helix_conformance.generate.actions import Scope
 from helix_conformance.generate.choices import Choices, Seeded
 from helix_conformance.generate.configs import draw_config, soaked_config
@@ -1288,7 +1289,9 @@ def refuse_unknown(
     for option, some, known in zip(names, given, (LAYOUT_NAMES, PROFILES, INSIDE), strict=True):
         for name in some:
             if name not in known:
-                raise SessionError(f"{option}: {name!r} is none of {', '.join(known)}.")
+                raise SessionError(
+                    f"{option}: {name!r} is none of {', '.join(known)}.{nearest(name, known)}"
+                )
 
 
 def refuse_below_one(counts: Mapping[str, Iterable[int | None]]) -> None:

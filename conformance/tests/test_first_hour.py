@@ -122,3 +122,51 @@ def test_talk_ends_with_the_verdict(tmp_path, engine, status, told):
     result = call("talk", path, "--engine", engine)
     assert result.exit_code == status, result.output
     assert told in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--layout", "pr9575"], "pr9757"),
+        (["--profile", "atention"], "attention"),
+        (["--engine", "refrence"], "reference"),
+    ],
+)
+def test_a_typo_is_answered_with_the_nearest_name(words, meant):
+    """A name of a layout, profile or engine that is none is followed by one that is near."""
+    result = call("run", *words)
+    assert result.exit_code == 2
+    assert result.output.endswith(f"Did you mean {meant}?\n")
+
+
+def test_what_is_near_nothing_is_answered_with_all_names():
+    """Without a near name the list of names is all that is told."""
+    result = call("run", "--layout", "x")
+    assert "'balanced', 'custom'.\n" in result.output
+    assert "Did you mean" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("helix-conformance run --layout pr1", ["pr13180", "pr17866"]),
+        ("helix-conformance run --engine gpu-h", ["gpu-hop-b"]),
+        ("helix-conformance ta", ["talk"]),
+    ],
+)
+def test_shells_complete_names(line, completed):
+    """The variable of the README's line makes the command complete what has been typed."""
+    env = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    how = {"_HELIX_CONFORMANCE_COMPLETE": "bash_complete"}
+    result = CliRunner(env=env | how).invoke(main, prog_name="helix-conformance")
+    assert [name.split(",")[1] for name in result.output.splitlines()] == completed
+
+
+def test_tables_in_a_pipe_are_not_wrapped():
+    """A row of the table is one line where there is no terminal, and fits where COLUMNS is set."""
+    words = ["run", "--engine", "gpu-ledger", "--layout", "pr9757", "--cp", "2", "--examples", "2"]
+    row = "pages speculative fork preempt padding overlap"
+    assert row in call(*words).output
+    narrow = CliRunner(env={"COLUMNS": "60"}).invoke(main, words).output
+    assert row not in narrow
+    assert max(map(len, narrow.partition("\n\n")[0].splitlines())) <= 60

@@ -305,4 +305,4 @@ def test_bounds():
 
 def test_examples_in_docstrings_run():
     """What the documentation shows is what happens."""
-    assert doctest.testmod(foreign) == (0, 6)
+    assert doctest.testmod(foreign) == (0, 7)

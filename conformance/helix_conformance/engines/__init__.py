@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from helix_conformance.foreign import bounded
+from helix_conformance.foreign import bounded, nearest
 from helix_spec.capabilities import Box, Freedoms, boxes_of, freedoms_of
 from helix_spec.engine import Engine, declaration_problem
 
@@ -198,9 +198,10 @@ def _found(spec: str) -> Any:
     point = _point(ENGINES, spec)
     if point is not None:
         return point.load()
+    names = engine_names()
     raise EngineSpecError(
-        f"{spec!r} names no engine; give {', '.join(engine_names())}, module:Class or "
-        "stdio:COMMAND."
+        f"{spec!r} names no engine; give {', '.join(names)}, module:Class or stdio:COMMAND."
+        f"{nearest(spec, names)}"
     )
 
 

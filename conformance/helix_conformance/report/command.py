@@ -10,14 +10,13 @@ from typing import Any, Final
 
 import click
 import msgspec
-from rich.console import Console
 
-from helix_conformance.foreign import shown, shown_json
+from helix_conformance.foreign import nearest, shown, shown_json
 from helix_conformance.report.certificate import CertificateRefused, badge, certificate
 from helix_conformance.report.html import run_page
 from helix_conformance.report.junit import junit
 from helix_conformance.report.stream import Record, encoded, read_stream
-from helix_conformance.report.text import failure_text, print_lines, print_table
+from helix_conformance.report.text import failure_text, print_lines, print_table, stdout
 
 
 class BadInput(click.ClickException):
@@ -28,6 +27,22 @@ class BadInput(click.ClickException):
     def format_message(self) -> str:
         """Return the sentence; what it quotes is foreign."""
         return shown(self.message)
+
+
+class OneOf(click.Choice[str]):
+    """One of a few names; of another one the nearest is named."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """Return what is wrong with a value.
+
+        Parameters
+        ----------
+        value : str
+            What was given.
+        ctx : click.Context
+            Where.
+        """
+        return super().get_invalid_choice_message(value, ctx) + nearest(value, self.choices)
 
 
 class OutputFile(click.Path):
@@ -140,7 +155,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def _print(record: Record) -> None:
-    console = Console()
+    console = stdout()
     for run in record.runs:
         what, of = run.settings, f"suite {run.settings.suite_version}"
         print_lines(console, [f"{what.command} of {what.engine}, {of}: {run.verdict}"])

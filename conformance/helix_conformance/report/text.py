@@ -6,6 +6,8 @@ Everything that is shown is in the stream first; the tables and texts are views 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import count, groupby
 from pathlib import Path
@@ -33,6 +35,15 @@ from helix_spec.trace import EVERYTHING, Trace
 
 SHOWN_PAGES: Final = 32
 """Of a longer block table so many pages are printed at its beginning, and at its end."""
+PIPE_WIDTH: Final = 1000
+"""Columns of what is no terminal: no table is as wide."""
+
+
+def stdout() -> Console:
+    """Return standard output; lines are broken where a terminal or COLUMNS says how wide it is."""
+    sized = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console() if sized else Console(width=PIPE_WIDTH)
+
 
 # A run
 

@@ -13,7 +13,6 @@ from statistics import median
 from typing import Final
 
 import msgspec
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -30,6 +29,7 @@ from helix_conformance.judge.coverage import Needed, Tally
 from helix_conformance.judge.failure import Failure
 from helix_conformance.judge.play import profiles_to_check
 from helix_conformance.report.stream import MutantKill, MutationRun, append_line
+from helix_conformance.report.text import stdout
 from helix_conformance.session import random_traces
 from helix_conformance.version import __version__
 from helix_mutants.parts import MUTANTS, Mutant, Stored
@@ -256,7 +256,7 @@ def _play_by_name(name: str, seed: int) -> MutantKill:
 
 def score(json_path: Path | None, tier: str, seed: int, stream_path: Path | None = None) -> int:
     """Play a tier, print a table, write what is asked for; return 0 when all is as expected."""
-    console = Console()
+    console = stdout()
     total = len(mutants_of(tier))
     seen = mutation_run(
         tier, seed, lambda kills: track(kills, "Mutants", total=total, console=console)
@@ -302,7 +302,7 @@ def _table(seen: MutationRun) -> Table:
 
 def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
     """Print the worst of each mutant under these seeds, and the worst seed; 0 when all die."""
-    console = Console()
+    console = stdout()
     mutants = mutants_of(tier)
     with _workers() as pool:
         kills = {

@@ -11,7 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from helix_conformance.report.command import OUTPUT, BadInput, exit_statuses
+from helix_conformance.report.command import OUTPUT, BadInput, OneOf, exit_statuses
+from helix_conformance.report.text import stdout
 from helix_planner.plans import (
     HARDWARE,
     MODELS,
@@ -53,7 +54,7 @@ _STATUSES: Final = {0: "the plans were printed", 2: "bad usage, or nothing fits"
 @click.option("--batch", default=8, show_default=True, type=click.IntRange(1, 10**6),
               help="Requests decoded together.")  # fmt: skip
 @click.option("--layout", "name", default="pr9757", show_default=True,
-              type=click.Choice(LAYOUT_NAMES))  # fmt: skip
+              type=OneOf(LAYOUT_NAMES))  # fmt: skip
 @click.option("--tokens-per-block", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--weight-bytes", default=1.0, show_default=True, help="Bytes of one weight.")
 @click.option("--kv-bytes", default=1.0, show_default=True, help="Bytes of one cached number.")
@@ -67,7 +68,7 @@ def command(**options: Any) -> None:
     are the roofline of appendix A of the Helix paper; measured constants can be given as a file.
     """
     try:
-        show(Console(), options)
+        show(stdout(), options)
     except PlanError as error:
         raise BadInput(str(error)) from error
 
