@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test test-fast index test-browser test-peers lint drivers workloads zoo conform-vllm prove bench clean
+.PHONY: conform test test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm prove bench clean
 .PHONY: sweep faults soak fuzz mutation bench-vllm
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
@@ -51,6 +51,14 @@ lint: .venv/installed ## Style, types, and import boundaries
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# Any warning is an error: a link that leads nowhere, a page or a name that is not there.
+docs: .venv/docs ## The documentation site, in build/site: works offline, from the folder
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # mpi4py and an mpiexec.
 .venv/mpi: .venv/installed
@@ -117,7 +125,7 @@ prove: .venv/installed ## All theorems, for all sizes
 	$(BIN)/helix-conformance prove
 
 # Debian's own packages; nothing is downloaded. Without them this fails, and pytest alone skips.
-test-browser: .venv/installed ## The pages in a headless Chromium
+test-browser: docs ## The pages, and the site, in a headless Chromium
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	    { echo "chromium or chromedriver is missing: apt-get install chromium chromium-driver"; exit 1; }
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'

@@ -19,6 +19,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted(ROOT.glob("*/README.md")),
     ROOT / "conformance/IMPLEMENTING.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("conformance/adapters/*/FINDINGS.md")),
 ]
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from click.testing import CliRunner
 
 from helix_conformance.cli import main
 
-GUIDE = Path(__file__).parents[1] / "IMPLEMENTING.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "conformance/IMPLEMENTING.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 EXAMPLES = " --examples 15"
 """Traces of each run, in place of the 400 that a reader plays."""
@@ -48,10 +50,13 @@ def play(line):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_the_guide_is_true(folder):
-    """Every file and every command, in order, with the exit status that the text names."""
+def played_page(page, folder):
+    """Write every file of a page and play every command, in order; what each command printed.
+
+    Each must end with the exit status that stands behind it.
+    """
     played = {}
-    for language, text in BLOCK.findall(GUIDE.read_text()):
+    for language, text in BLOCK.findall(page.read_text()):
         if language in ("python", "toml"):
             name, _, code = text.partition("\n")
             with (folder / name.removeprefix("# ")).open("a") as file:
@@ -64,6 +69,22 @@ def test_the_guide_is_true(folder):
                     right = int(remark.split()[-1]) if remark else 0
                     assert status == right, f"{line}\n{output}"
                     played[line] = output
+    return played
+
+
+@pytest.mark.parametrize(("name", "found"), [("cpp_engine", "OWN-3"), ("merge_alone", "ATT-1")])
+def test_a_how_to_is_true(folder, name, found):
+    """Its engine passes, and its mistake is found by the rule that the page names."""
+    shutil.copy(GUIDE.parent / "examples/helix_engine.c", folder)
+    *before, failed = played_page(ROOT / f"docs/howto/{name}.md", folder).values()
+    assert "PASS: " in "".join(before)
+    assert found in failed
+    assert found in (ROOT / f"docs/howto/{name}.md").read_text()
+
+
+def test_the_guide_is_true(folder):
+    """Every file and every command, in order, with the exit status that the text names."""
+    played = played_page(GUIDE, folder)
     assert len(played) == 16
     red = next(output for line, output in played.items() if "Mistaken" in line)
     assert "OWN-3 violated at event 1" in red
