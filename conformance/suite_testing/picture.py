@@ -1,4 +1,4 @@
-"""The README's picture: as a program this module draws it anew."""
+"""The pictures of the documents: as a program this module draws them anew."""
 
 from __future__ import annotations
 
@@ -33,7 +33,32 @@ def seed_example() -> list[tuple[str, Trace]]:
     ]
 
 
+def finding() -> list[tuple[str, Trace]]:
+    """Return what vLLM 0.33.0 is asked for by its older option, and what it does: finding 1.
+
+    Returns
+    -------
+    list of (str, Trace)
+        What `picture` takes: turns of two tokens, and of one.
+    """
+
+    def trace(interleave: int) -> Trace:
+        rule = named_layout("vllm_dcp", cp_size=2, tokens_per_block=4, interleave=interleave)
+        config = Config(layout=rule, pages=[4] * 2, max_len=20)
+        return Trace(config=config, events=[Admit(0, 1), *[Decode([0], [1])] * 7])
+
+    return [
+        ("What --dcp-kv-cache-interleave-size 2 asks for", trace(2)),
+        ("What vLLM 0.33.0 does", trace(1)),
+    ]
+
+
+PICTURES = {"placement.svg": seed_example, "finding.svg": finding}
+"""What draws each file of `conformance/`."""
+
+
 if __name__ == "__main__":
-    target = Path(__file__).parents[1] / "placement.svg"
-    target.write_text(picture(seed_example()), encoding="utf-8")
-    print(f"wrote {target}")
+    for name, example in PICTURES.items():
+        target = Path(__file__).parents[1] / name
+        target.write_text(picture(example()), encoding="utf-8")
+        print(f"wrote {target}")

@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 
 import msgspec
+import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 
@@ -22,7 +23,7 @@ from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome, RankView
 from helix_spec.events import Accept, Admit, Decode, Fork, Reason
 from helix_spec.trace import Trace, dump_trace
-from suite_testing.picture import seed_example
+from suite_testing.picture import PICTURES
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,7 +220,8 @@ def test_show_writes_a_page(tmp_path):
     assert 'max="4"' in page and "refused: unknown_request" in page and "A note." in page
 
 
-def test_the_readmes_picture_is_drawn_by_this_code():
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_pictures_are_drawn_by_this_code(name):
     """`python -m suite_testing.picture` was run after the last change of the drawing."""
-    assert picture(seed_example()) == (ROOT / "conformance" / "placement.svg").read_text()
+    assert picture(PICTURES[name]()) == (ROOT / "conformance" / name).read_text()
     assert "conformance/placement.svg" in (ROOT / "README.md").read_text()

@@ -136,3 +136,31 @@ def test_the_way_of_an_event_is_that_of_the_imports():
                 if target in names[place + 1 :]:
                     upward.append((name, target))
     assert upward == []
+
+
+def test_the_three_commands_of_the_readme(tmp_path):
+    """What `init` writes passes by the script that the README names; `pip` is tried by hand."""
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Your engine, in three commands") :]
+    (install, init, script) = re.search(r"^```sh\n(.*?)^```", section, re.M | re.S)[1].splitlines()
+    assert install == "pip install /path/to/helix-conformance"
+    assert (
+        CliRunner().invoke(main, [*init.split()[1:-1], str(tmp_path / "my_adapter")]).exit_code == 0
+    )
+    assert script == "sh my_adapter/conformance.sh"
+    assert (tmp_path / "my_adapter/conformance.sh").exists()
+
+
+def test_the_readme_shows_what_a_run_of_the_finding_says():
+    """The lines under the picture are those of the stored trace of finding 1."""
+    from helix_conformance.report.text import trace_text
+    from helix_spec.trace import load_trace
+
+    text = (ROOT / "README.md").read_text()
+    path = ROOT / "conformance/adapters/vllm/findings/vllm-old-interleave-flag.json"
+    shown = re.search(r"^```text\n(.*?)^```", text, re.M | re.S)[1]
+    layout, *events = (
+        line for line in trace_text(load_trace(path)) if line.startswith(("vllm", "event"))
+    )
+    assert [layout.partition(",")[0][:8], *events][1:] == re.findall(r"^  (event .*)$", shown, re.M)
+    assert layout.startswith(re.search(r"^  (vllm_dcp\S+)$", shown, re.M)[1])
