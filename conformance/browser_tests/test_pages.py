@@ -52,7 +52,7 @@ def shown(browser: WebDriver, selector: str) -> list[WebElement]:
 
 def page_of(folder: Path, trace: Trace) -> Path:
     """The page of a trace."""
-    (folder / "trace.html").write_text(show_page(trace), encoding="utf-8")
+    (folder / "trace.html").write_text(show_page(trace, "trace.json"), encoding="utf-8")
     return folder / "trace.html"
 
 
@@ -119,3 +119,27 @@ def test_pages_fit_and_can_be_read(browser, opened, failing, tmp_path, dark, wid
         wide = browser.execute_script("return document.documentElement.scrollWidth")
         assert wide <= width
         assert browser.execute_script((HERE / "contrast.js").read_text()) == []
+
+
+def test_expected_and_observed_can_be_seen_on_a_phone(browser, opened, failing):
+    """At 400 pixels both are inside the window, each behind its name."""
+    opened(failing, width=400)
+    for cell in shown(browser, "#failure-1 .found td.values"):
+        assert cell.rect["x"] >= 0 and cell.rect["x"] + cell.rect["width"] <= 400
+    labels = [cell.get_attribute("data-label") for cell in shown(browser, ".found td.values")]
+    assert labels[:2] == ["expected", "observed"]
+
+
+def test_the_replay_command_is_copied(browser, opened, failing):
+    """The button says so, and the clipboard holds the whole command."""
+    opened(failing)
+    origin = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    browser.execute_cdp_cmd("Browser.grantPermissions", origin)
+    button = shown(browser, "#failure-1 [data-copy]")[0]
+    button.click()
+    command = browser.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+    assert command.startswith("helix-conformance replay ")
+    assert command == browser.find_element(CSS, "#failure-1 [data-copy]").find_element(
+        "xpath", "preceding-sibling::code"
+    ).get_attribute("textContent")
+    assert button.text == "Copied"

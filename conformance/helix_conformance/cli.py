@@ -515,7 +515,7 @@ def show(trace_path: Path, html_path: Path | None) -> None:
     """Print where the tokens of a trace belong: each request, rank by rank, page by page."""
     trace = load_trace(trace_path)
     if html_path is not None:
-        write_file(html_path, show_page(trace).encode())
+        write_file(html_path, show_page(trace, trace_path.name).encode())
         return
     for line in trace_text(trace):
         click.echo(line)

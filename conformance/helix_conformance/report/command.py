@@ -13,7 +13,8 @@ import msgspec
 
 from helix_conformance.foreign import nearest, shown, shown_json
 from helix_conformance.report.certificate import CertificateRefused, badge, certificate
-from helix_conformance.report.html import run_page
+from helix_conformance.report.compare import compared
+from helix_conformance.report.html import index_page, run_page
 from helix_conformance.report.junit import junit
 from helix_conformance.report.stream import Record, encoded, read_stream
 from helix_conformance.report.text import failure_text, print_lines, print_table, stdout
@@ -83,6 +84,7 @@ def exit_statuses(meanings: Mapping[int, str]) -> str:
 
 VIEWS: Final[dict[str, tuple[str, Callable[[Record], object]]]] = {
     "html": ("A self-contained page: verdicts, failing traces drawn, proofs, mutants.", run_page),
+    "index": ("A page of several engines: layout by profile, a table each.", index_page),
     "junit": ("A JUnit file.", junit),
     "badge": ("What a shields.io endpoint badge reads (JSON).", badge),
     "certificate": ("A certificate (JSON). Refused of a partial or failed run.", certificate),
@@ -101,19 +103,32 @@ _OPTIONS = [
 ]
 _STATUSES: Final = {
     0: "all was written, and nothing in the streams is wrong",
-    1: "a run or what stands beside it failed, or a certificate was refused",
+    1: "a run or what stands beside it failed, got worse, or a certificate was refused",
     2: "bad usage; a file is no stream, holds nothing, or cannot be written",
     3: "a run ended in an error or was cut off",
 }
 
 
-@click.command(params=[_STREAMS, *_OPTIONS], epilog=exit_statuses(_STATUSES))
-def report(streams: tuple[Path, ...], **paths: Path | None) -> None:
+_COMPARE = click.Option(
+    ["--compare"],
+    is_flag=True,
+    help="Say what differs between two streams, OLD and NEW; status 1 when something got worse.",
+)
+
+
+@click.command(params=[_STREAMS, *_OPTIONS, _COMPARE], epilog=exit_statuses(_STATUSES))
+def report(streams: tuple[Path, ...], compare: bool, **paths: Path | None) -> None:
     """Show what a run's JSON stream holds: as a table here, and in the files asked for.
 
     Several files are read one after another: runs, proofs (`prove --stream`) and mutation runs
     (`zoo --stream`) make one report.
     """
+    if compare:
+        if len(streams) != 2 or any(paths.values()):
+            raise BadInput("--compare takes two streams, OLD and NEW, and writes no file.")
+        lines, worse = compared(*(read_stream([path]) for path in streams))
+        print_lines(stdout(), lines)
+        sys.exit(worse)
     record = read_stream(streams)
     _print(record)
     for name, (_, view) in VIEWS.items():

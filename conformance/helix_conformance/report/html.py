@@ -14,7 +14,7 @@ import jinja2
 from helix_conformance.foreign import shown
 from helix_conformance.judge.coverage import SITUATIONS
 from helix_conformance.report.diagram import diagram, scene
-from helix_conformance.report.stream import Record
+from helix_conformance.report.stream import FailureLine, Record
 from helix_conformance.report.text import event_text, replay_text, trace_text, value_text
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import sentence
@@ -52,20 +52,22 @@ def _render(template: str, **values: Any) -> str:
     return _ENVIRONMENT.get_template(template).render(**values)
 
 
-def show_page(trace: Trace) -> str:
+def show_page(trace: Trace, name: str) -> str:
     """Return a page with the diagram of one trace, and a slider over its events.
 
     Parameters
     ----------
     trace : Trace
         One with a configuration with which ranks may start.
+    name : str
+        What the page calls it, such as its file's name.
 
     Returns
     -------
     str
         HTML.
     """
-    return _render("show.html.j2", trace=trace, diagram=diagram(trace))
+    return _render("show.html.j2", trace=trace, name=name, diagram=diagram(trace))
 
 
 def run_page(record: Record) -> str:
@@ -81,8 +83,30 @@ def run_page(record: Record) -> str:
     str
         HTML: verdicts, failing traces drawn, coverage, proofs, mutants, settings.
     """
-    failures = [failure for run in record.runs for failure in run.failures]
+    failures = sorted((one for run in record.runs for one in run.failures), key=_length_to_tell)
     return _render("run.html.j2", record=record, scenes=[scene(one) for one in failures])
+
+
+def _length_to_tell(failure: FailureLine) -> tuple[bool, int, int]:
+    """What sorts failures: a difference before an engine that fell silent, the shortest first."""
+    trace = failure.trace
+    return failure.engine_failure is not None, len(trace.events), trace.config.world_size
+
+
+def index_page(record: Record) -> str:
+    """Return a page with the runs of several engines: engine, layout and driver by profile.
+
+    Parameters
+    ----------
+    record : Record
+        What `read_stream` returns of their streams.
+
+    Returns
+    -------
+    str
+        HTML.
+    """
+    return _render("index.html.j2", record=record)
 
 
 def picture(panels: Sequence[tuple[str, Trace]]) -> str:

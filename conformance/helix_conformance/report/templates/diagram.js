@@ -2,6 +2,7 @@
 // Every box says from which stop on, and up to which, it is there: a slider picks the stop.
 for (const diagram of document.querySelectorAll(".diagram")) {
   const slider = diagram.querySelector("input[type=range]");
+  if (slider === null) continue; // of a trace in which no token moves
   const now = diagram.querySelector(".now");
   const lines = [...diagram.querySelectorAll(".events button")];
   const boxes = [...diagram.querySelectorAll("[data-since]")].map((element) => ({
@@ -38,4 +39,12 @@ for (const diagram of document.querySelectorAll(".diagram")) {
   // A diagram inside a closed failure has no layout yet: it is shown anew when that is opened.
   diagram.closest("details")?.addEventListener("toggle", () => show(Number(slider.value)));
   show(Number(diagram.dataset.first));
+}
+for (const button of document.querySelectorAll("[data-copy]")) {
+  button.addEventListener("click", async () => {
+    const command = button.previousElementSibling;
+    getSelection().selectAllChildren(command); // all that is left where a page may not copy
+    await navigator.clipboard.writeText(command.textContent);
+    button.textContent = "Copied";
+  });
 }
