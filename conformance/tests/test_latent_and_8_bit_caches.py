@@ -68,7 +68,7 @@ class Wrong(GpuEngine):
 
 def _attending(function) -> type[HelixCache]:
     class Cache(HelixCache):
-        attend = rebound(HelixCache.attend, attend_pages=function)
+        _attended = rebound(HelixCache._attended, attend_pages=function)
 
     return Cache
 
