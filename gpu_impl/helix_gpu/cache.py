@@ -285,6 +285,8 @@ class HelixCache:
             raise ValueError(f"rope is {rope!r}; it must be 'config', or None for rotated Q and K.")
         cp_size, model = config.layout.cp_size, config.model
         self.config = config
+        self.rank = rank
+        """tp_rank * cp_size + cp_rank."""
         self.device = torch.device(device)
         self.backend: Backend = _resolved(backend, self.device, model)
         self.book = self._new_book(rank % cp_size)
@@ -346,6 +348,11 @@ class HelixCache:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def rotates(self) -> bool:
+        """Return whether Q and K are rotated here, by the configuration's RoPE."""
+        return self._rope_dim > 0
 
     @property
     def request_ids(self) -> list[int]:
