@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 from helix_gpu.cache import HelixCache
 from helix_gpu.comm.exchange import Exchange
 from helix_spec.config import Config
+
+OnRanks = Callable[[int, Callable[[int], Any]], list[Any]]
+"""Runs `body(rank)` on so many ranks; answers by rank."""
 
 
 class ThreadAllToAll:
@@ -61,3 +67,39 @@ def run_ranks(
 
     with ThreadPoolExecutor(config.world_size) as pool:
         return list(pool.map(one, range(config.world_size)))
+
+
+@contextmanager
+def threads_with_collectives() -> Iterator[OnRanks]:
+    """Run bodies on ranks that are threads with torch.distributed initialised.
+
+    Collectives among them are real in all but the wire. Every rank answers or fails, then the
+    first failure is raised.
+    """
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    threaded._install_threaded_pg()
+
+    def run(ranks: int, body: Callable[[int], Any]) -> list[Any]:
+        store = dist.HashStore()
+        threaded.ProcessLocalGroup.reset()
+
+        def one(rank: int) -> tuple[Any, BaseException | None]:
+            dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
+            try:
+                return body(rank), None
+            except BaseException as error:
+                threaded.ProcessLocalGroup.exception_handle(error)  # peers need not wait for it
+                return None, error
+            finally:
+                dist.destroy_process_group()
+
+        with ThreadPoolExecutor(ranks) as pool:
+            answers = list(pool.map(one, range(ranks)))
+        errors = [error for _, error in answers if error is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, SystemExit)):
+            raise error
+        return [answer for answer, _ in answers]
+
+    yield run
+    threaded._uninstall_threaded_pg()
+    torch._C._distributed_c10d._set_thread_isolation_mode(False)

@@ -16,7 +16,8 @@ sequence over `cp_size` ranks. Each layer below imports only those above it:
 - `group_cache`: `GroupCache`, the same for configurations with cache groups;
 - `graphs`: steps captured once and replayed;
 - `block`: a transformer block whose FFN uses the ranks as EP x TP;
-- `models`: models of `transformers` over a `HelixCache`, for which that library must be there.
+- `models`: models of `transformers` over a `HelixCache`, for which that library must be there;
+- `generate`: a command that generates text, and its loop of requests.
 
 Nothing is imported here: `bookkeeping` and `transfer` run without torch.
 """

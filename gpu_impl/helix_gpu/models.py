@@ -108,6 +108,22 @@ def helix_config(
     )
 
 
+def own_attention(model: PreTrainedModel) -> str:
+    """Return the library's own attention for a model, to take the one of this module back.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Returns
+    -------
+    str
+        "sdpa", or "eager" for a model with sinks, which is all that there is on every device.
+    """
+    sinks = any(name.endswith("sinks") for name, _ in model.named_parameters())
+    return "eager" if sinks else "sdpa"
+
+
 @dataclass(slots=True)
 class _Forward:
     """What one forward pass is about: new tokens of requests, which stand request after request."""
@@ -142,8 +158,8 @@ class ModelCache(Cache):  # type: ignore[misc]
     Parameters
     ----------
     model : PreTrainedModel
-        Its attention is set to the one of this module; `model.set_attn_implementation("sdpa")`
-        takes it back.
+        Its attention is set to the one of this module;
+        `model.set_attn_implementation(own_attention(model))` takes it back.
     helix : HelixCache
         Of the configuration that `helix_config` gives, and with `rope=None`.
     prompts : {"sharded", "admitted"}
@@ -252,10 +268,23 @@ class ModelCache(Cache):  # type: ignore[misc]
 
         Raises
         ------
+        Refused
+            As `admit` and `resume` of `HelixCache`.
         ValueError
-            As `take`.
+            As `take`, and for a preempted request that had another number of tokens.
         """
         self._check_no_states("Prompts of several requests in a row")
+        book = self.helix.book
+        again = [id for id in ids if id in book.preempted_ids]
+        for id, tokens in zip(ids, prompt_lens, strict=True):
+            if id in again and book.plan_resume(id).prompt_len != tokens:
+                raise ValueError(
+                    f"Request {id} is resumed with {tokens} tokens; it had "
+                    f"{book.plan_resume(id).prompt_len} when it was preempted."
+                )
+        new = [(id, tokens) for id, tokens in zip(ids, prompt_lens, strict=True) if id not in again]
+        if new:
+            book.plan_admissions([id for id, _ in new], [tokens for _, tokens in new])
         self._forward = _Forward(list(ids), [0] * len(ids), list(prompt_lens), None)
 
     def fork(self, parent: int, child: int) -> None:

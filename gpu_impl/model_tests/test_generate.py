@@ -10,10 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="the extra `models` is not installed")
 
-from gpu_testing.parity import alone, own_attention
+from gpu_testing.parity import alone
 from gpu_testing.small_models import FAMILIES, padded, prompt_of, small_model
 from helix_gpu.bookkeeping.refusals import Refused
-from helix_gpu.models import ModelCache
+from helix_gpu.models import ModelCache, own_attention
 
 BATCH = padded([prompt_of(1), prompt_of(17), prompt_of(6)])
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 from gpu_testing import ranks
 from gpu_testing.exact import exact_attention
@@ -44,39 +41,10 @@ def run_ranks() -> Callable[..., list[Any]]:
 
 
 @pytest.fixture
-def on_ranks() -> Iterator[Callable[[int, Callable[[int], Any]], list[Any]]]:
-    """Runs `body(rank)` on n ranks, threads with torch.distributed initialised; answers by rank.
-
-    Collectives among them are real in all but the wire. Every rank answers or fails, then the
-    first failure is raised.
-    """
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    threaded._install_threaded_pg()
-
-    def run(ranks: int, body: Callable[[int], Any]) -> list[Any]:
-        store = dist.HashStore()
-        threaded.ProcessLocalGroup.reset()
-
-        def one(rank: int) -> tuple[Any, BaseException | None]:
-            dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
-            try:
-                return body(rank), None
-            except BaseException as error:
-                threaded.ProcessLocalGroup.exception_handle(error)  # peers need not wait for it
-                return None, error
-            finally:
-                dist.destroy_process_group()
-
-        with ThreadPoolExecutor(ranks) as pool:
-            answers = list(pool.map(one, range(ranks)))
-        errors = [error for _, error in answers if error is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, SystemExit)):
-            raise error
-        return [answer for answer, _ in answers]
-
-    yield run
-    threaded._uninstall_threaded_pg()
-    torch._C._distributed_c10d._set_thread_isolation_mode(False)
+def on_ranks() -> Iterator[ranks.OnRanks]:
+    """`gpu_testing.ranks.threads_with_collectives`."""
+    with ranks.threads_with_collectives() as run:
+        yield run
 
 
 @pytest.fixture
