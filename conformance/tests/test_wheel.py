@@ -8,7 +8,15 @@ ROOT = Path(__file__).parents[2]
 OF_THE_WHEEL = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
     "targets"
 ]["wheel"]["packages"]
-APART = {"helix_mutants", "helix_planner", "helix_trtllm", "helix_vllm"}
+APART = {
+    "helix_adapters",
+    "helix_mutants",
+    "helix_planner",
+    "helix_ring",
+    "helix_sglang",
+    "helix_trtllm",
+    "helix_vllm",
+}
 
 
 def own_packages():

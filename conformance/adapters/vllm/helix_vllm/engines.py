@@ -33,6 +33,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 vllm.platforms._current_platform = CpuPlatform()
 
+from helix_adapters import triton_on_cpu
 from helix_conformance.expect.arrays import partial_of
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import Outcome, RankView
@@ -49,7 +50,6 @@ from helix_spec.events import (
     Skip,
 )
 from helix_spec.layouts import layout_name
-from helix_vllm import triton_on_cpu
 
 triton_on_cpu.mend()
 

@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks for vLLM's kernels; tried with triton 3.9.0."""
+"""What Triton's interpreter lacks for the kernels of engines; tried with triton 3.9.0."""
 
 from __future__ import annotations
 

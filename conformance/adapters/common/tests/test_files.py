@@ -1,0 +1,30 @@
+"""What can be said of the adapters' files without the engines."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from helix_adapters.findings import findings_of
+from helix_spec.trace import load_trace
+
+ADAPTERS = [path.parent for path in Path(__file__).parents[2].glob("*/findings.toml")]
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
+def test_every_finding_has_its_trace_and_its_text(folder):
+    """The traces that are played are those that are stored, and FINDINGS.md names each."""
+    findings, text = findings_of(folder), (folder / "FINDINGS.md").read_text()
+    stored = {path.stem: load_trace(path) for path in (folder / "findings").glob("*.json")}
+    assert {finding.trace for finding in findings} == set(stored)
+    for finding in findings:
+        told = text.partition(f"\n## {finding.number}. ")[2].partition("\n## ")[0]
+        assert f"`{finding.trace}`" in told, finding
+        assert f"`{finding.engine}`" in told or finding.engine.partition(":")[2] in told, finding
+
+
+def test_no_two_findings_have_one_number():
+    """A number names one finding, whichever engine it was found in."""
+    texts = [path.read_text() for path in Path(__file__).parents[2].glob("*/FINDINGS.md")]
+    numbers = [int(n) for text in texts for n in re.findall(r"^## (\d+)\. ", text, re.MULTILINE)]
+    assert sorted(numbers) == list(range(1, len(numbers) + 1))
