@@ -57,7 +57,7 @@ def test_rounding_is_torchs(x, dtype):
 )
 def test_entries_are_those_of_the_specification(seed, identities, first, tensor, heads):
     """The array hash gives, entry by entry, what the plain one gives."""
-    found = numbers.entries(seed, tokens_of(identities, first), range(2), tensor, heads, 4)
+    found = numbers.entries(seed, tokens_of(identities, first), 2, tensor, heads, 4)
     expected = [
         [
             [
@@ -135,7 +135,7 @@ def test_cached_keys_have_no_room_but_for_rounding(dtype, cached, latent):
     shape = ModelShape(q_heads=4, kv_heads=kv_heads, latent=latent, dtype=dtype, cache_dtype=cached)
     tokens = tokens_of([(0, place) for place in range(2000)], 5000)
     k = numbers.cached_keys(shape, 3, tokens, range(kv_heads))
-    rows = torch.from_numpy(numbers.entries(3, tokens, [0], "k", range(kv_heads), shape.key_dim))
+    rows = torch.from_numpy(numbers.entries(3, tokens, 1, "k", range(kv_heads), shape.key_dim))
     positions = torch.from_numpy(tokens.positions)
     kept = getattr(torch, cached or dtype)
 
@@ -188,7 +188,7 @@ class Sharded:
         last = tokens_of(self.identities[-1:], len(self.identities) - 1)
         heads, cached = range(shape.kv_heads), getattr(torch, shape.cached_dtype)
         q = self._tensor(numbers.queries(shape, self.seed, last, range(8)))[0]
-        k = self._tensor(numbers.entries(self.seed, tokens, [0], "k", heads, shape.key_dim))[0]
+        k = self._tensor(numbers.entries(self.seed, tokens, 1, "k", heads, shape.key_dim))[0]
         v = self._tensor(numbers.values(shape, self.seed, tokens, heads))[0]
         positions = torch.from_numpy(tokens.positions)
         cos, sin = rope_table(positions, shape.rope_dim, shape.rope_base)

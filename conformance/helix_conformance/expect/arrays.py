@@ -109,7 +109,7 @@ def token_columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
 def entries(
     seed: int,
     tokens: Tokens,
-    layers: Sequence[int],
+    layers: int | Sequence[int],
     tensor: Tensor,
     heads: Sequence[int],
     dim: int,
@@ -124,7 +124,7 @@ def entries(
     tokens
         n tokens.
     layers
-        Numbers of the layers.
+        Number of layers, or the numbers of some.
     tensor
         Which of the tokens' tensors.
     heads
@@ -144,11 +144,12 @@ def entries(
     >>> entries(7, token_columns([(3, 2, 16)]), [1], "k", heads=[0], dim=4)[0, 0, 0].tolist()
     [-3.625, -0.1875, 0.875, -2.9375]
     """
+    numbers = range(layers) if isinstance(layers, int) else layers
     with np.errstate(over="ignore"):  # sums and products wrap
         state = _fold(np.zeros(1, dtype=np.uint32), np.array([seed - 0x9E3779B9], dtype=np.int64))
         for column in (tokens.events, tokens.places, tokens.positions):
             state = _fold(state, column)
-        state = _fold(state, np.array(layers, dtype=np.int64)[:, None])
+        state = _fold(state, np.array(numbers, dtype=np.int64)[:, None])
         state = _fold(state, np.array(TENSOR_CODE[tensor] + 16 * group, dtype=np.int64))
         state = _fold(state[:, :, None], np.array(heads, dtype=np.int64))
         state = _fold(state[..., None], np.arange(dim, dtype=np.int64))
