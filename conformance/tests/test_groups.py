@@ -33,6 +33,8 @@ from helix_conformance.generate.traces import draw_trace
 from helix_conformance.judge.coverage import Coverage, Tally
 from helix_conformance.judge.judge import Judge
 from helix_conformance.judge.play import Player
+from helix_conformance.report.html import show_page
+from helix_conformance.report.text import trace_text
 from helix_conformance.session import random_traces
 from helix_reference.attention import Token, error_bound, key, query, value
 from helix_spec.capabilities import UNLIMITED, Box, Span, outside
@@ -40,6 +42,7 @@ from helix_spec.config import CacheGroup, Config, ModelShape, config_problem
 from helix_spec.engine import PROFILES, RankView
 from helix_spec.engine import Outcome as Accepted
 from helix_spec.events import Admit, Decode
+from helix_spec.trace import Trace
 
 SMALL = Box(head_dim=[16], q_heads=Span(max=8), layers=Span(max=2), max_len=[24, 9])
 ALL = CacheGroup(name="all", layers=[0])
@@ -180,3 +183,16 @@ def test_a_failure_is_reduced_to_the_group_that_fails():
     assert len(failure.trace.config.groups) == 1
     assert len(failure.trace.events) <= 3
     assert "cache group" in failure.violations[0].message
+
+
+def test_a_trace_is_shown_group_by_group():
+    """As text and as a page, with pages that went back behind a window."""
+    config = Config(layout="pr17866/1:C=2,T=2", pages=[9, 9], max_len=30, groups=[NEAR, ALL])
+    trace = Trace(config=config, events=[Admit(0, 5), Decode([0], [2])])
+    lines = list(trace_text(trace))
+    assert "cache group near: layers [0], replicated, window 3" in lines
+    assert "request 0 in near, on rank 1: 7 tokens, prompt of 5, 2 decoded" in lines
+    assert any("0-1 (gone) | 2-3 (gone) | 4-5 (page" in line for line in lines)
+    page = show_page(trace, "two groups")
+    assert page.count("<h2>Cache group") == 3
+    assert "went back behind the window" in page

@@ -169,6 +169,11 @@ class _Group:
     cp_rank: int | None
     state: ModelState
 
+    @property
+    def name(self) -> str:
+        """The group's name, with the rank of a replicated one."""
+        return self.group.name + ("" if self.cp_rank is None else f", on rank {self.cp_rank}")
+
     def seen(self, id: int, cp_size: int) -> Seen:
         """Return the rows of a request in the group, all of them."""
         holders = self.state.holders(id) if self.cp_rank is None else np.array([cp_size])

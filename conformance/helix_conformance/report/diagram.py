@@ -120,8 +120,9 @@ def diagram(
     wrong: Sequence[Wrong] = (),
     at: int | None = None,
     declared: Collection[str] = PROFILES,
+    part: int = 0,
 ) -> Diagram:
-    """Return the diagram of a trace.
+    """Return the diagram of a trace, or of one of its cache groups.
 
     Parameters
     ----------
@@ -133,6 +134,8 @@ def diagram(
         Index of the event that fails; None when none does.
     declared : collection of str
         Profiles of the engine that it was played on: what needs another is refused.
+    part : int
+        With cache groups, which of `parts` is drawn.
 
     Returns
     -------
@@ -142,11 +145,16 @@ def diagram(
     """
     chosen = _chosen(len(trace.events), at)
     recorder = Recorder(trace.config, declared, trace.freedoms)
-    layout = trace.config.layout
+    config, state = trace.config, recorder.state
+    if recorder.groups:
+        drawn_part = recorder.groups[part]
+        state = drawn_part.state
+        config = config.alone(drawn_part.group, drawn_part.cp_rank or 0)
+    layout = config.layout
     seen = _seen(trace, declared)
     small = [id for id, pages in seen.items() if pages <= MAX_PAGES]
     drawn = _drawn(small, wrong, None if at is None else trace.events[at])
-    state, t = recorder.state, layout.tokens_per_block
+    t = layout.tokens_per_block
     stops, frames = [Stop(None, "before the first event")], [_states(state, None, t, drawn)]
     free = [state.free_pages]
     for index, event in enumerate(trace.events):
@@ -159,14 +167,27 @@ def diagram(
     shown = len(stops) - 1 if at is None else [stop.event for stop in stops].index(at)
     return Diagram(
         str(layout),
-        list(trace.config.pages),
+        list(config.pages),
         stops,
         [_panel(id, frames, layout, [w for w in wrong if w.request == id], shown) for id in drawn],
-        _pools(free, trace.config.pages) if "pages" in declared else None,
+        _pools(free, config.pages) if "pages" in declared else None,
         shown,
         len(trace.events),
         len(seen),
     )
+
+
+def parts(trace: Trace) -> list[str]:
+    """Return what there is to draw of a trace: each cache group, of a replicated one each rank.
+
+    Examples
+    --------
+    >>> parts(Trace(config=Config(layout="pr9757/1:C=1,T=2", pages=[9], max_len=9), events=[]))
+    ['']
+    """
+    if not trace.config.groups:
+        return [""]
+    return [part.name for part in Recorder(trace.config).groups]
 
 
 def _seen(trace: Trace, declared: Collection[str]) -> dict[int, int]:
@@ -257,6 +278,9 @@ def _states(
         for positions, table in zip(request.ranks, request.tables, strict=True):
             ranks.append([])
             for place, page in enumerate(table):
+                if page.number < 0:
+                    ranks[-1].append(_Page(page.number, "", []))
+                    continue
                 others = [str(other) for other in holders[_identity(page)] if other != id]
                 runs = _runs(request, positions[place * t : (place + 1) * t], decode, t)
                 ranks[-1].append(_Page(page.number, ", ".join(others), list(runs)))
@@ -397,6 +421,8 @@ def _content(id: int, state: _State | None, grid: _Grid) -> _Content:
 def _page(rank: int, place: int, page: _Page, grid: _Grid) -> _Content:
     x, y = grid.place(rank, place)
     caption, title, kind = f"page {page.number}", f"rank {rank}, page {page.number}", "page"
+    if page.number < 0:
+        caption, title = "gone", f"rank {rank}: a page that went back behind the window"
     if page.shared_with:
         caption += f" \u2194 {page.shared_with}"
         title += f", shared with request {page.shared_with}"
@@ -478,6 +504,11 @@ def scene(failure: FailureLine) -> Scene:
     if config_problem(trace.config) is not None:
         return Scene(failure)
     declared, layout = failure.declared or PROFILES, trace.config.layout
+    if trace.config.groups:
+        told = " ".join(violation.message for violation in failure.violations)
+        named = [f"cache group {name.partition(',')[0]}:" in told for name in parts(trace)]
+        part = named.index(True) if any(named) else 0
+        return Scene(failure, diagram(trace, at=event, declared=declared, part=part))
     recorder, last = Recorder(trace.config, declared, trace.freedoms), None
     for one in trace.events if event is None else trace.events[: event + 1]:
         last = recorder.next(one)

@@ -13,7 +13,7 @@ import jinja2
 
 from helix_conformance.foreign import shown
 from helix_conformance.judge.coverage import SITUATIONS
-from helix_conformance.report.diagram import diagram, scene
+from helix_conformance.report.diagram import diagram, parts, scene
 from helix_conformance.report.stream import FailureLine, Record
 from helix_conformance.report.text import event_text, replay_text, trace_text, value_text
 from helix_spec.engine import PROFILES
@@ -67,7 +67,8 @@ def show_page(trace: Trace, name: str) -> str:
     str
         HTML.
     """
-    return _render("show.html.j2", trace=trace, name=name, diagram=diagram(trace))
+    drawn = [(part, diagram(trace, part=number)) for number, part in enumerate(parts(trace))]
+    return _render("show.html.j2", trace=trace, name=name, diagrams=drawn)
 
 
 def run_page(record: Record) -> str:

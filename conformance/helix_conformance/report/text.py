@@ -436,9 +436,15 @@ def trace_text(trace: Trace, declared: Collection[str] = PROFILES) -> Iterator[s
     for index, event in enumerate(trace.events):
         reason = recorder.next(event).refused
         yield f"event {index}: {event_text(event)}" + (f" -> refused: {reason}" if reason else "")
-    for id, request in recorder.state.requests.items():
+    for group in trace.config.groups:
+        window = "" if group.window is None else f", window {group.window}"
+        yield f"cache group {group.name}: layers {group.layers}, {group.placement}{window}"
+    shown = [(part.name, part.state) for part in recorder.groups] or [("", recorder.state)]
+    for id in recorder.state.requests:
         yield ""
-        yield from _placement_text(id, request, trace.config.layout.tokens_per_block)
+        for name, state in shown:
+            t = state.model.layout.tokens_per_block
+            yield from _placement_text(id, state.model.requests[id], t, name)
 
 
 def _set_apart(config: Config) -> Iterator[str]:
@@ -479,18 +485,19 @@ def event_text(event: Event) -> str:
     return f"{type(event).__name__.lower()} {given}"
 
 
-def _placement_text(id: int, request: Request, tokens_per_block: int) -> Iterator[str]:
+def _placement_text(id: int, request: Request, tokens_per_block: int, group: str) -> Iterator[str]:
     """Yield where one request's tokens are: one line for each rank, pages between bars."""
     state = ", preempted" if request.preempted else ""
     yield (
-        f"request {id}: {len(request.tokens)} tokens, prompt of {request.prompt_len}, "
-        f"{request.steps} decoded{state}"
+        f"request {id}{' in ' * bool(group)}{group}: {len(request.tokens)} tokens, "
+        f"prompt of {request.prompt_len}, {request.steps} decoded{state}"
     )
     t = tokens_per_block
     for rank, (positions, table) in enumerate(zip(request.ranks, request.tables, strict=True)):
         left_out = range(SHOWN_PAGES, len(table) - SHOWN_PAGES)
         pages = [
-            f"{_ranges(positions[i * t : (i + 1) * t])} (page {page.number})"
+            f"{_ranges(positions[i * t : (i + 1) * t])} "
+            + ("(gone)" if page.number < 0 else f"(page {page.number})")
             for i, page in enumerate(table)
             if i not in left_out
         ]
