@@ -127,9 +127,11 @@ def attend_pages(
 def _library() -> Any:
     from torch.utils.cpp_extension import load
 
+    source = Path(__file__).with_name("attend_pages.cpp")
+    # Another version of the source, whose arguments are others, may be built in the same folder.
     path = load(
-        f"helix_gpu_native_{_processor()}",
-        [str(Path(__file__).with_name("attend_pages.cpp"))],
+        f"helix_gpu_native_{_processor()}_{sha256(source.read_bytes()).hexdigest()[:8]}",
+        [str(source)],
         extra_cflags=["-O3", "-march=native", "-std=c++20", "-fopenmp"],
         is_python_module=False,
     )
@@ -137,7 +139,7 @@ def _library() -> Any:
 
 
 def _processor() -> str:
-    """A name for what is built here: for this very processor, while the cache may be shared."""
+    """A name for this very processor: the folder of extensions may be shared."""
     compiler = os.environ.get("CXX", "c++")
     macros = subprocess.run(
         [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull],
