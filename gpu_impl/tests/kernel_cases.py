@@ -149,9 +149,8 @@ def test_decode_against_float64(
 WINDOWS = [(0, 40), (15, 40), (16, 40), (17, 33), (39, 40), (40, 40), (20, 18), (0, 0), (100, 101)]
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("t", [4, 16, 24, 64])
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], torch.float8_e4m3fn])
+@pytest.mark.parametrize(("splits", "t"), [(1, 24), (3, 4), (3, 64)])
 def test_windows_against_float64(
     dtype: torch.dtype, splits: int, t: int, values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
