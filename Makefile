@@ -125,9 +125,9 @@ conform-sglang: .venv-sglang/installed ## The code of SGLang 0.5.23, without a G
 	$(CONFORM_SGLANG) sglang-cache --examples 100
 	$(CONFORM_SGLANG) sglang-cache-triton --cp 1 --cp 2 --cp 4 --examples 20
 	$(CONFORM_SGLANG) sglang-attention --cp 1 --cp 2 --cp 4 --examples 20 --deadline 120
-	$(CONFORM_SGLANG) sglang-ag-rs-mla --cp 2 --cp 4 --examples 40
+	$(CONFORM_SGLANG) sglang-ag-rs-mla --cp 2 --cp 4 --examples 40 --deadline 120
 	$(CONFORM_SGLANG) sglang-ag-rs-mha --cp 2 --cp 3 --cp 4 --examples 40
-	$(CONFORM_SGLANG) sglang-a2a --cp 2 --cp 3 --cp 4 --examples 40
+	$(CONFORM_SGLANG) sglang-a2a --cp 2 --cp 3 --cp 4 --examples 40 --deadline 120
 	$(SGLANG)/python -m helix_adapters.findings $(SGLANG_ADAPTER)
 
 RING := ring-attention-pytorch==0.5.20 einops==0.8.2 beartype==0.23.1 jaxtyping==0.3.11 wadler-lindig==0.1.8

@@ -28,3 +28,18 @@ def test_no_two_findings_have_one_number():
     texts = [path.read_text() for path in Path(__file__).parents[2].glob("*/FINDINGS.md")]
     numbers = [int(n) for text in texts for n in re.findall(r"^## (\d+)\. ", text, re.MULTILINE)]
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("folder", ADAPTERS, ids=lambda folder: folder.name)
+def test_every_bug_has_a_report(folder):
+    """A finding that is a bug has a report for the maintainers, and no other has."""
+    text = (folder / "FINDINGS.md").read_text()
+    bugs = re.findall(r"^## (\d+)\. .*: a bug$", text, re.MULTILINE)
+    reports = {path.stem: path.read_text() for path in (folder / "reports").glob("*.md")}
+    assert set(reports) == set(bugs)
+    for number, report in reports.items():
+        assert f"[Report](reports/{number}.md)" in text
+        for part in ("**Versions.**", "**To reproduce**", "**Cause.**", "**Suggestion.**"):
+            assert part in report, (number, part)
+        for code in re.findall(r"```python\n(.*?)```", report, re.DOTALL):
+            compile(code, number, "exec")
