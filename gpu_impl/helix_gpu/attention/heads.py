@@ -93,6 +93,8 @@ class PaddedHeads:
         -------
         Tensor
         """
+        if _in_place(self.q_source):
+            return output
         places = sorted(
             (source, place) for place, source in enumerate(self.q_source) if source >= 0
         )
@@ -163,8 +165,15 @@ def _placed(heads: Tensor, source: tuple[int, ...], dim: int) -> Tensor:
         raise ValueError(
             f"Axis {dim} of shape {tuple(heads.shape)} must hold the model's {given} heads."
         )
+    if _in_place(source):
+        return heads
     index = torch.tensor(source, device=heads.device)
     placed = heads.index_select(dim, index.clamp(min=0))
     blank = [1] * heads.ndim
     blank[dim] = len(source)
     return placed.where((index >= 0).view(blank), 0)
+
+
+def _in_place(source: tuple[int, ...]) -> bool:
+    """Whether every head stands where it does in the model: nothing is moved, or waited for."""
+    return source == tuple(range(len(source)))
