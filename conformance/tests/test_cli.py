@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from helix_conformance.cli import main
 from helix_spec.config import Config, ModelShape
+from helix_spec.engine import OF_GROUPS
 from helix_spec.events import FEATURES, Admit, Decode
 from helix_spec.trace import Trace, dump_trace, load_trace
 
@@ -52,9 +53,9 @@ def test_passing_run_says_what_was_checked_and_what_was_not(tmp_path):
     found = summary(tmp_path / "run.jsonl")
     assert (found["kind"], found["verdict"]) == ("summary", "pass")
     assert found["layouts"] == ["pr9757", "balanced"]
-    assert found["profiles_checked"] == ["placement", "lengths", "pages", *FEATURES]
+    assert found["profiles_checked"] == ["placement", "lengths", "pages", *FEATURES, *OF_GROUPS]
     assert found["profiles_not_checked"][:2] == ["cache", "attention"]
-    assert found["traces"] == 12  # with the long one of each layout
+    assert found["traces"] == 13  # with the long one of each layout, and the far one
     assert found["events"] > 0 < found["events_per_s"]
 
 

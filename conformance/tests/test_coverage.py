@@ -11,14 +11,15 @@ from helix_conformance.cli import main
 from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.generate.choices import Choices
 from helix_conformance.generate.configs import draw_config
+from helix_conformance.generate.groups import GROUPED, with_groups
 from helix_conformance.generate.traces import draw_trace
 from helix_conformance.judge.coverage import ALL_NEEDS, SITUATIONS, Coverage, Tally, at_hand
 from helix_conformance.judge.play import check_trace, profiles_to_check
 from helix_conformance.session import layout_traces, random_traces
 from helix_reference.engine import ReferenceEngine
-from helix_spec.capabilities import Box, Span
+from helix_spec.capabilities import UNLIMITED, Box, Span
 from helix_spec.config import Config, config_problem
-from helix_spec.engine import Outcome
+from helix_spec.engine import OF_GROUPS, Outcome
 from helix_spec.events import (
     FEATURES,
     Accept,
@@ -35,7 +36,7 @@ from helix_spec.events import (
 )
 from helix_spec.trace import Trace
 
-PROFILES = profiles_to_check(ReferenceEngine.profiles, ["pages", *FEATURES])
+PROFILES = profiles_to_check(ReferenceEngine.profiles, ["pages", *FEATURES, *OF_GROUPS])
 
 
 def visited(events, *, layout="pr9757/1:C=2,T=2", pages=9, overlap=False) -> set[str]:
@@ -73,7 +74,10 @@ def test_random_traces_visit_every_situation() -> None:
     coverage, driver = Coverage(), LocalDriver(ReferenceEngine)
 
     def draw(choices: Choices) -> Trace:
-        return draw_trace(choices, draw_config(choices, contents=False), contents=False)
+        config = draw_config(choices, contents=False)
+        if choices.one_in(GROUPED):
+            config = with_groups(choices, config, PROFILES, UNLIMITED)
+        return draw_trace(choices, config, contents=False)
 
     failure = random_traces(
         driver, draw, PROFILES, examples=300, seed=1, tally=Tally(), coverage=coverage

@@ -318,4 +318,4 @@ def test_the_judge_finds_nothing_wrong_with_right_answers(case: str) -> None:
 def test_every_invariant_that_an_answer_can_break_is_broken_here() -> None:
     """No number of SPEC.md is left without a wrong answer of its own."""
     named = {number for _, _, _, expected in CASES.values() for number in expected}
-    assert named == set(NUMBERS) - BLIND
+    assert named == set(NUMBERS) - BLIND - {"REP-1", "POOL-1", "WIN-1", "WIN-2"}  # test_groups has

@@ -15,7 +15,7 @@ from helix_conformance.judge.xfail import Known, LedgerError
 from helix_conformance.session import layout_run
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
-from helix_spec.engine import PROFILES, Outcome
+from helix_spec.engine import OF_GROUPS, PROFILES, Outcome
 from helix_spec.events import FEATURES, Admit, Decode, Reason
 from helix_spec.invariants import NUMBERS
 from helix_spec.layouts import layout_name
@@ -148,7 +148,7 @@ def test_what_follows_from_a_known_difference_is_not_told_as_another(tmp_path):
             layout = config.layout.replace(owner="last_rank")
             return super().start(msgspec.structs.replace(config, layout=layout), profiles)
 
-    at_once = [n for n in NUMBERS if n[:4] in ("OWN-", "BAL-", "GROW", "PAGE")]
+    at_once = [n for n in NUMBERS if n[:4] in ("OWN-", "BAL-", "GROW", "PAGE", "POOL", "WIN-")]
     at_once += ["LEN-1", "LEN-3"]
     entries = [f'invariant = "{number}"\n{WRONG}' for number in at_once]
     ledger = known(tmp_path, *entries, f'reason = "out_of_pages"\n{WRONG}')
@@ -179,7 +179,7 @@ def test_a_profile_that_is_answered_wrongly_is_checked_apart(tmp_path):
     assert [d.subject for d in ledger.of_layout("pr9757")] == ["speculative"]
     both = known(tmp_path, f'profile = "lengths"\n{WRONG}')
     checked, failed, _ = played(Liar, both)
-    assert (checked, failed, both.holds) == ({"placement", *FEATURES}, None, True)
+    assert (checked, failed, both.holds) == ({"placement", *FEATURES, *OF_GROUPS}, None, True)
 
 
 def test_a_ledger_that_leaves_nothing_to_judge_does_not_hold(tmp_path):

@@ -166,7 +166,7 @@ def test_the_last_line_says_pass_or_fail_of_what(tmp_path) -> None:
     words = ["--layout", "pr9757", "--examples", "5", "--profile", "lengths"]
     passed = run(tmp_path, "--engine", "reference", *words).output.splitlines()[-1]
     failed = run(tmp_path, "--engine", "suite_testing.broken:Liar", *words).output.splitlines()[-1]
-    assert passed.startswith("PASS: 6 traces and ") and (
+    assert passed.startswith("PASS: 7 traces and ") and (
         " vectors of pr9757; checked placement, lengths; not checked " in passed
     )
     assert failed.startswith("FAIL: ")
@@ -187,7 +187,7 @@ def test_failing_traces_stay_and_are_played_first(tmp_path) -> None:
     again = run(tmp_path, *words, "--examples", "20", "--seed", "5")
     assert (again.exit_code, [kept]) == (1, list((tmp_path / "failing").iterdir()))
     right = run(tmp_path, "--engine", "gpu-ledger", *words[2:], "--examples", "2")
-    assert right.output.splitlines()[-1].startswith("PASS: 4 traces and ")
+    assert right.output.splitlines()[-1].startswith("PASS: 5 traces and ")
 
 
 def test_a_run_that_checks_nothing_fails(tmp_path) -> None:

@@ -52,7 +52,15 @@ class GroupsJudge:
         self.last: Sequence[Part] = ()
 
     def event(self, expected: Expectation, answers: Sequence[Answer]) -> list[Violation]:
-        """Return what is wrong with the columns and states of an event; see `Judge.event`."""
+        """Return what is wrong with the columns and states of an event.
+
+        Parameters
+        ----------
+        expected
+            The event's expectation, with its `parts`.
+        answers
+            Answer of each rank, by global rank.
+        """
         if not self.parts:
             self.parts = list(self._judges(expected.parts))
         self.last = expected.parts

@@ -122,6 +122,15 @@ def report(streams: tuple[Path, ...], compare: bool, **paths: Path | None) -> No
 
     Several files are read one after another: runs, proofs (`prove --stream`) and mutation runs
     (`zoo --stream`) make one report.
+
+    Parameters
+    ----------
+    streams : tuple of Path
+        The files.
+    compare : bool
+        Whether two of them are compared: what was passing and is not, and the other way round.
+    **paths : Path or None
+        Where each view is written.
     """
     if compare:
         if len(streams) != 2 or any(paths.values()):

@@ -182,6 +182,7 @@ def parts(trace: Trace) -> list[str]:
 
     Examples
     --------
+    >>> from helix_spec.config import Config
     >>> parts(Trace(config=Config(layout="pr9757/1:C=1,T=2", pages=[9], max_len=9), events=[]))
     ['']
     """
