@@ -675,6 +675,12 @@ class Attention(Groups, CacheTriton):
         return keys, values
 
 
+class AttentionAnyChunk(Attention):
+    """Without a word of the chunks that hang."""
+
+    capabilities: ClassVar[Any] = {**Cache.capabilities, **SHORT, "attention": ["gqa"]}
+
+
 class AgRsMla(Groups):
     """`cp_lse_ag_out_rs_mla`: log-sum-exps all-gathered, corrected outputs reduce-scattered.
 
