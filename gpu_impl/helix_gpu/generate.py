@@ -476,7 +476,8 @@ def report(loop: Loop, began: float) -> list[str]:
     page = helix.pool[:, 0].nbytes
     return [
         f"{helix.config.world_size} ranks (tp {helix.config.tp_size}), {helix.config.layout}: "
-        f"{len(times)} tokens in {seconds:.2f} s, {len(times) / seconds:.1f} a second.",
+        f"{len(times):,} tokens in {seconds:.2f} s, {len(times) / seconds:.1f} a second, behind "
+        f"{sum(request.prompt_len for request in requests):,} of prompts.",
         f"Time to the first token: {min(first):.2f} to {max(first):.2f} s.",
         f"KV bytes held at a time, by rank: {', '.join(f'{int(x) * page:,}' for x in held)}.",
     ]
