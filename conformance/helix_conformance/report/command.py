@@ -117,7 +117,7 @@ _COMPARE = click.Option(
 
 
 @click.command(params=[_STREAMS, *_OPTIONS, _COMPARE], epilog=exit_statuses(_STATUSES))
-def report(streams: tuple[Path, ...], compare: bool, **paths: Path | None) -> None:
+def report(streams: tuple[Path, ...], **options: Any) -> None:
     """Show what a run's JSON stream holds: as a table here, and in the files asked for.
 
     Several files are read one after another: runs, proofs (`prove --stream`) and mutation runs
@@ -132,8 +132,8 @@ def report(streams: tuple[Path, ...], compare: bool, **paths: Path | None) -> No
     **paths : Path or None
         Where each view is written.
     """
-    if compare:
-        if len(streams) != 2 or any(paths.values()):
+    if options["compare"]:
+        if len(streams) != 2 or any(options[name] for name in VIEWS):
             raise BadInput("--compare takes two streams, OLD and NEW, and writes no file.")
         lines, worse = compared(*(read_stream([path]) for path in streams))
         print_lines(stdout(), lines)
@@ -141,7 +141,7 @@ def report(streams: tuple[Path, ...], compare: bool, **paths: Path | None) -> No
     record = read_stream(streams)
     _print(record)
     for name, (_, view) in VIEWS.items():
-        path = paths[name]
+        path = options[name]
         if path is not None:
             try:
                 write_file(path, _data(view(record)))
