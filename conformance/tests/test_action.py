@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "conformance/action.sh"
 SCRIPTS = [
     SCRIPT,
+    ROOT / "conformance/release.sh",
     ROOT / "conformance/helix_conformance/starters/conformance.sh.txt",
     ROOT / ".ci/run",
 ]
