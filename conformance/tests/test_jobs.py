@@ -37,7 +37,7 @@ def played(folder, jobs, *words):
     stream, traces = folder / f"{jobs}.jsonl", folder / f"traces-{jobs}"
     layouts = ["--layout", "pr9757", "--layout", "vllm_dcp", "--cp", "2"]
     options = ["--jobs", str(jobs), "--json", str(stream), "--traces", str(traces)]
-    result = CliRunner().invoke(main, ["run", *layouts, "--examples", "8", *options, *words])
+    result = CliRunner().invoke(main, ["run", *layouts, "--examples", "4", *options, *words])
     lines = [json.loads(line) for line in stream.read_text().splitlines()]
     for line in lines:
         for name in OF_THE_CLOCK & line.keys():
