@@ -6,6 +6,7 @@ One by one: `TRITON_INTERPRET=1 pytest gpu_impl/tests/kernel_cases.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -257,13 +258,176 @@ def test_splits_divide_the_window(values: Values) -> None:
         np.testing.assert_allclose(lse2[split, 1] * np.log(2), lse, rtol=1e-6, atol=1e-6)
 
 
-def test_decode_reads_an_8_bit_cache(values: Values) -> None:
-    """K and V of float8_e4m3fn give what the values they were rounded to give."""
-    k, v = (values((37, 2, 64), n).to(torch.float8_e4m3fn).to(torch.float16) for n in (1, 2))
-    q = values((1, 4, 64), 0, dtype=torch.float16)
-    pool, tables, lengths = scattered([(k, v)], 16)
+@pytest.mark.parametrize(("windowed", "paired"), [(False, 2), (True, 0)])
+def test_windows_of_8_bits_and_of_tokens_are_read_by_the_plain_kernel(
+    windowed: bool, paired: int, values: Values, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs are not made, and groups of tokens with a start each are attended to row by row."""
+    calls = list[Any]()
+    for module in ("decode", "mla"):
+        monkeypatch.setattr(
+            f"helix_gpu.attention.kernels.{module}.decode_narrow",
+            lambda *given, **how: calls.append(given),
+        )
+    k, v = (values((37, 1, 32), n).to(torch.float8_e4m3fn).float() for n in (1, 2))
+    pool, tables, _ = scattered([(k, v)], 16)
+    q, tables = values((3, 2, 32), 0, dtype=torch.float16), tables.expand(3, -1)
+    lengths, starts = torch.tensor([35, 36, 37]), torch.tensor([3, 20, 36])
+    how: dict[str, Any] = {"starts": starts} if windowed else {}
     narrow = pool.to(torch.float8_e4m3fn)
-    check_rows(*kernels.attend_pages(q, narrow, tables, lengths, 2), q, [(k, v)])
+    out, lse2 = torch.full((1, 3, 2, 32), torch.nan), torch.full((1, 3, 2), torch.nan)
+    decode_latent(q, narrow[:, 0, :, 0], tables, lengths, out, lse2, scale=1.0, **how)
+    decode(q, narrow, tables, lengths, out, lse2, **how)
+    assert len(calls) == paired
+    if windowed:
+        send = torch.empty(1, 3 * 2 * 33 * 4, dtype=torch.uint8)
+        output, lse = unpack(send, 3, 2, 32, torch.float32)
+        groups = torch.tensor([0, 3])
+        how |= {"packed": True, "groups": groups, "tokens": 3}
+        decode(q, pool.half(), tables, lengths, output, lse, **how)
+        rows = [
+            (k[a:b].half(), v[a:b].half())
+            for a, b in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ]
+        check_rows(output[0], lse[0], q, rows)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), [(4, 2, 4), (6, 2, 3), (20, 1, 8)])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_tokens_of_a_request_attend_together(
+    heads: int, kv_heads: int, tokens: int, splits: int, values: Values
+) -> None:
+    """Groups of one token to `tokens`, and empty ones; tokens without keys in a split or at all."""
+    seen = [[0, 0, 1], [5], [15, 16, 16], [30, 31, 33], [0]]
+    starts = np.cumsum([0, *map(len, seen), 0, 0])
+    longest = [values((row[-1], kv_heads, 16), 1, row[-1]) for row in seen]
+    pool, tables, _ = scattered([(k, k + 1) for k in longest], 16)
+    lengths = torch.tensor([length for row in seen for length in row])
+    tables = tables.repeat_interleave(torch.tensor([len(row) for row in seen]), 0)
+    q = values((len(lengths), heads, 16), 0)
+    out = torch.full((splits, len(lengths), heads, 16), torch.nan)
+    lse2 = torch.full((splits, len(lengths), heads), torch.nan)
+    together: dict[str, Any] = {"groups": torch.from_numpy(starts), "tokens": tokens}
+    small = DecodeSettings(16, 4, 2)
+    decode(q, pool, tables, lengths, out, lse2, settings=small, **together)
+    send, sent = torch.full((2, 2, len(q) * heads // 2 * 68), 255, dtype=torch.uint8)
+    reduce_pack(out, lse2, send, torch.float32)
+    shape = (len(q), heads // 2, 16, torch.float32)
+    output, lse = (x.transpose(0, 1).flatten(1, 2) for x in unpack(send, *shape))
+    shards = [
+        (k[:length], k[:length] + 1) for k, row in zip(longest, seen, strict=True) for length in row
+    ]
+    check_rows(output, lse, q, shards)
+    if splits == 1:
+        packed = unpack(sent, *shape)
+        decode(q, pool, tables, lengths, *packed, packed=True, settings=small, **together)
+        assert torch.equal(sent, send)
+
+
+EVERY_NUMBER = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+EVERY_NUMBER = EVERY_NUMBER[~EVERY_NUMBER.float().isnan()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(("dim", "kv_heads", "t"), [(64, 2, 16), (80, 1, 64), (2, 1, 1)])
+def test_decode_reads_an_8_bit_cache(
+    dtype: torch.dtype, heads_first: bool, dim: int, kv_heads: int, t: int, values: Values
+) -> None:
+    """K and V of float8_e4m3fn give what the values they were rounded to give."""
+    lengths = [0, 1, 37]
+    shards = [
+        tuple(
+            values((n, kv_heads, dim), part, n).to(torch.float8_e4m3fn).to(dtype) for part in (1, 2)
+        )
+        for n in lengths
+    ]
+    q = values((3, 2 * kv_heads, dim), 0, dtype=dtype)
+    pool, *paging = scattered([(k, v) for k, v in shards], t, heads_first)
+    for splits in (1, 2):
+        found = kernels.attend_pages(q, pool.to(torch.float8_e4m3fn), *paging, splits)
+        check_rows(*found, q, [(k, v) for k, v in shards])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("latent", [False, True])
+def test_every_8_bit_number_is_read_exactly(dtype: torch.dtype, latent: bool) -> None:
+    """One key whose values are all 254 numbers is what a row of that key alone attends to."""
+    row = torch.cat((EVERY_NUMBER, EVERY_NUMBER[:2]))
+    for q in (torch.zeros(1, 1, 256, dtype=dtype), torch.ones(1, 1, 256, dtype=dtype)):
+        out, lse2 = torch.full((1, 1, 1, 256), torch.nan), torch.full((1, 1, 1), torch.nan)
+        paging = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+        if latent:
+            decode_latent(q, row.view(1, 1, 256), *paging, out, lse2, scale=2.0**-6)
+        else:
+            pool = row.view(1, 1, 1, 1, 256).expand(1, 2, 1, 1, 256)
+            decode(q, pool, *paging, out, lse2, scale=2.0**-6)
+        assert torch.equal(out.flatten(), row.float())
+        # The numbers are multiples of 2**-9: their sum is exact.
+        score = (q.double().flatten() * row.double()).sum() * 2**-6
+        np.testing.assert_allclose(lse2.item() * np.log(2), score, rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [2.0**-9, 448.0])
+@pytest.mark.parametrize("size", [2.0**-14, 2.0**17, 2.0**127])
+def test_queries_of_any_size_meet_8_bit_keys(number: float, size: float) -> None:
+    """Scores are right wherever bfloat16 can hold the query."""
+    q = torch.full((1, 1, 16), size, dtype=torch.bfloat16)
+    pool = torch.full((1, 2, 1, 1, 16), number).to(torch.float8_e4m3fn)
+    out, lse2 = torch.full((1, 1, 1, 16), torch.nan), torch.full((1, 1, 1), torch.nan)
+    paging = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+    scale = 2.0**-20
+    decode(q, pool, *paging, out, lse2, scale=scale)
+    np.testing.assert_allclose(lse2.item() * np.log(2), 16 * size * number * scale, rtol=1e-6)
+    assert bool((out == number).all())
+
+
+def test_small_elements_and_small_weights_count_beside_large_ones() -> None:
+    """Elements 2**-20 of a query's largest, and 1,000 weights of 2**-26 beside one of 1."""
+    q = torch.zeros(1, 1, 16, dtype=torch.bfloat16)
+    q[0, 0, :2] = torch.tensor([2.0**10, 2.0**-10])
+    k, v = torch.zeros(2, 1001, 1, 16)
+    k[1:, 0, 1] = -448.0
+    k[0, 0, 0], scale = 2.0**-6, 26 * np.log(2) / (16 + 448 * 2.0**-10)
+    v[1:], v[0] = 448.0, 2.0**-9
+    pool, *paging = scattered([(k, v)], 16)
+    out, lse2 = torch.full((1, 1, 1, 16), torch.nan), torch.full((1, 1, 1), torch.nan)
+    decode(q, pool.to(torch.float8_e4m3fn), *paging, out, lse2, scale=scale)
+    rest = 1000 * 2.0**-26
+    np.testing.assert_allclose(out.flatten(), (2.0**-9 + 448 * rest) / (1 + rest), rtol=1e-5)
+    np.testing.assert_allclose(lse2.item(), 16 * scale / np.log(2) + np.log2(1 + rest), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("rope", "paired"), [(0, 1), (16, 0), (32, 1)])
+def test_pairs_whose_halves_matrix_units_do_not_take_are_not_made(
+    rope: int, paired: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, a product needs 16 dims, which the interpreter does not say."""
+    calls = list[Any]()
+    monkeypatch.setattr(
+        "helix_gpu.attention.kernels.mla.decode_narrow", lambda *given, **how: calls.append(given)
+    )
+    pool = torch.zeros(1, 1, 32 + rope).to(torch.float8_e4m3fn)
+    paging = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+    out, lse2 = torch.zeros(1, 1, 1, 32), torch.zeros(1, 1, 1)
+    q = torch.zeros(1, 1, 32 + rope, dtype=torch.float16)
+    decode_latent(q, pool, *paging, out, lse2, scale=1.0)
+    assert len(calls) == paired
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("place", [0, 1, 31])
+def test_nan_in_an_8_bit_cache_stays_nan(part: int, dtype: torch.dtype, place: int) -> None:
+    """Of K in every element of the output, of V in its own."""
+    pool = torch.ones(1, 2, 4, 1, 32)
+    pool[0, part, 2, 0, place] = torch.nan
+    q = torch.ones(1, 1, 32, dtype=dtype)
+    paging = torch.zeros(1, 1, dtype=torch.int64), torch.full((1,), 3)
+    output, _ = kernels.attend_pages(q, pool.to(torch.float8_e4m3fn), *paging)
+    expected = torch.ones(32)
+    expected[slice(None) if part == 0 else place] = torch.nan
+    torch.testing.assert_close(output.flatten(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -325,6 +489,30 @@ def test_reduce_pack_is_merge_then_pack(
     for got, want in zip(unpack(send, *shape), unpack(expected, *shape), strict=True):
         # A rounding of the wire type, where both were near its middle.
         torch.testing.assert_close(got, want, rtol=2 * UNIT[got.dtype] + 2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("wire", [torch.float32, torch.float16])
+@pytest.mark.parametrize("latent", [False, True])
+def test_one_split_is_written_as_reduce_pack_would(
+    wire: torch.dtype, latent: bool, values: Values
+) -> None:
+    """To the bit, for three ranks; rows without keys too, and unused slots are NaN."""
+    n, heads, ranks = 4, 6, 3
+    rows = [values((length, 1, 32), 1, length) for length in (0, 1, 17, 40)]
+    pool, *paging = scattered([(row, row) for row in rows], 16)
+    q = values((n, heads, 32), 0)
+    if latent:
+        pool, dim, by = pool[:, 0, :, 0], 16, partial(decode_latent, scale=0.2)
+    else:
+        dim, by = 32, partial(decode)
+    out, lse2 = torch.full((1, n, heads, dim), torch.nan), torch.full((1, n, heads), torch.nan)
+    by(q, pool, *paging, out, lse2)
+    row_bytes = n * (heads // ranks) * (dim * wire.itemsize + 4)
+    expected, send = torch.full((2, ranks, row_bytes), 255, dtype=torch.uint8)
+    reduce_pack(out, lse2, expected, wire)
+    sent = unpack(send, n, heads // ranks, dim, wire)
+    by(q, pool, *paging, *sent, packed=True)
+    assert torch.equal(send, expected)
 
 
 @pytest.mark.parametrize("wire", DTYPES)

@@ -8,7 +8,9 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found,unu
 from torch import Tensor
 
 from helix_gpu.attention.kernels.common import FUSION, LOG2_E, check_layout, interpreted
+from helix_gpu.attention.kernels.narrow import decode_narrow, pairs
 from helix_gpu.attention.kernels.paging import converted, key_pointers, read_pages, split_bounds
+from helix_gpu.attention.kernels.results import as_stored, pointers, store_output
 from helix_gpu.attention.kernels.settings import DecodeSettings, latent_settings
 
 
@@ -18,21 +20,21 @@ def mla_kernel(  # type: ignore[no-untyped-def]
     partial_out, partial_lse2,
     scale_log2e,
     q_row, q_head, pool_page, table_row,
-    out_split, out_row, lse_split, lse_row,
+    out_part, lse_part, heads_of_part,
     heads,
     LATENT: tl.constexpr, ROPE: tl.constexpr, TOKENS_PER_PAGE: tl.constexpr,
     POOL_TOKEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HEADS: tl.constexpr,
-    UPCAST: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr,
+    PACKED: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_HEADS query heads, one split, one row; see `decode_kernel`.
 
     It differs in that a key is (latent, rope) and its value the latent, read once for both.
     """
-    split, row = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     head_there = head < heads
     in_latent = tl.arange(0, LATENT)
-    lse_at = partial_lse2 + split * lse_split + row * lse_row + head
+    lse_at = pointers(partial_lse2, row, head, lse_part, heads_of_part, 1, PACKED)
 
     first = 0
     if WINDOWED:
@@ -40,6 +42,11 @@ def mla_kernel(  # type: ignore[no-untyped-def]
     begin, end = split_bounds(first, tl.load(lengths + row).to(tl.int32), BLOCK)
     if begin >= end:
         tl.store(lse_at, tl.full([BLOCK_HEADS], float("-inf"), tl.float32), mask=head_there)
+        if PACKED:
+            store_output(
+                partial_out, tl.zeros([BLOCK_HEADS, LATENT], tl.float32), row, head, in_latent,
+                head_there[:, None], out_part, heads_of_part, LATENT, PACKED,
+            )  # fmt: skip
         return
 
     q_at = q + row * q_row + head[:, None] * q_head
@@ -90,10 +97,11 @@ def mla_kernel(  # type: ignore[no-untyped-def]
         output = tl.dot(weights, values, output * fade[:, None], input_precision="ieee")
         top = new_top
 
-    out_at = partial_out + split * out_split + row * out_row
-    out_at = out_at + head[:, None] * LATENT + in_latent[None, :]
-    tl.store(out_at, output / total[:, None], mask=head_there[:, None])
-    tl.store(lse_at, top + tl.log2(total), mask=head_there)
+    store_output(
+        partial_out, output / total[:, None], row, head, in_latent,
+        head_there[:, None], out_part, heads_of_part, LATENT, PACKED,
+    )  # fmt: skip
+    tl.store(lse_at, as_stored(top + tl.log2(total), PACKED), mask=head_there)
 
 
 def decode_latent(
@@ -107,6 +115,7 @@ def decode_latent(
     scale: float,
     starts: Tensor | None = None,
     wide: bool = False,
+    packed: bool = False,
     settings: DecodeSettings | None = None,
 ) -> None:
     """Write the attention of `q` over a latent cache, as `decode` does.
@@ -124,7 +133,7 @@ def decode_latent(
     partial_lse2 : Tensor, float32 [S, n, heads], contiguous
     scale : float
         The model's, 1 / sqrt(128 + 64) for DeepSeek, since the absorbed width does not tell it.
-    starts, wide
+    starts, wide, packed
         As `decode` takes them.
     settings : DecodeSettings, optional
         How it is launched; `latent_settings` unless given.
@@ -139,24 +148,31 @@ def decode_latent(
         rows={"q": q, "pool": pool, "tables": tables},
         whole={
             "lengths": lengths, "starts": starts,
-            "partial_out": partial_out, "partial_lse2": partial_lse2,
+            "partial_out": partial_out[0], "partial_lse2": partial_lse2[0],
         },
     )  # fmt: skip
     n, heads, dim = q.shape
     latent = partial_out.shape[3]
     settings = settings or latent_settings(heads, torch.float32 if wide else q.dtype, pool.dtype)
+    paired = pairs(pool[:, None, :, None], torch.float32 if wide else q.dtype)
+    # Matrix units take 16 dims at a time, and pairs are halves of what is rotated.
+    if paired is not None and not windowed and heads <= 16 and not 0 < dim - latent < 32:
+        decode_narrow(
+            q, paired, tables, lengths, partial_out, partial_lse2,
+            scale=scale, packed=packed, settings=settings,
+        )  # fmt: skip
+        return
     block_heads = settings.heads_of(heads)
-    mla_kernel[(-(-heads // block_heads), partial_out.shape[0], n)](
+    mla_kernel[(-(-heads // block_heads), 1 if packed else partial_out.shape[0], n)](
         q, pool, tables, starts, lengths,
         partial_out, partial_lse2,
         scale * LOG2_E,
         q.stride(0), q.stride(1), pool.stride(0), tables.stride(0),
-        partial_out.stride(0), partial_out.stride(1),
-        partial_lse2.stride(0), partial_lse2.stride(1),
+        partial_out.stride(0), partial_lse2.stride(0), partial_out.shape[2],
         heads,
         LATENT=latent, ROPE=dim - latent, TOKENS_PER_PAGE=pool.shape[1],
         POOL_TOKEN=pool.stride(1), BLOCK=settings.block, BLOCK_HEADS=block_heads,
-        UPCAST=interpreted(mla_kernel) and q.dtype == torch.bfloat16, WIDE=wide,
+        PACKED=packed, UPCAST=interpreted(mla_kernel) and q.dtype == torch.bfloat16, WIDE=wide,
         WINDOWED=windowed,
         num_warps=settings.warps, num_stages=settings.stages, enable_fp_fusion=FUSION,
     )  # fmt: skip

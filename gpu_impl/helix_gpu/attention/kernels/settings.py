@@ -42,15 +42,17 @@ class DecodeSettings:
     heads: int = 64
     resident: int = 1
 
-    def heads_of(self, group: int) -> int:
-        """Return the query heads that a program takes of a group; matrix units want 16.
+    def heads_of(self, group: int, tokens: int = 1) -> int:
+        """Return the query heads that a program takes of a group; matrix units want 16 rows.
 
         Parameters
         ----------
         group : int
             Query heads that share a KV head.
+        tokens : int
+            Tokens whose heads a program takes together, a power of 2.
         """
-        return min(self.heads, max(16, power_of_2(group)))
+        return min(self.heads, max(16, power_of_2(group) * tokens)) // tokens
 
 
 def decode_settings(
@@ -85,6 +87,24 @@ def decode_settings(
     return DecodeSettings(block=64 if head_dim > 128 else 128, warps=8, stages=3)
 
 
+def narrow_settings(head_dim: int) -> DecodeSettings:
+    """Return the settings of `decode` for a cache of 8 bits that is read by pairs.
+
+    As many programs are resident as by `decode_settings`, so that either may follow from one choice
+    of splits.
+
+    Parameters
+    ----------
+    head_dim : int
+
+    Returns
+    -------
+    DecodeSettings
+    """
+    block, warps = (32, 4) if head_dim > 128 else (64, 2)
+    return DecodeSettings(block, warps, stages=3, resident=4)
+
+
 def latent_settings(
     heads: int, dtype: torch.dtype, cached: torch.dtype | None = None
 ) -> DecodeSettings:
@@ -109,7 +129,10 @@ def latent_settings(
     """
     if dtype == torch.float32:
         return DecodeSettings(block=16, warps=8, stages=1, heads=16)
-    if cached is not None and cached.itemsize == 1:
+    narrow = cached is not None and cached.itemsize == 1
+    if heads <= 16 and narrow:
+        return DecodeSettings(block=64, warps=4, stages=2, heads=16, resident=2)
+    if narrow:
         return DecodeSettings(block=64, warps=8, stages=3, heads=64)
     if heads <= 16:
         return DecodeSettings(block=32, warps=4, stages=3, heads=16, resident=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +117,8 @@ def attend_shard(
 ) -> None:
     """Store K and V where this rank owns them, attend over its pages, fill `buffers.send`.
 
-    Three launches. The exchange from `send` to `received` comes next, then `merge_shards`.
+    Three launches, or two where keys are not split. The exchange from `send` to `received` comes
+    next, then `merge_shards`.
 
     Parameters
     ----------
@@ -139,16 +141,27 @@ def attend_shard(
     wide : bool
         As `decode` takes it.
     """
-    partials = buffers.partial_out, buffers.partial_lse2
     how: Any = {"starts": starts, "scale": scale, "wide": wide, "settings": settings}
     if v is None:
         latents = pool[:, 0, :, 0]
         append_latent(k[:, 0], latents, slots)
-        decode_latent(q, latents, tables, lengths, *partials, **how)
+        _attend(decode_latent, buffers, q, latents, tables, lengths, **how)
     else:
         append(k, v, pool, slots)
-        decode(q, pool, tables, lengths, *partials, **how)
-    reduce_pack(*partials, buffers.send, buffers.wire)
+        _attend(decode, buffers, q, pool, tables, lengths, **how)
+
+
+def _attend(by: Callable[..., None], buffers: StepBuffers, *given: Tensor, **how: Any) -> None:
+    """Fill `buffers.send` by `decode` or `decode_latent`, which writes a single split there."""
+    partials = buffers.partial_out, buffers.partial_lse2
+    splits, n, q_heads, value_dim = buffers.partial_out.shape
+    if splits == 1:
+        heads = q_heads // len(buffers.send)
+        sent = unpack(buffers.send, n, heads, value_dim, buffers.wire)
+        by(*given, *sent, packed=True, **how)
+    else:
+        by(*given, *partials, **how)
+        reduce_pack(*partials, buffers.send, buffers.wire)
 
 
 def merge_shards(buffers: StepBuffers) -> Tensor:
@@ -201,7 +214,6 @@ def attend_pages(
         n, q_heads, pool.shape[3], head_dim, ranks=1, longest=longest,
         dtype=q.dtype, wire=torch.float32, device=q.device, splits=splits,
     )  # fmt: skip
-    decode(q, pool, tables, lengths, buffers.partial_out, buffers.partial_lse2, starts=starts)
-    reduce_pack(buffers.partial_out, buffers.partial_lse2, buffers.send, buffers.wire)
+    _attend(decode, buffers, q, pool, tables, lengths, starts=starts)
     output, lse = unpack(buffers.send, n, q_heads, head_dim, torch.float32)
     return output[0], lse[0]
