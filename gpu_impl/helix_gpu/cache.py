@@ -68,6 +68,8 @@ class DecodeStep:
     """int64: where in its table the slots that a row sees end."""
     slots: Tensor
     """int64: where each row's K and V are written, -1 where that is not on this rank."""
+    places: Tensor
+    """int64 [3, m + pad]: positions, lengths and slots, which lie in it, as one piece."""
     buffers: StepBuffers | None
     """What the kernels write on the way, where these rows go through them together."""
     halves: tuple[DecodeStep, ...] = ()
@@ -92,6 +94,7 @@ class DecodeStep:
                 self, positions=self.positions[part], cos=self.cos[part], sin=self.sin[part],
                 tables=self.tables[part], lengths=self.lengths[part], slots=self.slots[part],
                 starts=None if self.starts is None else self.starts[part],
+                places=self.places[:, part],
             )
             for part in (slice(0, border), slice(border, None))
         )  # fmt: skip
@@ -104,16 +107,20 @@ class DecodeStep:
         border = len(self.halves[0].lengths)
         return list(zip((slice(0, border), slice(border, None)), self.halves, strict=True))
 
-    def with_runs(self, rows: Ints) -> DecodeStep:
-        """Return the step with its runs, those of its halves too.
+    def of_book(self, book: RankStep) -> DecodeStep:
+        """Return the step with a book, and where its runs are, in its halves too.
 
         Parameters
         ----------
-        rows : ndarray, int64 [m]
-            Row of each token's request in the block tables.
+        book : RankStep
         """
-        halves = tuple(half.with_runs(rows[part]) for part, half in self.parts() if self.halves)
-        return replace(self, runs=runs_of(rows), halves=halves)
+        halves = tuple(
+            replace(half, runs=runs_of(book.rows[part]))
+            for part, half in self.parts()
+            if self.halves
+        )
+        runs = () if self.halves else runs_of(book.rows)
+        return replace(self, book=book, outputs=len(book.rows), runs=runs, halves=halves)
 
 
 class HelixCache:
@@ -669,8 +676,7 @@ class HelixCache:
                     f"The step is not in buffers reserved for {len(step.lengths)} rows, where a "
                     "graph would have found it; attend to it."
                 )
-        for layer in range(self.config.model.layers):
-            self._written.give(tokens, layer)
+        self._written.give_all(tokens)
 
     @overload
     def attend(
@@ -1220,22 +1226,17 @@ class HelixCache:
         places = np.zeros((3, rows), dtype=np.int64)  # dummies: position 0, no key, no slot
         places[2] = -1
         places[:, :tokens] = book.position_ids, ends, book.slots
-        positions, lengths, slots = self._put(places)
-        cos, sin = rope_table(positions, self._rope_dim, model.rope_base)
-        step.positions.copy_(positions)
-        step.cos.copy_(cos)
-        step.sin.copy_(sin)
-        step.lengths.copy_(lengths)
-        step.slots.copy_(slots)
+        step.places.copy_(self._staged(places), non_blocking=True)
         if step.starts is None:
             tables = self.book.tables.read(book.rows, width)
         else:
             tables = self.book.tables.read_from(book.rows, first, width)
             starts = np.zeros(rows, dtype=np.int64)
             starts[:tokens] = ends - book.visible
-            step.starts.copy_(self._put(starts))
-        step.tables[:tokens, :width] = self._put(tables)
-        return replace(step, book=book, outputs=tokens).with_runs(book.rows)
+            step.starts.copy_(self._staged(starts), non_blocking=True)
+        step.tables[:tokens, :width].copy_(self._staged(tables), non_blocking=True)
+        rope_table(step.positions, self._rope_dim, model.rope_base, out=(step.cos, step.sin))
+        return step.of_book(book)
 
     def _first_pages(self, book: RankStep) -> Ints:
         """The first local page that some token of the same request sees, for each token."""
@@ -1256,15 +1257,19 @@ class HelixCache:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
+        places = zeros(3, rows, dtype=torch.int64)
+        places[2] = -1
+        positions, lengths, slots = places
         step = DecodeStep(
             RankStep.of_dummies(rows),
             outputs=rows,
-            positions=zeros(rows, dtype=torch.int64),
+            positions=positions,
             cos=zeros(rows, 1, half, dtype=torch.float32),
             sin=zeros(rows, 1, half, dtype=torch.float32),
             tables=zeros(rows, width, dtype=torch.int64),
-            lengths=zeros(rows, dtype=torch.int64),
-            slots=zeros(rows, dtype=torch.int64) - 1,
+            lengths=lengths,
+            slots=slots,
+            places=places,
             buffers=None,
             starts=None if self.book.ledger.window is None else zeros(rows, dtype=torch.int64),
         )
@@ -1372,10 +1377,12 @@ class HelixCache:
 
     def _put(self, array: np.ndarray) -> Tensor:
         """A copy on the device, which the host does not wait for."""
+        return self._staged(array).to(self.device, non_blocking=True)
+
+    def _staged(self, array: np.ndarray) -> Tensor:
+        """An array where the device copies from without the host's waiting."""
         there = torch.from_numpy(array)
-        if self.device.type == "cpu":
-            return there
-        return there.pin_memory().to(self.device, non_blocking=True)
+        return there if self.device.type == "cpu" else there.pin_memory()
 
     def _cached(self, rows: Tensor) -> Tensor:
         """K or V in the type in which it is cached."""

@@ -190,8 +190,8 @@ class TurnInFloat32(OverLedger):
 # Shapes and settings of models
 
 
-def _base_10000(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    return rope_table(positions, dim, 10_000.0)
+def _base_10000(positions: Tensor, dim: int, base: float, **out: Any) -> tuple[Tensor, Tensor]:
+    return rope_table(positions, dim, 10_000.0, **out)
 
 
 @corner("own: a constant of the first model served", "POS-2")

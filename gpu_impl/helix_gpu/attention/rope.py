@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def rope_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor, dim: int, base: float, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of the angles by which positions are rotated.
 
     The angle position * base ** (-2 d / dim) is taken in float64, since a float32 angle is off by a
@@ -21,13 +23,16 @@ def rope_table(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor
     dim : int
         Elements that are rotated; 0 for none.
     base : float
+    out : tuple of Tensor, optional
+        What is returned, written into these.
 
     Returns
     -------
     cos, sin : Tensor, float32 [n, 1, dim / 2]
     """
-    angles = positions.to(torch.float64)[:, None, None] * _inv_freq(dim, base, positions.device)
-    return angles.cos().float(), angles.sin().float()
+    angles = positions[:, None, None] * _inv_freq(dim, base, positions.device)
+    cos, sin = out or torch.empty(2, *angles.shape, dtype=torch.float32, device=angles.device)
+    return torch.cos(angles, out=cos), torch.sin(angles, out=sin)
 
 
 @cache

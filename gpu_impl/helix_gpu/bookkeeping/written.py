@@ -179,6 +179,18 @@ layer 0 was not given; attend to its steps first, or cancel them.
         self._missing[step.rows] -= after - given
         self._given[layer, step.rows] = after
 
+    def give_all(self, step: StepTokens) -> None:
+        """Note that all layers have been given the step's tokens.
+
+        Parameters
+        ----------
+        step : StepTokens
+        """
+        given = self._given[:, step.rows]
+        after = np.maximum(given, step.ends)
+        self._missing[step.rows] -= (after - given).sum(axis=0)
+        self._given[:, step.rows] = after
+
     def lacking(self, step: StepTokens) -> list[int]:
         """Return the layers that lack tokens of a step; none once it is over.
 
