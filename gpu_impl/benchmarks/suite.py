@@ -31,7 +31,7 @@ from helix_gpu.attention.kernels import merge, step
 from helix_gpu.cache import DecodeStep
 from helix_gpu.graphs import StepGraph, cuda_graph
 from helix_spec.config import Config
-from helix_spec.engine import Outcome
+from helix_spec.engine import OF_GROUPS, Outcome
 from helix_spec.layouts import LAYOUT_NAMES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,8 +42,9 @@ CAPTURE = cuda_graph if DEVICE == "cuda" else again
 
 
 class KernelEngine(gpu.GpuEngine):
-    """`HelixCache` whose steps are the kernels'."""
+    """`HelixCache` whose steps are the kernels'; `GroupCache` has none."""
 
+    profiles = gpu.GpuEngine.profiles - {*OF_GROUPS}
     backend = "triton"
 
 
