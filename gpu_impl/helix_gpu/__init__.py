@@ -9,7 +9,8 @@ sequence over `cp_size` ranks. Each layer below imports only those above it:
 - `transfer`: what moves where when a prompt comes from ranks that split it otherwise;
 - `attention`: partial attention over a rank's own pages, and the merge: `rope`, `paged`, `native`,
   `backends` (`flashinfer`), `partials`, `merge`, `heads`, and `kernels` (`rope`, `append`,
-  `decode`, `mla`, `reduce_pack`, `merge`, `step`, `settings`, `paging`, `common`);
+  `decode`, `mla`, `narrow`, `results`, `reduce_pack`, `merge`, `step`, `settings`, `paging`,
+  `common`);
 - `comm`: ranks and how partials travel between them: `agreement`, `mesh`, `exchange`, `push`,
   `windows`, `push_kernels`, `hop_b`;
 - `cache`: the public face, `HelixCache`;

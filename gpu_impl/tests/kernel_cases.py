@@ -150,8 +150,10 @@ def test_decode_against_float64(
 WINDOWS = [(0, 40), (15, 40), (16, 40), (17, 33), (39, 40), (40, 40), (20, 18), (0, 0), (100, 101)]
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES[:2], torch.float8_e4m3fn])
-@pytest.mark.parametrize(("splits", "t"), [(1, 24), (3, 4), (3, 64)])
+@pytest.mark.parametrize(
+    ("splits", "t", "dtype"),
+    [(1, 24, DTYPES[0]), (3, 4, DTYPES[1]), (3, 64, torch.float8_e4m3fn)],
+)
 def test_windows_against_float64(
     dtype: torch.dtype, splits: int, t: int, values: Values, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,8 +294,9 @@ def test_windows_of_8_bits_and_of_tokens_are_read_by_the_plain_kernel(
         check_rows(output[0], lse[0], q, rows)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), [(4, 2, 4), (6, 2, 3), (20, 1, 8)])
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tokens", "splits"), [(4, 2, 4, 1), (6, 2, 3, 3), (20, 1, 8, 3)]
+)
 def test_tokens_of_a_request_attend_together(
     heads: int, kv_heads: int, tokens: int, splits: int, values: Values
 ) -> None:

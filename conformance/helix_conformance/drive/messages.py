@@ -380,7 +380,10 @@ def _request(decoder: msgspec.json.Decoder[Message], line: bytes) -> Message:
     except _UNREADABLE as error:
         sentence = f"The line that begins {_start(line)!r} is no request of {PROTOCOL}: {error}."
         if isinstance(error.__cause__, LayoutError):
-            seq = msgspec.json.decode(line, type=_Numbered).seq
+            try:  # what follows the layout in the line may be no JSON
+                seq = msgspec.json.decode(line, type=_Numbered).seq
+            except _UNREADABLE:
+                raise RequestError(sentence) from error
             raise LayoutRefusedError(sentence, seq) from error
         raise RequestError(sentence) from error
 
