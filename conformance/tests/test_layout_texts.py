@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from helix_conformance.cli import main
-from helix_conformance.drive.messages import LayoutParts, Start
+from helix_conformance.drive.messages import LayoutParts, RequestError, Start, request_of
 from helix_conformance.drive.serve import Server, reply
 from helix_conformance.expect.vectors import SHIPPED
 from helix_spec.capabilities import boxes_of
@@ -78,3 +78,11 @@ def test_on_the_wire(capfd: pytest.CaptureFixture[str], text: str) -> None:
     assert json.loads(reply(server, spoiled)) == refused
     assert sentence(text) in capfd.readouterr().err
     assert json.loads(reply(server, line))["reason"] is None
+
+
+def test_a_line_that_ends_behind_a_refused_layout_is_no_request() -> None:
+    """What follows the layout may be cut off; then nobody knows whom to answer."""
+    line = b'{"type":"start","seq":2,"config":{"layout":"pr9757/1:T=1,C=2","pages":[3'
+    with pytest.raises(RequestError) as refused:
+        request_of(line)
+    assert type(refused.value) is RequestError
