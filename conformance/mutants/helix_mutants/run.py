@@ -147,7 +147,7 @@ def _played(
 ) -> Failure | None:
     profiles = profiles_to_check(driver.profiles, mutant.profiles)
     features = [feature for feature in FEATURES if feature in profiles]
-    play, grouped = _PLAYS[mutant.tier], "groups" in mutant.profiles
+    play, grouped = _PLAYS[mutant.tier], "groups" in profiles
     box = _SMALL if grouped and "cache" in profiles else UNLIMITED
 
     def draw(choices: Choices) -> Trace:
