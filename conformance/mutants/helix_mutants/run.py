@@ -305,10 +305,10 @@ def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
     console = stdout()
     mutants = mutants_of(tier)
     with _workers() as pool:
-        kills = {
-            seed: list(_kills(pool, mutants, seed))
-            for seed in track(seeds, "Seeds", console=console)
-        }
+        kills = dict[int, list[MutantKill]]()
+        for seed in track(seeds, "Seeds", console=console):
+            kills[seed] = list(_kills(pool, mutants, seed))
+            console.print(f"seed {seed}: {_said_of(kills[seed])}")
     table = Table(
         "mutant", "killed", "most examples", "most seconds", "most events", "most failures"
     )
@@ -325,14 +325,18 @@ def sweep(tier: str = "one-process", seeds: Sequence[int] = range(10)) -> int:
         )
     console.print(table)
     worst = min(seeds, key=lambda seed: _strength(kills[seed]))
-    survived = [kill.name for kill in kills[worst] if not kill.killed]
-    examples = sum(kill.examples for kill in kills[worst])
-    console.print(
-        f"worst seed {worst}: {len(mutants) - len(survived)}/{len(mutants)} killed by name, "
-        f"{_at_once(kills[worst])} by the first failure, {examples} examples in all"
-        f"{'; not: ' if survived else ''}{', '.join(survived)}"
-    )
+    console.print(f"worst seed {worst}: {_said_of(kills[worst])}")
     return 0 if all(kill.killed for found in kills.values() for kill in found) else 1
+
+
+def _said_of(found: Sequence[MutantKill]) -> str:
+    """Return how a seed fared, in one line."""
+    survived = [kill.name for kill in found if not kill.killed]
+    return (
+        f"{len(found) - len(survived)}/{len(found)} killed by name, "
+        f"{_at_once(found)} by the first failure, {sum(kill.examples for kill in found)} examples "
+        f"in all{'; not: ' if survived else ''}{', '.join(survived)}"
+    )
 
 
 def _at_once(found: Sequence[MutantKill]) -> int:
