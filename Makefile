@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Several ranks share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: conform test test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm
+.PHONY: conform test test-slow test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm
 .PHONY: conform-sglang conform-ring prove bench clean
 .PHONY: release sweep faults soak fuzz mutation models model bench-vllm
 
@@ -24,12 +24,16 @@ conform: .venv/installed ## Random traces for every layout: a table and a verdic
 
 # A file stays in one process: its tests share what they set up. In the order of testpaths, the
 # slowest first, so that no process is left alone with one at the end.
-test: .venv/installed ## All tests of a change
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: .venv/installed ## The tests of a change
+	$(BIN)/pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Two or three minutes: `make test` has the same checks with some of the theorems and kernels.
+test-slow: .venv/installed ## Proofs of all theorems, kernels interpreted and compiled, long runs
+	$(BIN)/pytest -m slow --numprocesses 2 --dist worksteal
 
 # Closed forms, the reference, helix_gpu's bookkeeping, merge and cache, the judge and the vectors:
 # what notices a wrong owner, length, page, merge or refusal within a minute. Without what starts
-# processes, proves, compiles or interprets kernels, which `make test` runs too.
+# processes, proves, compiles or interprets kernels.
 FAST := spec/tests/test_invariants.py spec/tests/test_placement.py \
     reference/tests/test_attention.py reference/tests/test_model.py \
     $(patsubst %,gpu_impl/tests/test_%.py,allocator bookkeeping dealing ledger sharing) \

@@ -53,6 +53,7 @@ def spoil(copy: Path) -> Callable[[str, str, str], None]:
 
 
 @pytest.mark.holds(*{number: None for one in theorems().values() for number in one.proves})
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_every_theorem_is_confirmed(tmp_path: Path) -> None:
     """The whole manifest; the JSON file, the table and the exit status say the same."""

@@ -151,6 +151,7 @@ def test_no_line_says_that_nothing_was_expected_and_nothing_observed() -> None:
     assert "null" not in text
 
 
+@pytest.mark.slow
 def test_equal_failures_of_several_layouts_are_told_once(tmp_path) -> None:
     """With the layouts; a run that stops at the first knows of one."""
     words = ["--engine", "suite_testing.broken:Liar", "--examples", "20", "--cp", "2"]
@@ -201,6 +202,7 @@ def test_a_run_that_checks_nothing_fails(tmp_path) -> None:
     assert (result.exit_code, result.output.splitlines()[-1].startswith("FAIL: ")) == (2, True)
 
 
+@pytest.mark.slow
 def test_an_engine_that_fits_one_layout_is_told_so(tmp_path) -> None:
     """By the option that runs it alone."""
     result = run(tmp_path, "--engine", "suite_testing.narrow:OnlyRotated", "--examples", "40")

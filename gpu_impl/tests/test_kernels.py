@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.holds("PAGE-4", "ATT-1", "ATT-2", "ATT-3")
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,

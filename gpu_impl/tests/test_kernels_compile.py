@@ -31,6 +31,8 @@ from helix_gpu.attention.kernels.rope import rotate_kernel
 from helix_gpu.attention.kernels.settings import decode_settings, latent_settings, narrow_settings
 from helix_gpu.comm.push_kernels import BLOCK, PARTS, put_kernel, take_kernel
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ATTENTION = {
     "q": "*bf16", "pool": "*bf16", "tables": "*i32", "starts": "*i32", "lengths": "*i32",

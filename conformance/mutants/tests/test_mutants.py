@@ -59,6 +59,7 @@ def test_every_mutant_is_on_record() -> None:
         assert mutant.tier in TIERS["all"]
 
 
+@pytest.mark.slow
 def test_what_shows_at_far_positions_alone_is_named_by_a_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
