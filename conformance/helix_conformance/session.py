@@ -742,7 +742,9 @@ class Session:
         features = frozenset(feature for feature in FEATURES if feature in profiles)
         box = _usable(driver, name, profiles, cp_sizes, (1,), driver.capabilities)[0]
         choices = Seeded(f"{self.seed or 0} {name} long")
-        few = [size for size in cp_sizes if size <= 8] or cp_sizes
+        # Super-blocks of at most a dozen tokens: owners come round many times in one request.
+        few = [size for size in cp_sizes if 1 < size <= 4] or cp_sizes
+        box = both(box, Box(tokens_per_block=[1, 2, 3])) or box
         config = soaked_config(choices, name, few, features, profiles, box, LIVE * TOKENS)
         recorder = Recorder(config, {*features, "pages"})
         scope = Scope(features, prompt_lens=PROMPT_LENS)

@@ -136,3 +136,13 @@ def test_module_that_fails_when_it_is_imported(tmp_path, monkeypatch, words, wha
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(EngineSpecError, match=f"cannot be loaded: {what}"):
         load_engine("failing_engine:Engine")
+
+
+def test_an_engine_beside_the_current_folder_is_pointed_to(tmp_path, monkeypatch):
+    """The folder is not on the path; one that is nowhere gets no such hint."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_engine.py").touch()
+    with pytest.raises(EngineSpecError, match=r"my_engine\.py lies in this folder"):
+        load_engine("my_engine:Engine")
+    with pytest.raises(EngineSpecError, match=r"No module named 'nobody'\.$"):
+        load_engine("nobody:Engine")

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from helix_conformance.api import check
 from helix_conformance.cli import main
 from helix_conformance.engines.gpu import LedgerEngine
 from helix_conformance.report.stream import Row
@@ -13,7 +14,7 @@ from helix_conformance.session import Session, SessionError
 from helix_reference.engine import ReferenceEngine
 from helix_spec.config import Config
 from helix_spec.engine import Outcome, RankView
-from helix_spec.events import Event, Merge
+from helix_spec.events import Admit, Decode, Event, Merge
 
 
 class Tires(LedgerEngine):
@@ -32,6 +33,25 @@ class Tires(LedgerEngine):
         return msgspec.structs.replace(view, free_pages=view.free_pages + (self.events > 1500))
 
 
+class LateTurn(ReferenceEngine):
+    """Says the wrong position of the token that opens a request's sixth turn over the ranks."""
+
+    def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
+        self.turn = config.layout.cp_size * config.layout.tokens_per_block
+        self.prompt_lens = dict[int, int]()
+        return super().start(config, profiles)
+
+    def apply(self, event: Event) -> Outcome:
+        outcome = super().apply(event)
+        if outcome.reason is None and isinstance(event, Admit):
+            self.prompt_lens[event.id] = event.prompt_len
+        if outcome.reason is None and isinstance(event, Decode):
+            first = outcome.position_ids[0]
+            late = first - self.prompt_lens.get(event.ids[0], 0) == 6 * self.turn
+            outcome.position_ids[0] = first + late
+        return outcome
+
+
 class SignedSlot(ReferenceEngine):
     """An exchange picks its slot by a signed counter of 32 bits (b12x #97)."""
 
@@ -45,6 +65,13 @@ class SignedSlot(ReferenceEngine):
             if self.exchanges_done >= 2**31:
                 return Outcome(output=outcome.output * 0)
         return outcome
+
+
+@pytest.mark.holds("POS-1")
+def test_a_late_turn_is_met_by_a_default_run() -> None:
+    """Each layout's long trace has short turns, so that a request goes through many of them."""
+    report = check(LateTurn, layouts=["pr9757"], profiles=["placement"], examples=1)
+    assert [one.invariant for failure in report.failures for one in failure.violations] == ["POS-1"]
 
 
 @pytest.mark.holds("PAGE-3")

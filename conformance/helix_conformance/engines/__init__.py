@@ -72,6 +72,8 @@ def load_engine(spec: str) -> type[Engine]:
         raise
     except (Exception, SystemExit) as error:  # whatever its module does when it is imported
         what = f"{type(error).__name__}: {error}".removesuffix(".")
+        if isinstance(error, ModuleNotFoundError) and Path(f"{error.name}.py").exists():
+            what += f"; {error.name}.py lies in this folder, which PYTHONPATH=. would add"
         raise EngineSpecError(f"Engine {spec!r} cannot be loaded: {what}.") from error
     for name in ("profiles", "needs_processes", "start", "apply", "observe"):
         if not hasattr(found, name):
