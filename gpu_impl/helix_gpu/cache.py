@@ -108,12 +108,14 @@ class DecodeStep:
         return list(zip((slice(0, border), slice(border, None)), self.halves, strict=True))
 
     def of_book(self, book: RankStep) -> DecodeStep:
-        """Return the step with a book, and where its runs are, in its halves too.
+        """Return the step with a book and, where no kernels read it, its runs, in its halves too.
 
         Parameters
         ----------
         book : RankStep
         """
+        if self.buffers is not None or any(half.buffers is not None for half in self.halves):
+            return replace(self, book=book, outputs=len(book.rows))
         halves = tuple(
             replace(half, runs=runs_of(book.rows[part]))
             for part, half in self.parts()
@@ -1235,7 +1237,8 @@ class HelixCache:
             starts[:tokens] = ends - book.visible
             step.starts.copy_(self._staged(starts), non_blocking=True)
         step.tables[:tokens, :width].copy_(self._staged(tables), non_blocking=True)
-        rope_table(step.positions, self._rope_dim, model.rope_base, out=(step.cos, step.sin))
+        if self._rope_dim:
+            rope_table(step.positions, self._rope_dim, model.rope_base, out=(step.cos, step.sin))
         return step.of_book(book)
 
     def _first_pages(self, book: RankStep) -> Ints:
