@@ -115,8 +115,8 @@ CONFORM_VLLM = $(VLLM)/helix-conformance run --layout vllm_dcp --engine
 conform-vllm: .venv-vllm/installed ## The code of vLLM 0.33.0, without a GPU; its FINDINGS.md says what it does otherwise
 	$(CONFORM_VLLM) vllm-v1 --cp 1 --cp 2 --cp 3 --cp 4 --examples 200
 	$(CONFORM_VLLM) vllm-v2 --cp 1 --cp 2 --cp 3 --cp 4 --examples 200
-	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40
-	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40
+	$(CONFORM_VLLM) vllm-ag-rs --cp 2 --cp 4 --examples 40 --deadline 120
+	$(CONFORM_VLLM) vllm-a2a --cp 2 --cp 3 --cp 4 --examples 40 --deadline 120
 	$(VLLM)/python -m helix_adapters.findings $(VLLM_ADAPTER)
 
 # SGLang likewise: 2 GB.
