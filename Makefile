@@ -7,11 +7,11 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: conform test test-slow test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm
-.PHONY: conform-sglang conform-ring prove bench clean
+.PHONY: conform-sglang conform-ring conform-flashinfer prove bench clean
 .PHONY: release sweep faults soak fuzz mutation models model bench-vllm
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
-PACKAGES := $(addprefix conformance/,mutants planner adapters/common adapters/vllm adapters/sglang adapters/ring adapters/trtllm)
+PACKAGES := $(addprefix conformance/,mutants planner adapters/common adapters/vllm adapters/sglang adapters/ring adapters/flashinfer adapters/trtllm)
 # Pip would look for minutes for packages that an older Python could have.
 .venv/installed: pyproject.toml constraints.txt $(PACKAGES:=/pyproject.toml)
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit(f"Python {sys.version.split()[0]} is not 3.11 to 3.13; make PYTHON=python3.12 picks one.")'
@@ -146,6 +146,13 @@ conform-ring: .venv/installed ## The merges of torch's context parallel and of r
 	$(CONFORM_RING) torch-context-parallel
 	$(CONFORM_RING) ring-tree-decode
 	PYTHONPATH=.peers $(BIN)/python -m helix_adapters.findings $(ADAPTERS)/ring
+
+# Status 2, "not run" and why, on a machine without a GPU, before anything is fetched.
+FLASHINFER := flashinfer-python==0.6.18.post1 apache-tvm-ffi==0.1.15.post2
+conform-flashinfer: .venv/installed ## FlashInfer's merges, paged decode and MLA, on a GPU
+	$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(print("not run: FlashInfer needs an NVIDIA GPU, and torch finds none here.") or 2)'
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .peers $(FLASHINFER)
+	PYTHONPATH=.peers $(BIN)/python -m helix_flashinfer.conform
 
 sweep: .venv/installed ## Every mutant under ten seeds: the worst of each
 	$(BIN)/helix-conformance zoo --tier all --sweep

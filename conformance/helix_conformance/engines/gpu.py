@@ -154,6 +154,11 @@ class GpuEngine:
         return make
 
     @staticmethod
+    def device() -> str:
+        """Return where the cache lives: on this rank's GPU under NCCL."""
+        return _device()
+
+    @staticmethod
     def hop_b() -> Costs | None:
         """Return the costs by which a step attends in halves; None where it never does."""
         return None
@@ -187,7 +192,7 @@ class GpuEngine:
             self.cache: HelixCache = cache(
                 config,
                 rank=self.rank,
-                device=_device(),
+                device=self.device(),
                 exchange=exchange,
                 backend=self.backend,
                 hop_b=self.hop_b(),
