@@ -178,7 +178,6 @@ test-browser: docs ## The pages, and the site, in a headless Chromium
 # Tables on the terminal; figures as JSON, and pictures, in this folder.
 FIGURES ?= build/figures
 bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	mkdir -p $(FIGURES)
 	$(BIN)/python conformance/benchmarks/balance.py --workload $(WORKLOADS)/mooncake_conversation.jsonl \
 	    --workload $(WORKLOADS)/azure_code_2023.csv --json $(FIGURES)/balance.json --plots $(FIGURES)
