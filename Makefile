@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: conform test test-slow test-fast index test-browser test-peers lint docs drivers workloads zoo conform-vllm
 .PHONY: conform-sglang conform-ring conform-flashinfer prove bench clean
-.PHONY: release sweep faults soak fuzz mutation models model bench-vllm
+.PHONY: changes release sweep faults soak fuzz mutation models model bench-vllm
 
 # Packages of their own, in no wheel that an engine author needs. They add commands and engines.
 PACKAGES := $(addprefix conformance/,mutants planner adapters/common adapters/vllm adapters/sglang adapters/ring adapters/flashinfer adapters/trtllm)
@@ -185,7 +185,6 @@ test-browser: docs ## The pages, and the site, in a headless Chromium
 # Tables on the terminal; figures as JSON, and pictures, in this folder.
 FIGURES ?= build/figures
 bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	mkdir -p $(FIGURES)
 	$(BIN)/python conformance/benchmarks/balance.py --workload $(WORKLOADS)/mooncake_conversation.jsonl \
 	    --workload $(WORKLOADS)/azure_code_2023.csv --json $(FIGURES)/balance.json --plots $(FIGURES)
@@ -209,6 +208,9 @@ bench: .venv/installed ## Speeds, printed as tables; nothing is asserted
 bench-vllm: .venv-vllm/installed ## The host cost of a step beside vLLM 0.33.0's
 	mkdir -p $(FIGURES)
 	$(VLLM)/python gpu_impl/benchmarks/host_cost.py --json $(FIGURES)/host_cost_vllm.json
+
+changes: .venv/installed ## What the next release says: the files of changes/
+	$(BIN)/towncrier build --draft --version next
 
 release: ## Wheel and sdist in dist/, checked in fresh environments of Python 3.11 to 3.13
 	PYTHON=$(PYTHON) sh conformance/release.sh

@@ -6,6 +6,12 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 [ -z "$(git status --porcelain)" ] || { echo "The working tree has changes; commit them first." >&2; exit 1; }
 
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+grep -q "^## $version (" CHANGELOG.md || { echo "CHANGELOG.md has no section $version: towncrier build --version $version." >&2; exit 1; }
+for one in changes/+*.md; do
+    [ ! -e "$one" ] || { echo "$one is not in CHANGELOG.md: towncrier build --version VERSION." >&2; exit 1; }
+done
+
 for one in 3.11 3.12 3.13; do
     command -v "python$one" >/dev/null || { echo "python$one is missing; a release is checked on 3.11 to 3.13." >&2; exit 1; }
 done

@@ -1,7 +1,8 @@
 """What MkDocs does beside its settings: pages from all over the repository, each at its own path.
 
 So links between documents are the same on the site and in a checkout. A link to any other file of
-the repository leads to a copy of it, and one to a folder to its README, or is text.
+the repository leads to a copy of it, and one to a folder to its README, or is text. The
+reports of findings are pages that only the findings link to.
 """
 
 import posixpath
@@ -12,6 +13,7 @@ import click
 from mkdocs.structure.files import File
 
 from helix_conformance.cli import main
+from helix_conformance.report.html import explore_page
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#:\s]+)\)")
@@ -34,14 +36,22 @@ def target(page, link):
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else link
 
 
+def taken_in(path):
+    """Whether a file that a page links to is on the site: pages of the navigation are already."""
+    return not path.endswith(".md") or "/reports/" in path
+
+
 def on_files(files, config):
     """Take in the pages of the navigation, and the files that they link to."""
     paths = set(pages(config.nav))
     for page in list(paths):
         linked = (target(page, link) for _, link in LINK.findall((ROOT / page).read_text()))
-        paths |= {path for path in linked if (ROOT / path).is_file() and path[-3:] != ".md"}
+        paths |= {path for path in linked if (ROOT / path).is_file() and taken_in(path)}
     for path in sorted(paths):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+    files.append(
+        File.generated(config, "docs/explanation/explorer_page.html", content=explore_page())
+    )
     return files
 
 

@@ -1,5 +1,8 @@
 // Texts whose contrast with what is behind them is below WCAG's 4.5 to 1.
-const parse = (text) => (text.match(/[\d.]+/g) || []).map(Number);
+const parse = (text) => {
+  const [numbers, mixed] = [(text.match(/[\d.]+/g) || []).map(Number), text.startsWith("color(srgb")];
+  return mixed ? numbers.map((v, at) => (at < 3 ? v * 255 : v)) : numbers;
+};
 const light = ([r, g, b]) => {
   const part = (v) => ((v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
   return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);

@@ -20,6 +20,7 @@ WIDE = [
     "docs/INVARIANTS.html",
     "docs/reference/helix_spec.html",
     "docs/explanation/pictures.html",
+    "docs/explanation/explorer.html",
     "conformance/IMPLEMENTING.html",
 ]
 pytestmark = pytest.mark.skipif(not PAGES, reason="the site is not built: make docs")
@@ -63,6 +64,8 @@ def test_no_link_is_dead(pages):
                 continue
             target = (path.parent / unquote(place)).resolve() if place else path
             followed += 1
+            if "=" in anchor:  # settings of the explorer
+                anchor = ""
             if not target.is_file() or (
                 target in pages and unquote(anchor) not in pages[target].anchors
             ):
@@ -111,3 +114,33 @@ def test_pages_fit_their_window(opened, page, width):
     """No page is wider than a phone: what is wide scrolls inside it."""
     browser = opened(SITE / page, width=width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_explorer_stands_in_the_site(opened):
+    """Its frame is as high as it needs, follows the palette that is chosen, and takes links."""
+    browser = opened(SITE / "docs/explanation/explorer.html", width=1300)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    until = time.monotonic() + 30
+
+    def inside(script):
+        browser.switch_to.frame("explorer")
+        try:
+            return browser.execute_script(f"return {script}")
+        finally:
+            browser.switch_to.default_content()
+
+    link = browser.find_element(CSS, "a[target=explorer]")
+    link.click()
+    needed = 'document.querySelector("#layout-b code").textContent'
+    while inside(needed) != "pr9757/1:C=4,T=100" or not inside(
+        "innerHeight >= document.documentElement.offsetHeight"
+    ):
+        assert time.monotonic() < until, inside(needed)
+        time.sleep(0.1)
+    dark = 'matchMedia("(prefers-color-scheme: dark)").matches'
+    for scheme in ("slate", "default"):
+        set_to = "document.body.setAttribute('data-md-color-scheme', arguments[0])"
+        browser.execute_script(set_to, scheme)
+        while inside(dark) != (scheme == "slate"):
+            assert time.monotonic() < until, scheme
+            time.sleep(0.1)

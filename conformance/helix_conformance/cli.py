@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+import webbrowser
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -49,7 +50,7 @@ from helix_conformance.report.command import (
     report,
     write_file,
 )
-from helix_conformance.report.html import show_page
+from helix_conformance.report.html import explore_page, show_page
 from helix_conformance.report.stream import (
     CoverageLine,
     FailureLine,
@@ -519,6 +520,21 @@ def show(trace_path: Path, html_path: Path | None) -> None:
         return
     for line in trace_text(trace):
         click.echo(line)
+
+
+@main.command(epilog=exit_statuses(SHOWN))
+@click.argument("html_path", metavar="[FILE]", default="explorer.html", type=OUTPUT)
+@click.option("--open", "opened", is_flag=True, help="Open it in the browser.")
+def explore(html_path: Path, opened: bool) -> None:
+    """Write a page on which layouts and sizes are chosen: who holds which token.
+
+    It shows the tokens by rank and page, balance and capacity, and how two layouts differ. It is
+    one file, explorer.html where no name is given, and loads nothing.
+    """
+    write_file(html_path, explore_page().encode())
+    click.echo(f"wrote {html_path}")
+    if opened:
+        webbrowser.open(html_path.absolute().as_uri())
 
 
 @main.group()

@@ -75,7 +75,7 @@ def played_page(page, folder):
 @pytest.mark.parametrize(("name", "found"), [("cpp_engine", "OWN-3"), ("merge_alone", "ATT-1")])
 def test_a_how_to_is_true(folder, name, found):
     """Its engine passes, and its mistake is found by the rule that the page names."""
-    shutil.copy(GUIDE.parent / "examples/helix_engine.c", folder)
+    shutil.copy(GUIDE.parent / "examples/c/helix_engine.c", folder)
     *before, failed = played_page(ROOT / f"docs/howto/{name}.md", folder).values()
     assert "PASS: " in "".join(before)
     assert found in failed
@@ -86,6 +86,8 @@ def test_the_guide_is_true(folder):
     """Every file and every command, in order, with the exit status that the text names."""
     played = played_page(GUIDE, folder)
     assert len(played) == 16
+    example = GUIDE.parent / "examples/python/my_engine.py"
+    assert example.read_text().split() == (folder / "my_engine.py").read_text().split()
     red = next(output for line, output in played.items() if "Mistaken" in line)
     assert "OWN-3 violated at event 1" in red
     assert "custom" not in red

@@ -63,7 +63,7 @@ PUBLISHED = json.loads(Path(stream.__file__).with_name(stream.SCHEMA_FILE).read_
 SETTINGS = Settings(
     command="run",
     engine="mine:Engine",
-    suite_version="0.1.0",
+    suite_version="0.2.0",
     started="2026-01-01T00:00:00+00:00",
     python="3.11",
     machine="x86_64",
@@ -122,7 +122,7 @@ LEMMA = TheoremResult(
     id="lemma", proves=["OWN-1"], verdict=CONFIRMED, kills=[Kill("wrong", {"n": 1})]
 )
 PROOFS = Proofs(
-    suite_version="0.1.0",
+    suite_version="0.2.0",
     report=ProofReport(
         [
             TheoremResult(
@@ -135,7 +135,7 @@ PROOFS = Proofs(
     ),
 )
 MUTATION_RUN = MutationRun(
-    suite_version="0.1.0",
+    suite_version="0.2.0",
     tier="all",
     seed=0,
     score="1/1",
@@ -192,7 +192,7 @@ def test_whole_passing_run_passes_in_every_view():
     assert found.layouts[1].identifiers == ["pr9757/1:C=2,T=2"]
     assert found.profiles_checked == ["placement", "lengths"]
     assert found.profiles_not_checked == ["pages"]
-    assert (found.suite_version, found.engine) == ("0.1.0", "mine:Engine")
+    assert (found.suite_version, found.engine) == ("0.2.0", "mine:Engine")
     assert (found.proofs.theorems, found.zoo.score) == (["lemma"], "1/1")
     assert found.known_differences[0].invariant == "PAGE-1"
     assert found.situations_missed == ["empty rank"]

@@ -40,7 +40,7 @@ TRACE = Trace(
 def compiled(folder, *options):
     """Build the C engine as its first lines say, with every warning an error."""
     program = folder / "helix_engine"
-    source = HERE.parent / "examples" / "helix_engine.c"
+    source = HERE.parent / "examples" / "c" / "helix_engine.c"
     warnings = ["-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
     subprocess.run(["cc", "-O2", *warnings, *options, "-o", program, source], check=True)
     return program

@@ -7,7 +7,8 @@ rest. Whatever a template prints goes through `foreign.shown`, and is escaped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import astuple
+from typing import Any, get_args
 
 import jinja2
 
@@ -18,6 +19,7 @@ from helix_conformance.report.stream import FailureLine, Record
 from helix_conformance.report.text import event_text, replay_text, trace_text, value_text
 from helix_spec.engine import PROFILES
 from helix_spec.invariants import sentence
+from helix_spec.layouts import NAMED_LAYOUTS, DecodeOwner, PagePolicy, PromptSplit, Start
 from helix_spec.trace import Trace
 
 
@@ -108,6 +110,22 @@ def index_page(record: Record) -> str:
         HTML.
     """
     return _render("index.html.j2", record=record)
+
+
+def explore_page() -> str:
+    """Return a page on which layouts and sizes are chosen, and two layouts compared.
+
+    Its closed forms are those of `helix_spec.placement`, in JavaScript (`placement.js`).
+
+    Returns
+    -------
+    str
+        HTML: tokens by rank and page, balance, capacity, and the tokens that move.
+    """
+    named = {name: astuple(rule) for name, rule in NAMED_LAYOUTS.items()}
+    kinds = {"prompt": PromptSplit, "owner": DecodeOwner, "pages": PagePolicy, "start": Start}
+    parts = {part: get_args(kind) for part, kind in kinds.items()}
+    return _render("explore.html.j2", named=named, parts=parts)
 
 
 def picture(panels: Sequence[tuple[str, Trace]]) -> str:
