@@ -44,7 +44,7 @@ class TraceError(ValueError):
 class Watch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How often state is looked at: everything every `every` events and at the end.
 
-    Parameters
+    Attributes
     ----------
     every : int
         Events from one look at everything to the next, at least 1.

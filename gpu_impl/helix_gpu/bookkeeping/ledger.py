@@ -39,7 +39,7 @@ Ints = NDArray[np.int64]
 class Admission(NamedTuple):
     """The plan of an admission or resumption, which will be accepted.
 
-    Parameters
+    Attributes
     ----------
     id : int
     prompt_len : int
@@ -107,7 +107,7 @@ class SharedWrite(NamedTuple):
 class Rewind(NamedTuple):
     """The plan of an acceptance: what a request has after it.
 
-    Parameters
+    Attributes
     ----------
     row : int
         Where the ledger keeps the request.

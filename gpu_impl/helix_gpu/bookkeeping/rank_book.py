@@ -68,7 +68,7 @@ class Pool(NamedTuple):
 class PageCopy(NamedTuple):
     """Copy on write: the first slots of a page go to another page.
 
-    Parameters
+    Attributes
     ----------
     source, target : int
         Physical pages.
