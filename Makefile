@@ -124,7 +124,7 @@ SGLANG := .venv-sglang/bin
 SGLANG_ADAPTER := $(ADAPTERS)/sglang
 .venv-sglang/installed: pyproject.toml $(SGLANG_ADAPTER)/pyproject.toml $(SGLANG_ADAPTER)/requirements.txt
 	$(PYTHON) -m venv .venv-sglang
-	$(SGLANG)/pip install --quiet --requirement $(SGLANG_ADAPTER)/requirements.txt
+	$(SGLANG)/pip install --quiet --no-deps --requirement $(SGLANG_ADAPTER)/requirements.txt
 	$(SGLANG)/pip install --quiet --no-deps sglang==0.5.23 --editable . --editable $(COMMON) --editable ./$(SGLANG_ADAPTER)
 	@touch $@
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from helix_adapters.findings import findings_of
+from helix_adapters.matrix import ADAPTERS as FOLDER
+from helix_adapters.matrix import NAMES, PAGE, page
 from helix_spec.trace import load_trace
 
 ADAPTERS = [path.parent for path in Path(__file__).parents[2].glob("*/findings.toml")]
@@ -43,3 +45,19 @@ def test_every_bug_has_a_report(folder):
             assert part in report, (number, part)
         for code in re.findall(r"```python\n(.*?)```", report, re.DOTALL):
             compile(code, number, "exec")
+
+
+def test_the_page_of_engines_is_up_to_date():
+    """It has every adapter's results and every finding, by number."""
+    folders = [path.parent for path in FOLDER.glob("*/FINDINGS.md")]
+    assert {folder.name for folder in folders} == set(NAMES)
+    assert PAGE.read_text(encoding="utf-8") == page(folders), "run python -m helix_adapters.matrix"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("*/requirements.txt")), ids=lambda p: p.parent.name
+)
+def test_every_requirement_names_one_version(path):
+    """An environment of an adapter is the same on every day."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)] == []

@@ -21,8 +21,8 @@ from helix_flashinfer.merging import MergeStates
 from helix_gpu.cache import Backend
 from helix_gpu.comm.exchange import Exchange, MakeExchange
 from helix_spec.config import ModelShape
-from helix_spec.engine import OF_GROUPS
-from helix_spec.events import MERGE
+from helix_spec.engine import OF_GROUPS, Outcome
+from helix_spec.events import MERGE, Event, Merge, Reason
 
 WORKSPACE_BYTES: Final = 128 * 2**20
 """What FlashInfer's documentation recommends."""
@@ -67,6 +67,10 @@ class Decode(GpuEngine):
     def device() -> str:
         """Return where the cache lives: all ranks on one GPU."""
         return DEVICE
+
+    def apply(self, event: Event) -> Outcome:
+        """See `GpuEngine.apply`; a merge alone would be ours, not FlashInfer's."""
+        return Outcome(Reason.UNSUPPORTED) if isinstance(event, Merge) else super().apply(event)
 
     @classmethod
     def make_exchange(cls) -> MakeExchange:

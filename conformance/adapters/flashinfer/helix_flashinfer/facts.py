@@ -43,7 +43,8 @@ def merge_heads(heads: int, dim: int, *, together: bool) -> str:
     if together:
         merged = flashinfer.merge_states(v, s)[0]
     else:
-        merged = flashinfer.merge_state(v[:, 0], s[:, 0], v[:, 1], s[:, 1])[0]
+        (v_a, v_b), (s_a, s_b) = ([part.contiguous() for part in x.unbind(1)] for x in (v, s))
+        merged = flashinfer.merge_state(v_a, s_a, v_b, s_b)[0]
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return "right" if bool((merged == 1).all()) else "wrong"
