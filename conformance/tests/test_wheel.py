@@ -16,6 +16,7 @@ APART = {
     "helix_mutants",
     "helix_planner",
     "helix_ring",
+    "helix_flashinfer",
     "helix_sglang",
     "helix_trtllm",
     "helix_vllm",

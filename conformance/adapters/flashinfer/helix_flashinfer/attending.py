@@ -125,10 +125,11 @@ class Mla:
             tables[held].int(), lengths.int(), heads, value_dim, rope_dim, t,
             False, scale, q.dtype, pages.dtype,
         )  # fmt: skip
-        latents, rotated = pages[:, 0, :, 0].split([value_dim, rope_dim], dim=-1)
+        rows = pages[:, 0, :, 0]
         output, lse = self.wrapper.run(
-            *q.split([value_dim, rope_dim], dim=-1), latents, rotated, return_lse=True
-        )
+            q[..., :value_dim], q[..., value_dim:], rows[..., :value_dim], rows[..., value_dim:],
+            return_lse=True,
+        )  # fmt: skip
         return output.float(), lse * math.log(2)
 
 

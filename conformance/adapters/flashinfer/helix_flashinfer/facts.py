@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import flashinfer
@@ -99,6 +100,15 @@ def mla(lengths: list[int], kernels: str, *, natural: bool = False, factor: floa
     return [_first(o[None], s[None]) for o, s in zip(output, lse, strict=True)]
 
 
+MLA_CALLS: Final[list[tuple[str, list[int], dict[str, Any]]]] = [
+    ("lengths 3 and 0", [3, 0], {}),
+    ("lengths 3 and 0, base e", [3, 0], {"natural": True}),
+    ("length 0 alone", [0], {}),
+    ("lengths 0, 5000, 0 and 40", [0, 5000, 0, 40], {}),
+    ("score -4e4", [4], {"factor": -40000}),
+    ("score -1e5", [4], {"factor": -100000}),
+    ("score 1e5", [4], {"factor": 100000}),
+]
 GROUPS: Final[dict[str, dict[str, Callable[[], Any]]]] = {
     "merge": {
         "merge_state, log-sum-exps 1 and 0 (base 2: output 1.333)": lambda: merge_pair(1, 0),
@@ -141,17 +151,9 @@ GROUPS: Final[dict[str, dict[str, Callable[[], Any]]]] = {
         "decode, score 4e5": lambda: decode([4], 2, tensor_cores=False, factor=50000),
     },
     "mla": {
-        f"MLA {kernels}, {name}": (lambda call=call, kernels=kernels: call(kernels))
+        f"MLA {kernels}, {name}": partial(mla, lengths, kernels, **options)
         for kernels in ("fa2", "fa3")
-        for name, call in {
-            "lengths 3 and 0": lambda kernels: mla([3, 0], kernels),
-            "lengths 3 and 0, base e": lambda kernels: mla([3, 0], kernels, natural=True),
-            "length 0 alone": lambda kernels: mla([0], kernels),
-            "lengths 0, 5000, 0 and 40": lambda kernels: mla([0, 5000, 0, 40], kernels),
-            "score -4e4": lambda kernels: mla([4], kernels, factor=-40000),
-            "score -1e5": lambda kernels: mla([4], kernels, factor=-100000),
-            "score 1e5": lambda kernels: mla([4], kernels, factor=100000),
-        }.items()
+        for name, lengths, options in MLA_CALLS
     },
 }
 
