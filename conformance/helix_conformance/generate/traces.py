@@ -265,7 +265,7 @@ def far_trace(
     inside = both(box, Box(tokens_per_block=[t], interleave=chunks))
     if inside is None:
         return None
-    few = [c for c in cp_sizes if c <= MAX_FAR_CP] or cp_sizes
+    few = [c for c in cp_sizes if 1 < c <= MAX_FAR_CP] or cp_sizes  # one rank owns all
     try:
         layout = draw_layout(choices, names=[name], cp_sizes=few, box=inside)
     except NothingInsideError:
