@@ -37,7 +37,13 @@ from helix_conformance.generate.groups import GROUPED, with_groups
 from helix_conformance.generate.narrowing import NothingInsideError, within
 from helix_conformance.generate.sizes import FEW_CP, RARE_CP, REAL_SHAPES, REAL_SHARE, both
 from helix_conformance.generate.soak import LIVE, PROMPT_LENS, TOKENS, long_events
-from helix_conformance.generate.traces import draw_merge_trace, draw_trace, far_trace, why_outside
+from helix_conformance.generate.traces import (
+    PREFIXED,
+    draw_merge_trace,
+    draw_trace,
+    far_trace,
+    why_outside,
+)
 from helix_conformance.generate.workload import Request
 from helix_conformance.judge.coverage import SITUATIONS, Coverage, Needed, Tally, at_hand
 from helix_conformance.judge.failure import Failure
@@ -67,7 +73,7 @@ from helix_conformance.version import __version__
 from helix_spec.capabilities import EVERYWHERE, STRICT, UNLIMITED, Box, in_words, outside
 from helix_spec.config import Config
 from helix_spec.engine import PROFILES, Engine
-from helix_spec.events import FEATURES, MERGE, Accept, Admit, Fork
+from helix_spec.events import FEATURES, MERGE, PREFIX, Accept, Admit, Fork
 from helix_spec.layouts import LAYOUT_NAMES, layout_name
 from helix_spec.trace import EVERYTHING, Earlier, Trace, Watch, dump_trace, load_trace, too_much
 
@@ -259,10 +265,11 @@ def layout_traces(
             return draw_merge_trace(choices, config)
         if "groups" in profiles and choices.one_in(GROUPED):
             config = with_groups(choices, config, profiles, box)
+        finds = PREFIX in profiles and not config.groups and choices.one_in(PREFIXED)
         return draw_trace(
             choices,
             config,
-            features=features,
+            features=[*features, PREFIX] if finds else features,
             undeclared={*FEATURES, MERGE} - driver.profiles,
             contents="cache" in profiles,
             box=box,

@@ -53,7 +53,10 @@ def test_passing_run_says_what_was_checked_and_what_was_not(tmp_path):
     found = summary(tmp_path / "run.jsonl")
     assert (found["kind"], found["verdict"]) == ("summary", "pass")
     assert found["layouts"] == ["pr9757", "balanced"]
-    assert found["profiles_checked"] == ["placement", "lengths", "pages", *FEATURES, *OF_GROUPS]
+    assert found["profiles_checked"] == [
+        *("placement", "lengths", "pages"),
+        *(*FEATURES, *OF_GROUPS, "prefix"),
+    ]
     assert found["profiles_not_checked"][:2] == ["cache", "attention"]
     assert found["traces"] == 13  # with the long one of each layout, and the far one
     assert found["events"] > 0 < found["events_per_s"]

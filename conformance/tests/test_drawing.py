@@ -33,7 +33,7 @@ from helix_conformance.session import layout_traces, random_traces
 from helix_spec.capabilities import UNLIMITED
 from helix_spec.config import Config, config_problem, decode_layout
 from helix_spec.engine import Outcome
-from helix_spec.events import FEATURES, Admit, Decode, Event, Fork, features_of
+from helix_spec.events import FEATURES, PREFIX, Admit, Decode, Event, Fork, features_of
 from helix_spec.layouts import layout_problem
 from helix_spec.trace import Trace, dump_trace
 
@@ -139,7 +139,7 @@ def test_a_failure_that_does_not_repeat_says_so() -> None:
 
 def test_every_kind_of_action_is_drawn_and_means_events() -> None:
     """Each kind occurs, and in some state it means something."""
-    scope, kinds = Scope(frozenset(FEATURES)), set()
+    scope, kinds = Scope(frozenset({*FEATURES, PREFIX})), set()
     for seed in range(40):
         choices = Seeded(f"actions {seed}")
         recorder, told = Recorder(draw_config(choices, contents=False)), list[Event]()
@@ -156,7 +156,7 @@ def test_every_kind_of_action_is_drawn_and_means_events() -> None:
 def test_hypothesis_draws_every_kind_of_action(kind: type) -> None:
     """The same classes, with the same bounds."""
     found = find(
-        testing.actions(),
+        testing.actions(features=[*FEATURES, PREFIX]),
         lambda action: type(action) is kind,
         settings=settings(max_examples=2000, database=None, derandomize=True),
     )

@@ -28,7 +28,7 @@ from helix_reference.model import Model
 from helix_spec.capabilities import Freedoms, freedoms_of
 from helix_spec.config import Config
 from helix_spec.engine import OF_GROUPS, RankView
-from helix_spec.events import Accept, Admit, Decode, Fork, Preempt, Release
+from helix_spec.events import PREFIX, Accept, Admit, Decode, Fork, Preempt, Release
 from helix_spec.layouts import LAYOUT_NAMES
 from helix_spec.trace import Trace, Watch, dump_trace, load_trace
 
@@ -36,7 +36,7 @@ from helix_spec.trace import Trace, Watch, dump_trace, load_trace
 class Keeps(ReferenceEngine):
     """Keeps the pages of rejected tokens."""
 
-    profiles = ReferenceEngine.profiles - {"cache", "attention", *OF_GROUPS}
+    profiles = ReferenceEngine.profiles - {"cache", "attention", *OF_GROUPS, PREFIX}
     freedoms: ClassVar = {"rewind_pages": "kept"}
 
 

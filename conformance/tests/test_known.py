@@ -179,7 +179,11 @@ def test_a_profile_that_is_answered_wrongly_is_checked_apart(tmp_path):
     assert [d.subject for d in ledger.of_layout("pr9757")] == ["speculative"]
     both = known(tmp_path, f'profile = "lengths"\n{WRONG}')
     checked, failed, _ = played(Liar, both)
-    assert (checked, failed, both.holds) == ({"placement", *FEATURES, *OF_GROUPS}, None, True)
+    assert (checked, failed, both.holds) == (
+        {"placement", *FEATURES, *OF_GROUPS, "prefix"},
+        None,
+        True,
+    )
 
 
 def test_a_ledger_that_leaves_nothing_to_judge_does_not_hold(tmp_path):

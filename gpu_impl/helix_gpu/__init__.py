@@ -4,7 +4,7 @@ Helix parallelism (arXiv 2507.07120; TensorRT-LLM pull request 9757) spreads the
 sequence over `cp_size` ranks. Each layer below imports only those above it:
 
 - `bookkeeping`: which rank holds which token, in which page, without tensors: `refusals`, `inputs`,
-  `dealing`, `sharing`, `ledger`, `allocator`, `block_tables`, `rank_book`,
+  `dealing`, `sharing`, `contents`, `ledger`, `allocator`, `block_tables`, `rank_book`,
   `group_book`, `written`, `sizing`;
 - `transfer`: what moves where when a prompt comes from ranks that split it otherwise;
 - `attention`: partial attention over a rank's own pages, and the merge: `rope`, `paged`, `native`,

@@ -27,7 +27,7 @@ from helix_reference.state import GONE, Request, Step
 from helix_spec.capabilities import freedoms_of
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import PROFILES, Outcome, RankView
-from helix_spec.events import Event, Merge, Reason
+from helix_spec.events import PREFIX, Event, Merge, Reason
 
 Rows = list[list[list[Vector]]]
 """Nested lists of floats: layer, token or slot, head, dim."""
@@ -90,6 +90,7 @@ class ReferenceEngine:
             self.model = self.whole.all[0]
         else:
             self.whole = self.model = Model(config, freedoms)
+            self.model.finds = PREFIX in self.profiles
         self.tp_rank, self.cp_rank = divmod(self.rank, config.layout.cp_size)
         return Outcome()
 

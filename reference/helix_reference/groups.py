@@ -15,7 +15,7 @@ from helix_reference.state import Pool, Request, Step
 from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import MAIN_POOL, CacheGroup, Config
 from helix_spec.engine import GroupColumns, GroupView, Outcome, RankView
-from helix_spec.events import Event, Reason
+from helix_spec.events import PREFIX, Event, Reason, features_of
 
 
 class GroupsModel:
@@ -126,6 +126,8 @@ class GroupsModel:
 
     def refusal(self, event: Event) -> Reason | None:
         """Return why the event would be refused now; None when it may happen."""
+        if PREFIX in features_of(event):
+            return Reason.UNSUPPORTED  # nothing is found for several cache groups
         reason = reason_but_pages(self.all[0], event)
         if reason is not None:
             return reason

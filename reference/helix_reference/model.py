@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from helix_reference.dealing import deal_prompt
+from helix_reference.prefix import Sought, contents, hit_of, live_pages, mark, sought, unit_of
 from helix_reference.refusals import refusal
 from helix_reference.state import GONE, Pool, Request, State, Step
 from helix_reference.tokens import Identity, Positions, Tokens
@@ -28,6 +29,7 @@ from helix_spec.events import (
     Resume,
     Sampled,
     Skip,
+    ids_of,
 )
 
 
@@ -65,6 +67,12 @@ class Model(State):
         self.freedoms = freedoms
         self.window = window
         self.events_seen = 0
+        self.finds = False
+        """Whether prefixes are found; set before the first event."""
+        self.wanted: Sought | None = None
+        """What the last event looked for in the cache."""
+        self.last_hit: int | None = None
+        """Of the last event, the tokens that it found; None where it looked for none."""
         self.last_steps: list[Step] = []
         """One for each request of the last event, when that was an accepted decode."""
 
@@ -86,11 +94,29 @@ class Model(State):
         self.follow(event, reason)
         return reason
 
-    def follow(self, event: Event, reason: Reason | None) -> None:
-        """Let the event happen where `reason` is None; else it counts, and changes nothing."""
-        self.last_steps = []
+    def follow(self, event: Event, reason: Reason | None, hit: int | None = None) -> None:
+        """Let the event happen where `reason` is None; else it counts, and changes nothing.
+
+        Parameters
+        ----------
+        event
+            The next event of the trace.
+        reason
+            Why it is refused; None for what `refusal` finds no reason.
+        hit
+            Tokens that an engine has found in its cache, as many as may be; None for as many as
+            this model finds.
+        """
+        self.last_steps, self.wanted, self.last_hit = [], None, None
         if reason is None:
+            self.wanted = sought(self, event)
+            if self.wanted is not None:
+                self.last_hit = hit_of(self, event).own if hit is None else hit
             self._happen(event)
+            if self.finds:
+                for id in ids_of(event):
+                    if id in self.requests and not self.requests[id].preempted:
+                        mark(self, self.requests[id], self.events_seen)
             if self.window is not None and self.freedoms.window_pages == "returned":
                 for request in self.requests.values():
                     self._leave_behind(request, self.window)
@@ -102,8 +128,9 @@ class Model(State):
 
     def _happen(self, event: Event) -> None:
         match event:
-            case Admit(id, prompt_len):
+            case Admit(id, prompt_len, _, _, salt):
                 self._admit(id, prompt_len)
+                self.requests[id].salt = salt
             case Decode(ids, query_lens):
                 self._decode(ids, query_lens)
             case Accept(id, kept):
@@ -116,7 +143,7 @@ class Model(State):
             case Fork(parent, child):
                 self._fork(self.requests[parent], child)
             case Release(id):
-                self._give_pages_back(self.requests.pop(id))
+                self._release(id)
             case Preempt(id):
                 self._preempt(self.requests[id])
             case Resume(id):
@@ -124,21 +151,38 @@ class Model(State):
 
     def _admit(self, id: int, prompt_len: int) -> None:
         shift = 0
+        prefix: Sequence[Identity] = ()
         if self.layout.start == "rotated":
             shift = self.admissions % self.layout.cp_size
+        if self.wanted is not None:
+            shift, prefix = self.wanted.shift, self.wanted.tokens
         self.admissions += 1
-        tokens = Tokens(self.events_seen, prompt_len)
+        tokens = Tokens(self.events_seen, prompt_len, prefix=prefix)
         self.requests[id] = request = Request(prompt_len, shift, tokens, [], [], [])
         self._place_prompt(request)
 
     def _place_prompt(self, request: Request) -> None:
-        """Deal all tokens of the request as a prompt, into fresh pages."""
+        """Deal all tokens of the request as a prompt, into pages that hold them, and fresh ones."""
         request.ranks = deal_prompt(self.layout, request.prompt_len, request.shift)
-        request.tables = [
-            [pool.take() for _ in range(pages)]
-            for pool, pages in zip(self.pools, self.pages_of(request.ranks), strict=True)
-        ]
+        request.tables, request.found = [[] for _ in self.pools], 0
+        if self.wanted is not None and self.last_hit:
+            self._share_found(request, self.wanted, self.last_hit)
+        places = zip(self.pools, request.tables, self.pages_of(request.ranks), strict=True)
+        for pool, table, pages in places:
+            table += [pool.take() for _ in range(pages - len(table))]
         request.written = [len(positions) for positions in request.ranks]
+
+    def _share_found(self, request: Request, wanted: Sought, hit: int) -> None:
+        """Begin the request's tables with pages that hold its tokens, those of live ones first."""
+        unit, live = unit_of(self.layout), live_pages(self)
+        for content in contents(wanted, hit // unit, unit):
+            for pool, table, pages in zip(self.pools, request.tables, live, strict=True):
+                page = pages.get(content)
+                if page is None:
+                    page = pool.take_again(content, self.events_seen)
+                else:
+                    page.holders += 1
+                table.append(page)
 
     def _decode(self, ids: list[int], query_lens: list[int]) -> None:
         place = 0
@@ -201,6 +245,8 @@ class Model(State):
             [positions.copy() for positions in parent.ranks],
             shared,
             list(parent.written),
+            salt=parent.salt,
+            found=parent.found,
         )
 
     def _leave_behind(self, request: Request, window: int) -> None:
@@ -234,10 +280,19 @@ class Model(State):
         request.prompt_len = len(request.tokens)
         self._place_prompt(request)
 
+    def _release(self, id: int) -> None:
+        request = self.former[id] = self.requests.pop(id)
+        self._give_pages_back(request)
+        request.open_group = 0
+
     def _give_pages_back(self, request: Request) -> None:
         for pool, table in zip(self.pools, request.tables, strict=True):
             for page in table:
-                pool.give_back(page)
+                if not page.contents:
+                    pool.give_back(page)
+            for page in reversed(table):  # a block is of no use without those before it
+                if page.contents:
+                    pool.give_back(page)
 
     # What a rank reports.
 
@@ -265,7 +320,7 @@ class Model(State):
         [[True, True, False], [False, False, True]]
         """
         if reason is not None or not self.last_steps:
-            return Outcome(reason)
+            return Outcome(reason, hit=self.last_hit)
         columns, t = Outcome(None, [], [], [], [], []), self.layout.tokens_per_block
         for step in self.last_steps:
             held = step.past_len[rank]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from helix_reference.dealing import deal_prompt
+from helix_reference.prefix import hit_of, settled
 from helix_reference.state import Page, State
 from helix_spec.events import (
     Accept,
@@ -19,6 +20,7 @@ from helix_spec.events import (
     Fork,
     Merge,
     Preempt,
+    Prefix,
     Reason,
     Release,
     Resume,
@@ -69,8 +71,8 @@ def reason_but_pages(state: State, event: Event) -> Reason | None:
         The event.
     """
     match event:
-        case Admit(id, prompt_len):
-            return _admit(state, id, prompt_len)
+        case Admit(id, prompt_len, _, prefix):
+            return _admit(state, id, prompt_len, prefix)
         case Decode(ids, query_lens, pad):
             return _decode(state, ids, query_lens, pad)
         case Skip(ids, query_lens):
@@ -87,8 +89,8 @@ def reason_but_pages(state: State, event: Event) -> Reason | None:
             return None if id in state.requests else Reason.UNKNOWN_REQUEST
         case Preempt(id):
             return _not_live(state, [id])
-        case Resume(id):
-            return _resume(state, id)
+        case Resume(id, prefix_len):
+            return _resume(state, id, prefix_len)
         case Merge():
             return None
 
@@ -111,19 +113,29 @@ def pages_needed(state: State, event: Event) -> list[int]:
     [2, 1]
     """
     match event:
-        case Admit(_, prompt_len):
-            return _prompt_pages(state, prompt_len, state.admissions)
+        case Admit(_, prompt_len, _, prefix):
+            source = state.known(prefix.of) if prefix else None
+            shift = state.admissions if source is None else source.shift
+            return _less_live(state, event, _prompt_pages(state, prompt_len, shift))
         case Decode(ids, query_lens) | Skip(ids, query_lens):
             return _decode_pages(state, ids, query_lens)
         case Resume(id):
             request = state.requests[id]
-            return _prompt_pages(state, len(request.tokens), request.shift)
+            pages = _prompt_pages(state, len(request.tokens), request.shift)
+            return _less_live(state, event, pages)
     return [0] * len(state.pools)
 
 
-def _admit(state: State, id: int, prompt_len: int) -> Reason | None:
+def _admit(state: State, id: int, prompt_len: int, prefix: Prefix | None) -> Reason | None:
+    source = state.known(prefix.of) if prefix else None
+    if prefix is not None:
+        known = prompt_len if source is None else min(prompt_len, settled(state, source))
+        if not 1 <= prefix.len <= known:
+            return Reason.BAD_COUNT
     if id in state.requests:
         return Reason.DUPLICATE_REQUEST
+    if prefix is not None and source is None:
+        return Reason.UNKNOWN_REQUEST
     if prompt_len < 1:
         return Reason.EMPTY_PROMPT
     if prompt_len > state.config.max_len:
@@ -174,8 +186,10 @@ def _sampled(state: State, ids: list[int]) -> Reason | None:
     return None
 
 
-def _resume(state: State, id: int) -> Reason | None:
+def _resume(state: State, id: int, prefix: int) -> Reason | None:
     request = state.requests.get(id)
+    if prefix < 0 or (request is not None and prefix > len(request.tokens)):
+        return Reason.BAD_COUNT
     if request is None:
         return Reason.UNKNOWN_REQUEST
     if not request.preempted:
@@ -191,6 +205,12 @@ def _not_live(state: State, ids: Sequence[int]) -> Reason | None:
         if state.requests[id].preempted:
             return Reason.PREEMPTED_REQUEST
     return None
+
+
+def _less_live(state: State, event: Event, pages: list[int]) -> list[int]:
+    """These pages without those that the event shares with live requests (SPEC.md section 5.8)."""
+    hit = hit_of(state, event)
+    return [count - (hit.live // hit.unit if hit.unit else 0) for count in pages]
 
 
 def _prompt_pages(state: State, prompt_len: int, admission: int) -> list[int]:

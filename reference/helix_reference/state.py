@@ -8,12 +8,20 @@ hold them. Module `tokens` has the first two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from helix_reference.dealing import decode_owner
-from helix_reference.tokens import Positions, Tokens
+from helix_reference.tokens import Identity, Positions, Tokens
+from helix_spec.capabilities import STRICT
 from helix_spec.config import Config
+
+Content = tuple[int, int, Identity]
+"""What a block of T * C tokens holds: the salt, and position and identity of its last token.
+
+A token's identity is copied by what copies all the tokens before it (`fork`, `resume`, a prefix),
+and by nothing else. So the last token names them all.
+"""
 
 
 @dataclass(eq=False, slots=True)
@@ -27,11 +35,19 @@ class Page:
     number
         The page's number in its pool, from 0.
     holders
-        Requests whose block table has the page; forks share pages (SPEC.md section 5.4).
+        Requests whose block table has the page; forks and hits share pages (SPEC.md section 5.4).
+    contents
+        Blocks of whose tokens it holds some, once other requests may find them there; for each the
+        index of the event since which they may. (A fork may share a page of one block and go on
+        with another.)
+    found
+        Whether it was taken for the tokens that it held, though it was free.
     """
 
     number: int
     holders: int = 1
+    contents: dict[Content, int] = field(default_factory=dict)
+    found: bool = False
 
 
 GONE: Final = Page(-1)
@@ -40,6 +56,9 @@ GONE: Final = Page(-1)
 
 class Pool:
     """The pages of one rank. Returned pages are taken before those never taken, last in, first out.
+
+    Returned pages whose tokens may be found are free, too, and taken last of all: the one that was
+    returned longest ago first.
 
     Parameters
     ----------
@@ -59,25 +78,49 @@ class Pool:
         self.returned: list[int] = []
         self.untouched = size
         """Pages below this number were never taken."""
+        self.cached: list[Page] = []
+        """Free pages whose tokens may still be found, in the order in which they are given up."""
 
     @property
     def free(self) -> int:
         """Number of free pages."""
-        return len(self.returned) + self.untouched
+        return len(self.returned) + self.untouched + len(self.cached)
 
     def take(self) -> Page:
         """Return a free page, now held once; there must be one."""
         if self.returned:
             return Page(self.returned.pop())
+        if not self.untouched:
+            return Page(self.cached.pop(0).number)
         self.untouched -= 1
         return Page(self.untouched)
+
+    def take_again(self, content: Content, now: int) -> Page:
+        """Return a free page that holds some tokens still, now held once.
+
+        Where this pool has given it up, it is another: an engine may give up others.
+
+        Parameters
+        ----------
+        content
+            A block of tokens.
+        now
+            Index of the present event.
+        """
+        kept = next((page for page in self.cached if content in page.contents), None)
+        if kept is None:
+            return Page(self.take().number, contents={content: now}, found=True)
+        self.cached.remove(kept)
+        return Page(kept.number, contents={**kept.contents, content: now}, found=True)
 
     def give_back(self, page: Page) -> None:
         """Remove one holder of the page; it is free when that was the last one."""
         if page is GONE:
             return
         page.holders -= 1
-        if page.holders == 0:
+        if page.holders == 0 and page.contents:
+            self.cached.append(page)
+        elif page.holders == 0:
             self.returned.append(page.number)
 
 
@@ -114,6 +157,10 @@ class Request:
     """Tokens of the last decode, while some of them may still be rewound."""
     outstanding: int = 0
     """With overlap: decodes whose tokens the scheduler has not learned."""
+    salt: int = 0
+    """Requests of another salt find none of its tokens."""
+    found: int = 0
+    """How many of its blocks of T * C tokens others may find by now."""
 
     @property
     def steps(self) -> int:
@@ -152,6 +199,22 @@ class State:
         self.pools = pools or [Pool(pages) for pages in config.pages]
         self.requests: dict[int, Request] = {}
         self.admissions = 0
+        self.former: dict[int, Request] = {}
+        """By id, the request that was released last; its tokens may still be named."""
+        self.freedoms = STRICT
+        """What differs from the strictest engine."""
+        self.ever_found: set[Content] = set()
+        """What could ever be found in a page."""
+
+    def known(self, id: int) -> Request | None:
+        """Return a request, or the one of this id that was released last.
+
+        Parameters
+        ----------
+        id
+            Any id.
+        """
+        return self.requests.get(id) or self.former.get(id)
 
     def owners(self, request: Request, query_len: int) -> list[int]:
         """Return the cp_rank of each of a request's next tokens.

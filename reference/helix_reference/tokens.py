@@ -105,9 +105,12 @@ class Tokens(_Listed[Identity]):
     event
         Index of the event that admitted the request.
     prompt_len
-        Tokens that this event created.
+        Tokens of its prompt.
     decoded
         Identities of the tokens that were decoded since.
+    prefix
+        Identities of the prompt's first tokens, where they are those of another request; the event
+        created the others.
 
     Examples
     --------
@@ -115,21 +118,32 @@ class Tokens(_Listed[Identity]):
     >>> tokens.append((5, 0))
     >>> tokens, len(tokens), tokens[1], tokens[-1]
     ([(3, 0), (3, 1), (5, 0)], 3, (3, 1), (5, 0))
+    >>> Tokens(event=7, prompt_len=4, prefix=tokens[:3])
+    [(3, 0), (3, 1), (5, 0), (7, 3)]
     """
 
-    __slots__ = ("decoded", "event", "prompt_len")
+    __slots__ = ("decoded", "event", "prefix", "prompt_len")
 
-    def __init__(self, event: int, prompt_len: int, decoded: Iterable[Identity] = ()) -> None:
+    def __init__(
+        self,
+        event: int,
+        prompt_len: int,
+        decoded: Iterable[Identity] = (),
+        prefix: Sequence[Identity] = (),
+    ) -> None:
         self.event, self.prompt_len = event, prompt_len
-        self.decoded = list(decoded)
+        self.decoded, self.prefix = list(decoded), prefix
 
     def __len__(self) -> int:
         return self.prompt_len + len(self.decoded)
 
     def __iter__(self) -> Iterator[Identity]:
-        return chain(zip(repeat(self.event), range(self.prompt_len), strict=False), self.decoded)
+        own = zip(repeat(self.event), range(len(self.prefix), self.prompt_len), strict=False)
+        return chain(self.prefix, own, self.decoded)
 
     def _entry(self, index: int) -> Identity:
+        if index < len(self.prefix):
+            return self.prefix[index]
         decoded = index - self.prompt_len
         return (self.event, index) if decoded < 0 else self.decoded[decoded]
 
@@ -143,4 +157,4 @@ class Tokens(_Listed[Identity]):
 
     def copy(self) -> Tokens:
         """Return the same tokens, which change apart from these."""
-        return Tokens(self.event, self.prompt_len, self.decoded)
+        return Tokens(self.event, self.prompt_len, self.decoded, self.prefix)

@@ -102,6 +102,8 @@ class Freedoms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Whether pages beyond the policy go back at an `accept`, or stay for the next tokens."""
     window_pages: Literal["returned", "kept"] = "returned"
     """Whether pages that no later query can see go back, or stay."""
+    resume_hits: Literal["found", "none"] = "found"
+    """Whether a request that resumes finds its tokens in the cache, or its hit is 0."""
 
 
 STRICT: Final = Freedoms()

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Final, Protocol
 import msgspec
 
 from helix_spec.config import Config
-from helix_spec.events import FEATURES, MERGE, Event, Reason
+from helix_spec.events import FEATURES, MERGE, PREFIX, Event, Reason
 
 CUMULATIVE: Final = ("placement", "lengths", "pages", "cache", "attention")
 """Profiles of rising depth: an engine that declares one declares those before it."""
 OF_GROUPS: Final = ("groups", "window")
 """Profiles of configurations with cache groups, and of windows in them."""
-PROFILES: Final = (*CUMULATIVE, *FEATURES, MERGE, *OF_GROUPS)
+PROFILES: Final = (*CUMULATIVE, *FEATURES, MERGE, *OF_GROUPS, PREFIX)
 """Every profile, in the order in which reports list them."""
 
 
@@ -52,6 +52,8 @@ class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slice, value_dim), the merged attention output; of a `merge` (tokens, heads, value_dim)."""
     groups: dict[str, GroupColumns] = {}
     """With cache groups: their columns by name; those above but `position_ids` are empty."""
+    hit: int | None = None
+    """Of an accepted `admit` or `resume` that names a prefix: its tokens found in the cache."""
 
     def of_group(self, name: str) -> Outcome:
         """Return the outcome as that of an engine whose only cache is this group.

@@ -22,16 +22,26 @@ class _Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field=
     pass
 
 
+class Prefix(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The first `len` tokens are those of the request `of`, known or released (SPEC.md, 5.8)."""
+
+    of: RequestId
+    len: Number
+
+
 class Admit(_Event, frozen=True, tag="admit", omit_defaults=True, repr_omit_defaults=True):
     """A new request of `prompt_len` tokens; its KV is placed by the prompt split.
 
     With admission `prefill` the prompt is computed in chunks of `chunk` tokens, the last one
-    shorter; 0 leaves the cut to the engine.
+    shorter; 0 leaves the cut to the engine. Tokens of the `prefix` may be found in the cache, where
+    requests of the same `salt` hold them.
     """
 
     id: RequestId
     prompt_len: Number
     chunk: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    prefix: Prefix | None = None
+    salt: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)] = 0
 
 
 class Decode(_Event, frozen=True, tag="decode"):
@@ -84,10 +94,14 @@ class Preempt(_Event, frozen=True, tag="preempt"):
     id: RequestId
 
 
-class Resume(_Event, frozen=True, tag="resume"):
-    """A preempted request is placed anew, as a prompt of all its tokens so far."""
+class Resume(_Event, frozen=True, tag="resume", omit_defaults=True, repr_omit_defaults=True):
+    """A preempted request is placed anew, as a prompt of all its tokens so far.
+
+    Its first `prefix` tokens may be found in the cache.
+    """
 
     id: RequestId
+    prefix: Number = 0
 
 
 class Merge(_Event, frozen=True, tag="merge"):
@@ -116,6 +130,8 @@ Event = Admit | Decode | Accept | Sampled | Skip | Fork | Release | Preempt | Re
 
 MERGE: Final = "merge"
 """The profile of engines whose merge can be reached by itself."""
+PREFIX: Final = "prefix"
+"""The profile of engines that find prefixes in their cache."""
 FEATURES: Final = ("speculative", "fork", "preempt", "padding", "overlap")
 """What an engine may support beyond admit, decode, skip and release, one profile each."""
 
@@ -126,7 +142,7 @@ def features_of(event: Event) -> frozenset[str]:
     Returns
     -------
     frozenset of str
-        Members of `FEATURES`, and `merge`.
+        Members of `FEATURES`, `merge` and `prefix`.
 
     Examples
     --------
@@ -149,6 +165,10 @@ def features_of(event: Event) -> frozenset[str]:
             needed.add("fork")
         case Preempt() | Resume():
             needed.add("preempt")
+            if isinstance(event, Resume) and event.prefix:
+                needed.add(PREFIX)
+        case Admit() if event.prefix is not None or event.salt:
+            needed.add(PREFIX)
         case Sampled():
             needed.add("overlap")
         case Merge():

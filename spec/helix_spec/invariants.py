@@ -23,6 +23,7 @@ NUMBERS: Final = (
     *("GROW-1", "EQ-1"),
     *("PAGE-1", "PAGE-2", "PAGE-3", "PAGE-4", "PAGE-5"),
     *("REP-1", "POOL-1", "WIN-1", "WIN-2"),
+    *("HIT-1", "HIT-2", "HIT-3", "HIT-4", "HIT-5", "HIT-6", "SHARE-1"),
     *("ATT-1", "ATT-2", "ATT-3", "ATT-4"),
     *("DUM-1", "MAP-1", "REF-1", "REF-2", "LIVE-1"),
 )

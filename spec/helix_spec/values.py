@@ -101,6 +101,36 @@ def token_state(
     return state
 
 
+TOKEN_CODE: Final = 6
+"""Where `TENSOR_CODE` has those of tensors: of token ids."""
+
+
+def token_id(seed: int, event: int, place: int) -> int:
+    """Return what an engine that hashes contents is told a token is (SPEC.md section 5.8).
+
+    Parameters
+    ----------
+    seed
+        The configuration's seed, 32 bits.
+    event, place
+        The token's identity.
+
+    Returns
+    -------
+    int
+        From 0 to 2**31 - 1.
+
+    Examples
+    --------
+    >>> token_id(7, event=3, place=2)
+    1935749832
+    """
+    state = mix(seed)
+    for field in (event, place, TOKEN_CODE):
+        state = fold(state, field)
+    return state & 0x7FFFFFFF
+
+
 def entry(state: int, head: int, dim: int) -> float:
     """Return one entry of a token's Q, K or V: a multiple of 1/16 within +-4.
 

@@ -31,6 +31,7 @@ def test_the_sections_are_the_ones_that_code_cites() -> None:
         "10 What an engine returns",
         "11 Worked examples",
         "12 How engines place cache groups",
+        "13 How engines find prefixes",
     ]
 
 
@@ -41,7 +42,8 @@ def test_every_invariant_has_one_paragraph() -> None:
     assert None not in found
     sizes = {
         "OWN": 3, "LEN": 3, "POS": 2, "BAL": 3, "GROW": 1, "EQ": 1, "PAGE": 5, "REP": 1,
-        "POOL": 1, "WIN": 2, "ATT": 4, "DUM": 1, "MAP": 1, "REF": 2, "LIVE": 1,
+        "POOL": 1, "WIN": 2, "HIT": 6, "SHARE": 1, "ATT": 4,
+        "DUM": 1, "MAP": 1, "REF": 2, "LIVE": 1,
     }  # fmt: skip
     expected = [f"{family}-{n}" for family, size in sizes.items() for n in range(1, size + 1)]
     assert [match[1] for match in found if match] == expected

@@ -164,6 +164,8 @@ class Outcome(_Answer, frozen=True, tag="outcome"):
     slots: list[Number] | UnsetType = UNSET
     visible: list[Number] | UnsetType = UNSET
     output: Rows | UnsetType = UNSET
+    hit: Number | None = None
+    """Of an accepted event that names a prefix: its tokens found in the cache (`prefix`)."""
     groups: dict[str, GroupColumns] | UnsetType = UNSET
     """With cache groups, by name; of the columns above `position_ids` alone is there then."""
 
@@ -446,6 +448,7 @@ def spec_outcome(answer: Outcome, event: Event | None, profiles: Collection[str]
             )
             for name, one in groups.items()
         },
+        answer.hit,
     )
 
 

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import msgspec
 import numpy as np
 
+from helix_conformance.engines.contents import Told
 from helix_conformance.expect.arrays import Layers, Tokens, entries, partial_of, queries, values
+from helix_gpu.bookkeeping.contents import Chain
 from helix_gpu.bookkeeping.group_book import GroupBook
 from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused, check_config
 from helix_spec import events as ev
 from helix_spec.config import MAIN_POOL, Config, ModelShape
 from helix_spec.engine import OF_GROUPS, GroupColumns, GroupView, Outcome, RankView
-from helix_spec.events import FEATURES, MERGE, Event, Reason
+from helix_spec.events import FEATURES, MERGE, PREFIX, Event, Reason, features_of
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,7 @@ class LedgerEngine:
     """
 
     profiles: ClassVar[frozenset[str]] = frozenset(
-        {"placement", "lengths", "pages", *FEATURES, *OF_GROUPS}
+        {"placement", "lengths", "pages", *FEATURES, *OF_GROUPS, PREFIX}
     )
     needs_processes: ClassVar[bool] = False
 
@@ -76,29 +78,80 @@ class LedgerEngine:
         Outcome
             With `reason` None when the rank is ready, else `bad_config`.
         """
-        book = GroupBook if config.groups else RankBook
+        self.book: RankBook | GroupBook
+        cp_rank = self.rank % config.layout.cp_size
         try:
-            self.book: RankBook | GroupBook = book(config, self.rank % config.layout.cp_size)
+            if config.groups:
+                self.book = GroupBook(config, cp_rank)
+            else:
+                self.book = RankBook(config, cp_rank, finds=PREFIX in profiles)
         except Refused as refused:
             return Outcome(refused.reason)
+        self.told = Told(config.seed, config.overlap)
         return Outcome()
 
     def apply(self, event: Event) -> Outcome:
         """Apply one event on this rank; see `Engine.apply`."""
         try:
-            match event:
-                case ev.Admit(id, prompt_len):
-                    self.book.admit(id, prompt_len)
-                case ev.Decode(ids, query_lens, pad):
-                    return _outcome(self.book.decode_step(ids, query_lens, pad))
-                case ev.Resume(id):
-                    self.book.resume(id)
-                case ev.Merge():
-                    return Outcome(Reason.UNSUPPORTED)
-                case _:
-                    _follow(self.book, event)
+            outcome = self._applied(event)
         except Refused as refused:
-            return Outcome(refused.reason)
+            outcome = Outcome(refused.reason)
+        if outcome.reason is None:
+            self.told.happened(event)
+        self.told.events += 1
+        return outcome
+
+    def _applied(self, event: Event) -> Outcome:
+        book = self.book
+        if isinstance(book, GroupBook):
+            return self._in_groups(book, event)
+        match event:
+            case ev.Admit(id, prompt_len, _, prefix):
+                chain, find = sought(self.told, book, event)
+                plan = (
+                    book.plan_admit(id, prompt_len)
+                    if chain is None
+                    else book.ledger.plan_told(id, prompt_len, chain, find)
+                )
+                book.place(plan)
+                self.told.shifts[id] = plan.shift
+                return Outcome(hit=plan.hit if prefix else None)
+            case ev.Resume(id, find):
+                if self.told.misnames(event):
+                    return Outcome(Reason.BAD_COUNT)
+                finds = book.ledger.contents is not None
+                plan = book.ledger.plan_told_again(id, find) if finds else book.plan_resume(id)
+                book.place(plan)
+                return Outcome(hit=plan.hit if find else None)
+            case ev.Decode(ids, query_lens, pad):
+                step, first = book.decode_step(ids, query_lens, pad), 0
+                tokens = self.told.decoded(event)
+                for id, query_len in zip(ids, query_lens, strict=True):
+                    if book.ledger.contents is not None:
+                        book.tell(id, tokens[first : first + query_len])
+                    first += query_len
+                return _outcome(step)
+            case ev.Merge():
+                return Outcome(Reason.UNSUPPORTED)
+            case _:
+                _follow(book, event)
+        return Outcome()
+
+    @staticmethod
+    def _in_groups(book: GroupBook, event: Event) -> Outcome:
+        match event:
+            case ev.Merge():
+                return Outcome(Reason.UNSUPPORTED)
+            case _ if PREFIX in features_of(event):
+                return Outcome(Reason.UNSUPPORTED)
+            case ev.Admit(id, prompt_len):
+                book.admit(id, prompt_len)
+            case ev.Resume(id):
+                book.resume(id)
+            case ev.Decode(ids, query_lens, pad):
+                return _outcome(book.decode_step(ids, query_lens, pad))
+            case _:
+                _follow(book, event)
         return Outcome()
 
     def observe(self, ids: Sequence[int] | None = None) -> RankView:
@@ -115,7 +168,11 @@ class GpuEngine:
         The global rank, tp_rank * cp_size + cp_rank (MAP-1).
     """
 
-    profiles: ClassVar[frozenset[str]] = LedgerEngine.profiles | {"cache", "attention", MERGE}
+    profiles: ClassVar[frozenset[str]] = (LedgerEngine.profiles - {PREFIX}) | {
+        "cache",
+        "attention",
+        MERGE,
+    }
     needs_processes: ClassVar[bool] = True
     cp_groups: ClassVar[dict[int, list[ProcessGroup]]] = {}
     """By cp_size, the group of each tp_rank."""
@@ -450,6 +507,37 @@ class PushEngine(GpuEngine):
         from helix_gpu.comm.push import push
 
         return lambda group, model: cls.windows.get(group.size()) or push(group, model)
+
+
+def sought(told: Told, book: RankBook, event: ev.Admit) -> tuple[Chain | None, int]:
+    """Return the tokens of a prompt, and how many of the first may be found.
+
+    Parameters
+    ----------
+    told : Told
+        What the tokens of other requests are.
+    book : RankBook
+        It is not changed.
+    event : Admit
+        The next event.
+
+    Raises
+    ------
+    Refused
+        For a prefix that its source does not have (SPEC.md section 6).
+    """
+    prefix, shift = event.prefix, None
+    if told.misnames(event):
+        raise Refused(Reason.BAD_COUNT, "The prefix has more tokens than its source, or none.")
+    if prefix is not None and prefix.of not in told.tokens:
+        book.ledger.check_new(event.id)
+        raise Refused(Reason.UNKNOWN_REQUEST, f"Request {prefix.of} was never known.")
+    if book.ledger.contents is None and prefix is None:
+        return None, 0
+    if prefix is not None:
+        shift = told.shifts[prefix.of]
+    chain = Chain(told.prompt(event), event.salt, shift)
+    return chain, prefix.len if prefix else 0
 
 
 def _follow(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from helix_spec.config import CacheDType, Config, ModelShape
 from helix_spec.events import Merge
-from helix_spec.values import LEVELS, TENSOR_CODE, U32, UNIT_ROUNDOFF, Tensor
+from helix_spec.values import LEVELS, TENSOR_CODE, TOKEN_CODE, U32, UNIT_ROUNDOFF, Tensor
 
 Array = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -104,6 +104,34 @@ def token_columns(tokens: Sequence[tuple[int, int, int]]) -> Tokens:
     [0, 1, 2]
     """
     return Tokens(*np.array(tokens, dtype=np.int64).reshape(-1, 3).T)
+
+
+def token_ids(seed: int, events: Ints, places: Ints) -> Words:
+    """Return the ids of tokens (SPEC.md section 5.8).
+
+    Parameters
+    ----------
+    seed
+        The configuration's seed, 32 bits.
+    events, places : Ints, int64 (n)
+        Identities of the tokens.
+
+    Returns
+    -------
+    Words, uint32 (n)
+        From 0 to 2**31 - 1.
+
+    Examples
+    --------
+    >>> token_ids(7, np.array([3]), np.array([2])).tolist()
+    [1935749832]
+    """
+    with np.errstate(over="ignore"):  # sums and products wrap
+        state = _fold(np.zeros(1, dtype=np.uint32), np.array([seed - 0x9E3779B9], dtype=np.int64))
+        for column in (events, places, np.array(TOKEN_CODE, dtype=np.int64)):
+            state = _fold(state, column)
+    ids: Words = state & np.uint32(0x7FFFFFFF)
+    return ids
 
 
 def entries(

@@ -28,6 +28,14 @@ class Page(Protocol):
     def holders(self) -> int:
         """Number of requests that hold it; 0 when it is free."""
 
+    @property
+    def contents(self) -> Collection[Any]:
+        """What others may find in it: equal for the same tokens."""
+
+    @property
+    def found(self) -> bool:
+        """Whether it was taken for the tokens that it held, though it was free."""
+
 
 class Request(Protocol):
     """A request as the recorder knows it: what `helix_reference.state.Request` has.
@@ -168,6 +176,23 @@ class Output(NamedTuple):
     bound: Array
 
 
+class Hit(NamedTuple):
+    """What may be found of the first tokens of a request that is placed (SPEC.md, 5.8)."""
+
+    taken: int
+    """What the state after the event goes by: the reported hit, where it is right."""
+    least: int
+    """So many tokens are held by live requests."""
+    most: int
+    """So many were ever in pages where they could be found."""
+    unit: int
+    """A hit is a multiple of it; 0 where the layout lets nothing be found."""
+    limit: int
+    """The event allows no larger one."""
+    unsalted: int
+    """What could be found if salts did not count."""
+
+
 @dataclass(frozen=True, slots=True)
 class Expectation:
     """What every rank must answer to one event, and hold after it.
@@ -187,6 +212,8 @@ class Expectation:
     """Outputs of an accepted decode or merge, computed when they are read."""
     parts: Sequence[Part] = ()
     """With cache groups: what is expected of each; `decoded` and `state` are of the first."""
+    hit: Hit | None = None
+    """Of an accepted event that names a prefix."""
 
 
 class Part(NamedTuple):
@@ -224,7 +251,8 @@ def outcome_of(expected: Expectation | None, rank: int, layout: Layout) -> Outco
     'out_of_pages'
     """
     if expected is None or expected.decoded is None:
-        return Outcome(None if expected is None else expected.refused)
+        hit = expected.hit.taken if expected is not None and expected.hit else None
+        return Outcome(None if expected is None else expected.refused, hit=hit)
     decoded, t = expected.decoded, layout.tokens_per_block
     mine = [owner == rank for owner in decoded.owners]
     return Outcome(

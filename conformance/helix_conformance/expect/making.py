@@ -127,7 +127,8 @@ class _Writer:
                 groups.setdefault(part.group.name, []).append(shown)
             return Step(event=event, refused=expected.refused, groups=groups)
         shown_alone = self._shown(expected, self.labels[MAIN_POOL])
-        return Step(event=event, refused=expected.refused, **shown_alone)
+        hit = expected.hit and expected.hit.taken
+        return Step(event=event, refused=expected.refused, hit=hit, **shown_alone)
 
     def _shown(self, expected: Expectation, labels: _Labels) -> dict[str, Any]:
         """The columns and the state of a step, where the case shows them."""

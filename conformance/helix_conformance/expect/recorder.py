@@ -25,6 +25,7 @@ from helix_conformance.expect.arrays import (
 from helix_conformance.expect.expectation import (
     Decoded,
     Expectation,
+    Hit,
     Output,
     Page,
     Part,
@@ -33,10 +34,12 @@ from helix_conformance.expect.expectation import (
 )
 from helix_reference.groups import GroupsModel
 from helix_reference.model import Model
+from helix_reference.prefix import NOTHING, hit_of, settled
+from helix_reference.prefix import Hit as Found
 from helix_spec.capabilities import STRICT, Freedoms
 from helix_spec.config import CacheGroup, Config
 from helix_spec.engine import PROFILES
-from helix_spec.events import Event, Merge, Reason, Release, features_of
+from helix_spec.events import PREFIX, Event, Merge, Reason, Release, features_of
 from helix_spec.trace import Trace
 
 ENDLESS: Final = 2**31 - 1
@@ -77,6 +80,7 @@ class Recorder:
             self.state = self.groups[0].state
         else:
             self.model, self.groups = Model(self._with_pools(config), freedoms), []
+            self.model.finds = PREFIX in self.declared
             self.state = ModelState(self.model)
 
     def _with_pools(self, config: Config) -> Config:
@@ -87,7 +91,7 @@ class Recorder:
         pools = dict.fromkeys(config.pools, endless)
         return msgspec.structs.replace(config, pages=endless, pools=pools)
 
-    def next(self, event: Event) -> Expectation:
+    def next(self, event: Event, reported: object = None) -> Expectation:
         """Return the expectation of the next event; its state must be read before the one after.
 
         Parameters
@@ -95,6 +99,9 @@ class Recorder:
         event
             The next event of the trace. A refused one counts, too: tokens are identified by the
             index of their event.
+        reported
+            The hit that an engine has reported, which the state follows where it is right; None
+            for what the reference finds.
 
         Returns
         -------
@@ -102,8 +109,14 @@ class Recorder:
             Outputs are computed when they are read, which must be before the next event.
         """
         model, index = self.model, self.model.events_seen
+        hit: Hit | None = None
         if self._supports(event):
-            refused = model.apply(event)
+            refused = model.refusal(event)
+            if refused is None and isinstance(model, Model):
+                hit = _hit(hit_of(model, event), reported)
+                model.follow(event, None, hit and hit.taken)
+            else:
+                model.follow(event, refused)
         else:  # it counts, since tokens are told apart by the index of their event
             refused = Reason.UNSUPPORTED
             model.follow(event, refused)
@@ -124,14 +137,30 @@ class Recorder:
         if isinstance(event, Merge):
             merged = Expectation(index, event, state=self.state, parts=parts)
             return replace(merged, outputs=lambda: self._merged(event))
-        return Expectation(index, event, state=self.state, parts=parts)
+        return Expectation(index, event, state=self.state, hit=hit, parts=parts)
+
+    @property
+    def sources(self) -> dict[int, int]:
+        """Return how many tokens of each request, known or released, a prefix may name."""
+        model = self.model
+        if isinstance(model, GroupsModel):
+            return {}
+        requests = {**model.former, **model.requests}
+        return {id: settled(model, request) for id, request in requests.items()}
+
+    def salt_of(self, id: int) -> int:
+        """Return the salt of a request, known or released."""
+        model = self.model
+        request = None if isinstance(model, GroupsModel) else model.known(id)
+        return request.salt if request else 0
 
     def refusal(self, event: Event) -> Reason | None:
         """Return why the event would be refused now; None when it would not."""
         return self.model.refusal(event) if self._supports(event) else Reason.UNSUPPORTED
 
     def _supports(self, event: Event) -> bool:
-        return features_of(event) <= self.declared
+        needed = features_of(event)
+        return needed <= self.declared and not (self.config.groups and PREFIX in needed)
 
     def _union(self) -> list[Output]:
         """Outputs of the new tokens of the last decode, over the groups that each layer reads."""
@@ -159,6 +188,17 @@ class Recorder:
         partials = supplied_partials(self.config, event, range(shape.q_heads))
         exact, bound = exact_merge(shape, *partials)
         return [Output(o[None], e[None]) for o, e in zip(exact, bound, strict=True)]
+
+
+def _hit(found: Found, reported: object) -> Hit | None:
+    """What may be found, and what of it is taken; None where nothing is looked for."""
+    if found is NOTHING:
+        return None
+    right = isinstance(reported, int) and (
+        found.live <= reported <= found.ever and (not reported or reported % found.unit == 0)
+    )
+    taken = reported if isinstance(reported, int) and right else found.own
+    return Hit(taken, found.live, found.ever, found.unit, found.limit, found.unsalted)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 import numpy as np
@@ -134,6 +134,8 @@ class Step(_Part, frozen=True, kw_only=True, omit_defaults=True):
     event: Event
     refused: Reason | None = None
     """The reason, on every rank; absent when the event is accepted."""
+    hit: Count | None = None
+    """Of an accepted event that names a prefix: its tokens found in the cache, on every rank."""
     decoded: Decoded | None = None
     merged: Merged | None = None
     state: State | None = None
@@ -384,6 +386,8 @@ class _LabelledPage:
 
     number: int
     holders: int = 1
+    contents: ClassVar[Collection[Any]] = ()
+    found: ClassVar[bool] = False
 
 
 class VectorState:
@@ -507,7 +511,13 @@ def expectations(vector: Vector) -> Iterator[Expectation]:
             parts.append(expectation.Part(group, rank, expected))
         if parts:
             shown = parts[0].expected.state
-        yield Expectation(index, step.event, step.refused, decoded, shown, told, parts)
+        hit = None if step.hit is None else _only(step.hit)
+        yield Expectation(index, step.event, step.refused, decoded, shown, told, parts, hit)
+
+
+def _only(hit: int) -> expectation.Hit:
+    """The hit of a vector, in which live requests hold all that can be found."""
+    return expectation.Hit(hit, hit, hit, max(1, hit), hit, hit)
 
 
 def _shown(

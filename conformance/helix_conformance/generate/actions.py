@@ -19,7 +19,7 @@ import msgspec
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.choices import Choices
 from helix_spec import events as ev
-from helix_spec.events import MERGE, Event
+from helix_spec.events import MERGE, PREFIX, Event
 
 PICKS: Final = 7
 """The largest pick of one of the requests; each is taken modulo their number."""
@@ -491,6 +491,200 @@ class Lineage(_OfOne, frozen=True):
             yield _filling(recorder, child, self.spare)
 
 
+class Reuse(_OfOne, frozen=True):
+    """A prompt that begins as another request does, known or released, up to about a block's end.
+
+    It goes on for some tokens. It may have another salt, and then a copy that has the same one.
+    """
+
+    needs = PREFIX
+    weight = 4
+    blocks: int = 1
+    """Blocks of T * C tokens of the source that are named, modulo what there is; -1 for all."""
+    beside: int = 0
+    """Tokens more than these blocks."""
+    more: int = 1
+    """Tokens of the prompt's own."""
+    salt: int | None = None
+    """None for that of the source."""
+    copies: int = 1
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        return cls(
+            choices.integer(0, PICKS),
+            choices.pick((1, 2, 3, -1, -1)),
+            choices.pick((-1, 0, 0, 1)),
+            choices.pick((0, 1, 1, 2, 5, 17)),
+            choices.pick((None, None, None, 0, 1)),
+            choices.pick((1, 1, 1, 2, 3)),
+        )
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        sources = recorder.sources
+        for of in _picked(list(sources), (self.pick,)):
+            salt = self.salt
+            if salt is None:
+                salt = recorder.salt_of(of)
+            for id in _fresh(recorder, self.copies):
+                prefix = ev.Prefix(of, _about(recorder, sources[of], self.blocks, self.beside))
+                yield ev.Admit(id, prefix.len + self.more, 0, prefix, salt)
+
+
+class Salted(Action, frozen=True):
+    """A request of a salt, which begins as no other does."""
+
+    needs = PREFIX
+    prompt_len: int
+    salt: int = 1
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        return cls(choices.pick(choices.pick(scope.prompt_lens)), choices.pick((1, 2, 2**32 - 1)))
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        return [ev.Admit(id, self.prompt_len, salt=self.salt) for id in _fresh(recorder, 1)]
+
+
+class Heirs(_OfOne, frozen=True):
+    """A request ends or is preempted, others ask for its tokens, before and after pages are taken.
+
+    The first may find them in free pages; the last comes when they were given to others.
+    """
+
+    needs = PREFIX
+    weight = 2
+    goes_on = True
+    ends: str = "release"
+    blocks: int = -1
+    beside: int = 0
+    spare: int = -1
+    """Tokens of room that a request leaves which takes the pages; below 0 there is none."""
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        ends = ["release", *(["preempt"] if "preempt" in scope.features else [])]
+        return cls(
+            choices.integer(0, PICKS),
+            choices.pick(ends),
+            choices.pick((1, 2, -1, -1)),
+            choices.pick((-1, 0, 0, 1)),
+            choices.pick((-1, 0, 2, 9)),
+        )
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        for id in _picked(_live(recorder), (self.pick,)):
+            salt = recorder.salt_of(id)
+            yield ev.Release(id) if self.ends == "release" else ev.Preempt(id)
+            prefix = ev.Prefix(id, _about(recorder, recorder.sources[id], self.blocks, self.beside))
+            first, second, third = _fresh(recorder, 3)
+            yield ev.Admit(first, prefix.len + 1, 0, prefix, salt)
+            yield ev.Release(first)
+            if self.spare >= 0:
+                yield _filling(recorder, second, self.spare)
+                yield ev.Release(second)
+            yield ev.Admit(third, prefix.len + 1, 0, prefix, salt)
+            if self.ends == "preempt":
+                yield ev.Resume(id, prefix.len)
+
+
+class Descent(_OfOne, frozen=True):
+    """Prompts that begin each as the one before; they end in some order, one takes the room."""
+
+    needs = PREFIX
+    weight = 2
+    goes_on = True
+    order: int = 0
+    more: int = 1
+    spare: int = 0
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        more, spare = choices.pick((1, 2, 5, 17)), choices.pick((0, 1, -1))
+        return cls(choices.integer(0, PICKS), choices.integer(0, 5), more, spare)
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        for id in _picked(_live(recorder), (self.pick,)):
+            first, second = _fresh(recorder, 2)
+            for of, fresh in ((id, first), (first, second)):
+                prefix = ev.Prefix(of, recorder.sources.get(of, 1))
+                salt = recorder.salt_of(of)
+                yield ev.Admit(fresh, prefix.len + self.more, 0, prefix, salt)
+                if fresh not in recorder.state.requests:
+                    return
+                yield from _repeated(recorder, ev.Decode([fresh], [1]), 2)
+            for one in list(permutations((id, first, second)))[self.order]:
+                yield ev.Release(one)
+            yield _filling(recorder, first, self.spare)
+
+
+class Back(_OfOne, frozen=True):
+    """A preempted request looks for its tokens; where none is, a live one is preempted first."""
+
+    needs = PREFIX
+    goes_on = True
+    blocks: int = -1
+    beside: int = 0
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        return cls(choices.integer(0, PICKS), choices.pick((1, -1, -1)), choices.pick((-1, 0, 1)))
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        if "preempt" not in recorder.declared:
+            return
+        gone = recorder.state.preempted
+        for id in _picked(gone or _live(recorder), (self.pick,)):
+            if not gone:
+                yield ev.Preempt(id)
+            total = recorder.sources[id]
+            yield ev.Resume(id, _about(recorder, total, self.blocks, self.beside))
+
+
+class Misnamed(_OfOne, frozen=True):
+    """A prefix that names too much, nothing, or nobody."""
+
+    needs = PREFIX
+    kind: str = "unknown"
+    by: int = 1
+
+    @classmethod
+    def drawn(cls, choices: Choices, scope: Scope) -> Self:
+        """See `Action.drawn`."""
+        kinds = ("unknown", "none", "below", "beyond source", "beyond prompt", "taken", "resume")
+        return cls(choices.integer(0, PICKS), choices.pick(kinds), choices.pick((1, 2, BEYOND)))
+
+    def events(self, recorder: Recorder, told: Sequence[Event]) -> Iterable[Event]:
+        """See `Action.events`."""
+        sources = recorder.sources
+        strangers = (
+            id for id in count() if id not in sources and id not in recorder.state.requests
+        )
+        fresh, stranger = islice(strangers, 2)
+        for of in _picked(list(sources), (self.pick,)):
+            n = sources[of]
+            wrong: dict[str, Event] = {
+                "unknown": ev.Admit(fresh, n + 1, 0, ev.Prefix(stranger, n)),
+                "none": ev.Admit(fresh, n + 1, 0, ev.Prefix(of, 0)),
+                "below": ev.Admit(fresh, n + 1, 0, ev.Prefix(of, -self.by)),
+                "beyond source": ev.Admit(fresh, n + 9, 0, ev.Prefix(of, n + self.by)),
+                "beyond prompt": ev.Admit(fresh, n - 1, 0, ev.Prefix(of, n)),
+                "taken": ev.Admit(of, n + 1, 0, ev.Prefix(of, n)),
+                "resume": ev.Resume(of, n + self.by),
+            }
+            yield wrong[self.kind]
+
+
 class Wrong(Action, frozen=True):
     """An event whose ids and counts were not looked at: most of them must be refused."""
 
@@ -549,6 +743,7 @@ class Wrong(Action, frozen=True):
 ACTIONS: Final[tuple[type[Action], ...]] = (
     *(Admit, Decode, Release, Skip, Accept, Fork, Preempt, Resume, Sampled),
     *(Repeat, Fill, Cut, Late, Stray, Leap, Starve, Lineage, Wrong),
+    *(Reuse, Salted, Heirs, Descent, Back, Misnamed),
 )
 """All kinds of actions, simple ones first."""
 EVENTS: Final[dict[str, str | None]] = {
@@ -639,6 +834,14 @@ def _repeated(recorder: Recorder, decode: ev.Decode, times: int) -> Iterator[Eve
         yield decode
         for id in decode.ids:
             behind[id] += recorder.config.overlap - (id in late)
+
+
+def _about(recorder: Recorder, total: int, blocks: int, beside: int) -> int:
+    """Return a length from 1 to total: so many blocks of T * C tokens, or all, and some beside."""
+    unit = recorder.config.layout.cp_size * recorder.config.layout.tokens_per_block
+    whole = total // unit
+    wanted = total if blocks < 0 or not whole else unit * (1 + (blocks - 1) % whole)
+    return max(1, min(total, wanted + beside))
 
 
 def _filling(recorder: Recorder, id: int, spare: int) -> Event:

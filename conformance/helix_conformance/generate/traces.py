@@ -51,6 +51,8 @@ DEEP_KEYS: Final = (1023, 1025, 2049, 4097)
 """Tokens on a rank, about: past the tiles, pages and splits of kernels."""
 CROWDED: Final = 40
 """One trace in so many begins with a crowd of requests, all decoded at once."""
+PREFIXED: Final = 3
+"""One trace in so many has prefixes, of an engine that finds them."""
 TWICE: Final = 24
 """One trace in so many is played twice in a row, for the same bits."""
 MAX_FAR_CP: Final = 8

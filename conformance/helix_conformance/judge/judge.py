@@ -16,6 +16,7 @@ from helix_conformance.judge.attention import AttentionJudge
 from helix_conformance.judge.cache import CacheJudge
 from helix_conformance.judge.failure import Violation, in_order
 from helix_conformance.judge.groups import GroupsJudge
+from helix_conformance.judge.hits import wrong_hits
 from helix_conformance.judge.lengths import LengthsJudge
 from helix_conformance.judge.pages import PageMap, PagesJudge
 from helix_conformance.judge.placement import Columns, PlacementJudge
@@ -127,8 +128,12 @@ class Judge:
         """
         event, outcomes = expected.event, [answer.outcome for answer in answers]
         found = wrong_reasons(expected.refused, outcomes)
+        if expected.hit is not None:
+            found = found or wrong_hits(expected.hit, [outcome.hit for outcome in outcomes])
         if found:
             return found  # the engines went another way: their states say no more
+        if expected.refused is None and any(answer.view is None for answer in answers):
+            self.pages.pass_over()
         if expected.refused is None:
             self._follow(event, expected.state)
         in_state = list[Violation]()
@@ -179,7 +184,10 @@ class Judge:
     def _follow(self, event: Event, state: State | None) -> None:
         """Take in an accepted event: admissions in order, and who is forgotten."""
         if isinstance(event, Admit) and state is not None and state.requests is not None:
-            self.lengths.admitted.append((event.id, state.requests[event.id]))
+            if event.prefix is None:
+                self.lengths.admitted.append((event.id, state.requests[event.id]))
+            else:  # it has another's shift
+                self.lengths.admitted.clear()
         if isinstance(event, Release):
             self.cache.forget(event.id)
             self.pages.forget(event.id)

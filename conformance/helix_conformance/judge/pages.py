@@ -40,6 +40,8 @@ class PageMap:
         self.expected: dict[int, Sequence[Page]] = {}
         """Each request's block table and the model's, as last seen: to look again only at what
         changed."""
+        self.unseen = False
+        """Whether pages may have changed hands unseen, so that what free ones hold is not known."""
 
     def knows(
         self, ids: list[int], tables: dict[int, list[int]], expected: Sequence[Sequence[Page]]
@@ -139,6 +141,11 @@ class PageMap:
                 what = f"request {id} overwrites tokens in a page that is not its own"
                 yield Violation("OWN-1", what, known, number, rank, id)
             return
+        held = set(() if before is None else before.contents)
+        if page.found and known is None and not self.unseen and held.isdisjoint(page.contents):
+            # Found though nobody held it: it must be the page that had these tokens last.
+            what = f"free page in which tokens of request {id} were found"
+            yield Violation("HIT-4", what, "one that still holds them", number, rank, id)
         if before is not None:
             self.numbers.pop(before, None)
         self.model_pages[number], self.numbers[page] = page, number
@@ -192,6 +199,11 @@ class PagesJudge:
         """
         for page_map in self.maps:
             page_map.forget(id)
+
+    def pass_over(self) -> None:
+        """Take note that an event was accepted after which no state was looked at."""
+        for page_map in self.maps:
+            page_map.unseen = True
 
     def slots(self, expected: Expectation) -> list[list[int]]:
         """Return the slots that each rank should name, as far as its pages are known.

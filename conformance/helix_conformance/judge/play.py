@@ -176,7 +176,7 @@ class Player:
         self,
         config: Config,
         events: Iterable[Event],
-        expect: Callable[[Event], Expectation],
+        expect: Callable[[Event, object], Expectation],
         watch: Watch = EVERYTHING,
         coverage: Coverage | None = None,
         *,
@@ -192,7 +192,7 @@ class Player:
         events
             The events; the next is drawn when the driver asks for it.
         expect
-            Returns the expectation of the event that was played.
+            Returns the expectation of the event that was played, and of the hit that was reported.
         watch
             Which state is looked at, and when.
         coverage
@@ -224,7 +224,7 @@ class Player:
                 try:
                     if event is not None:
                         seen.append(event)
-                        expected = expect(event)
+                        expected = expect(event, answers[0].outcome.hit)
                         violations = judge.event(expected, answers)
                         if coverage is not None:
                             coverage.saw(config, expected)
@@ -444,7 +444,7 @@ def check_workload(
 
     # A driver that draws ahead of the answers is judged by a recorder that does not.
     behind = Recorder(config, driver.profiles, driver.freedoms)
-    expect = (lambda _: drawn[0]) if driver.streams else behind.next
+    expect = (lambda *_: drawn[0]) if driver.streams else behind.next
     player, watch = Player(driver, profiles, tally), Watch(every=100, touched=False)
     return player.played(config, events(), expect, watch, coverage)
 
@@ -537,7 +537,7 @@ def check_vector(
         return None
     if vector.refused is not None:
         return player.refused(vector.config)
-    failure = player.played(vector.config, allowed.events, lambda _: next(stored))
+    failure = player.played(vector.config, allowed.events, lambda *_: next(stored))
     return failure and player.made_sure(failure)
 
 

@@ -18,7 +18,18 @@ import msgspec
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.generate.configs import AMPLE
 from helix_spec.config import MAIN_POOL, CacheGroup, Config, ModelShape, config_problem
-from helix_spec.events import Accept, Admit, Decode, Event, Fork, Merge, Sampled, Skip, ids_of
+from helix_spec.events import (
+    Accept,
+    Admit,
+    Decode,
+    Event,
+    Fork,
+    Merge,
+    Resume,
+    Sampled,
+    Skip,
+    ids_of,
+)
 from helix_spec.layouts import Layout
 from helix_spec.trace import Earlier, Trace
 
@@ -318,11 +329,20 @@ def _smaller_pages(layout: Layout) -> Iterator[Layout]:
 
 def _simpler_events(event: Event, steps: Collection[int]) -> Iterator[Event]:
     match event:
-        case Admit(_, prompt_len, chunk):
+        case Admit(_, prompt_len, chunk, prefix, salt):
+            if prefix is not None:
+                yield _set(event, prefix=None)
+            if salt:
+                yield _set(event, salt=0)
             if chunk:
                 yield _set(event, chunk=0)
             for shorter in _fewer(prompt_len, steps=steps):
                 yield _set(event, prompt_len=shorter)
+                if prefix is not None and prefix.len > shorter:
+                    yield _set(event, prompt_len=shorter, prefix=_set(prefix, len=shorter))
+            if prefix is not None:
+                for shorter in _fewer(prefix.len, steps=steps):
+                    yield _set(event, prefix=_set(prefix, len=shorter))
             for fewer in _fewer(chunk, steps=steps):
                 yield _set(event, chunk=fewer)
         case Accept(_, kept):
@@ -340,6 +360,10 @@ def _simpler_events(event: Event, steps: Collection[int]) -> Iterator[Event]:
             for place, query_len in enumerate(query_lens):
                 for shorter in _fewer(query_len, steps=steps):
                     yield _set(event, query_lens=_with(query_lens, place, shorter))
+        case Resume(id, prefix_len) if prefix_len:
+            yield Resume(id)
+            for shorter in _fewer(prefix_len, steps=steps):
+                yield Resume(id, shorter)
         case Fork(_, child):
             yield Admit(child, 1)  # where it does not matter what the child begins with
         case Sampled(ids):
@@ -415,4 +439,7 @@ def _renamed(event: Event, names: dict[int, int]) -> Event:
             fields[field] = names[fields[field]]
     if "ids" in fields:
         fields["ids"] = [names[id] for id in fields["ids"]]
+    if fields.get("prefix") and isinstance(event, Admit):
+        prefix = fields["prefix"]
+        fields["prefix"] = _set(prefix, of=names.get(prefix.of, len(names)))
     return type(event)(**fields)

@@ -29,7 +29,7 @@ from helix_conformance.report.stream import CoverageLine, FailureLine, Row, Summ
 from helix_spec.capabilities import STRICT, freedoms_in_words, in_words
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import CUMULATIVE, PROFILES
-from helix_spec.events import Event, Merge
+from helix_spec.events import Admit, Event, Merge
 from helix_spec.invariants import sentence
 from helix_spec.trace import EVERYTHING, Trace
 
@@ -471,14 +471,18 @@ def event_text(event: Event) -> str:
 
     Examples
     --------
-    >>> from helix_spec.events import Decode
+    >>> from helix_spec.events import Decode, Prefix
     >>> event_text(Decode([0, 1], [1, 1]))
     'decode ids=[0, 1] query_lens=[1, 1]'
+    >>> event_text(Admit(1, 9, prefix=Prefix(of=0, len=8)))
+    'admit id=1 prompt_len=9 prefix=8 tokens of 0'
     """
     fields = msgspec.structs.asdict(event)
-    for name in ("pad", "chunk"):
-        if fields.get(name) == 0:
-            del fields[name]
+    for name in ("pad", "chunk", "prefix", "salt"):
+        if fields.get(name) in (0, None):
+            fields.pop(name, None)
+    if isinstance(event, Admit) and event.prefix is not None:
+        fields["prefix"] = f"{event.prefix.len} tokens of {event.prefix.of}"
     if isinstance(event, Merge) and event.order == sorted(event.order):
         del fields["order"]
     given = " ".join(f"{name}={value}" for name, value in fields.items())

@@ -23,7 +23,7 @@ from helix_reference.model import Model
 from helix_reference.state import Request
 from helix_spec.config import Config, ModelShape
 from helix_spec.engine import OF_GROUPS, Outcome, RankView
-from helix_spec.events import Admit, Decode, Event, Resume
+from helix_spec.events import PREFIX, Admit, Decode, Event, Resume
 from helix_spec.layouts import LAYOUT_NAMES
 
 
@@ -133,7 +133,7 @@ class OverLedger(LedgerEngine):
     ledger_class: ClassVar[type[Ledger]] = Ledger
     tables_class: ClassVar[type[BlockTables]] = BlockTables
     allocator_class: ClassVar[type[PageAllocator]] = PageAllocator
-    profiles = LedgerEngine.profiles - {*OF_GROUPS}
+    profiles = LedgerEngine.profiles - {*OF_GROUPS, PREFIX}
     book: RankBook
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
@@ -191,7 +191,7 @@ class OverModel(ReferenceEngine):
     """The reference, with its model swapped."""
 
     model_class: ClassVar[type[Model]] = Model
-    profiles = ReferenceEngine.profiles - {"cache", "attention", *OF_GROUPS}
+    profiles = ReferenceEngine.profiles - {"cache", "attention", *OF_GROUPS, PREFIX}
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""
@@ -220,7 +220,7 @@ class Stored(OverModel):
     mutant need only report a wrong slot or position to have it in its memory, too.
     """
 
-    profiles = ReferenceEngine.profiles - {"attention", *OF_GROUPS}
+    profiles = ReferenceEngine.profiles - {"attention", *OF_GROUPS, PREFIX}
 
     def start(self, config: Config, profiles: frozenset[str]) -> Outcome:
         """Ready, or refused with `bad_config`."""

@@ -4,6 +4,7 @@
 - `inputs`: numbers as callers give them;
 - `dealing`: the prompt shard of each rank, and the rank that owns the first decoded token;
 - `sharing`: counts of the pages that several requests hold after a fork;
+- `contents`: which pages hold which tokens, so that new requests find them;
 - `ledger`: the counters that all ranks keep alike without communication;
 - `allocator`: the free pages of one rank's pool;
 - `block_tables`: the pages of each request on one rank;

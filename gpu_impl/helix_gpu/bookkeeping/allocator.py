@@ -74,6 +74,34 @@ class PageAllocator:
         for page in pages:
             self._holders[page] += 1
 
+    def set_aside(self, pages: Iterable[int]) -> None:
+        """Let pages that have one holder be free, and given to nobody before `let_go`.
+
+        Parameters
+        ----------
+        pages : iterable of int
+        """
+        for page in pages:
+            del self._holders[page]
+
+    def retake(self, pages: Iterable[int]) -> None:
+        """Take pages that were set aside.
+
+        Parameters
+        ----------
+        pages : iterable of int
+        """
+        self._holders.update(dict.fromkeys(pages, 1))
+
+    def let_go(self, pages: Iterable[int]) -> None:
+        """Let pages that were set aside be given to anyone.
+
+        Parameters
+        ----------
+        pages : iterable of int
+        """
+        self._returned.extend(pages)
+
     def give_back(self, pages: Iterable[int]) -> None:
         """Count one holder less of each of these pages; a page without holders is free.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helix_gpu.bookkeeping.contents import Block, Chain, Contents
 from helix_gpu.bookkeeping.dealing import (
     PromptShard,
     deal_prompt,
@@ -49,7 +51,13 @@ class Admission(NamedTuple):
     shards : list of PromptShard, [cp_size]
         Prompt shard of each rank.
     pages : ndarray, int64 [cp_size]
-        Pages that it takes on each rank.
+        Pages that it takes on each rank: none of those that live requests hold.
+    chain : Chain or None
+        Its tokens, where the cache is told them.
+    found : list of Block
+        Its first blocks, which the cache has.
+    hit : int
+        Tokens in these blocks.
     """
 
     id: int
@@ -57,6 +65,9 @@ class Admission(NamedTuple):
     shift: int
     shards: list[PromptShard]
     pages: Ints
+    chain: Chain | None = None
+    found: Sequence[Block] = ()
+    hit: int = 0
 
 
 class Step(NamedTuple):
@@ -175,6 +186,12 @@ class Ledger:
         """Whether a decode is outstanding until `sampled` names it; set before the first one."""
         self.window: int | None = None
         """A query sees so many tokens, its own included; set before the first one. None for all."""
+        self.contents: Contents | None = None
+        """What can be found; set before the first one. None for nothing."""
+        self.computes = False
+        """Whether at least one token of a prompt is computed here, and so not found."""
+        self._away: dict[int, Chain] = {}
+        """Tokens of preempted requests."""
         self.free: Ints = np.asarray(pages, dtype=np.int64)
         """[cp_size] pages of each rank that no request holds."""
         self.admitted = 0
@@ -334,6 +351,48 @@ class Ledger:
         (plan,) = self.plan_admissions([id], [prompt_len])
         return plan
 
+    def plan_told(self, id: int, prompt_len: int, chain: Chain, find: int) -> Admission:
+        """Plan the admission of a request whose tokens are told; nothing changes.
+
+        Parameters
+        ----------
+        id : int
+        prompt_len : int
+            Tokens of the prompt.
+        chain : Chain
+            What they are.
+        find : int
+            How many of the first may be found in the cache.
+
+        Returns
+        -------
+        Admission
+
+        Raises
+        ------
+        Refused
+            As `plan_admit`, for the pages that no live request holds.
+        """
+        self.check_prompts([id], [prompt_len])
+        (plan,) = self.place_prompts([id], [prompt_len])
+        plan = self._with_found(plan, chain, find)
+        self._check_pages(plan.pages)
+        return plan
+
+    def _with_found(self, plan: Admission, chain: Chain, find: int) -> Admission:
+        """The plan with what the cache has of its first tokens."""
+        if chain.shift is None:
+            chain = replace(chain, shift=plan.shift)
+        elif chain.shift != plan.shift:
+            plan = self._placing(plan.id, plan.prompt_len, chain.shift)
+        if self.contents is None:
+            return plan
+        found = self.contents.find(chain, min(find, plan.prompt_len - self.computes))
+        held = sum(bool(block.rows) for block in found)
+        return plan._replace(
+            pages=plan.pages - held, chain=chain, found=found, hit=len(found) * self.contents.unit
+        )
+
     def plan_admissions(self, ids: Sequence[int], prompt_lens: Sequence[int]) -> list[Admission]:
         """Plan the admission of new requests, one after the other; nothing changes.
 
@@ -377,7 +436,7 @@ class Ledger:
                 "a prompt, and there must be one at least.",
             )
         for id in ids:
-            self._check_new(id)
+            self.check_new(id)
         _check_distinct(ids)
         for id, prompt_len in zip(ids, prompt_lens, strict=True):
             if prompt_len < 1:
@@ -429,6 +488,30 @@ class Ledger:
         self._check_pages(plan.pages)
         return plan
 
+    def plan_told_again(self, id: int, find: int) -> Admission:
+        """Plan to place a preempted request whose tokens were told; nothing changes.
+
+        Parameters
+        ----------
+        id : int
+        find : int
+            How many of the first may be found in the cache.
+
+        Returns
+        -------
+        Admission
+
+        Raises
+        ------
+        Refused
+            As `plan_resume`, for the pages that no live request holds.
+        """
+        plan = self.place_again(id)
+        if id in self._away:
+            plan = self._with_found(plan, self._away[id], find)
+        self._check_pages(plan.pages)
+        return plan
+
     def place_again(self, id: int) -> Admission:
         """Plan to place all tokens of a preempted request, whether there are pages or not.
 
@@ -474,6 +557,11 @@ class Ledger:
         self.free -= plan.pages
         if self.preempted.pop(plan.id, None) is None:
             self.admitted += 1
+        self._away.pop(plan.id, None)
+        if self.contents is not None and plan.chain is not None:
+            holders = [next(iter(block.rows), None) for block in plan.found]
+            self._shared_windows.share(row, holders, self.layout.cp_size)
+            self.contents.begin(row, plan.chain, plan.found)
         return row
 
     def plan_step(self, ids: Sequence[int], query_lens: Sequence[int], pad: int = 0) -> Step:
@@ -679,6 +767,39 @@ class Ledger:
         first: Ints = self._rows["total"][rows] - np.maximum(self._rows["group"][rows] - 1, 0)
         return first
 
+    def findable(self, rows: Ints) -> Ints:
+        """Return how many of the first tokens of requests others may find (SPEC.md section 5.8).
+
+        Parameters
+        ----------
+        rows : ndarray, int64 [n]
+            Where the ledger keeps the requests.
+
+        Returns
+        -------
+        ndarray, int64 [n]
+        """
+        if self.overlap or not (self._goes_on or self.layout.cp_size == 1):
+            prompts: Ints = self._rows["prompt_len"][rows]
+            return prompts
+        return self.next_queries(rows)
+
+    def shift(self, id: int) -> int:
+        """Return the rank that logical rank 0 is for a request, live or preempted.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            As `rows`.
+        """
+        if id in self.preempted:
+            return self.preempted[id][1]
+        return int(self._rows["shift"][self.rows([id])[0]])
+
     def drop(self, rows: Ints, next_queries: Ints) -> Drop | None:
         """Give back the pages that no later query of these requests sees (SPEC.md section 5.7).
 
@@ -802,7 +923,7 @@ class Ledger:
         Refused
             As `fork`.
         """
-        self._check_new(child)
+        self.check_new(child)
         return int(self.rows([parent])[0])
 
     def total(self, id: int) -> int:
@@ -844,7 +965,7 @@ class Ledger:
             state["tag"][source, rank] = self._open_pages.join(int(state["tag"][source, rank]))
         state[row] = state[source]
         state["outstanding"][row] = 0
-        if self.window is not None:
+        if self.window is not None or self.contents is not None:
             self._shared_windows.fork(source, row, (full - state["dropped"][source]).tolist())
             return
         prefix = fork_prefix(self._prefixes.pop(source, None), tuple(full.tolist()))
@@ -865,7 +986,9 @@ class Ledger:
         """
         row = int(self.rows([id])[0])
         self.preempted[id] = (int(self._rows["total"][row]), int(self._rows["shift"][row]))
-        self._vacate(id)
+        chain = self._vacate(id)
+        if chain is not None:
+            self._away[id] = chain
 
     def release(self, id: int) -> None:
         """End a request, live or preempted; pages that no other request holds are free.
@@ -879,11 +1002,23 @@ class Ledger:
         Refused
             For a request that is not known.
         """
+        self._away.pop(id, None)
         if self.preempted.pop(id, None) is None:
             self.rows([id])
             self._vacate(id)
 
-    def _check_new(self, id: int) -> None:
+    def check_new(self, id: int) -> None:
+        """Raise unless an id is free.
+
+        Parameters
+        ----------
+        id : int
+
+        Raises
+        ------
+        Refused
+            For a request that is known.
+        """
         if id in self._row_of or id in self.preempted:
             raise Refused(
                 Reason.DUPLICATE_REQUEST, f"Request {id} is known; a new one needs another id."
@@ -908,10 +1043,11 @@ class Ledger:
         row = self._row_of[id] = self._free_rows.pop()
         return row
 
-    def _vacate(self, id: int) -> None:
-        """Give up a live request's row and pages."""
+    def _vacate(self, id: int) -> Chain | None:
+        """Give up a live request's row and pages, and return its tokens, if they were told."""
         row = self._row_of.pop(id)
         state = self._rows[row]
+        chain = self.contents.end(row, self._shared_windows) if self.contents else None
         back = self._pages_for(state["total"], state["local_len"]) - state["dropped"]
         back -= self._shared_windows.end(row)
         prefix = release_prefix(self._prefixes.pop(row, None))
@@ -921,6 +1057,7 @@ class Ledger:
             back[rank] -= self._open_pages.leave(int(state["tag"][rank]))
         self.free += back
         self._free_rows.append(row)
+        return chain
 
     def _batch_rows(self, ids: Sequence[int], query_lens: Sequence[int], pad: int) -> Ints:
         """Rows of a batch; refusals in the order of SPEC.md section 6."""

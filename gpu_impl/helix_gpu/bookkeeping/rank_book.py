@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from helix_gpu.bookkeeping.allocator import PageAllocator
 from helix_gpu.bookkeeping.block_tables import BlockTables
+from helix_gpu.bookkeeping.contents import Contents
+from helix_gpu.bookkeeping.contents import finds as can_find
 from helix_gpu.bookkeeping.ledger import Admission, Ints, Ledger, Rewind, Step
 from helix_gpu.bookkeeping.refusals import check_config
 from helix_spec.config import Config
@@ -109,6 +112,8 @@ class RankBook:
         From which it takes pages; its own, of `config.pages`, unless given.
     window : int, optional
         Tokens that a query sees; all unless given.
+    finds : bool
+        Whether new requests find tokens that it was told others have (SPEC.md section 5.8).
 
     Raises
     ------
@@ -135,6 +140,7 @@ class RankBook:
         *,
         pool: Pool | None = None,
         window: int | None = None,
+        finds: bool = False,
     ) -> None:
         check_config(config)
         if config.groups:
@@ -149,6 +155,9 @@ class RankBook:
         free = config.pages if pool is None else pool.free
         self.ledger = Ledger(self.layout, free, config.max_len)
         self.ledger.overlap, self.ledger.window = config.overlap, window
+        if finds and can_find(self.layout):
+            self.ledger.contents = Contents(self.layout)
+            self.ledger.computes = config.admission == "prefill"
         self.tables = BlockTables()
         self._allocator = pool.allocator if pool else PageAllocator(config.pages[cp_rank])
         self._page_size = np.array(self.layout.tokens_per_block)  # as the ledger has its numbers
@@ -295,13 +304,53 @@ class RankBook:
         Returns
         -------
         list of int
-            Physical pages that it took on this rank. Those before the window are given back by
-            `drop`, once the prompt is written.
+            Fresh pages that it took on this rank, behind those that were found. Those before the
+            window are given back by `drop`, once the prompt is written.
         """
-        taken = self._allocator.take(int(plan.pages[self.cp_rank]))
+        contents, revived, held = self.ledger.contents, list[int](), list[int]()
+        if contents is not None:
+            held = [block.page for block in plan.found if block.rows]
+            revived = contents.revive(plan.found)
+        taken = self._take(plan.pages, found=len(revived))
+        self._allocator.retake(revived)
+        self._allocator.share(held)
         row = self.ledger.admit(plan)
-        self.tables.begin(row, taken)
+        self.tables.begin(row, [*(block.page for block in plan.found), *taken])
+        self._reach(np.array([row]))
         return taken
+
+    def _take(self, pages: Ints, found: int = 0) -> list[int]:
+        """Take pages here, of those that an event takes on each rank; so many were found."""
+        contents = self.ledger.contents
+        if contents is not None and contents.cached:
+            short = int((pages - self.ledger.free).max()) + len(contents.cached)
+            self._allocator.let_go(contents.give_up(max(0, short)))
+        return self._allocator.take(int(pages[self.cp_rank]) - found)
+
+    def tell(self, id: int, tokens: Sequence[int]) -> None:
+        """Say what the tokens are that a live request got in its last step.
+
+        Parameters
+        ----------
+        id : int
+        tokens : sequence of int
+            Their ids.
+        """
+        contents, row = self.ledger.contents, self.ledger.rows([id])
+        if contents is not None:
+            contents.extend(int(row[0]), self.ledger.total(id) - len(tokens), tokens)
+            self._reach(row)
+
+    def _reach(self, rows: Ints) -> None:
+        """Let others find what they may find of these requests by now."""
+        contents = self.ledger.contents
+        if contents is None:
+            return
+        for row, tokens in zip(rows.tolist(), self.ledger.findable(rows).tolist(), strict=True):
+            contents.reach(row, tokens, partial(self._page, row))
+
+    def _page(self, row: int, place: int) -> int:
+        return self.tables.part(row, place, place + 1)[0]
 
     def admit(self, id: int, prompt_len: int) -> list[int]:
         """Admit a request, and return the physical pages that it took on this rank.
@@ -394,7 +443,7 @@ class RankBook:
         """
         pieces, left = list[tuple[Admission, int, int]](), tokens
         for plan in plans:
-            first = 0
+            first = plan.hit
             while first < plan.prompt_len:
                 end = min(first + left, plan.prompt_len)
                 pieces.append((plan, first, end))
@@ -470,7 +519,7 @@ class RankBook:
         -------
         RankStep
         """
-        taken = self._allocator.take(int(step.pages[self.cp_rank]))
+        taken = self._take(step.pages)
         rows = step.rows[step.requests]
         copied = self._copy_on_write(step, taken)
         self._open_pages(step, rows, taken[len(copied) :])
@@ -554,6 +603,9 @@ class RankBook:
         pages = self._beyond(plan)
         self.ledger.accept(plan)
         self._allocator.give_back(pages)
+        if self.ledger.contents is not None:
+            self.ledger.contents.rewind(plan.row, plan.total)
+            self._reach(np.array([plan.row]))
         self.drop(np.array([plan.row]))
 
     def cancel(self, ids: Sequence[int]) -> None:
@@ -568,6 +620,8 @@ class RankBook:
         for id in ids:
             plan = self.ledger.plan_cancel(id)
             pages = self._beyond(plan)
+            if self.ledger.contents is not None:
+                self.ledger.contents.rewind(plan.row, plan.total)
             self.ledger.cancel(plan)
             self._allocator.give_back(pages)
 
@@ -602,6 +656,9 @@ class RankBook:
         """
         self.ledger.fork(parent, child)
         source, row = self.ledger.rows([parent, child]).tolist()
+        if self.ledger.contents is not None:
+            self._reach(np.array([source]))
+            self.ledger.contents.fork(source, row)
         self.tables.copy(source, row)
         self._allocator.share(self._held(child))
         self.drop(np.array([source, row]))
@@ -620,7 +677,7 @@ class RankBook:
         """
         pages = self._held(id)
         self.ledger.preempt(id)
-        self._allocator.give_back(pages)
+        self._let_go(pages)
 
     def release(self, id: int) -> None:
         """End a request, live or preempted; pages that no other request holds are free.
@@ -636,7 +693,13 @@ class RankBook:
         """
         pages = [] if id in self.ledger.preempted else self._held(id)
         self.ledger.release(id)
-        self._allocator.give_back(pages)
+        self._let_go(pages)
+
+    def _let_go(self, pages: list[int]) -> None:
+        """Give back the pages of a request that has ended here; some may be found again."""
+        cached = self.ledger.contents.cached if self.ledger.contents is not None else {}
+        self._allocator.set_aside(page for page in pages if page in cached)
+        self._allocator.give_back(page for page in pages if page not in cached)
 
     def _held(self, id: int) -> list[int]:
         """The pages of a live request here, without those that have left the window."""

@@ -131,6 +131,42 @@ class SharedWindows:
         ]
         self.tags[row] = [tags.copy() for tags in self.tags[source]]
 
+    def share(self, row: int, sources: Sequence[int | None], ranks: int) -> None:
+        """Let a new request begin with full pages of others, one a rank.
+
+        Parameters
+        ----------
+        row : int
+            What stands for the new request.
+        sources : sequence of int or None
+            For each place, a request that has the same page there; None where nobody has.
+        ranks : int
+        """
+        mine = self.tags[row] = [deque[int]() for _ in range(ranks)]
+        for place, source in enumerate(sources):
+            theirs = None
+            if source is not None:
+                theirs = self.tags.setdefault(source, [deque[int]() for _ in range(ranks)])
+            for rank in range(ranks):
+                tag = 0
+                if theirs is not None:
+                    tags = theirs[rank]
+                    tags.extend([0] * (place + 1 - len(tags)))
+                    tag = tags[place] = self.pages.join(tags[place])
+                mine[rank].append(tag)
+
+    def holds_alone(self, row: int, place: int) -> bool:
+        """Return whether nobody else holds a request's page at a place, on any rank.
+
+        Parameters
+        ----------
+        row, place : int
+        """
+        return all(
+            self.pages.holders.get(tags[place], 1) == 1 if place < len(tags) else True
+            for tags in self.tags.get(row, [])
+        )
+
     def drop(self, row: int, rank: int, count: int) -> int:
         """Let a request drop its first pages on a rank, and return how many others still hold.
 
@@ -155,7 +191,8 @@ class SharedWindows:
         list of int
             [cp_size], or of one entry 0 where it shares none.
         """
-        return [sum(map(self.pages.leave, tags)) for tags in self.tags.pop(row, [])] or [0]
+        ranks = self.tags.pop(row, [])
+        return [sum(self.pages.leave(tag) for tag in tags if tag) for tags in ranks] or [0]
 
 
 @dataclass(slots=True)
