@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import msgspec
 import pytest
 
@@ -11,10 +9,17 @@ from helix_conformance.drive.in_process import LocalDriver
 from helix_conformance.engines import load_engine
 from helix_conformance.expect.recorder import Recorder
 from helix_conformance.judge.play import check_trace
-from helix_reference.engine import ReferenceEngine
-from helix_reference.prefix import hit_of
+from helix_mutants.on_prefixes import (
+    FindsPagesGivenAway,
+    FindsTheLastToken,
+    FindsWhatWasDealtOtherwise,
+    ForgetsSalts,
+    HashesOtherBlocks,
+    OverHits,
+    RanksLookAlone,
+    SkipsInOtherBlocks,
+)
 from helix_spec.config import Config
-from helix_spec.engine import Outcome
 from helix_spec.events import Admit, Decode, Event, Fork, Preempt, Prefix, Reason, Release, Resume
 from helix_spec.trace import Trace
 
@@ -77,103 +82,24 @@ def test_a_prefix_is_refused_for_the_first_reason(event, reason):
     assert recorder.next(event).refused == reason
 
 
-class _Hits(ReferenceEngine):
-    """Finds what a mutant says."""
-
-    profiles: ClassVar = PROFILES
-
-    def told(self, hit: int) -> int:
-        """Return what is reported in place of this hit."""
-        return hit
-
-    def taken(self, event: Event) -> int | None:
-        """Return what is taken; None for what is right."""
-        return None
-
-    def apply(self, event: Event) -> Outcome:
-        """Let one event happen."""
-        reason = self.model.refusal(event)
-        hit = None if reason else self.taken(event)
-        self.model.follow(event, reason, hit)
-        outcome = self.model.outcome(self.cp_rank, reason)
-        told = outcome.hit if outcome.hit is None else self.told(outcome.hit)
-        return msgspec.structs.replace(outcome, hit=told)
-
-
-class HashesT(_Hits):
-    """Blocks are of T*C tokens, who looks them up hashes T (Dynamo #12765, SGLang #35298)."""
-
-    def taken(self, event: Event) -> int | None:
-        """Nothing."""
-        return 0
-
-
-class SkipsInOtherBlocks(_Hits):
-    """The hit is counted in another block size than the skip (ATOM #1994)."""
-
-    def told(self, hit: int) -> int:
-        """A page of one rank more."""
-        return hit - 2 if hit else 0
-
-
-class FindsTheLastToken(_Hits):
-    """The whole prompt is found, and nothing is left to compute."""
-
-    def told(self, hit: int) -> int:
-        """A block more."""
-        return hit + 4
-
-
-class RanksLookAlone(_Hits):
-    """Each rank looks into its own index."""
-
-    def told(self, hit: int) -> int:
-        """Nothing on rank 1."""
-        return 0 if self.cp_rank else hit
-
-
-class FindsPagesGivenAway(_Hits):
-    """An index that is not told when pages are given to others."""
-
-    def taken(self, event: Event) -> int | None:
-        """All that was ever there."""
-        return hit_of(self.model, event).ever
-
-
-class ForgetsSalts(_Hits):
-    """The salt is no part of the hash."""
-
-    def told(self, hit: int) -> int:
-        """As if there were none."""
-        return 8
-
-
-class FindsDecodedTokens(_Hits):
-    """Decoded tokens are found, though the ranks took them in another turn."""
-
-    def told(self, hit: int) -> int:
-        """The blocks that the decode has filled."""
-        return 8
-
-
 @pytest.mark.holds("HIT-1", "HIT-2", "HIT-3", "HIT-4", "HIT-5", "HIT-6", "SHARE-1")
 @pytest.mark.parametrize(
     ("engine", "config", "events", "number"),
     [
-        (HashesT, LOCKSTEP, FOUND, "HIT-5"),
+        (HashesOtherBlocks, LOCKSTEP, FOUND, "HIT-5"),
         (SkipsInOtherBlocks, LOCKSTEP, FOUND, "HIT-2"),
         (FindsTheLastToken, PREFILL, WHOLE, "HIT-1"),
         (RanksLookAlone, LOCKSTEP, FOUND, "HIT-3"),
         (FindsPagesGivenAway, LOCKSTEP, GIVEN_AWAY, "HIT-4"),
         (ForgetsSalts, LOCKSTEP, SALTED, "HIT-6"),
-        (FindsDecodedTokens, STEP, DECODED, "SHARE-1"),
+        (FindsWhatWasDealtOtherwise, STEP, DECODED, "SHARE-1"),
     ],
 )
 def test_a_wrong_hit_is_named(engine, config, events, number):
     """The unmutated engine passes the same trace."""
     trace = Trace(config=config, events=events)
     failure = check_trace(LocalDriver(engine), trace, PROFILES)
-    assert (number in failure.invariants, check_trace(LocalDriver(_Hits), trace, PROFILES)) == (
+    assert (number in failure.invariants, check_trace(LocalDriver(OverHits), trace, PROFILES)) == (
         True,
         None,
     )

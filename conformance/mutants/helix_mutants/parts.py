@@ -326,5 +326,6 @@ _USUAL: dict[type, tuple[str, str]] = {
     OverGroups: ("bookkeeping", "pages"),
     OverLedger: ("bookkeeping", "pages"),
     OverCache: ("threads", "attention"),
+    ReferenceEngine: ("bookkeeping", "pages"),
 }
 """Tier and depth of a mutant, by what it is made from."""

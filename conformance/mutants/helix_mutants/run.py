@@ -35,11 +35,21 @@ from helix_conformance.version import __version__
 from helix_mutants.parts import MUTANTS, Mutant, Stored
 from helix_spec.capabilities import UNLIMITED, Box, Span
 from helix_spec.engine import PROFILES
-from helix_spec.events import FEATURES, MERGE
+from helix_spec.events import FEATURES, MERGE, PREFIX
 from helix_spec.invariants import NUMBERS
 from helix_spec.trace import Trace
 
-for _module in ("ledger", "model", "cache", "corners", "edges", "runs", "reports", "groups"):
+for _module in (
+    "ledger",
+    "model",
+    "cache",
+    "corners",
+    "edges",
+    "runs",
+    "reports",
+    "groups",
+    "prefixes",
+):
     importlib.import_module(f"helix_mutants.on_{_module}")
 
 ONE_PROCESS: Final = ("bookkeeping", "contents", "threads")
@@ -148,6 +158,7 @@ def _played(
     profiles = profiles_to_check(driver.profiles, mutant.profiles)
     features = [feature for feature in FEATURES if feature in profiles]
     play, grouped = _PLAYS[mutant.tier], "groups" in profiles
+    found = PREFIX in profiles
     box = _SMALL if grouped and "cache" in profiles else UNLIMITED
 
     def draw(choices: Choices) -> Trace:
@@ -163,10 +174,11 @@ def _played(
         )
         if grouped and choices.one_in(2):
             config = with_groups(choices, config, profiles, box)
+        finds = found and not config.groups
         return draw_trace(
             choices,
             config,
-            features=features,
+            features=[*features, PREFIX] if finds and choices.one_in(2) else features,
             undeclared={*FEATURES, MERGE} - driver.profiles,
             contents="cache" in profiles,
         )
