@@ -35,6 +35,7 @@ TRIED: Final[dict[str, tuple[Any, ...]]] = {
     "partial_dtype": get_args(DType),
     "rope": ("half", "none"),
     "scale": ("default", "given"),
+    "sinks": (False, True),
     "max_len": SIZES["max_len"],
     "overlap": (False, True),
     "admission": get_args(Admission),

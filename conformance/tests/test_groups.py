@@ -117,7 +117,7 @@ def test_outputs_over_several_groups_are_those_of_the_reference():
         kept = KeptRows(config.alone(group), Layers([0], number)).of(0, tokens)
         seen.append(Seen(group.layers, kept, holders[number], group.window))
     queries = rotated_queries(shape, 0, columns, range(4)).between(6, 7)
-    output, bound = union_attention(shape, 2, queries, seen)
+    output, bound = union_attention(config, queries, seen)
     named = [Token(*token, place) for place, token in enumerate(tokens)]
     rows = [(0, token, int(holders[0][token.position])) for token in named]
     rows += [(1, token, 2) for token in named[-3:]]

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helix_conformance.expect import arrays as numbers
-from helix_gpu.attention.merge import merge
+from helix_gpu.attention.merge import beside_sinks, merge
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.rope import rope_table, rotate
 from helix_reference import attention
 from helix_spec import values
 from helix_spec.config import LatentShape, ModelShape
+from helix_spec.values import sink
 
 DTYPES = ("float32", "float16", "bfloat16")
 CACHED = (None, "float8_e4m3fn")
@@ -83,7 +84,8 @@ def test_entries_are_those_of_the_specification(seed, identities, first, tensor,
     ("q_heads", "kv_heads", "latent"),
     [(4, 2, None), (2, 2, None), (3, 1, None), (3, 1, LatentShape(latent_dim=6, rope_dim=4))],
 )
-def test_exact_attention_is_the_references(dtype, cached, q_heads, kv_heads, latent):
+@pytest.mark.parametrize("sinks", [False, True])
+def test_exact_attention_is_the_references(dtype, cached, q_heads, kv_heads, latent, sinks):
     """Output and bound of the arrays agree with the reference's, to float64's rounding."""
     shape = ModelShape(
         q_heads=q_heads,
@@ -94,6 +96,7 @@ def test_exact_attention_is_the_references(dtype, cached, q_heads, kv_heads, lat
         cache_dtype=cached,
         product_dtype=dtype,
         partial_dtype=dtype,
+        sinks=sinks,
     )
     identities = [(3, place) for place in range(9)] + [(7, 1)]
     ranks = [0, 0, 1, 1, 1, 1, 1, 3, 3, 0]
@@ -107,6 +110,7 @@ def test_exact_attention_is_the_references(dtype, cached, q_heads, kv_heads, lat
             [attention.key(shape, 5, token, 0, kv_head) for token in tokens],
             [attention.value(shape, 5, token, 0, kv_head) for token in tokens],
             ranks,
+            sink=sink(5, 0, head) if sinks else None,
         )
         np.testing.assert_allclose(outputs[head], expected, atol=1e-13)
         np.testing.assert_allclose(bounds[head], bound, rtol=1e-9)
@@ -119,7 +123,9 @@ def _exact(shape, identities, ranks, seed=5):
     k = numbers.cached_keys(shape, seed, tokens, range(shape.kv_heads))
     v = numbers.cached_values(shape, seed, tokens, range(shape.kv_heads))
     kv = numbers.KeysValues(k.stored[0], k.uncertainty[0], v[0])
-    return numbers.exact_attention(shape, q.stored[0, 0], q.uncertainty[0, 0], kv, ranks)
+    sinks = numbers.sinks_of(shape, seed, 0)
+    given = q.stored[0, 0], q.uncertainty[0, 0], kv, ranks
+    return numbers.exact_attention(shape, *given, sinks=sinks)
 
 
 @pytest.mark.holds("OWN-1", "POS-2")
@@ -164,7 +170,7 @@ class Sharded:
     `errors(...)` says, per query head, how many bounds E the output is off after a mistake.
     """
 
-    def __init__(self, dtype, keys, seed, *, cached=None, latent=None):
+    def __init__(self, dtype, keys, seed, *, cached=None, latent=None, sinks=False):
         kv_heads = 1 if latent else 2
         self.shape = ModelShape(
             q_heads=8,
@@ -173,6 +179,7 @@ class Sharded:
             latent=latent,
             dtype=dtype,
             cache_dtype=cached,
+            sinks=sinks,
         )
         self.seed = seed
         shares = np.array([0.55, 0.3, 0.15]) * keys
@@ -207,7 +214,11 @@ class Sharded:
             )
             outputs.append(output)
             lses.append(lse(logsum))
-        merged, _ = merge(torch.stack(outputs), torch.stack(lses))
+        merged, whole = merge(torch.stack(outputs), torch.stack(lses))
+        sinks = numbers.sinks_of(shape, self.seed, 0)
+        merged = beside_sinks(
+            merged, whole, None if sinks is None else torch.from_numpy(sinks).float()
+        )
         found = merged[0].to(torch_type).double().numpy()
         return np.sqrt(((found - self.exact) ** 2).sum(-1)) / self.bound
 
@@ -221,6 +232,15 @@ class Sharded:
 def test_honest_runs_are_within_the_bound(dtype, keys):
     """A correct run passes in every element type, short and long, an empty rank among them."""
     worst = max(Sharded(dtype, keys, seed).errors().max() for seed in range(4))
+    assert worst <= 1
+
+
+@pytest.mark.holds("ATT-4")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [3, 5, 64, 333])
+def test_honest_runs_with_sinks_are_within_the_bound(dtype, keys):
+    """A correct run whose sinks join the merged output passes in every element type."""
+    worst = max(Sharded(dtype, keys, seed, sinks=True).errors().max() for seed in range(8))
     assert worst <= 1
 
 

@@ -1,4 +1,4 @@
-"""Models that rotate nothing here, and models with a scale of their own."""
+"""Models that rotate nothing here, and models with a scale of their own, and with sinks."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from suite_testing.marks import of_profiles
         {"attention": ["latent"], "latent": [(64, 0)]},
         {"attention": ["latent"], "rope": ["none"], "scale": ["given"]},
         {"scale": ["given"]},
+        {"sinks": [True]},
     ],
 )
 def test_our_cache_attends_as_the_reference_does(box: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lib.device import again
 from lib.report import write_json
@@ -42,9 +42,10 @@ CAPTURE = cuda_graph if DEVICE == "cuda" else again
 
 
 class KernelEngine(gpu.GpuEngine):
-    """`HelixCache` whose steps are the kernels'; `GroupCache` has none."""
+    """`HelixCache` whose steps are the kernels'; `GroupCache` has none, nor have sinks."""
 
     profiles = gpu.GpuEngine.profiles - {*OF_GROUPS}
+    capabilities: ClassVar[Any] = {"sinks": [False]}
     backend = "triton"
 
 

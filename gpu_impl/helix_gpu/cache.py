@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from helix_gpu.attention.backends import PACKAGES, AttendPages, load
-from helix_gpu.attention.merge import merge
+from helix_gpu.attention.merge import beside_sinks, merge
 from helix_gpu.attention.paged import attend_pages, runs_of
 from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.attention.rope import rope_table, rotate
@@ -293,11 +293,14 @@ class HelixCache:
         if rope not in ("config", None):
             raise ValueError(f"rope is {rope!r}; it must be 'config', or None for rotated Q and K.")
         cp_size, model = config.layout.cp_size, config.model
+        resolved = _resolved(backend, torch.device(device), model)
+        if model.sinks and resolved == "triton":
+            raise ValueError("Sinks have no backend triton yet; give torch or a function.")
         self.config = config
         self.rank = rank
         """tp_rank * cp_size + cp_rank."""
         self.device = torch.device(device)
-        self.backend: Backend = _resolved(backend, self.device, model)
+        self.backend: Backend = resolved
         self.book = self._new_book(rank % cp_size)
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.kv_heads = 1 if model.latent else model.kv_heads // config.tp_size
@@ -684,12 +687,13 @@ class HelixCache:
     def attend(
         self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None,
         *, scale: float | None = None, return_lse: Literal[False] = False,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def attend(
         self, step: DecodeStep, layer: int, q: Tensor, k: Tensor, v: Tensor | None = None,
-        *, scale: float | None = None, return_lse: Literal[True],
+        *, scale: float | None = None, return_lse: Literal[True], sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     @torch.no_grad()
@@ -703,6 +707,7 @@ class HelixCache:
         *,
         scale: float | None = None,
         return_lse: bool = False,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Do one layer of a step begun: append K and V where owned, attend, exchange, merge.
 
@@ -724,15 +729,18 @@ class HelixCache:
         scale : float, optional
             Of the scores; the configuration's, 1 / sqrt(head_dim), unless given.
         return_lse : bool
-            Whether the log-sum-exp comes too: by it a model adds what no key stands for. With a
-            sink of logit s, say, a head's output is `output * sigmoid(lse - s)`.
+            Whether the log-sum-exp comes too: by it a model adds what no key stands for.
+        sinks : Tensor, float32 [q_heads], optional
+            Given exactly where the configuration's model has sinks: a logit for each query head of
+            this tp_rank, which counts once, whatever the number of ranks.
 
         Returns
         -------
         output : Tensor, the model's type [m, q_heads / cp_size, head_dim]
             The output of this rank's slice of the query heads.
         lse : Tensor, float32 [m, q_heads / cp_size]
-            With `return_lse`: the natural log-sum-exp of the scaled scores over all keys.
+            With `return_lse`: the natural log-sum-exp of the scaled scores over all keys, without
+            sinks.
 
         Raises
         ------
@@ -746,6 +754,7 @@ class HelixCache:
             layer = self._check_attend(step, layer)
             self._check("Q", q, (rows, self.q_heads, model.key_dim))
             self._check_kv(k, v, (rows, self.kv_heads, model.key_dim))
+            slices = self._checked_sinks(sinks, (self.q_heads,))
         pool, scale = self.pool[layer], model.softmax_scale if scale is None else float(scale)
         if self.backend == "triton":
             v = None if v is None else self._cached(v)
@@ -757,7 +766,7 @@ class HelixCache:
             for part, half in step.parts():
                 with self._together("attention", _named(step), layer, unless=step.tokens is None):
                     local = self._attended(half, pool, q[part], layer, scale)
-                merged.append(self._lane.hand(self._combined, *local))
+                merged.append(self._lane.hand(self._combined, *local, *slices))
             found = _joined(merged)
         if step.tokens is not None:
             self._written.give(step.tokens, layer)
@@ -793,17 +802,32 @@ class HelixCache:
 
     @overload
     def combine(
-        self, output: Tensor, lse: Tensor, *, return_lse: Literal[False] = False
+        self,
+        output: Tensor,
+        lse: Tensor,
+        *,
+        return_lse: Literal[False] = False,
+        sinks: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
     def combine(
-        self, output: Tensor, lse: Tensor, *, return_lse: Literal[True]
+        self,
+        output: Tensor,
+        lse: Tensor,
+        *,
+        return_lse: Literal[True],
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     @torch.no_grad()
     def combine(
-        self, output: Tensor, lse: Tensor, *, return_lse: bool = False
+        self,
+        output: Tensor,
+        lse: Tensor,
+        *,
+        return_lse: bool = False,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Exchange the partials of all ranks and merge those of this rank's slice of the heads.
 
@@ -816,6 +840,8 @@ class HelixCache:
             Natural log-sum-exp, -inf where this rank has no keys.
         return_lse : bool
             Whether the merged log-sum-exp comes too.
+        sinks : Tensor, float32 [q_heads / cp_size], optional
+            Logits of this rank's slice of the heads, which join what is merged.
 
         Returns
         -------
@@ -841,11 +867,28 @@ class HelixCache:
             heads = self.q_heads // cp_size
             partials = unpack(received, len(lse), heads, model.value_dim, self._wire)
         merged, merged_lse = merge(*partials)
-        merged = merged.to(self.dtype)
+        merged = beside_sinks(merged, merged_lse, sinks).to(self.dtype)
         return (merged, merged_lse) if return_lse else merged
 
-    def _combined(self, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-        return self.combine(output, lse, return_lse=True)
+    def _combined(
+        self, output: Tensor, lse: Tensor, sinks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self.combine(output, lse, return_lse=True, sinks=sinks)
+
+    def _checked_sinks(self, sinks: Tensor | None, shape: tuple[int, ...]) -> list[Tensor]:
+        """Sinks of this rank's slice of the heads; none for a model without them."""
+        if (sinks is not None) != self.config.model.sinks:
+            has = "has sinks" if self.config.model.sinks else "has no sinks"
+            raise ValueError(f"sinks must be given exactly where the model has some; it {has}.")
+        if sinks is None:
+            return []
+        if tuple(sinks.shape) != shape or sinks.dtype != torch.float32:
+            raise ValueError(
+                f"sinks has shape {tuple(sinks.shape)} and type {sinks.dtype}; it must have "
+                f"{shape} and torch.float32."
+            )
+        heads = self.q_heads // self.book.layout.cp_size
+        return [sinks[..., self.book.cp_rank * heads :][..., :heads].to(self.device)]
 
     @torch.no_grad()
     def gather(self, output: Tensor) -> Tensor:
@@ -931,6 +974,7 @@ class HelixCache:
         v: Tensor | None = None,
         pad: int = 0,
         query_lens: Sequence[int] | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Do a whole step: `begin`, then `attend` for every layer.
 
@@ -943,6 +987,8 @@ class HelixCache:
             Dummy requests behind the real ones.
         query_lens : sequence of int, [n], optional
             New tokens of each request; one unless given.
+        sinks : Tensor, float32 [layers, q_heads], optional
+            As `attend` takes them.
 
         Returns
         -------
@@ -962,9 +1008,13 @@ class HelixCache:
             self._check_whole(plan, ids)
             self._check("Q", q, (model.layers, rows, self.q_heads, model.key_dim))
             self._check_kv(k, v, (model.layers, rows, self.kv_heads, model.key_dim))
+            self._checked_sinks(sinks, (model.layers, self.q_heads))
         step, layers = self._tracked(self._start(plan), plan, ids), range(model.layers)
         values = [None if v is None else v[i] for i in layers]
-        return torch.stack([self.attend(step, i, q[i], k[i], values[i]) for i in layers])
+        of_layers = [None if sinks is None else sinks[i] for i in layers]
+        return torch.stack(
+            [self.attend(step, i, q[i], k[i], values[i], sinks=of_layers[i]) for i in layers]
+        )
 
     def skip(self, ids: Sequence[int], query_lens: Sequence[int] | None = None) -> None:
         """Prepare a step that never runs; nothing changes.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helix_gpu.attention.merge import merge
+from helix_gpu.attention.merge import beside_sinks, merge
 from helix_gpu.attention.partials import pack, unpack
 from helix_gpu.bookkeeping.group_book import GroupAdmission, GroupBook, GroupChunk, GroupPlan
 from helix_gpu.bookkeeping.ledger import Ints
@@ -232,6 +232,7 @@ class GroupCache(HelixCache):
         v: Any = None,
         pad: int = 0,
         query_lens: Sequence[int] | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Do a whole step: `begin`, then `attend` for every layer.
 
@@ -245,6 +246,8 @@ class GroupCache(HelixCache):
             Dummy requests behind the real ones.
         query_lens : sequence of int, [n], optional
             New tokens of each request; one unless given.
+        sinks : Tensor, float32 [layers, q_heads], optional
+            As `attend` takes them.
 
         Returns
         -------
@@ -263,7 +266,8 @@ class GroupCache(HelixCache):
                 places = {group.name: group.layers.index(layer) for group in groups}
                 keys = {name: k[name][at] for name, at in places.items()}
                 values = v and {name: v[name][at] for name, at in places.items()}
-                output: Any = self.attend(step, layer, q[layer], keys, values)
+                of_layer = None if sinks is None else sinks[layer]
+                output: Any = self.attend(step, layer, q[layer], keys, values, sinks=of_layer)
                 outputs.append(output)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             self.cancel(step)
@@ -281,6 +285,7 @@ class GroupCache(HelixCache):
         *,
         scale: float | None = None,
         return_lse: bool = False,
+        sinks: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Do one layer of a step begun: append K and V, attend, exchange, merge.
 
@@ -294,7 +299,7 @@ class GroupCache(HelixCache):
             As `HelixCache.attend` takes it, for each group that the layer reads, by name.
         v : Tensor, or mapping of str to Tensor, optional
             As `k`.
-        scale, return_lse
+        scale, return_lse, sinks
             As `HelixCache.attend` takes them.
 
         Returns
@@ -317,6 +322,7 @@ class GroupCache(HelixCache):
             for group in groups:
                 shape = (rows, self.kv_heads, model.key_dim)
                 self._check_kv(ks[group.name], vs[group.name], shape, f"{group.name}'s ")
+            slices = self._checked_sinks(sinks, (self.q_heads,))
         factor = model.softmax_scale if scale is None else float(scale)
         shared, own = list[Partial](), list[Partial]()
         for group in groups:
@@ -327,6 +333,8 @@ class GroupCache(HelixCache):
             found = member._attended(here, pool, rotated, layer, factor)
             (own if group.placement == "replicated" else shared).append(found)
         output, lse = self._merged(shared, own)
+        for mine in slices:  # once, beside what all groups and ranks have
+            output = beside_sinks(output, lse, mine)
         if step.tokens is not None:
             self._written.give(step.tokens, layer)
             self._end(step.tokens)

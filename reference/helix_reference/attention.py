@@ -294,7 +294,14 @@ class Partial:
     lse: float
 
 
-def attend(q: Vector, keys: list[Vector], values: list[Vector], dim: int, scale: float) -> Partial:
+def attend(
+    q: Vector,
+    keys: list[Vector],
+    values: list[Vector],
+    dim: int,
+    scale: float,
+    sink: float | None = None,
+) -> Partial:
     """Return the softmax attention of one query over these keys; (0, -inf) without keys (ATT-3).
 
     Parameters
@@ -309,25 +316,30 @@ def attend(q: Vector, keys: list[Vector], values: list[Vector], dim: int, scale:
         D, elements of a value.
     scale
         Factor of the scores: 1 / sqrt(head_dim).
+    sink
+        A logit without a value, which counts where there are keys; None without one.
 
     Returns
     -------
     Partial
-        D elements and the log-sum-exp.
+        D elements and the log-sum-exp, of the sink too.
 
     Examples
     --------
     >>> attend([0.0], [[1.0], [2.0]], [[4.0, 0.0], [8.0, 2.0]], dim=2, scale=1.0)  # a probe: a mean
     Partial(output=[6.0, 1.0], lse=0.6931471805599453)
+    >>> attend([0.0], [[1.0]], [[4.0, 2.0]], dim=2, scale=1.0, sink=0.0).output
+    [2.0, 1.0]
     >>> attend([0.0], [], [], dim=2, scale=1.0)
     Partial(output=[0.0, 0.0], lse=-inf)
     """
     if not keys:
         return Partial([0.0] * dim, -math.inf)
     scores = [scale * math.fsum(a * b for a, b in zip(q, k, strict=True)) for k in keys]
-    top = max(scores)
+    extra = [] if sink is None else [sink]
+    top = max(scores + extra)
     weights = [math.exp(score - top) for score in scores]
-    total = math.fsum(weights)
+    total = math.fsum(weights + [math.exp(logit - top) for logit in extra])
     output = [
         math.fsum(w * v[d] for w, v in zip(weights, values, strict=True)) / total
         for d in range(dim)
@@ -384,6 +396,7 @@ def error_bound(
     ranks: list[int],
     *,
     sent: bool = True,
+    sink: float | None = None,
 ) -> tuple[Vector, float]:
     """Return the exact output of one token and query head, and the bound E around it (ATT-4).
 
@@ -404,6 +417,8 @@ def error_bound(
         The cp_rank that holds each of the S keys; one number more for those of replicated groups.
     sent
         Whether partial outputs are sent; not where all groups are replicated.
+    sink
+        The head's sink; None without one.
 
     Returns
     -------
@@ -426,12 +441,13 @@ def error_bound(
     bfloat16 False
     """
     width, dim, scale = model.key_dim, model.value_dim, model.softmax_scale
-    whole = attend(q.stored, [k.stored for k in keys], values, dim, scale)
+    whole = attend(q.stored, [k.stored for k in keys], values, dim, scale, sink)
     scores = [
         scale * math.fsum(a * b for a, b in zip(q.stored, k.stored, strict=True)) for k in keys
     ]
     p = [math.exp(score - whole.lse) for score in scores]
-    largest = max(abs(score) for score in scores)
+    extra = [] if sink is None else [sink]
+    largest = max(abs(score) for score in scores + extra)
 
     def score_error(k: Rotated, score: float) -> float:
         products = _norm([a * b for a, b in zip(q.stored, k.stored, strict=True)])
@@ -468,7 +484,11 @@ def error_bound(
     squares.append((u_out * _norm(whole.output)) ** 2)
     squares.append((U32 * (abs(whole.lse) + 2) * _norm(whole.output)) ** 2)
     mass = [math.fsum(w * abs(v[d]) for w, v in zip(p, values, strict=True)) for d in range(dim)]
-    squares.append((U32 * (math.sqrt(len(keys)) + 2) * _norm(mass)) ** 2)
+    squares.append((U32 * (math.sqrt(len(keys) + len(extra)) + 2) * _norm(mass)) ** 2)
+    for logit in extra:  # a key of value 0, and a holder that sends nothing
+        moved = math.exp(logit - whole.lse) * _norm(whole.output)
+        squares.append((moved * U32 * (2 * abs(logit) + largest)) ** 2)
+        squares.append((moved * (abs(logit) + 1) * 2 * U32) ** 2)
     return whole.output, math.sqrt(math.fsum(squares))
 
 

@@ -28,6 +28,7 @@ from helix_spec.capabilities import freedoms_of
 from helix_spec.config import Config, config_problem
 from helix_spec.engine import PROFILES, Outcome, RankView
 from helix_spec.events import Event, Merge, Reason
+from helix_spec.values import sink
 
 Rows = list[list[list[Vector]]]
 """Nested lists of floats: layer, token or slot, head, dim."""
@@ -185,6 +186,7 @@ class ReferenceEngine:
             [value(shape, seed, token, layer, kv_head, group) for group, token in seen],
             shape.value_dim,
             shape.softmax_scale,
+            sink(seed, layer, head) if shape.sinks else None,
         ).output
 
     def _seen(self, layer: int, tokens: list[Token]) -> Iterator[tuple[int, Token]]:

@@ -67,6 +67,8 @@ class Box(
     """How RoPE rotates; `none` where Q and K are supplied as they are cached."""
     scale: list[Literal["default", "given"]] | None = None
     """Whether the factor of the scores is 1 / sqrt(head_dim), or is given."""
+    sinks: list[bool] | None = None
+    """Whether query heads have attention sinks."""
     dtype: list[DType] | None = None
     cache_dtype: list[CacheDType] | None = None
     """Element types of cached K and V: that of the model where no other is configured."""
@@ -237,6 +239,7 @@ def values_of(config: Config) -> dict[str, list[Any]]:
         "latent": [] if latent is None else [(latent.latent_dim, latent.rope_dim)],
         "rope": [shape.rope or "none"],
         "scale": ["default" if shape.scale is None else "given"],
+        "sinks": [shape.sinks],
         "dtype": [shape.dtype],
         "cache_dtype": [shape.cached_dtype],
         "product_dtype": [shape.product_dtype],

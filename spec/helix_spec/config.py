@@ -121,6 +121,8 @@ class ModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     supplied as they are cached."""
     scale: Annotated[float, msgspec.Meta(gt=0, le=16)] | None = None
     """The factor of the scores; None for 1 / sqrt(head_dim)."""
+    sinks: bool = False
+    """Whether each query head has an attention sink: a logit in its softmax without a value."""
 
     @property
     def cached_dtype(self) -> CacheDType:

@@ -14,9 +14,16 @@ from typing import Final, Literal
 
 from helix_spec.config import CacheDType
 
-Tensor = Literal["q", "k", "v", "output", "lse"]
-"""Q, K and V of tokens; output and log-sum-exp of the partials that a `merge` supplies."""
-TENSOR_CODE: Final[dict[Tensor, int]] = {"q": 1, "k": 2, "v": 3, "output": 4, "lse": 5}
+Tensor = Literal["q", "k", "v", "output", "lse", "sink"]
+"""Q, K, V of tokens; output and log-sum-exp of the partials of a `merge`; sinks of a layer."""
+TENSOR_CODE: Final[dict[Tensor, int]] = {
+    "q": 1,
+    "k": 2,
+    "v": 3,
+    "output": 4,
+    "lse": 5,
+    "sink": 6,
+}
 UNIT_ROUNDOFF: Final[dict[CacheDType, float]] = {
     "float32": 2.0**-24,
     "float16": 2.0**-11,
@@ -119,6 +126,26 @@ def entry(state: int, head: int, dim: int) -> float:
     [-3.625, -0.1875, 0.875, -2.9375]
     """
     return (fold(fold(state, head), dim) % LEVELS - 64) / 16
+
+
+def sink(seed: int, layer: int, head: int) -> float:
+    """Return the logit of a query head's attention sink (SPEC.md section 8).
+
+    Parameters
+    ----------
+    seed
+        The configuration's seed, 32 bits.
+    layer
+        The layer, from 0.
+    head
+        The query head, numbered over the whole model.
+
+    Examples
+    --------
+    >>> [sink(7, 1, head) for head in range(3)]
+    [-0.0625, 1.75, -1.125]
+    """
+    return entry(token_state(seed, 0, 0, 0, layer, "sink"), head, 0)
 
 
 def is_probe(q_head: int, group_size: int, position: int) -> bool:

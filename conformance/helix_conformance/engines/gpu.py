@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import msgspec
 import numpy as np
 
-from helix_conformance.expect.arrays import Layers, Tokens, entries, partial_of, queries, values
+from helix_conformance.expect.arrays import (
+    Layers,
+    Tokens,
+    entries,
+    partial_of,
+    queries,
+    sinks_of,
+    values,
+)
 from helix_gpu.bookkeeping.group_book import GroupBook
 from helix_gpu.bookkeeping.rank_book import RankBook, RankStep
 from helix_gpu.bookkeeping.refusals import Refused, check_config
@@ -340,8 +348,18 @@ class GpuEngine:
             kv: tuple[Any, Any] = (ks, None if shape.latent else vs)
             if not self.config.groups:
                 kv = next(iter(ks.values())), next(iter(vs.values()))
-            outputs.append(self.cache.attend(step, layer, q[layer], *kv))
+            outputs.append(self.cache.attend(step, layer, q[layer], *kv, sinks=self._sinks(layer)))
         return torch.stack(outputs)
+
+    def _sinks(self, layer: int) -> Any:
+        """The sinks of this tp_rank's query heads; None for a model without them."""
+        import torch
+
+        sinks = sinks_of(self.config.model, self.config.seed, layer)
+        if sinks is None:
+            return None
+        mine = sinks[self.q_heads.start : self.q_heads.stop]
+        return torch.from_numpy(mine).float().to(self.cache.device)
 
     def _remember(self, ids: list[int], query_lens: list[int], positions: np.ndarray) -> None:
         """The new tokens of the present decode, in place of any that were rewound."""

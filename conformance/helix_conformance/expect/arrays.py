@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from helix_spec.config import CacheDType, Config, ModelShape
 from helix_spec.events import Merge
-from helix_spec.values import LEVELS, TENSOR_CODE, U32, UNIT_ROUNDOFF, Tensor
+from helix_spec.values import LEVELS, TENSOR_CODE, U32, UNIT_ROUNDOFF, Tensor, sink
 
 Array = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -417,6 +417,7 @@ def exact_attention(
     ranks: Ints,
     *,
     sent: bool = True,
+    sinks: Array | None = None,
 ) -> tuple[Array, Array]:
     """Return the attention of one token over S keys, and its bound E for each head (ATT-4).
 
@@ -437,6 +438,8 @@ def exact_attention(
         The cp_rank that holds each key; one number more for those of replicated groups.
     sent
         Whether partial outputs are sent; not where all groups of the layer are replicated.
+    sinks : Array, float64 (q_heads), optional
+        The logits of the heads' sinks; None without them.
 
     Returns
     -------
@@ -466,14 +469,17 @@ def exact_attention(
     k, dk, v = (x.transpose(1, 0, 2) for x in (kv.stored, kv.uncertainty, kv.values))
     columns = k.transpose(0, 2, 1)
     scores = scale * (q @ columns)  # (kv_heads, group, S)
-    top = scores.max(-1, keepdims=True)
+    none = scores[..., :0]
+    z = none if sinks is None else sinks.reshape(heads, -1, 1)
+    logits = np.concatenate([scores, z], -1)  # of a sink too, which has no value
+    top = logits.max(-1, keepdims=True)
     weights = np.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
+    total = np.exp(logits - top).sum(-1, keepdims=True)
     p = weights / total
     lse = (top + np.log(total))[..., 0]
     output = p @ v
 
-    largest = np.abs(scores).max(-1, keepdims=True)
+    largest = np.abs(logits).max(-1, keepdims=True)
     products = np.sqrt(q**2 @ columns**2)
     rounding = np.sqrt(width) * scale * products + np.sqrt(width / 3) * np.abs(scores)
     score_error = U32 * (rounding + 2 * np.abs(scores) + largest)
@@ -496,7 +502,10 @@ def exact_attention(
     squares += (u_out * _norm(output)) ** 2
     squares += (U32 * (np.abs(lse) + 2) * _norm(output)) ** 2
     mass = p @ np.abs(v)
-    squares += (U32 * (np.sqrt(len(ranks)) + 2) * _norm(mass)) ** 2
+    squares += (U32 * (np.sqrt(logits.shape[-1]) + 2) * _norm(mass)) ** 2
+    moved = np.exp(z - lse[..., None]) * _norm(output)[..., None]
+    squares += ((moved * U32 * (2 * np.abs(z) + largest)) ** 2).sum(-1)
+    squares += ((moved * (np.abs(z) + 1) * 2 * U32) ** 2).sum(-1)
     return output.reshape(model.q_heads, -1), np.sqrt(squares).reshape(-1)
 
 
@@ -605,8 +614,29 @@ def _alike(some: Sequence[Any], others: Sequence[Any]) -> int:
     return min(len(some), len(others))
 
 
+def sinks_of(model: ModelShape, seed: int, layer: int) -> Array | None:
+    """Return the logits of the sinks of a layer's query heads; None for a model without them.
+
+    Parameters
+    ----------
+    model
+        The model's attention.
+    seed
+        The configuration's seed, 32 bits.
+    layer
+        The layer, from 0.
+
+    Returns
+    -------
+    Array, float64 (q_heads), or None
+    """
+    if not model.sinks:
+        return None
+    return np.array([sink(seed, layer, head) for head in range(model.q_heads)])
+
+
 def token_attention(
-    model: ModelShape, query: Rotated, kept: Kept, holders: Ints
+    model: ModelShape, seed: int, query: Rotated, kept: Kept, holders: Ints
 ) -> tuple[Array, Array]:
     """Return the exact output of one token in every layer, and its bound E (ATT-4).
 
@@ -616,6 +646,8 @@ def token_attention(
     ----------
     model
         The model's attention.
+    seed
+        The configuration's seed, 32 bits.
     query
         The query of this token alone: arrays (layers, 1, q_heads, key_dim).
     kept
@@ -640,6 +672,7 @@ def token_attention(
                 kept.values[layer, seen],
             ),
             holders,
+            sinks=sinks_of(model, seed, layer),
         )
         for layer in range(model.layers)
     ]
@@ -677,17 +710,13 @@ class Seen(NamedTuple):
         return slice(0 if self.window is None else max(0, end - self.window), end)
 
 
-def union_attention(
-    model: ModelShape, cp_size: int, query: Rotated, seen: Sequence[Seen]
-) -> tuple[Array, Array]:
+def union_attention(config: Config, query: Rotated, seen: Sequence[Seen]) -> tuple[Array, Array]:
     """Return the exact output of one token that reads cache groups, and its bound E (ATT-4).
 
     Parameters
     ----------
-    model
-        The model's attention.
-    cp_size
-        Number of cp_ranks.
+    config
+        The configuration: the model's attention, the number of cp_ranks, and the seed.
     query
         The query of this token alone: arrays (layers, 1, q_heads, key_dim).
     seen
@@ -698,7 +727,7 @@ def union_attention(
     output : Array, float64 (layers, q_heads, value_dim)
     bound : Array, float64 (layers, q_heads)
     """
-    outputs, bounds = [], []
+    model, outputs, bounds = config.model, [], []
     for layer in range(model.layers):
         reads = [(one, list(one.layers).index(layer)) for one in seen if layer in one.layers]
         holders = np.concatenate([one.holders[one.span] for one, _ in reads])
@@ -707,9 +736,10 @@ def union_attention(
             np.concatenate([one.kept.keys.uncertainty[at, one.span] for one, at in reads]),
             np.concatenate([one.kept.values[at, one.span] for one, at in reads]),
         )
-        sent = bool((holders < cp_size).any())
+        sent = bool((holders < config.layout.cp_size).any())
         q = query.stored[layer, 0], query.uncertainty[layer, 0]
-        output, bound = exact_attention(model, *q, kv, holders, sent=sent)
+        sinks = sinks_of(model, config.seed, layer)
+        output, bound = exact_attention(model, *q, kv, holders, sent=sent, sinks=sinks)
         outputs.append(output)
         bounds.append(bound)
     return np.stack(outputs), np.stack(bounds)

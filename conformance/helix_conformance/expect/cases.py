@@ -706,6 +706,11 @@ CASES: Sequence[Case] = [
     _attention("attention-with-a-scale", "pr9757/1:C=2,T=2", head_dim=8, scale=0.75).plays(
         "admit 0 4; decode 0", "ATT-1", "The factor of the scores is given, and not 1/sqrt(8)."
     ),
+    _attention("attention-with-sinks", "pr9757/1:C=2,T=2", head_dim=8, sinks=True).plays(
+        "admit 0 1; decode 0 *3",
+        "ATT-1",
+        "Each query head's sink counts once: not on every rank, nor on an empty one.",
+    ),
     _attention("attention-without-rope", "pr9757/1:C=2,T=2", head_dim=8, rope=None).plays(
         "admit 0 3; decode 0 *2",
         "POS-2 OWN-1 ATT-1",

@@ -151,7 +151,7 @@ class Recorder:
             for position in range(step.first, step.first + len(step.owners)):
                 query = queries.between(len(found), len(found) + 1)
                 seen = [one.at(position) for one in whole]
-                found.append(Output(*union_attention(shape, c, query, seen)))
+                found.append(Output(*union_attention(config, query, seen)))
         return found
 
     def _merged(self, event: Merge) -> list[Output]:
@@ -340,7 +340,8 @@ class ModelState:
             kept, holders = self.kept_rows(step.id), self.holders(step.id)
             for position in range(step.first, step.first + len(step.owners)):
                 query = queries.between(len(found), len(found) + 1)
-                output = token_attention(shape, query, kept, holders[: position + 1])
+                seed = self.model.config.seed
+                output = token_attention(shape, seed, query, kept, holders[: position + 1])
                 found.append(Output(*output))
         return found
 

@@ -199,6 +199,7 @@ def draw_model_shape(
     layers = within(box, "layers", range(1, max_layers + 1))
     ropes = within(box, "rope", ("half", "half", "half", "half", "half", "none"))
     scales = within(box, "scale", ("default", "default", "default", "default", "given"))
+    sinks = within(box, "sinks", (False, False, False, True))
     rope, is_given = choices.pick(ropes), choices.pick(scales) == "given"
     caches: tuple[Literal["float8_e4m3fn"] | None, ...] = (None, None, "float8_e4m3fn")
     cached = [one for one in caches if allows(box.cache_dtype, one or dtype)]
@@ -217,6 +218,7 @@ def draw_model_shape(
         rope_base=choices.pick((10_000.0, 500_000.0)),
         rope=None if rope == "none" else "half",
         scale=choices.pick((0.5, 1.5)) / math.sqrt(head_dim) if is_given else None,
+        sinks=choices.pick(sinks),
     )
 
 

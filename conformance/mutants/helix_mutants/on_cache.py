@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helix_gpu.attention.merge import merge
+from helix_gpu.attention.merge import beside_sinks, merge
 from helix_gpu.attention.paged import attend_pages
 from helix_gpu.attention.partials import pack
 from helix_gpu.attention.rope import rope_table
@@ -466,6 +466,53 @@ class MergeByMaximum(OverCache):
 
 def _by_arrival(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return merge(outputs.flip(0), lses)
+
+
+@mutant("own: a sink on every rank", "ATT-1")
+class SinkOnEveryRank(OverCache):
+    """Each rank counts a head's sink among its own keys, so that C of them are merged."""
+
+    class Cache(HelixCache):
+        sinks: Tensor | None = None
+
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
+            self.sinks = how["sinks"]
+            if self.sinks is not None:
+                how["sinks"] = torch.full_like(self.sinks, -torch.inf)
+            return super().attend(step, layer, *given, **how)
+
+        def _attended(self, *given: Any) -> tuple[Tensor, Tensor]:
+            output, lse = super()._attended(*given)
+            if self.sinks is None:
+                return output, lse
+            return beside_sinks(output, lse, self.sinks), torch.logaddexp(lse, self.sinks)
+
+    cache_class = Cache
+
+
+@mutant("own: sinks ignored", "ATT-1")
+class SinksIgnored(OverCache):
+    """The merged output is handed out as if no head had a sink."""
+
+    class Cache(HelixCache):
+        def attend(self, step: DecodeStep, layer: int, *given: Any, **how: Any) -> Any:
+            if how["sinks"] is not None:
+                how["sinks"] = torch.full_like(how["sinks"], -torch.inf)
+            return super().attend(step, layer, *given, **how)
+
+    cache_class = Cache
+
+
+@mutant("own: sinks of the first rank's heads", "ATT-1")
+class SinksOfTheFirstSlice(OverCache):
+    """After the exchange every rank takes the sinks of the first heads."""
+
+    class Cache(HelixCache):
+        def _checked_sinks(self, sinks: Tensor | None, shape: tuple[int, ...]) -> list[Tensor]:
+            heads = self.q_heads // self.book.layout.cp_size
+            return [] if sinks is None else [sinks[..., :heads]]
+
+    cache_class = Cache
 
 
 @mutant("own: outputs in the order of arrival", "ATT-1")

@@ -37,6 +37,32 @@ def merge(outputs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return merged, lse
 
 
+def beside_sinks(output: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return merged outputs as they are when each head's softmax has a sink too.
+
+    A sink is a logit without a value: its head's output loses exp(sink) / (exp(sink) + exp(lse)).
+    It counts once, so it joins what is merged and not what each rank has.
+
+    Parameters
+    ----------
+    output : Tensor, float32 [..., heads, head_dim]
+    lse : Tensor, float32 [..., heads]
+        Natural log-sum-exp over all keys, without the sinks.
+    sinks : Tensor, float32 [heads], or None
+        None for heads without sinks, whose output is as it is.
+
+    Returns
+    -------
+    Tensor, float32 [..., heads, head_dim]
+
+    Examples
+    --------
+    >>> beside_sinks(torch.tensor([[2.0]]), torch.zeros(1), torch.zeros(1)).tolist()
+    [[1.0]]
+    """
+    return output if sinks is None else output * (lse - sinks).sigmoid()[..., None]
+
+
 def shares(lses: Tensor) -> tuple[Tensor, Tensor]:
     """Return the weight of each partial's output, and the log-sum-exp over all keys.
 
